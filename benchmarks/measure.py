@@ -1,0 +1,141 @@
+"""The one timing protocol.
+
+Correct first (the caller asserts), then ours and its peers interleaved in one process, inputs rotated past the last
+cache, medians and quartiles of many rounds, ratios of medians. Beside each row: share of the copy bandwidth measured
+in the same run. Machines are shared and noisy: only ratios within one run mean anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.utils import _pytree as pytree
+
+CACHE_BYTES = 64 << 20  # rotate inputs through more than this
+ROWS: list[Row] = []  # what conftest prints at the end
+
+
+@dataclasses.dataclass
+class Row:
+    op: str
+    case: str
+    provider: str
+    median_ms: float
+    quartiles_ms: tuple[float, float]
+    ratio: float | None = None  # this provider's median over ours
+    bandwidth_share: float | None = None  # of the measured copy bandwidth
+    extra: str = ""
+
+
+@dataclasses.dataclass
+class Settings:
+    smoke: bool = False
+
+    @property
+    def rounds(self) -> int:
+        return 3 if self.smoke else 40
+
+
+SETTINGS = Settings()
+
+
+def copies(make: Callable[[], object], bytes_each: int) -> list:
+    """Enough independent inputs that a round trip through them leaves the last cache."""
+    count = 1 if SETTINGS.smoke else min(16, max(2, -(-CACHE_BYTES // max(bytes_each, 1))))
+    return [make() for _ in range(count)]
+
+
+def interleave(providers: dict[str, Callable[[int], object]], inputs: int) -> dict[str, list[float]]:
+    """Milliseconds of each provider in each round: provider(i) runs on input i, providers take turns."""
+    for run in providers.values():
+        run(0)
+    times = {name: [] for name in providers}
+    for round_ in range(SETTINGS.rounds):
+        for name, run in providers.items():
+            start = time.perf_counter()
+            run(round_ % inputs)
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes a millisecond, read and written, of torch's copy of 256 MiB: the roof of every memory-bound op."""
+    source = torch.ones((8 if SETTINGS.smoke else 256) << 18)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append((time.perf_counter() - start) * 1e3)
+    return 2 * source.numel() * 4 / statistics.median(times)
+
+
+def compare(
+    benchmark,
+    op: str,
+    case: str,
+    providers: dict[str, Callable[[int], object]],
+    *,
+    inputs: int = 1,
+    bytes_moved: int | None = None,
+) -> dict[str, Row]:
+    """Time providers against each other (the first one is ours), note rows for the table, feed pytest-benchmark.
+
+    Args:
+        benchmark: pytest-benchmark's fixture: ours is recorded there, with the ratios as extra_info.
+        providers: name -> run(i), on input i of `inputs`.
+        bytes_moved: what one run of ours must read and write at the least; gives the share of copy bandwidth.
+    """
+    times = interleave(providers, inputs)
+    rows: dict[str, Row] = {}
+    ours = statistics.median(next(iter(times.values())))
+    for name, values in times.items():
+        quartiles = statistics.quantiles(values, n=4)
+        row = Row(op, case, name, statistics.median(values), (quartiles[0], quartiles[2]))
+        row.ratio = row.median_ms / ours
+        if bytes_moved is not None:
+            row.bandwidth_share = bytes_moved / row.median_ms / copy_bandwidth()
+        rows[name] = row
+    ROWS.extend(rows.values())
+    benchmark.extra_info.update({f"{name} / ours": round(row.ratio, 3) for name, row in rows.items()})
+    first = next(iter(providers.values()))
+    benchmark.pedantic(lambda: first(0), rounds=max(3, SETTINGS.rounds // 4), warmup_rounds=1)
+    return rows
+
+
+def compare_op(benchmark, op: str, case: str, calls: list, mode: str, providers: dict[str, Callable], bytes_moved=None):
+    """`compare` for one op: each provider has the op's public signature and runs on every Call of `calls`.
+
+    Args:
+        mode: "forward" (no grad) or "forward+backward" (gradients of every leaf of the Call).
+        bytes_moved: of the forward pass; the backward pass is taken to move as much again.
+    """
+    first = next(iter(providers.values()))
+
+    def floats(function, call):
+        out = function(*call.args, **call.kwargs)
+        return [x for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    gradients = [[torch.randn_like(x) for x in floats(first, call)] for call in calls]
+
+    def runner(function):
+        def forward(i):
+            with torch.no_grad():
+                return function(*calls[i].args, **calls[i].kwargs)
+
+        def both(i):
+            return torch.autograd.grad(floats(function, calls[i]), calls[i].leaves(), gradients[i])
+
+        return forward if mode == "forward" else both
+
+    if bytes_moved is not None and mode != "forward":
+        bytes_moved *= 2
+    runners = {name: runner(function) for name, function in providers.items()}
+    return compare(benchmark, f"{op} {mode}", case, runners, inputs=len(calls), bytes_moved=bytes_moved)

@@ -1,0 +1,56 @@
+// Threads: OpenMP's, which are torch's own when torch was imported first (torch.set_num_threads rules them).
+#pragma once
+
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace m3ae {
+
+inline int max_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+// body(begin, end) over [0, count) in contiguous shares of at least `grain`. What body writes for an index must not
+// depend on the share it falls in: that is what makes results the same for any thread count.
+template <class Body>
+void parallel_for(int64_t count, int64_t grain, const Body& body) {
+  if (count <= 0) return;
+  if (grain < 1) grain = 1;
+  const int64_t most = (count + grain - 1) / grain;
+  const int64_t threads = most < max_threads() ? most : max_threads();
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+      const int64_t team = omp_get_num_threads();
+      const int64_t rank = omp_get_thread_num();
+      const int64_t begin = count * rank / team;
+      const int64_t end = count * (rank + 1) / team;
+      if (begin < end) body(begin, end);
+    }
+    return;
+  }
+#endif
+  body(0, count);
+}
+
+// Rows [begin, end) of chunk `c` out of `chunks`: the fixed partials of a reduction, the same for any thread count.
+struct Range {
+  int64_t begin, end;
+};
+inline Range chunk_range(int64_t count, int64_t chunks, int64_t c) {
+  return {count * c / chunks, count * (c + 1) / chunks};
+}
+
+// Work of fewer elements than this is not worth waking a thread.
+constexpr int64_t kGrainElements = 16 * 1024;
+inline int64_t grain_rows(int64_t width) { return width > 0 ? (kGrainElements + width - 1) / width : kGrainElements; }
+
+}  // namespace m3ae

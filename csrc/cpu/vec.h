@@ -1,0 +1,187 @@
+// Vec: a register of fp32 lanes, one spelling per instruction set. Kernels are written on it once.
+//   loads and stores convert from and to float, bfloat16 (round to nearest even) and uint8 (load only);
+//   *_first(n) touch only the first n lanes. Vec<double> (one lane) lets fp64 run through the same kernels.
+// Everything here sits inside m3ae::M3AE_ISA: a function shared between instruction sets could be linked from the
+// wrong one.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "dtype.h"
+
+#ifdef M3AE_X86
+#include <immintrin.h>
+#endif
+
+#define M3AE_INLINE inline __attribute__((always_inline))
+
+namespace m3ae::M3AE_ISA {
+
+M3AE_INLINE float widen(bfloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+M3AE_INLINE bfloat16 narrow(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0};  // NaN stays NaN, as in PyTorch
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+// One lane: fp64 everywhere, and fp32 on the scalar instruction set, where the compiler vectorises the loop itself.
+template <class Float>
+struct Lane {
+  static constexpr int width = 1;
+  using scalar = Float;
+  Float v;
+
+  static M3AE_INLINE Lane set(Float x) { return {x}; }
+  static M3AE_INLINE Lane zero() { return {Float(0)}; }
+  static M3AE_INLINE Lane load(const float* p) { return {static_cast<Float>(*p)}; }
+  static M3AE_INLINE Lane load(const double* p) { return {static_cast<Float>(*p)}; }
+  static M3AE_INLINE Lane load(const bfloat16* p) { return {static_cast<Float>(widen(*p))}; }
+  static M3AE_INLINE Lane load(const uint8_t* p) { return {static_cast<Float>(*p)}; }
+  template <class T>
+  static M3AE_INLINE Lane load_first(const T* p, int n) { return n > 0 ? load(p) : zero(); }
+  M3AE_INLINE void store(float* p) const { *p = static_cast<float>(v); }
+  M3AE_INLINE void store(double* p) const { *p = static_cast<double>(v); }
+  M3AE_INLINE void store(bfloat16* p) const { *p = narrow(static_cast<float>(v)); }
+  template <class T>
+  M3AE_INLINE void store_first(T* p, int n) const { if (n > 0) store(p); }
+
+  M3AE_INLINE Lane operator+(Lane b) const { return {v + b.v}; }
+  M3AE_INLINE Lane operator-(Lane b) const { return {v - b.v}; }
+  M3AE_INLINE Lane operator*(Lane b) const { return {v * b.v}; }
+  static M3AE_INLINE Lane fma(Lane a, Lane b, Lane c) { return {a.v * b.v + c.v}; }  // two roundings without hardware
+  static M3AE_INLINE Lane max(Lane a, Lane b) { return {a.v > b.v ? a.v : b.v}; }
+  M3AE_INLINE Float sum() const { return v; }
+};
+
+#if defined(M3AE_ISA_avx512) || defined(M3AE_ISA_avx512_bf16)
+
+struct VecF32 {
+  static constexpr int width = 16;
+  using scalar = float;
+  __m512 v;
+
+  static M3AE_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }  // 0 <= n <= 16
+  static M3AE_INLINE VecF32 set(float x) { return {_mm512_set1_ps(x)}; }
+  static M3AE_INLINE VecF32 zero() { return {_mm512_setzero_ps()}; }
+  static M3AE_INLINE __m512 widened(__m256i x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+  }
+  static M3AE_INLINE VecF32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static M3AE_INLINE VecF32 load(const bfloat16* p) { return {widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+  static M3AE_INLINE VecF32 load(const uint8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+  }
+  static M3AE_INLINE VecF32 load_first(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+  static M3AE_INLINE VecF32 load_first(const bfloat16* p, int n) { return {widened(_mm256_maskz_loadu_epi16(first(n), p))}; }
+  static M3AE_INLINE VecF32 load_first(const uint8_t* p, int n) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
+  }
+  M3AE_INLINE __m256i narrowed() const {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+  }
+  M3AE_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  M3AE_INLINE void store(bfloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrowed()); }
+  M3AE_INLINE void store_first(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  M3AE_INLINE void store_first(bfloat16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), narrowed()); }
+
+  M3AE_INLINE VecF32 operator+(VecF32 b) const { return {_mm512_add_ps(v, b.v)}; }
+  M3AE_INLINE VecF32 operator-(VecF32 b) const { return {_mm512_sub_ps(v, b.v)}; }
+  M3AE_INLINE VecF32 operator*(VecF32 b) const { return {_mm512_mul_ps(v, b.v)}; }
+  static M3AE_INLINE VecF32 fma(VecF32 a, VecF32 b, VecF32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  static M3AE_INLINE VecF32 max(VecF32 a, VecF32 b) { return {_mm512_max_ps(a.v, b.v)}; }
+  M3AE_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
+};
+
+#elif defined(M3AE_ISA_avx2)
+
+struct VecF32 {
+  static constexpr int width = 8;
+  using scalar = float;
+  __m256 v;
+
+  static M3AE_INLINE __m256i first(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static M3AE_INLINE VecF32 set(float x) { return {_mm256_set1_ps(x)}; }
+  static M3AE_INLINE VecF32 zero() { return {_mm256_setzero_ps()}; }
+  static M3AE_INLINE VecF32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static M3AE_INLINE VecF32 load(const bfloat16* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+  }
+  static M3AE_INLINE VecF32 load(const uint8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+  }
+  static M3AE_INLINE VecF32 load_first(const float* p, int n) { return {_mm256_maskload_ps(p, first(n))}; }
+  template <class T>
+  static M3AE_INLINE VecF32 load_first(const T* p, int n) {
+    T copy[width] = {};
+    std::memcpy(copy, p, static_cast<size_t>(n) * sizeof(T));
+    return load(copy);
+  }
+  M3AE_INLINE __m128i narrowed() const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
+    return _mm256_castsi256_si128(packed);
+  }
+  M3AE_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  M3AE_INLINE void store(bfloat16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrowed()); }
+  M3AE_INLINE void store_first(float* p, int n) const { _mm256_maskstore_ps(p, first(n), v); }
+  M3AE_INLINE void store_first(bfloat16* p, int n) const {
+    bfloat16 copy[width];
+    store(copy);
+    std::memcpy(p, copy, static_cast<size_t>(n) * sizeof(bfloat16));
+  }
+
+  M3AE_INLINE VecF32 operator+(VecF32 b) const { return {_mm256_add_ps(v, b.v)}; }
+  M3AE_INLINE VecF32 operator-(VecF32 b) const { return {_mm256_sub_ps(v, b.v)}; }
+  M3AE_INLINE VecF32 operator*(VecF32 b) const { return {_mm256_mul_ps(v, b.v)}; }
+  static M3AE_INLINE VecF32 fma(VecF32 a, VecF32 b, VecF32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  static M3AE_INLINE VecF32 max(VecF32 a, VecF32 b) { return {_mm256_max_ps(a.v, b.v)}; }
+  M3AE_INLINE float sum() const {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+  }
+};
+
+#else
+using VecF32 = Lane<float>;
+#endif
+
+// The vector that accumulates elements of type T: fp32 lanes, but fp64 for double.
+template <class T>
+struct vec_of { using type = VecF32; };
+template <>
+struct vec_of<double> { using type = Lane<double>; };
+template <class T>
+using Vec = typename vec_of<T>::type;
+
+// body(offset, n) over [0, count): whole vectors first (n == V::width), then the rest.
+template <class V, class Body>
+M3AE_INLINE void for_lanes(int64_t count, Body&& body) {
+  int64_t i = 0;
+  for (; i + V::width <= count; i += V::width) body(i, V::width);
+  if (i < count) body(i, static_cast<int>(count - i));
+}
+template <class V, class T>
+M3AE_INLINE V load_lanes(const T* p, int n) { return n == V::width ? V::load(p) : V::load_first(p, n); }
+template <class V, class T>
+M3AE_INLINE void store_lanes(const V& x, T* p, int n) { if (n == V::width) x.store(p); else x.store_first(p, n); }
+
+}  // namespace m3ae::M3AE_ISA

@@ -1,0 +1,41 @@
+// m3ae_fast._C: the CPU kernels. Tensors come as addresses, sizes and dtype codes; torch is never linked.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/isa.h"
+#include "cpu/sum_rows.h"
+#include "cpu/threads.h"
+
+// One line per op.
+#define M3AE_FOR_EACH_OP(_) \
+  _(restore_tokens)
+
+namespace m3ae {
+#define M3AE_DECLARE(op) void bind_##op(pybind11::module_& module);
+M3AE_FOR_EACH_OP(M3AE_DECLARE)
+}  // namespace m3ae
+
+PYBIND11_MODULE(_C, module) {
+  using namespace m3ae;
+  module.doc() = "m3ae_fast CPU kernels";
+  module.def("available_isas", &available_isas, "instruction sets that this build and machine have, slowest first");
+  module.def("active_isa", [] { return isa_name(active_isa()); });
+  module.def("set_isa", &set_isa, pybind11::arg("name"), "'' takes the best this machine has");
+  module.def("num_threads", &max_threads, "threads a kernel may use: torch.set_num_threads rules it");
+#ifdef _OPENMP
+  module.attr("openmp") = true;
+#else
+  module.attr("openmp") = false;
+#endif
+  module.def(
+      "sum_rows",
+      [](Address rows, int rows_dtype, Address index, int64_t count, int32_t first, int64_t groups, int64_t width,
+         Address out, int out_dtype) {
+        sum_rows(pointer(rows), Dtype(rows_dtype), int32s(index), count, first, groups, width, pointer(out),
+                 Dtype(out_dtype));
+      },
+      pybind11::call_guard<pybind11::gil_scoped_release>(),
+      "out[g] = the sum of the rows whose index is first + g");
+#define M3AE_BIND(op) bind_##op(module);
+  M3AE_FOR_EACH_OP(M3AE_BIND)
+}

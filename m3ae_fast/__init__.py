@@ -1,0 +1,15 @@
+"""m3ae_fast: custom-kernel performance library for masked multimodal autoencoders (M3AE, MAE, MAMO)."""
+
+import torch  # noqa: F401  before _C, so that its OpenMP symbols resolve to torch's own runtime: one thread pool
+
+from m3ae_fast._explain import __version__, explain
+from m3ae_fast.ops import *  # noqa: F403
+from m3ae_fast.ops import __all__ as _ops
+from m3ae_fast.seqlens import SeqLens
+
+
+class M3AEFastWarning(UserWarning):
+    """Something was cut, skipped or slower than it could be; the message says what and how often."""
+
+
+__all__ = [*_ops, "M3AEFastWarning", "SeqLens", "__version__", "explain"]

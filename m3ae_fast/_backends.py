@@ -1,0 +1,97 @@
+"""Which implementation runs an op: loading, registration with torch.library, choice, explanation."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+IMPLS = ("reference", "cpp", "triton", "cuda")
+PREFERENCE = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}  # best first; the reference closes every list
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.uint8: 3}  # csrc/dtype.h
+_RUNS_ON = {
+    "cpp": ("cpu", (torch.float32, torch.bfloat16, torch.float64)),
+    "triton": ("cuda", (torch.float32, torch.bfloat16, torch.float16)),
+    "cuda": ("cuda", (torch.float32, torch.bfloat16, torch.float16)),
+}
+_FORCED = os.environ.get("M3AE_FAST_IMPL") or None
+if _FORCED is not None and _FORCED not in IMPLS:
+    raise ValueError(f"M3AE_FAST_IMPL must be one of {', '.join(IMPLS)}, got {_FORCED!r}")
+
+LIBRARY = torch.library.Library("m3ae_fast", "DEF")
+LOADED: dict[str, Backends] = {}  # op name -> its backends, for explain() and the contract tests
+
+
+class Backends:
+    """The implementations of one op: `modules` that loaded, `reasons` for those that did not."""
+
+    def __init__(self, op: str, modules: dict[str, ModuleType], reasons: dict[str, str]):
+        self.op, self.modules, self.reasons = op, modules, reasons
+
+    def __getitem__(self, impl: str) -> ModuleType:
+        return self.modules[impl]
+
+    def refusal(self, impl: str, device: str, dtype: torch.dtype) -> str | None:
+        """Why `impl` cannot run this op on these tensors; None where it can."""
+        if impl not in self.modules:
+            return self.reasons.get(impl, "this op has no such backend")
+        runs_on, dtypes = _RUNS_ON[impl]
+        if device != runs_on:
+            return f"it runs on {runs_on} tensors, got {device}"
+        if dtype not in dtypes:
+            return f"it takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {dtype}"
+        return None
+
+
+def load(package: str, *impls: str) -> Backends:
+    """Import `<package>.<impl>_backend` for each name; one that cannot be imported here is kept with its reason."""
+    op = package.rpartition(".")[2]
+    modules, reasons = {}, {}
+    for impl in impls:
+        try:
+            modules[impl] = importlib.import_module(f"{package}.{impl}_backend")
+        except ImportError as error:
+            reasons[impl] = str(error)
+    LOADED[op] = Backends(op, modules, reasons)
+    return LOADED[op]
+
+
+def pick(backends: Backends, impl: str | None, tensor: Tensor) -> str:
+    """The implementation that runs: an explicit one is obeyed or refused, None takes the fastest for the device."""
+    device, dtype = tensor.device.type, tensor.dtype
+    impl = impl or _FORCED
+    if impl is None:
+        for name in PREFERENCE.get(device, ()):
+            if backends.refusal(name, device, dtype) is None:
+                return name
+        return "reference"
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl != "reference":
+        reason = backends.refusal(impl, device, dtype)
+        if reason is not None:
+            raise ValueError(f"impl={impl!r} cannot run {backends.op}: {reason}")
+    return impl
+
+
+def register(schema: str, implementation: Callable, fake: Callable):
+    """Define `m3ae_fast::<schema>`, one body for every device, with its fake; returns the callable op."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"m3ae_fast::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.m3ae_fast, name).default
+
+
+def address(tensor: Tensor | None) -> int:
+    """What the compiled kernels take for a tensor: its data pointer, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def code(tensor: Tensor) -> int:
+    """What the compiled kernels take for a dtype."""
+    return DTYPE_CODE[tensor.dtype]

@@ -1,0 +1,64 @@
+"""Argument checks at the door of every op: "<name> must ..., got ..."."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def _text(shape: Sequence[int | str | None]) -> str:
+    sizes = ", ".join("any" if size is None else str(size) for size in shape)
+    return f"({sizes},)" if len(shape) == 1 else f"({sizes})"
+
+
+def tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    return value
+
+
+def shape(name: str, value: Tensor, expected: Sequence[int | None]) -> None:
+    """expected: one entry a dimension, None for any size."""
+    tensor(name, value)
+    if value.dim() != len(expected) or any(
+        want is not None and have != want for have, want in zip(value.shape, expected, strict=True)
+    ):
+        raise ValueError(f"{name} must have shape {_text(expected)}, got {_text(tuple(value.shape))}")
+
+
+def dtype(name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    tensor(name, value)
+    if value.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{name} must be of dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, as {like_name} is, got {value.device}")
+
+
+def choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    """An int in [low, high)."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < low or (high is not None and value >= high):
+        bound = f"at least {low}" if high is None else f"in [{low}, {high})"
+        raise ValueError(f"{name} must be {bound}, got {value}")
+
+
+def ids(name: str, value: Tensor, length: int | None = None) -> Tensor:
+    """An index vector, int32 or int64, of `length` entries; returned as contiguous int32."""
+    shape(name, value, (length,))
+    dtype(name, value, INTEGERS)
+    return value.to(torch.int32).contiguous()

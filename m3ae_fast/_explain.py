@@ -1,0 +1,65 @@
+"""m3ae_fast.explain(): what runs, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+
+import torch
+
+from m3ae_fast import _backends
+
+try:
+    __version__ = importlib.metadata.version("m3ae_fast")
+except importlib.metadata.PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+
+def cuda_module() -> str:
+    """What the compiled CUDA module says of itself."""
+    if importlib.util.find_spec("m3ae_fast._cuda") is None:
+        return "not built (no nvcc when the package was built)"
+    try:
+        from m3ae_fast import _cuda
+    except ImportError as error:
+        return f"built, but cannot be imported: {error}"
+    return f"built with CUDA {_cuda.runtime_version // 1000}.{_cuda.runtime_version % 1000 // 10}"
+
+
+def explain() -> str:
+    """A readable account: versions, instruction set, threads, and for every op which backend runs where and why.
+
+    The same text as `m3ae-fast info`.
+    """
+    try:
+        from m3ae_fast._cpp import _C
+
+        forced = os.environ.get("M3AE_FAST_ISA")
+        why = f"M3AE_FAST_ISA={forced}" if forced else "the best of " + ", ".join(_C.available_isas())
+        cpu = [f"instruction set   {_C.active_isa()} ({why})"]
+        sharing = "OpenMP" if _C.openmp else "built without OpenMP"
+        cpu.append(f"threads           {_C.num_threads()} ({sharing}; torch has {torch.get_num_threads()})")
+    except ImportError as error:
+        cpu = [f"compiled module   missing: {error}"]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch sees"
+    lines = [
+        f"m3ae_fast         {__version__}",
+        f"torch             {torch.__version__}, Python {platform.python_version()}, {platform.machine()}",
+        *cpu,
+        f"CUDA module       {cuda_module()}",
+        f"GPU               {gpu}",
+        f"M3AE_FAST_IMPL    {_backends._FORCED or 'not set: the fastest backend for the device'}",
+        "",
+        f"{'op':<24}{'CPU runs':<12}{'GPU runs':<12}backends",
+    ]
+    for op, backends in sorted(_backends.LOADED.items()):
+        runs = {}
+        for device, names in _backends.PREFERENCE.items():
+            can = [n for n in names if backends.refusal(n, device, torch.float32) is None]
+            runs[device] = _backends._FORCED or (can[0] if can else "reference")
+        have = ["reference", *backends.modules]
+        have += [f"{impl} unavailable: {reason}" for impl, reason in backends.reasons.items()]
+        lines.append(f"{op:<24}{runs['cpu']:<12}{runs['cuda']:<12}{'; '.join(have)}")
+    return "\n".join(lines)

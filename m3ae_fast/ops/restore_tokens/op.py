@@ -1,0 +1,151 @@
+"""restore_tokens: rebuild the token sequence the decoder reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from m3ae_fast import _backends, _checks
+from m3ae_fast.ops.restore_tokens import reference
+
+BACKENDS = _backends.load(__package__, "cpp")
+
+
+def restore_tokens(
+    kept: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    *,
+    image_mask_token: Tensor | None = None,
+    text_mask_token: Tensor | None = None,
+    image_position: Tensor | None = None,
+    text_position: Tensor | None = None,
+    image_type: Tensor | None = None,
+    text_type: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Put kept tokens back in sequence order, fill the holes with mask tokens, add positions and types: one write.
+
+        out[t] = (kept[rows[t]] if rows[t] >= 0 else mask_token) + (position[slots[t]] + type)
+
+    Rows are free to name the whole sequence or any subset of it, in any order.
+
+    Args:
+        kept: [K, D] float32, bfloat16, float16 or float64, the encoder's rows, packed.
+        rows: [T] int32 or int64, the row of `kept` that stands at t, or -1 where it was masked. A kept row is named
+            at most once; one that is not named gets a zero gradient.
+        slots: [T] int32 or int64, the row of [image_position; text_position] that belongs at t: it says the position
+            and, by the table it falls in, the modality. -1: neither (CLS): no position, no type, no mask token.
+        image_mask_token, text_mask_token: [D] or None (zero).
+        image_position: [P, D] or None (no images). text_position: [L, D] or None (no texts).
+        image_type, text_type: [D] or None (none is added).
+        impl: "reference", "cpp"; None takes the fastest for the device.
+
+    Returns:
+        [T, D] in the widest of the dtypes given; summed in fp32 (fp64 for fp64) in the order of the formula and
+        rounded once, so that all backends agree bit for bit.
+
+    Raises:
+        ValueError: shapes or devices disagree, an index is outside its table or a kept row is named twice (the C++
+            backend looks; a GPU would have to sync for it). TypeError: dtypes.
+
+    Source: arXiv:2205.14204, section 3; the unshuffle of arXiv:2111.06377, section 3.
+    """
+    _checks.shape("kept", kept, (None, None))
+    _checks.dtype("kept", kept, _checks.FLOATS)
+    rows = _checks.ids("rows", rows)
+    slots = _checks.ids("slots", slots, rows.shape[0])
+    width = kept.shape[1]
+    params = {
+        "image_mask_token": image_mask_token,
+        "text_mask_token": text_mask_token,
+        "image_position": image_position,
+        "text_position": text_position,
+        "image_type": image_type,
+        "text_type": text_type,
+    }
+    out_dtype = kept.dtype
+    for name, value in params.items():
+        if value is None:
+            continue
+        _checks.shape(name, value, (None, width) if name.endswith("position") else (width,))
+        _checks.dtype(name, value, _checks.FLOATS)
+        _checks.device(name, value, "kept", kept)
+        out_dtype = torch.promote_types(out_dtype, value.dtype)
+    for name, value in (("rows", rows), ("slots", slots)):
+        _checks.device(name, value, "kept", kept)
+
+    impl = _backends.pick(BACKENDS, impl, kept)
+    if impl == "reference":
+        return reference.restore_tokens(kept, rows, slots, *params.values())
+    if not (kept.dtype == torch.bfloat16 and out_dtype == torch.float32):  # the one mix the kernels read as it is
+        kept = kept.to(out_dtype)
+    return _RestoreTokens.apply(
+        impl,
+        kept.contiguous(),
+        rows,
+        slots,
+        *(v if v is None else v.to(out_dtype).contiguous() for v in params.values()),
+    )
+
+
+class _RestoreTokens(torch.autograd.Function):
+    """One for all backends."""
+
+    @staticmethod
+    def forward(ctx, impl, kept, rows, slots, *params):
+        ctx.impl, ctx.kept_dtype, ctx.kept_rows = impl, kept.dtype, kept.shape[0]
+        ctx.patches, ctx.words = (0 if table is None else table.shape[0] for table in params[2:4])
+        ctx.save_for_backward(rows, slots)
+        return _restore_tokens(impl, kept, rows, slots, *params)
+
+    @staticmethod
+    def backward(ctx, dout):
+        rows, slots = ctx.saved_tensors
+        need_kept, _, _, *need = ctx.needs_input_grad[1:]
+        dkept, dvectors, dposition = _restore_tokens_backward(
+            ctx.impl, dout.contiguous(), rows, slots, ctx.kept_rows, ctx.kept_dtype, ctx.patches, ctx.words,
+            need_kept, need[0] or need[1] or need[4] or need[5], need[2] or need[3],
+        )  # fmt: skip
+        image_mask, text_mask, image_type, text_type = dvectors.to(dout.dtype).unbind(0)
+        grads = (image_mask, text_mask, dposition[: ctx.patches], dposition[ctx.patches :], image_type, text_type)
+        return (
+            None,
+            dkept if need_kept else None,
+            None,
+            None,
+            *(g if n else None for g, n in zip(grads, need, strict=True)),
+        )
+
+
+def _fake_forward(impl, kept, rows, slots, *params):
+    dtype = next((p.dtype for p in params if p is not None), kept.dtype)
+    return kept.new_empty(rows.shape[0], kept.shape[1], dtype=dtype)
+
+
+def _fake_backward(
+    impl, dout, rows, slots, kept_rows, kept_dtype, patches, words, need_kept, need_vectors, need_position
+):
+    width = dout.shape[1]
+    accumulate = torch.float64 if dout.dtype == torch.float64 else torch.float32
+    return (
+        dout.new_empty(kept_rows if need_kept else 0, width, dtype=kept_dtype),
+        dout.new_empty(4, width, dtype=accumulate),
+        dout.new_empty(patches + words if need_position else 0, width),
+    )
+
+
+_restore_tokens = _backends.register(
+    "restore_tokens(str impl, Tensor kept, Tensor rows, Tensor slots, Tensor? image_mask_token, "
+    "Tensor? text_mask_token, Tensor? image_position, Tensor? text_position, Tensor? image_type, "
+    "Tensor? text_type) -> Tensor",
+    lambda impl, *args: BACKENDS[impl].forward(*args),
+    _fake_forward,
+)
+# dvectors [4, D] in the accumulation dtype: image mask, text mask, image type, text type.
+_restore_tokens_backward = _backends.register(
+    "restore_tokens_backward(str impl, Tensor dout, Tensor rows, Tensor slots, SymInt kept_rows, "
+    "ScalarType kept_dtype, SymInt patches, SymInt words, bool need_kept, bool need_vectors, bool need_position) -> (Tensor, Tensor, Tensor)",
+    lambda impl, *args: BACKENDS[impl].backward(*args),
+    _fake_backward,
+)

@@ -1,0 +1,79 @@
+"""SeqLens: the lengths of packed sequences, on the host and as cumulative offsets on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from m3ae_fast import _checks
+
+
+class SeqLens:
+    """Lengths of B packed sequences. Made on the host, where lengths are known, so that nothing syncs to learn them.
+
+    Args:
+        lengths: B non-negative integers: an iterable, or an integer tensor [B] (one on a GPU is copied: a sync).
+        device: where `.cu` lives; default CPU.
+
+    Attributes:
+        cu: [B + 1] int32 on the device, cumulative offsets, cu[0] = 0.
+        lengths: tuple of B ints, on the host.
+        max: the longest length, 0 for an empty batch.
+        total: the sum of the lengths.
+
+    Raises:
+        ValueError: a negative length, or a total past int32. TypeError: not integers.
+    """
+
+    __slots__ = ("cu", "lengths", "max", "total")
+
+    def __init__(self, lengths: Iterable[int] | Tensor, device: torch.device | str | None = None):
+        if isinstance(lengths, Tensor):
+            _checks.shape("lengths", lengths, (None,))
+            _checks.dtype("lengths", lengths, (torch.int64, torch.int32, torch.int16, torch.uint8))
+            lengths = lengths.tolist()
+        self.lengths = tuple(lengths)
+        for length in self.lengths:
+            _checks.integer("lengths", length, 0)
+        self.max = max(self.lengths, default=0)
+        self.total = sum(self.lengths)
+        if self.total >= 2**31:
+            raise ValueError(f"lengths must sum to less than 2**31 rows, got {self.total}")
+        offsets = torch.zeros(len(self.lengths) + 1, dtype=torch.int64)
+        torch.cumsum(torch.tensor(self.lengths, dtype=torch.int64), 0, out=offsets[1:])
+        self.cu = offsets.to(torch.int32).to(device if device is not None else "cpu", non_blocking=True)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SeqLens) and self.lengths == other.lengths and self.cu.device == other.cu.device
+
+    def __hash__(self) -> int:
+        return hash((self.lengths, self.cu.device))
+
+    def __repr__(self) -> str:
+        return f"SeqLens({list(self.lengths)}, device={str(self.cu.device)!r})"
+
+    @property
+    def device(self) -> torch.device:
+        return self.cu.device
+
+    def to(self, device: torch.device | str) -> SeqLens:
+        """The same lengths with `.cu` on `device`; host values are kept, so nothing syncs."""
+        moved = object.__new__(SeqLens)
+        moved.lengths, moved.max, moved.total = self.lengths, self.max, self.total
+        moved.cu = self.cu.to(device, non_blocking=True)
+        return moved
+
+
+def cu_seqlens(name: str, value: SeqLens | Tensor) -> Tensor:
+    """The cumulative offsets of a SeqLens or of a bare `cu_seqlens` tensor [B + 1] (int32 or int64), as int32."""
+    if isinstance(value, SeqLens):
+        return value.cu
+    cu = _checks.ids(name, _checks.tensor(name, value))
+    if cu.numel() < 1:
+        raise ValueError(f"{name} must have at least one entry (B + 1 cumulative offsets), got none")
+    return cu

@@ -1,0 +1,45 @@
+"""Fixtures for all tests."""
+
+import os
+
+import pytest
+import torch
+
+from m3ae_fast import _backends, testing
+
+
+def pytest_configure(config):
+    """M3AE_FAST_REQUIRE=cpp,triton: fail, not skip, where a backend that should be here is missing."""
+    for impl in filter(None, os.environ.get("M3AE_FAST_REQUIRE", "").split(",")):
+        missing = {op: b.reasons[impl] for op, b in _backends.LOADED.items() if impl in b.reasons}
+        if missing or not any(impl in b.modules for b in _backends.LOADED.values()):
+            raise pytest.UsageError(f"M3AE_FAST_REQUIRE={impl}: not available: {missing or 'no op has it'}")
+
+
+@pytest.fixture(params=testing.isas() or ["none"])
+def isa(request):
+    """Run the test once per instruction set this build and machine have."""
+    if request.param == "none":
+        pytest.skip("the compiled module is missing")
+    from m3ae_fast._cpp import _C
+
+    before = _C.active_isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture
+def poison():
+    """torch.empty starts as NaN: what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

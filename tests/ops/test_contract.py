@@ -1,0 +1,158 @@
+"""What every op owes, on every backend x instruction set x case x dtype. An op is here because it is loaded."""
+
+import contextlib
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import m3ae_fast
+from m3ae_fast import _backends, testing
+
+OPS = sorted(_backends.LOADED)
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+PAIRS = [(op, impl) for op in OPS for impl in testing.impls(op)]
+CASES = [(op, impl, case) for op, impl in PAIRS for case in testing.cases(op).SMALL]
+FIRST = [(op, impl, testing.cases(op).SMALL[0]) for op, impl in PAIRS]
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def function(op):
+    return getattr(m3ae_fast, op)
+
+
+def bits(results):
+    return [x.view(torch.uint8) if x.is_floating_point() else x for x in pytree.tree_leaves(results)]
+
+
+def assert_same_bits(a, b):
+    assert all(torch.equal(x, y) for x, y in zip(bits(a), bits(b), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(("op", "impl", "case"), CASES)
+def test_error_rule(op, impl, case, dtype, isa):
+    call = testing.cases(op).make(case, dtype)
+    outputs, gradients = call.run(function(op), impl=impl)
+    eager_outputs, eager_gradients = call.run(function(op), impl="reference")
+    true_outputs, true_gradients = call.to(torch.float64).run(function(op), impl="reference")
+    for i, results in enumerate(zip(outputs, eager_outputs, true_outputs, strict=True)):
+        testing.assert_error_rule(f"output {i}", *results, factor=2)
+    for i, results in enumerate(zip(gradients, eager_gradients, true_gradients, strict=True)):
+        testing.assert_error_rule(f"gradient {i}", *results, factor=3)
+
+
+@pytest.mark.parametrize(("op", "impl", "case"), FIRST)
+def test_gradcheck(op, impl, case, isa):
+    call = testing.cases(op).make(case, torch.float64)
+    leaves = call.leaves()
+    if not leaves:
+        pytest.skip(f"{op} has no gradient")
+
+    def run(*values):
+        replacement = dict(zip(map(id, leaves), values, strict=True))
+        args, kwargs = pytree.tree_map(lambda x: replacement.get(id(x), x), (call.args, call.kwargs))
+        out = function(op)(*args, **kwargs, impl=impl)
+        return tuple(x for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor) and x.requires_grad)
+
+    torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+class _Record(TorchDispatchMode):
+    """Every call of an m3ae_fast torch op, with its arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "m3ae_fast":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("op", "impl", "case"), CASES)
+def test_opcheck(op, impl, case):
+    call = testing.cases(op).make(case)
+    with _Record() as record:
+        call.run(function(op), impl=impl)
+    assert record.calls, f"{op} called no registered operator"
+    for func, args, kwargs in record.calls:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: x.detach(), (args, kwargs))
+        torch.library.opcheck(func, args, kwargs)
+
+
+@pytest.mark.parametrize(("op", "impl", "case"), CASES)
+def test_thread_counts_give_the_same_bits(op, impl, case, threads):
+    call = testing.cases(op).make(case)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(call.run(function(op), impl=impl))
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
+
+
+@pytest.mark.parametrize(("op", "impl", "case"), CASES)
+def test_strided_inputs(op, impl, case):
+    """Every second element of a tensor full of NaN gives the same bits as the tensor itself."""
+
+    def strided(x):
+        return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
+
+    call = testing.cases(op).make(case)
+    assert_same_bits(call.run(function(op), impl=impl), call.map(strided).run(function(op), impl=impl))
+
+
+@pytest.mark.parametrize(("op", "impl", "case"), CASES)
+def test_strided_and_expanded_grad_outputs(op, impl, case):
+    """autograd hands over gradients of any strides, zero ones among them; gradcheck never does."""
+    call = testing.cases(op).make(case)
+    if not call.leaves():
+        pytest.skip(f"{op} has no gradient")
+
+    def gradients(make):
+        out = function(op)(*call.args, **call.kwargs, impl=impl)
+        attached = [x for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor) and x.requires_grad]
+        return torch.autograd.grad(attached, call.leaves(), [make(x) for x in attached])
+
+    ones = gradients(torch.ones_like)
+    assert_same_bits(ones, gradients(lambda x: torch.ones((), dtype=x.dtype).expand(x.shape)))
+    plain = gradients(testing.cotangent)
+    with_holes = gradients(lambda x: torch.stack([testing.cotangent(x)] * 2, dim=-1)[..., 1])
+    assert_same_bits(plain, with_holes)
+
+
+@pytest.mark.parametrize(("op", "impl", "case"), FIRST)
+def test_compiles_whole_and_at_most_twice(op, impl, case):
+    """fullgraph, dynamic, forward and backward: at most two compilations over fifty length mixes, the same bits."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function(op), backend=counter, fullgraph=True, dynamic=True)
+    with deterministic_off():
+        for seed in range(50):
+            call = testing.cases(op).make(case, seed=seed)
+            assert_same_bits(call.run(compiled, impl=impl), call.run(function(op), impl=impl))
+    assert counter.frame_count <= 2
+
+
+@contextlib.contextmanager
+def deterministic_off():
+    """NaN-filled torch.empty would be traced into the graph as a fill: not what users compile."""
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_explicit_impl_is_obeyed_or_refused(op):
+    call = testing.cases(op).make(testing.cases(op).SMALL[0])
+    with pytest.raises(ValueError, match="impl must be one of"):
+        function(op)(*call.args, **call.kwargs, impl="fastest")
+    with pytest.raises(ValueError, match=f"impl='cuda' cannot run {op}"):
+        function(op)(*call.args, **call.kwargs, impl="cuda")
