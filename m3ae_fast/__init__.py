@@ -3,6 +3,7 @@
 import torch  # noqa: F401  before _C, so that its OpenMP symbols resolve to torch's own runtime: one thread pool
 
 from m3ae_fast._explain import __version__, explain
+from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.ops import *  # noqa: F403
 from m3ae_fast.ops import __all__ as _ops
 from m3ae_fast.seqlens import SeqLens
@@ -12,4 +13,4 @@ class M3AEFastWarning(UserWarning):
     """Something was cut, skipped or slower than it could be; the message says what and how often."""
 
 
-__all__ = [*_ops, "M3AEFastWarning", "SeqLens", "__version__", "explain"]
+__all__ = [*_ops, "ImageTextBatch", "M3AEFastWarning", "SeqLens", "__version__", "explain"]

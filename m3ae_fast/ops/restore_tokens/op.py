@@ -145,7 +145,8 @@ _restore_tokens = _backends.register(
 # dvectors [4, D] in the accumulation dtype: image mask, text mask, image type, text type.
 _restore_tokens_backward = _backends.register(
     "restore_tokens_backward(str impl, Tensor dout, Tensor rows, Tensor slots, SymInt kept_rows, "
-    "ScalarType kept_dtype, SymInt patches, SymInt words, bool need_kept, bool need_vectors, bool need_position) -> (Tensor, Tensor, Tensor)",
+    "ScalarType kept_dtype, SymInt patches, SymInt words, bool need_kept, bool need_vectors, bool need_position"
+    ") -> (Tensor, Tensor, Tensor)",
     lambda impl, *args: BACKENDS[impl].backward(*args),
     _fake_backward,
 )

@@ -1,0 +1,93 @@
+"""ImageTextBatch: images and packed texts of a batch, as the models take them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from m3ae_fast import _checks
+from m3ae_fast.seqlens import SeqLens
+
+
+class ImageTextBatch:
+    """B samples, each with an image, a text, or both. Texts are packed: no padding is ever stored.
+
+    Args:
+        images: [N, 3, H, W] uint8 (raw pixels) or float (already normalised), or None. Any strides: channels-last
+            memory is the fastest for uint8. N is B, or the number of true entries in `has_image`, in sample order.
+        text: [sum of text_lengths] int32 or int64 vocabulary ids, sample after sample, or None.
+        text_lengths: B lengths (ints, tensor or SeqLens), 0 for a sample without a text; None: no texts.
+        has_image: B bools, None: every sample has an image (or none, where images is None).
+        sample_ids: [B] the samples' numbers in the whole data set, in [0, 2**56): what masks are keyed by, so that they
+            do not depend on how samples are grouped into batches or ranks. None: 0 .. B-1.
+
+    Raises:
+        ValueError: sizes disagree, or a sample has neither an image nor a text. TypeError: dtypes.
+    """
+
+    __slots__ = ("has_image", "images", "sample_ids", "text", "text_lengths")
+
+    def __init__(
+        self,
+        images: Tensor | None = None,
+        text: Tensor | None = None,
+        text_lengths: SeqLens | Iterable[int] | Tensor | None = None,
+        *,
+        has_image: Iterable[bool] | None = None,
+        sample_ids: Sequence[int] | Tensor | None = None,
+    ):
+        if images is None and text is None:
+            raise ValueError("images and text must not both be None: a batch needs one of them")
+        if images is not None:
+            _checks.shape("images", images, (None, 3, None, None))
+            _checks.dtype("images", images, (torch.uint8, *_checks.FLOATS))
+        device = (images if images is not None else text).device
+        if (text is None) != (text_lengths is None):
+            raise ValueError("text and text_lengths must be given together")
+        if text is None:
+            batch = len(tuple(has_image)) if has_image is not None else images.shape[0]
+            text = torch.zeros(0, dtype=torch.int32, device=device)
+            text_lengths = [0] * batch
+        if not isinstance(text_lengths, SeqLens):
+            text_lengths = SeqLens(text_lengths)
+        batch = len(text_lengths)
+        text = _checks.ids("text", text, text_lengths.total)
+        has_image = tuple(map(bool, has_image)) if has_image is not None else (images is not None,) * batch
+        if len(has_image) != batch:
+            raise ValueError(f"has_image must have {batch} entries, as text_lengths has, got {len(has_image)}")
+        stored = 0 if images is None else images.shape[0]
+        if stored != sum(has_image):
+            raise ValueError(f"images must hold the {sum(has_image)} images of {batch} samples, got {stored}")
+        for i, (image, length) in enumerate(zip(has_image, text_lengths.lengths, strict=True)):
+            if not image and length == 0:
+                raise ValueError(f"every sample must have an image or a text, got neither in sample {i}")
+        sample_ids = torch.arange(batch) if sample_ids is None else torch.as_tensor(sample_ids, dtype=torch.int64)
+        _checks.shape("sample_ids", sample_ids, (batch,))
+        self.images, self.text, self.text_lengths = images, text, text_lengths.to(device)
+        self.has_image, self.sample_ids = has_image, sample_ids
+
+    def __len__(self) -> int:
+        return len(self.text_lengths)
+
+    def __repr__(self) -> str:
+        return f"ImageTextBatch({len(self)} samples, {sum(self.has_image)} images, {self.text_lengths.total} words)"
+
+    @property
+    def device(self) -> torch.device:
+        return self.text.device
+
+    def _map(self, function) -> ImageTextBatch:
+        moved = object.__new__(ImageTextBatch)
+        moved.images = None if self.images is None else function(self.images)
+        moved.text = function(self.text)
+        moved.text_lengths = self.text_lengths.to(moved.text.device)
+        moved.has_image, moved.sample_ids = self.has_image, self.sample_ids
+        return moved
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> ImageTextBatch:
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ImageTextBatch:
+        return self._map(lambda x: x.pin_memory())
