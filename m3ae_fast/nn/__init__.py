@@ -1,0 +1,23 @@
+"""Drop-in layers on the ops: packed rows [T, D] and SeqLens in place of padded batches and masks."""
+
+from m3ae_fast.nn.attention import Attention, CrossAttention
+from m3ae_fast.nn.linear import LayerNorm, Linear
+from m3ae_fast.nn.losses import LinearCrossEntropyLoss, MaskedMSELoss
+from m3ae_fast.nn.patch_embed import PatchEmbed
+from m3ae_fast.nn.positions import sincos_1d, sincos_2d
+from m3ae_fast.nn.transformer import Block, Mlp, Transformer
+
+__all__ = [
+    "Attention",
+    "Block",
+    "CrossAttention",
+    "LayerNorm",
+    "Linear",
+    "LinearCrossEntropyLoss",
+    "MaskedMSELoss",
+    "Mlp",
+    "PatchEmbed",
+    "Transformer",
+    "sincos_1d",
+    "sincos_2d",
+]

@@ -1,0 +1,45 @@
+"""Linear and LayerNorm: torch's parameters and state dict, our ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from m3ae_fast.ops import layer_norm, linear
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` (same parameters) with an optional activation in the product's epilogue.
+
+    Args:
+        activation: None, "gelu" (erf) or "gelu_tanh".
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, activation: str | None = None):
+        super().__init__(in_features, out_features, bias)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        return linear(x, self.weight, self.bias, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
+
+
+class LayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` over the last dimension (same parameters) that can add a residual in the same pass.
+
+    Under autocast the normalised rows come out in the autocast dtype, ready for the product that reads them: the
+    cast that autocast would do there, without its pass over memory.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__(width, eps=eps)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """x [T, D] -> norm(x), or (norm(x + residual), x + residual)."""
+        dtype = None
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        return layer_norm(x, self.weight, self.bias, residual=residual, eps=self.eps, dtype=dtype)

@@ -1,0 +1,45 @@
+"""The two losses of a masked multimodal autoencoder as modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from m3ae_fast.ops import linear_cross_entropy, masked_mse
+from m3ae_fast.seqlens import SeqLens
+
+
+class MaskedMSELoss(nn.Module):
+    """`masked_mse` with its settings kept: squared error of masked patches against pixels read from the images."""
+
+    def __init__(
+        self,
+        patch_size: int,
+        *,
+        norm_pix: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        reduction: str = "sample_mean",
+    ):
+        super().__init__()
+        self.settings = {
+            "patch_size": patch_size, "norm_pix": norm_pix, "mean": mean, "std": std, "reduction": reduction,
+        }  # fmt: skip
+
+    def forward(self, pred: Tensor, images: Tensor, ids_mask: Tensor, cu_mask: SeqLens | Tensor) -> Tensor:
+        """pred [M, patch_dim] for the masked patches `ids_mask` [M] of images [N, C, H, W] -> loss."""
+        return masked_mse(pred, images, ids_mask, cu_mask, **self.settings)
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """A head Linear(width, vocabulary) with its cross-entropy: logits are never stored."""
+
+    def __init__(self, width: int, vocab_size: int, *, bias: bool = True, reduction: str = "mean", **settings):
+        super().__init__()
+        self.head = nn.Linear(width, vocab_size, bias=bias)
+        self.settings = {"reduction": reduction, **settings}
+
+    def forward(self, x: Tensor, target: Tensor, cu_seqlens: SeqLens | Tensor | None = None) -> Tensor:
+        """x [T, width], target [T] -> loss (reduction "sample_mean" needs cu_seqlens)."""
+        return linear_cross_entropy(x, self.head.weight, target, self.head.bias, cu_seqlens=cu_seqlens, **self.settings)

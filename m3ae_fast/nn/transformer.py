@@ -1,0 +1,64 @@
+"""The pre-LayerNorm Transformer of MAE and M3AE over packed sequences."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from m3ae_fast.nn.attention import Attention
+from m3ae_fast.nn.linear import LayerNorm, Linear
+from m3ae_fast.seqlens import SeqLens
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x))). Args: activation: "gelu_tanh" (M3AE) or "gelu" (erf: MAE, timm)."""
+
+    def __init__(self, width: int, hidden: int, *, activation: str = "gelu_tanh"):
+        super().__init__()
+        self.fc1 = Linear(width, hidden, activation=activation)
+        self.fc2 = Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x))
+
+
+class Block(nn.Module):
+    """x + attn(norm1(x)), then x + mlp(norm2(x)); every residual add happens inside the LayerNorm that follows it."""
+
+    def __init__(
+        self, width: int, heads: int, *, mlp_ratio: float = 4.0, activation: str = "gelu_tanh", eps: float = 1e-6
+    ):
+        super().__init__()
+        self.norm1 = LayerNorm(width, eps)
+        self.attn = Attention(width, heads)
+        self.norm2 = LayerNorm(width, eps)
+        self.mlp = Mlp(width, int(width * mlp_ratio), activation=activation)
+
+    def forward(self, x: Tensor, seqlens: SeqLens) -> Tensor:
+        """x [T, D], packed sequences of `seqlens` -> [T, D]."""
+        x, update = self.step(x, None, seqlens)
+        return x + update
+
+    def step(self, x: Tensor, update: Tensor | None, seqlens: SeqLens) -> tuple[Tensor, Tensor]:
+        """The block on x + update, which is added in passing -> (x, update) of the block: their sum is its output."""
+        if update is None:
+            y = self.norm1(x)
+        else:
+            y, x = self.norm1(update, residual=x)
+        y, x = self.norm2(self.attn(y, seqlens), residual=x)
+        return x, self.mlp(y)
+
+
+class Transformer(nn.Module):
+    """`depth` blocks and a final LayerNorm."""
+
+    def __init__(self, width: int, depth: int, heads: int, **options):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, heads, **options) for _ in range(depth))
+        self.norm = LayerNorm(width, options.get("eps", 1e-6))
+
+    def forward(self, x: Tensor, seqlens: SeqLens) -> Tensor:
+        """x [T, D], packed sequences of `seqlens` -> [T, D], normalised."""
+        update = None
+        for block in self.blocks:
+            x, update = block.step(x, update, seqlens)
+        return self.norm(x) if update is None else self.norm(update, residual=x)[0]
