@@ -1,0 +1,258 @@
+"""M3AE: one Transformer over image patches and words, most of them masked, rebuilding both.
+
+Shapes: B samples, N of them with an image; T packed rows; D width; P patches; V vocabulary.
+Source: arXiv:2205.14204, and the authors' public code, which `masking="shared"` follows to the number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+
+from m3ae_fast import nn as fast
+from m3ae_fast.batch import ImageTextBatch
+from m3ae_fast.models import masking
+from m3ae_fast.models.config import M3AEConfig
+from m3ae_fast.models.masking import Masked, TokenLayout
+from m3ae_fast.ops import assemble_tokens, linear_cross_entropy, masked_mse, restore_tokens
+from m3ae_fast.seqlens import SeqLens
+
+
+@dataclasses.dataclass
+class M3AEOutput:
+    """What a training step needs. Losses and accuracy are fp32 scalars, means over the B samples of each sample's
+    own mean over its masked tokens (a sample without any counts as 0), so that they add up over micro-batches."""
+
+    loss: Tensor  # image_loss_weight * image_loss + text_loss_weight * text_loss
+    image_loss: Tensor
+    text_loss: Tensor
+    text_accuracy: Tensor  # of the masked words; no gradient
+    image_mask: Tensor  # [B, P] bool on the host, True = removed
+    text_mask: Tensor  # [B, longest text] bool on the host, True = removed
+
+
+@dataclasses.dataclass
+class Reconstruction:
+    """Predictions for every token, kept or masked."""
+
+    image: Tensor  # [B, P, patch_dim] normalised pixels (row, column, channel); NaN for a sample without an image
+    text_logits: Tensor  # [sum of text lengths, V]
+    image_mask: Tensor  # as in M3AEOutput
+    text_mask: Tensor
+
+
+@dataclasses.dataclass
+class Encoded:
+    """The encoder's view of whole samples, nothing masked."""
+
+    cls: Tensor  # [B, D]
+    tokens: Tensor  # [T, D]: [CLS; patches; words] of each sample, packed
+    seqlens: SeqLens  # of tokens
+
+
+class M3AE(nn.Module):
+    """Args: config: see `M3AEConfig`; with vocab_size 0 the model is of images alone."""
+
+    def __init__(self, config: M3AEConfig):
+        super().__init__()
+        self.config = c = config
+        texts = c.vocab_size > 0
+        options = {"mlp_ratio": c.mlp_ratio, "activation": c.activation}
+
+        def token(width: int, wanted: bool = True) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(width)) if wanted else None
+
+        self.patch_embed = fast.PatchEmbed(c.patch_size, c.width, mean=c.image_mean, std=c.image_std)
+        self.text_embedding = nn.Embedding(c.vocab_size, c.width) if texts else None
+        self.cls_token = token(c.width)
+        self.image_type, self.text_type = token(c.width), token(c.width, texts)
+        self.encoder = fast.Transformer(c.width, c.depth, c.heads, **options)
+
+        self.decoder_embed = fast.Linear(c.width, c.decoder_width)
+        self.image_mask_token, self.text_mask_token = token(c.decoder_width), token(c.decoder_width, texts)
+        self.decoder_image_type, self.decoder_text_type = token(c.decoder_width), token(c.decoder_width, texts)
+        self.decoder = fast.Transformer(c.decoder_width, c.decoder_depth, c.decoder_heads, **options)
+        self.image_head = fast.Linear(c.decoder_width, c.patch_dim)
+        self.text_head = fast.Linear(c.decoder_width, c.vocab_size) if texts else None
+
+        for prefix, width in (("", c.width), ("decoder_", c.decoder_width)):
+            self.register_buffer(f"{prefix}image_position", fast.sincos_2d(*c.grid, width), persistent=False)
+            words = fast.sincos_1d(torch.arange(c.max_text_length), width) if texts else None
+            self.register_buffer(f"{prefix}text_position", words, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform kernels, zero biases, N(0, .02) tokens and types, N(0, 1) word embeddings."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight)
+        for parameter in self.parameters(recurse=False):
+            nn.init.normal_(parameter, std=0.02)
+
+    # -- the three things it does ------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        batch: ImageTextBatch,
+        *,
+        seed: int | None = None,
+        step: int = 0,
+        image_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> M3AEOutput:
+        """Losses of one step.
+
+        Args:
+            batch: pairs, images alone and texts alone go through one packed pass.
+            seed, step: key the random masks together with batch.sample_ids: the same masks on every device, for any
+                split of a batch.
+            image_mask, text_mask: instead of drawing: [B, P] and [B, L] bool, True = removed.
+
+        Raises:
+            ValueError: neither a seed nor masks; images or texts of another size than the configuration's.
+        """
+        image, text = self._masks(batch, seed, step, image_mask, text_mask)
+        layout = TokenLayout.make(image, text, self.config.patches, batch.device)
+        decoded = self._decode(self._encode(batch, layout, image.keep, text.keep), layout)
+
+        rows = torch.cat([layout.image_rows, layout.text_rows])
+        for_image, for_text = take_rows(decoded, rows).split([image.mask.total, text.mask.total])
+        image_loss = text_loss = text_accuracy = decoded.new_zeros((), dtype=torch.float32)
+        if batch.images is not None:
+            image_loss = masked_mse(
+                self.image_head(for_image), batch.images, layout.image_ids_mask, _of_images(batch, image.mask),
+                patch_size=self.config.patch_size, norm_pix=self.config.norm_pix,
+                **self.patch_embed.normalisation(batch.images),
+            )  # fmt: skip
+            if batch.images.shape[0] != len(batch):
+                image_loss = image_loss * (batch.images.shape[0] / len(batch))
+        if self.text_head is not None:
+            target = batch.text.index_select(0, layout.words_mask)
+            text_loss, text_accuracy = linear_cross_entropy(
+                for_text, self.text_head.weight, target, self.text_head.bias,
+                reduction="sample_mean", cu_seqlens=text.mask.to(batch.device), return_accuracy=True,
+            )  # fmt: skip
+        loss = self.config.image_loss_weight * image_loss + self.config.text_loss_weight * text_loss
+        masks = image.as_bool(self.config.patches), text.as_bool(batch.text_lengths.max)
+        return M3AEOutput(loss, image_loss, text_loss, text_accuracy, *masks)
+
+    def reconstruct(
+        self,
+        batch: ImageTextBatch,
+        *,
+        seed: int | None = None,
+        step: int = 0,
+        image_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> Reconstruction:
+        """Predictions for every patch and every word, masked or not; arguments as `forward`'s."""
+        image, text = self._masks(batch, seed, step, image_mask, text_mask)
+        layout = TokenLayout.make(image, text, self.config.patches, batch.device)
+        decoded = self._decode(self._encode(batch, layout, image.keep, text.keep), layout)
+        patches = self.image_head(take_rows(decoded, layout.all_image_rows))
+        pixels = patches.new_full((len(batch), self.config.patches, self.config.patch_dim), math.nan)
+        pixels[torch.tensor(batch.has_image)] = patches.view(-1, self.config.patches, self.config.patch_dim)
+        logits = decoded.new_zeros(0, 0)
+        if self.text_head is not None:
+            logits = self.text_head(take_rows(decoded, layout.all_text_rows))
+        masks = image.as_bool(self.config.patches), text.as_bool(batch.text_lengths.max)
+        return Reconstruction(pixels, logits, *masks)
+
+    def encode(self, batch: ImageTextBatch) -> Encoded:
+        """The encoder on whole samples: CLS features for probing and fine-tuning, and every token."""
+        self._check(batch)
+        image = masking.keep_all([self.config.patches if has else 0 for has in batch.has_image])
+        text = masking.keep_all(batch.text_lengths.lengths)
+        layout = TokenLayout.make(image, text, self.config.patches, batch.device)
+        tokens = self._encode(batch, layout, image.keep, text.keep)
+        return Encoded(take_rows(tokens, layout.cls_rows), tokens, layout.kept)
+
+    # -- the two halves ----------------------------------------------------------------------------------------------
+
+    def _encode(self, batch: ImageTextBatch, layout: TokenLayout, image: SeqLens, text: SeqLens) -> Tensor:
+        """Kept patches and kept words -> [layout.kept.total, D]."""
+        patches = words = None
+        if batch.images is not None:
+            patches = self.patch_embed(batch.images, layout.image_ids_keep, _of_images(batch, image))
+        if self.text_embedding is not None:
+            words = batch.text.index_select(0, layout.words_keep)
+        tokens = assemble_tokens(
+            patches, words,
+            image_ids=layout.image_ids_keep, text_ids=layout.text_ids_keep,
+            cu_image=image.to(batch.device), cu_text=text.to(batch.device),
+            cls_token=self.cls_token, text_embedding=None if words is None else self.text_embedding.weight,
+            image_position=self.image_position, text_position=self.text_position,
+            image_type=self.image_type, text_type=self.text_type,
+        )  # fmt: skip
+        return self.encoder(tokens, layout.kept)
+
+    def _decode(self, encoded: Tensor, layout: TokenLayout) -> Tensor:
+        """[layout.kept.total, D] -> [layout.full.total, decoder width]."""
+        tokens = restore_tokens(
+            self.decoder_embed(encoded), layout.rows, layout.slots,
+            image_mask_token=self.image_mask_token, text_mask_token=self.text_mask_token,
+            image_position=self.decoder_image_position, text_position=self.decoder_text_position,
+            image_type=self.decoder_image_type, text_type=self.decoder_text_type,
+        )  # fmt: skip
+        return self.decoder(tokens, layout.full)
+
+    def _masks(
+        self, batch: ImageTextBatch, seed: int | None, step: int, image_mask: Tensor | None, text_mask: Tensor | None
+    ) -> tuple[Masked, Masked]:
+        self._check(batch)
+        c = self.config
+        lengths = {"image": [c.patches if has else 0 for has in batch.has_image], "text": batch.text_lengths.lengths}
+        given = {"image": image_mask, "text": text_mask}
+        ratios = {"image": c.image_mask_ratio, "text": c.text_mask_ratio}
+        streams = {"image": masking.IMAGE_STREAM, "text": masking.TEXT_STREAM}
+        slots = {"image": c.patches, "text": c.max_text_length}
+        masked = []
+        for name in ("image", "text"):
+            if given[name] is not None:
+                masked.append(masking.from_bool(f"{name}_mask", given[name], lengths[name]))
+            elif sum(lengths[name]) == 0:
+                masked.append(masking.keep_all(lengths[name]))
+            elif seed is None:
+                raise ValueError(f"seed must be given to draw masks, or {name}_mask must be, got neither")
+            else:
+                shared = slots[name] if c.masking == "shared" else None
+                keys = {"seed": seed, "step": step, "sample_ids": batch.sample_ids, "stream": streams[name]}
+                masked.append(masking.draw(lengths[name], ratios[name], shared=shared, **keys))
+        return masked[0], masked[1]
+
+    def _check(self, batch: ImageTextBatch) -> None:
+        c = self.config
+        if not isinstance(batch, ImageTextBatch):
+            raise TypeError(f"batch must be an ImageTextBatch, got {type(batch).__name__}")
+        if batch.images is not None and tuple(batch.images.shape[2:]) != c.image_shape:
+            raise ValueError(
+                f"batch.images must be of {c.image_shape[0]} x {c.image_shape[1]} pixels, as the configuration says, "
+                f"got {batch.images.shape[2]} x {batch.images.shape[3]}"
+            )
+        if batch.text_lengths.total and c.vocab_size == 0:
+            raise ValueError("batch.text must be None: this model is of images alone (vocab_size 0)")
+        if batch.text_lengths.max > c.max_text_length:
+            raise ValueError(
+                f"batch.text_lengths must be at most max_text_length {c.max_text_length}, got {batch.text_lengths.max}"
+            )
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x [T, D], rows [R] distinct row numbers -> [R, D]; its gradient is written, not scattered with atomics."""
+    return restore_tokens(x, rows, torch.full_like(rows, -1))
+
+
+def _of_images(batch: ImageTextBatch, lengths: SeqLens) -> SeqLens:
+    """Lengths over the B samples -> over the N samples that have an image."""
+    if all(batch.has_image):
+        return lengths.to(batch.device)
+    kept = [n for n, has in zip(lengths.lengths, batch.has_image, strict=True) if has]
+    return SeqLens(kept, device=batch.device)

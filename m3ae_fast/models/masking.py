@@ -1,0 +1,151 @@
+"""Which tokens of a batch are kept and where every token stands. All of it is made on the host, where lengths live.
+
+Sequences are [CLS; image patches; words] throughout: the kept ones in the encoder, all of them in the decoder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from m3ae_fast import _checks
+from m3ae_fast.ops import sample_mask
+from m3ae_fast.seqlens import SeqLens
+
+IMAGE_STREAM, TEXT_STREAM = 0, 1  # of sample_mask's random numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked:
+    """The tokens of one modality, split: positions within the sample, packed over the B samples, on the host."""
+
+    ids_keep: Tensor  # int32
+    ids_mask: Tensor  # int32
+    keep: SeqLens
+    mask: SeqLens
+
+    @property
+    def lengths(self) -> list[int]:
+        return [k + m for k, m in zip(self.keep.lengths, self.mask.lengths, strict=True)]
+
+    def as_bool(self, columns: int) -> Tensor:
+        """[B, columns] bool, True = removed; slots past a sample's length are False."""
+        out = torch.zeros(len(self.keep), columns, dtype=torch.bool)
+        out[sample_of(self.mask), self.ids_mask.long()] = True
+        return out
+
+
+def sample_of(seqlens: SeqLens) -> Tensor:
+    """[total] int64: the sample each packed row belongs to."""
+    return torch.repeat_interleave(
+        torch.arange(len(seqlens)), torch.tensor(seqlens.lengths, dtype=torch.int64), output_size=seqlens.total
+    )
+
+
+def keep_all(lengths: Sequence[int]) -> Masked:
+    """Nothing masked."""
+    keep = SeqLens(lengths)
+    ids = torch.arange(keep.total, dtype=torch.int32) - keep.cu[:-1][sample_of(keep)]
+    return Masked(ids, ids[:0], keep, SeqLens([0] * len(keep)))
+
+
+def from_bool(name: str, mask: Tensor, lengths: Sequence[int]) -> Masked:
+    """From a mask [B, columns], True = removed; what it says of slots past a sample's length does not matter.
+
+    A mask on a GPU is copied to the host: a sync.
+    """
+    _checks.shape(name, mask, (len(lengths), None))
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be of dtype bool (True = removed), got {mask.dtype}")
+    longest = max(lengths, default=0)
+    if mask.shape[1] < longest:
+        raise ValueError(
+            f"{name} must have at least {longest} columns, the longest sample's tokens, got {mask.shape[1]}"
+        )
+    mask = mask.cpu()
+    real = torch.arange(mask.shape[1]) < torch.tensor(lengths, dtype=torch.int64)[:, None]
+    kept, masked = real & ~mask, real & mask
+    ids_keep, ids_mask = (x.nonzero()[:, 1].to(torch.int32) for x in (kept, masked))
+    return Masked(ids_keep, ids_mask, SeqLens(kept.sum(1)), SeqLens(masked.sum(1)))
+
+
+def draw(
+    lengths: Sequence[int], ratio: float, *, seed: int, step: int, sample_ids: Tensor, stream: int, shared: int | None
+) -> Masked:
+    """Random masks, int(length * (1 - ratio)) tokens kept.
+
+    Args:
+        shared: None: a mask for every sample, at least one token kept and one masked (a single token is masked).
+            A number of slots: one mask for the batch, drawn over that many slots, whatever the lengths.
+    """
+    if shared is not None:
+        count = int(shared * (1 - ratio))
+        keep, _ = sample_mask([shared], [count], seed=seed, step=step, stream=stream, shared=True)
+        mask = torch.ones(shared, dtype=torch.bool)
+        mask[keep.long()] = False
+        return from_bool("mask", mask.expand(len(lengths), -1), lengths)
+    keep = [max(0, min(max(int(n * (1 - ratio)), 1), n - 1)) for n in lengths]
+    ids_keep, ids_mask = sample_mask(lengths, keep, seed=seed, step=step, sample_ids=sample_ids, stream=stream)
+    return Masked(ids_keep, ids_mask, SeqLens(keep), SeqLens([n - k for n, k in zip(lengths, keep, strict=True)]))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLayout:
+    """Where every token of a batch stands in the encoder's and the decoder's packed sequences, on one device."""
+
+    kept: SeqLens  # the encoder's sequences
+    full: SeqLens  # the decoder's sequences
+    rows: Tensor  # [full.total] for restore_tokens: the encoder row that stands there, -1 where masked
+    slots: Tensor  # [full.total] for restore_tokens: patch number, or patches + word number, or -1 (CLS)
+    cls_rows: Tensor  # [B] of the encoder's rows
+    image_rows: Tensor  # decoder rows of the masked patches
+    text_rows: Tensor  # decoder rows of the masked words
+    all_image_rows: Tensor  # decoder rows of every patch
+    all_text_rows: Tensor  # decoder rows of every word
+    image_ids_keep: Tensor
+    image_ids_mask: Tensor
+    text_ids_keep: Tensor
+    words_keep: Tensor  # places of the kept words in the batch's packed text
+    words_mask: Tensor  # places of the masked words in the batch's packed text
+
+    @staticmethod
+    def make(image: Masked, text: Masked, patches: int, device: torch.device) -> TokenLayout:
+        image_lengths, text_lengths = SeqLens(image.lengths), SeqLens(text.lengths)
+        batch = range(len(image.keep))
+        kept = SeqLens([1 + image.keep.lengths[b] + text.keep.lengths[b] for b in batch])
+        full = SeqLens([1 + image_lengths.lengths[b] + text_lengths.lengths[b] for b in batch])
+        cls_rows = kept.cu[:-1]
+        image_start = full.cu[:-1] + 1
+        text_start = image_start + torch.tensor(image_lengths.lengths, dtype=torch.int32)
+
+        rows = torch.full((full.total,), -1, dtype=torch.int32)
+        slots = torch.full((full.total,), -1, dtype=torch.int32)
+        rows[full.cu[:-1].long()] = cls_rows
+        masked_rows = []
+        modalities = (
+            (image, image_start, cls_rows + 1, 0),
+            (text, text_start, cls_rows + 1 + torch.tensor(image.keep.lengths, dtype=torch.int32), patches),
+        )
+        for masked, start, kept_start, first_slot in modalities:
+            keep_of, mask_of = sample_of(masked.keep), sample_of(masked.mask)
+            at = (start[keep_of] + masked.ids_keep).long()
+            within = torch.arange(masked.keep.total, dtype=torch.int32) - masked.keep.cu[:-1][keep_of]
+            rows[at] = kept_start[keep_of] + within
+            slots[at] = first_slot + masked.ids_keep
+            at = (start[mask_of] + masked.ids_mask).long()
+            slots[at] = first_slot + masked.ids_mask
+            masked_rows.append(at.to(torch.int32))
+        all_rows = [
+            start[sample_of(lengths)] + keep_all(lengths.lengths).ids_keep
+            for start, lengths in ((image_start, image_lengths), (text_start, text_lengths))
+        ]
+        words = text_lengths.cu[:-1]
+        index = (
+            rows, slots, cls_rows, *masked_rows, *all_rows, image.ids_keep, image.ids_mask, text.ids_keep,
+            words[sample_of(text.keep)] + text.ids_keep, words[sample_of(text.mask)] + text.ids_mask,
+        )  # fmt: skip
+        on_device = torch.cat(index).to(device, non_blocking=True)  # one transfer
+        return TokenLayout(kept.to(device), full.to(device), *on_device.split([x.numel() for x in index]))

@@ -1,0 +1,198 @@
+"""The model: mixed batches, one packed pass, masks that do not depend on batching, every argument's error."""
+
+import pytest
+import torch
+
+from m3ae_fast import ImageTextBatch
+from m3ae_fast.models import M3AE, MAE, M3AEConfig
+
+CONFIG = M3AEConfig(
+    image_size=16, patch_size=4, vocab_size=53, max_text_length=8, width=32, depth=2, heads=4,
+    decoder_width=24, decoder_depth=2, decoder_heads=3,
+)  # fmt: skip
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = M3AE(CONFIG)
+    for parameter in model.parameters():  # biases and norms too: a term left out must show
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def make_batch(images=True, lengths=(5, 3, 8), has_image=None, seed=0, ids=None):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = list(lengths)
+    count = 0 if not images else len(lengths) if has_image is None else sum(has_image)
+    pixels = torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8) if images else None
+    text = torch.randint(0, 53, (sum(lengths),), generator=generator, dtype=torch.int32)
+    return ImageTextBatch(pixels, text, lengths, has_image=has_image, sample_ids=ids)
+
+
+def one(batch, b):
+    """Sample b of a batch, alone."""
+    start, end = batch.text_lengths.cu[b : b + 2].tolist()
+    image = sum(batch.has_image[:b])
+    pixels = batch.images[image : image + 1] if batch.has_image[b] else None
+    text = batch.text[start:end] if end > start else None
+    lengths = [end - start] if end > start else None
+    return ImageTextBatch(pixels, text, lengths, sample_ids=batch.sample_ids[b : b + 1])
+
+
+MIXED = {"lengths": (5, 0, 8, 2, 1), "has_image": (True, True, False, True, False), "ids": [7, 3, 99, 2**40, 0]}
+
+
+def test_a_mixed_batch_is_the_mean_of_its_samples(model):
+    """Pairs, an image alone and texts alone in one packed pass: losses and gradients of each sample on its own."""
+    batch = make_batch(**MIXED)
+    whole = model(batch, seed=5, step=11)
+    alone = [model(one(batch, b), seed=5, step=11) for b in range(len(batch))]
+    for name in ("loss", "image_loss", "text_loss", "text_accuracy"):
+        mean = torch.stack([getattr(out, name) for out in alone]).mean()
+        torch.testing.assert_close(getattr(whole, name), mean, rtol=1e-5, atol=1e-6)
+    for b, out in enumerate(alone):
+        assert torch.equal(whole.image_mask[b], out.image_mask[0])
+        assert torch.equal(whole.text_mask[b, : out.text_mask.shape[1]], out.text_mask[0])
+    parameters = list(model.parameters())
+    ours = torch.autograd.grad(whole.loss, parameters)
+    theirs = torch.autograd.grad(sum(out.loss for out in alone) / len(alone), parameters)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 + 1e-5 * b.abs().max().item())
+
+
+def test_reconstruct_predicts_every_token_and_agrees_with_the_losses(model):
+    batch = make_batch(**MIXED)
+    out, whole = model.reconstruct(batch, seed=1), model(batch, seed=1)
+    assert out.image.shape == (5, 16, 48) and out.text_logits.shape == (16, 53)
+    assert out.image[2].isnan().all() and out.image[4].isnan().all() and out.image[0].isfinite().all()
+    assert torch.equal(out.image_mask, whole.image_mask) and torch.equal(out.text_mask, whole.text_mask)
+    logp = out.text_logits.log_softmax(1)
+    losses = []
+    for b, (start, end) in enumerate(zip(batch.text_lengths.cu[:-1], batch.text_lengths.cu[1:], strict=True)):
+        own = -logp[start:end].gather(1, batch.text[start:end, None].long())[:, 0][out.text_mask[b, : end - start]]
+        losses.append(own.mean() if len(own) else torch.zeros(()))
+    torch.testing.assert_close(torch.stack(losses).mean(), whole.text_loss)
+
+
+def test_encode_sees_everything(model):
+    batch = make_batch(**MIXED)
+    encoded = model.encode(batch)
+    assert encoded.cls.shape == (5, 32) and encoded.seqlens.lengths == (22, 17, 9, 19, 2)
+    assert encoded.tokens.shape == (69, 32)
+    for b in range(5):
+        torch.testing.assert_close(encoded.cls[b], model.encode(one(batch, b)).cls[0], rtol=1e-4, atol=1e-5)
+
+
+def test_masks_are_of_the_sample_not_of_the_batch(model):
+    batch = make_batch(ids=[4, 5, 6])
+    masks = model(batch, seed=1, step=2)
+    again = model(make_batch(ids=[4, 5, 6]), seed=1, step=2)
+    assert torch.equal(masks.image_mask, again.image_mask)
+    assert not torch.equal(masks.image_mask, model(batch, seed=1, step=3).image_mask)
+    assert not torch.equal(masks.image_mask, model(batch, seed=2, step=2).image_mask)
+    assert masks.image_mask.sum(1).tolist() == [12, 12, 12]
+    assert not torch.equal(masks.image_mask[0], masks.image_mask[1])
+
+
+def test_shared_masking_is_one_mask_a_batch():
+    config = M3AEConfig.from_dict({**CONFIG.to_dict(), "masking": "shared"})
+    out = M3AE(config)(make_batch(lengths=(8, 8, 4)), seed=0)
+    assert torch.equal(out.image_mask[0], out.image_mask[2]) and torch.equal(out.text_mask[0], out.text_mask[1])
+    assert torch.equal(out.text_mask[0, :4], out.text_mask[2, :4])
+
+
+def test_float_images_are_taken_as_normalised(model):
+    batch = make_batch()
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (CONFIG.image_mean, CONFIG.image_std))
+    images = (batch.images / 255 - mean) / std
+    normalised = ImageTextBatch(images, batch.text, batch.text_lengths)
+    torch.testing.assert_close(model(normalised, seed=0).loss, model(batch, seed=0).loss)
+
+
+def test_nothing_masked_gives_zero_losses_with_zero_gradients(model):
+    none = {"image_mask": torch.zeros(3, 16, dtype=torch.bool), "text_mask": torch.zeros(3, 8, dtype=torch.bool)}
+    out = model(make_batch(), **none)
+    out.loss.backward()
+    assert out.loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_everything_masked(model):
+    every = {"image_mask": torch.ones(3, 16, dtype=torch.bool), "text_mask": torch.ones(3, 8, dtype=torch.bool)}
+    out = model(make_batch(), **every)
+    out.loss.backward()
+    assert out.loss.isfinite()
+
+
+def test_images_alone_and_texts_alone(model):
+    texts = model(make_batch(images=False), seed=0)
+    assert texts.image_loss.item() == 0 and texts.text_loss > 0
+    pixels = make_batch().images
+    images = model(ImageTextBatch(pixels), seed=0)
+    assert images.text_loss.item() == 0 and images.image_loss > 0
+
+
+def test_mae_is_m3ae_without_texts(model):
+    mae = MAE(CONFIG)
+    assert not [name for name in mae.state_dict() if "text" in name]
+    mae.load_state_dict({k: v for k, v in model.state_dict().items() if "text" not in k})
+    batch = make_batch()
+    alone = ImageTextBatch(batch.images)
+    torch.testing.assert_close(mae(batch.images, seed=0).loss, model(alone, seed=0).loss)
+    assert torch.equal(mae(batch, seed=0).loss, mae(batch.images, seed=0).loss)
+    torch.testing.assert_close(mae.encode(batch).cls, model.encode(alone).cls)
+    assert mae.reconstruct(batch, seed=0).text_logits.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_autocast_stays_close(model, dtype):
+    batch = make_batch()
+    exact = model(batch, seed=0)
+    with torch.autocast("cpu", dtype):
+        out = model(batch, seed=0)
+    assert out.loss.dtype == torch.float32
+    torch.testing.assert_close(out.loss, exact.loss, rtol=2e-2, atol=0)
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_sizes_of_the_paper():
+    def millions(config):
+        with torch.device("meta"):
+            return sum(p.numel() for p in M3AE(config).encoder.parameters()) / 1e6
+
+    assert [round(millions(c)) for c in (M3AEConfig.small(), M3AEConfig.base(), M3AEConfig.large())] == [21, 85, 302]
+    assert M3AEConfig.huge().width // M3AEConfig.huge().heads == 80
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 15}, "image_size must be a multiple of patch_size 4, got 15"),
+        ({"width": 30}, "width must be a multiple of 4"),
+        ({"heads": 5}, "width must be a multiple of heads, got 32 and 5"),
+        ({"image_mask_ratio": 1.0}, r"image_mask_ratio must be in \[0, 1\), got 1.0"),
+        ({"masking": "none"}, "masking must be one of"),
+        ({"colour": 1}, "got colour"),
+    ],
+)
+def test_bad_configuration(changes, message):
+    with pytest.raises(ValueError, match=message):
+        M3AEConfig.from_dict({**CONFIG.to_dict(), **changes})
+
+
+def test_bad_calls(model):
+    with pytest.raises(ValueError, match="seed must be given to draw masks"):
+        model(make_batch())
+    with pytest.raises(ValueError, match=r"batch.text_lengths must be at most max_text_length 8, got 9"):
+        model(make_batch(lengths=(9,)), seed=0)
+    with pytest.raises(ValueError, match=r"batch\.images must be of 16 x 16 pixels"):
+        model(ImageTextBatch(torch.zeros(1, 3, 20, 16)), seed=0)
+    with pytest.raises(TypeError, match="batch must be an ImageTextBatch, got Tensor"):
+        model(torch.zeros(1, 3, 16, 16), seed=0)
+    with pytest.raises(ValueError, match="this model is of images alone"):
+        M3AE(M3AEConfig.from_dict({**CONFIG.to_dict(), "vocab_size": 0}))(make_batch(), seed=0)
+    with pytest.raises(ValueError, match="MAE is a model of images"):
+        MAE(CONFIG)(make_batch(images=False), seed=0)
+    with pytest.raises(ValueError, match="text_tokens"):  # a word outside the vocabulary
+        model(ImageTextBatch(None, torch.tensor([53]), [1]), text_mask=torch.zeros(1, 1, dtype=torch.bool))

@@ -1,0 +1,93 @@
+"""Masks and layouts of mixed batches, against loops."""
+
+import pytest
+import torch
+
+from m3ae_fast import SeqLens
+from m3ae_fast.models import masking
+
+
+def loop_layout(image, text, patches):
+    """The same answer, token by token."""
+    rows, slots, kept_row, image_rows, text_rows = [], [], 0, [], []
+    image_keep = iter(image.ids_keep.tolist())
+    image_mask = iter(image.ids_mask.tolist())
+    text_keep = iter(text.ids_keep.tolist())
+    text_mask = iter(text.ids_mask.tolist())
+    for b in range(len(image.keep)):
+        start = len(rows)
+        rows.append(kept_row)
+        slots.append(-1)
+        kept_row += 1
+        for first, masked, keep, mask, out in (
+            (0, image, image_keep, image_mask, image_rows),
+            (patches, text, text_keep, text_mask, text_rows),
+        ):
+            start = len(rows)
+            kept = [next(keep) for _ in range(masked.keep.lengths[b])]
+            gone = [next(mask) for _ in range(masked.mask.lengths[b])]
+            for position in range(masked.lengths[b]):
+                rows.append(kept_row + kept.index(position) if position in kept else -1)
+                slots.append(first + position)
+            kept_row += len(kept)
+            out += [start + position for position in gone]
+    return rows, slots, image_rows, text_rows
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_layout_against_a_loop(seed):
+    patches, lengths = 16, [3, 0, 9, 2, 1]
+    images = [patches, patches, 0, patches, 0]
+    ids = torch.arange(5) + 5 * seed
+    image = masking.draw(images, 0.75, seed=seed, step=3, sample_ids=ids, stream=0, shared=None)
+    text = masking.draw(lengths, 0.5, seed=seed, step=3, sample_ids=ids, stream=1, shared=None)
+    layout = masking.TokenLayout.make(image, text, patches, torch.device("cpu"))
+    rows, slots, image_rows, text_rows = loop_layout(image, text, patches)
+    assert layout.rows.tolist() == rows
+    assert layout.slots.tolist() == slots
+    assert layout.image_rows.tolist() == image_rows
+    assert layout.text_rows.tolist() == text_rows
+    assert layout.full.lengths == tuple(1 + i + t for i, t in zip(images, lengths, strict=True))
+    assert layout.kept.total == sum(row >= 0 for row in rows)
+    starts = SeqLens(lengths).cu.tolist()
+    words = [starts[b] + i for b, i in zip(masking.sample_of(text.mask).tolist(), text.ids_mask.tolist(), strict=True)]
+    assert layout.words_mask.tolist() == words
+
+
+def test_a_text_keeps_and_masks_at_least_one_word():
+    lengths = list(range(1, 65)) * 4
+    for ratio in (0.01, 0.5, 0.75, 0.99):
+        masked = masking.draw(
+            lengths, ratio, seed=1, step=0, sample_ids=torch.arange(len(lengths)), stream=1, shared=None
+        )
+        for length, keep, mask in zip(lengths, masked.keep.lengths, masked.mask.lengths, strict=True):
+            assert keep + mask == length and mask >= 1
+            assert keep >= 1 or length == 1
+            if 1 <= int(length * (1 - ratio)) < length:
+                assert keep == int(length * (1 - ratio))
+
+
+def test_shared_masks_are_one_draw_over_every_slot():
+    masked = masking.draw([16, 16, 5], 0.75, seed=3, step=2, sample_ids=torch.arange(3), stream=0, shared=16)
+    rows = masked.as_bool(16)
+    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0, :5], rows[2, :5]) and not rows[2, 5:].any()
+    assert rows[0].sum() == 12
+    assert not torch.equal(
+        rows,
+        masking.draw([16, 16, 5], 0.75, seed=3, step=3, sample_ids=torch.arange(3), stream=0, shared=16).as_bool(16),
+    )
+
+
+def test_masks_given_as_bool_round_trip():
+    mask = torch.rand(4, 9) < 0.5
+    lengths = [9, 4, 0, 7]
+    masked = masking.from_bool("text_mask", mask, lengths)
+    real = torch.arange(9) < torch.tensor(lengths)[:, None]
+    assert torch.equal(masked.as_bool(9), mask & real)
+    assert masked.lengths == lengths
+    with pytest.raises(TypeError, match="text_mask must be of dtype bool"):
+        masking.from_bool("text_mask", mask.float(), lengths)
+    with pytest.raises(ValueError, match="text_mask must have at least 9 columns"):
+        masking.from_bool("text_mask", mask[:, :8], lengths)
+    with pytest.raises(ValueError, match=r"text_mask must have shape \(3, any\)"):
+        masking.from_bool("text_mask", mask, lengths[:3])
