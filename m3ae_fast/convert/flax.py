@@ -1,0 +1,159 @@
+"""The parameter tree of the M3AE authors' public JAX code -> our state dict."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3ae_fast.convert.inert_pickle import Inert, load_inert
+
+# Their module -> ours. A Dense kernel is [in, out]; torch's weight is its transpose.
+_BLOCK = {
+    "LayerNorm_0": "norm1",
+    "Attention_0/Dense_0": "attn.qkv",
+    "Attention_0/Dense_1": "attn.proj",
+    "LayerNorm_1": "norm2",
+    "TransformerMLP_0/fc1": "mlp.fc1",
+    "TransformerMLP_0/fc2": "mlp.fc2",
+}
+_MODULES = {
+    "image_embedding": "patch_embed.proj",
+    "text_embedding": "text_embedding",
+    "decoder_input_projection": "decoder_embed",
+    "decoder_image_output/Dense_0": "image_head",
+    "decoder_text_output/Dense_0": "text_head",
+    "encoder/LayerNorm_0": "encoder.norm",
+    "decoder/LayerNorm_0": "decoder.norm",
+}
+_TOKENS = {
+    "cls_token": "cls_token",
+    "encoder_image_type_embedding": "image_type",
+    "encoder_text_type_embedding": "text_type",
+    "image_mask_embedding": "image_mask_token",
+    "text_mask_embedding": "text_mask_token",
+    "decoder_image_type_embedding": "decoder_image_type",
+    "decoder_text_type_embedding": "decoder_text_type",
+}
+_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+
+
+def _our_name(path: str) -> str:
+    if path in _TOKENS:
+        return _TOKENS[path]
+    module, _, leaf = path.rpartition("/")
+    block = re.fullmatch(r"(encoder|decoder)/Block_(\d+)/(.+)", module)
+    ours = _MODULES.get(module)
+    if block and block[3] in _BLOCK:
+        ours = f"{block[1]}.blocks.{block[2]}.{_BLOCK[block[3]]}"
+    if ours is None or leaf not in _LEAVES:
+        raise ValueError(f"tree must hold parameters of the public M3AE code only, got {path!r}")
+    return f"{ours}.{_LEAVES[leaf]}"
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
+    flat: dict[str, np.ndarray] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{path}/")
+        elif hasattr(value, "__array__"):
+            flat[path] = np.asarray(value)
+        else:
+            raise TypeError(f"tree must hold arrays, got {type(value).__name__} at {path!r}")
+    return flat
+
+
+def flax_to_torch(tree: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Convert parameters of the public code to the state dict of our `M3AE`.
+
+    Args:
+        tree: {path: array}, paths joined by "/" as in `encoder/Block_0/Attention_0/Dense_0/kernel`, or the nested
+            dictionary itself; a leading "params" is accepted.
+
+    Returns:
+        {name: float32 tensor} for `M3AE.load_state_dict`.
+
+    Raises:
+        ValueError: a path that the public code does not have. TypeError: something that is no array.
+    """
+    flat = {path.removeprefix("params/"): array for path, array in _flatten(tree).items()}
+    state = {}
+    for path, array in flat.items():
+        tensor = torch.from_numpy(np.array(array, dtype=np.float32))
+        if path.endswith("/kernel"):
+            tensor = tensor.T.contiguous()
+        elif path in _TOKENS:
+            tensor = tensor.flatten()  # [1, 1, D]
+        state[_our_name(path)] = tensor
+    return state
+
+
+def config_from_flax(tree: Mapping[str, Any], **known: Any) -> dict[str, Any]:
+    """The `M3AEConfig` fields that a parameter tree shows: widths, depths, vocabulary, patch size.
+
+    Args:
+        tree: as `flax_to_torch` takes it. known: fields the tree does not show (heads, image_size) or that override.
+    """
+    state = flax_to_torch(tree)
+
+    def depth(part: str) -> int:
+        return 1 + max((int(n.split(".")[2]) for n in state if n.startswith(f"{part}.blocks.")), default=-1)
+
+    width, patch_dim = state["patch_embed.proj.weight"].shape
+    words = state.get("text_embedding.weight")
+    return {
+        "patch_size": round((patch_dim / 3) ** 0.5),
+        "vocab_size": 0 if words is None else words.shape[0],
+        "width": width,
+        "depth": depth("encoder"),
+        "decoder_width": state["decoder_embed.weight"].shape[0],
+        "decoder_depth": depth("decoder"),
+    } | known
+
+
+def load_flax_checkpoint(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The parameter tree {path: array} of a checkpoint of the public code (`model.pkl`), without running any of it.
+
+    The file is a pickle; an unpickler that knows arrays and inert containers alone reads it.
+
+    Raises:
+        FileNotFoundError. ValueError: the file is cut short, is no pickle, names anything else than arrays and inert
+        containers (the message says what), or holds no parameters.
+    """
+    content = load_inert(path)
+    state = content.get("state", content) if isinstance(content, Mapping) else content
+    if isinstance(state, Inert):
+        state = state.fields()
+    for key in ("params", "params"):  # TrainState.params["params"]
+        if isinstance(state, Mapping) and key in state:
+            state = state[key]
+    if not isinstance(state, Mapping) or not state:
+        raise ValueError(f"{os.fspath(path)} must hold a checkpoint of the public M3AE code, got no parameter tree")
+    return _flatten(state)
+
+
+def convert_flax_checkpoint(source: str | os.PathLike, target: str | os.PathLike) -> dict[str, Any]:
+    """Write a public checkpoint as safetensors (`m3ae-fast convert`), atomically; returns the configuration it shows.
+
+    The file's metadata holds that configuration as JSON under "config".
+    """
+    from safetensors.torch import save_file
+
+    tree = load_flax_checkpoint(source)
+    state, config = flax_to_torch(tree), config_from_flax(tree)
+    target = Path(target)
+    part = target.with_name(target.name + ".part")
+    try:
+        save_file(state, part, metadata={"format": "pt", "config": json.dumps(config)})
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+    return config
