@@ -17,6 +17,7 @@ def _text(shape: Sequence[int | str | None]) -> str:
 
 
 def tensor(name: str, value: object) -> Tensor:
+    """A tensor, handed back."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     return value
@@ -32,6 +33,7 @@ def shape(name: str, value: Tensor, expected: Sequence[int | None]) -> None:
 
 
 def dtype(name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """A tensor of one of the allowed dtypes."""
     tensor(name, value)
     if value.dtype not in allowed:
         names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
@@ -39,11 +41,13 @@ def dtype(name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:
 
 
 def device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """A tensor on the device that another one is on."""
     if value.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, as {like_name} is, got {value.device}")
 
 
 def choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    """One of the allowed values."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 

@@ -1,0 +1,61 @@
+"""SeqLens and ImageTextBatch: what they hold and what they refuse."""
+
+import pytest
+import torch
+
+from m3ae_fast import ImageTextBatch, SeqLens
+
+
+def test_seqlens_carries_both_views():
+    seqlens = SeqLens([3, 0, 5])
+    assert seqlens.cu.tolist() == [0, 3, 3, 8] and seqlens.cu.dtype == torch.int32
+    assert (seqlens.lengths, seqlens.max, seqlens.total, len(seqlens)) == ((3, 0, 5), 5, 8, 3)
+    assert seqlens == SeqLens(torch.tensor([3, 0, 5])) == SeqLens(iter((3, 0, 5)))
+    assert seqlens.to("cpu") == seqlens and hash(seqlens) == hash(SeqLens([3, 0, 5]))
+    empty = SeqLens([])
+    assert (empty.cu.tolist(), empty.max, empty.total) == ([0], 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "message"),
+    [
+        ([1, -1], ValueError, "lengths must be at least 0, got -1"),
+        ([1.5], TypeError, "lengths must be an integer, got float"),
+        (torch.tensor([1.0]), TypeError, "lengths must be of dtype"),
+        (torch.ones(2, 2, dtype=torch.int32), ValueError, r"lengths must have shape \(any,\)"),
+        ([2**30, 2**30], ValueError, r"less than 2\*\*31"),
+    ],
+)
+def test_bad_lengths(lengths, error, message):
+    with pytest.raises(error, match=message):
+        SeqLens(lengths)
+
+
+IMAGES, TEXT = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(5)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "message"),
+    [
+        ((), {}, ValueError, "images and text must not both be None"),
+        ((IMAGES[0],), {}, ValueError, r"images must have shape \(any, 3, any, any\), got \(3, 8, 8\)"),
+        ((IMAGES.int(),), {}, TypeError, "images must be of dtype uint8"),
+        ((IMAGES, TEXT), {}, ValueError, "text and text_lengths must be given together"),
+        ((IMAGES, TEXT, [2, 2]), {}, ValueError, r"text must have shape \(4,\), got \(5,\)"),
+        ((IMAGES, TEXT.float(), [2, 3]), {}, TypeError, "text must be of dtype int32, int64"),
+        ((IMAGES, TEXT, [2, 2, 1]), {}, ValueError, "images must hold the 3 images of 3 samples, got 2"),
+        ((IMAGES, TEXT, [5, 0, 0]), {"has_image": [1, 1, 0]}, ValueError, "got neither in sample 2"),
+        ((IMAGES, TEXT, [5, 0]), {"has_image": [1]}, ValueError, "has_image must have 2 entries"),
+        ((IMAGES, TEXT, [5, 0]), {"sample_ids": [1]}, ValueError, r"sample_ids must have shape \(2,\)"),
+        ((None, TEXT, [5, 0]), {}, ValueError, "got neither in sample 1"),
+    ],
+)
+def test_bad_batches(args, options, error, message):
+    with pytest.raises(error, match=message):
+        ImageTextBatch(*args, **options)
+
+
+def test_a_batch_moves_whole():
+    batch = ImageTextBatch(IMAGES, TEXT, [2, 3], sample_ids=[8, 9]).to("cpu")
+    assert len(batch) == 2 and batch.text.dtype == torch.int32 and batch.sample_ids.tolist() == [8, 9]
+    assert repr(batch) == "ImageTextBatch(2 samples, 2 images, 5 words)"

@@ -1,0 +1,54 @@
+"""The house stays in order: every op has its folders, its test and its benchmark under one name."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import m3ae_fast
+from m3ae_fast import _backends
+
+ROOT = Path(__file__).parents[1]
+OPS = sorted(p.parent.name for p in (ROOT / "m3ae_fast/ops").glob("*/op.py"))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_is_found_by_its_name(op):
+    assert op in _backends.LOADED and callable(getattr(m3ae_fast, op))
+    for path in (
+        f"m3ae_fast/ops/{op}/reference.py",
+        f"m3ae_fast/ops/{op}/cases.py",
+        f"tests/ops/test_{op}.py",
+        f"benchmarks/ops/bench_{op}.py",
+    ):
+        assert (ROOT / path).exists(), path
+    assert f'"{op}"' in (ROOT / "m3ae_fast/ops/__init__.py").read_text()
+
+
+def test_compiled_ops_are_listed_where_they_are_built():
+    folders = sorted(p.name for p in (ROOT / "csrc/ops").iterdir())
+    cmake = re.search(r"set\(M3AE_OPS(.*?)\)", (ROOT / "CMakeLists.txt").read_text(), re.S)[1].split()
+    module = re.findall(r"_\((\w+)\)", (ROOT / "csrc/module.cpp").read_text())
+    assert sorted(cmake) == folders and sorted(module) == folders
+    for op in folders:
+        assert op in OPS
+        for suffix in (".h", ".cpp", "_kernel.cpp"):
+            assert (ROOT / f"csrc/ops/{op}/{op}{suffix}").exists(), f"{op}{suffix}"
+
+
+def test_kernels_stay_out_of_the_standard_library():
+    """An inline function of the standard library, compiled for AVX-512, could be linked for every machine."""
+    allowed = {"cmath", "cstdint", "cstring", "immintrin.h"}
+    for kernel in (ROOT / "csrc").rglob("*_kernel.cpp"):
+        included = set(re.findall(r"#include <([^>]+)>", kernel.read_text()))
+        assert included <= allowed, f"{kernel.name}: {included - allowed}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "m3ae_fast").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_public_functions_and_classes_are_documented(path):
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            if path.name in ("cpp_backend.py", "triton_backend.py", "cuda_backend.py", "cases.py"):
+                continue  # forward, backward, make: the same everywhere, described once in op.py and testing.py
+            assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"

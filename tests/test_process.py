@@ -1,0 +1,93 @@
+"""What holds for a whole process: environment variables, imports, threads."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import m3ae_fast
+from m3ae_fast import testing
+
+needs_cpp = pytest.mark.skipif(not testing.isas(), reason="the compiled module is missing")
+
+
+def python(code, **environment):
+    import os
+
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
+
+
+@needs_cpp
+@pytest.mark.parametrize("isa", testing.isas())
+def test_an_instruction_set_can_be_forced(isa):
+    done = python("import m3ae_fast; print(m3ae_fast.explain())", M3AE_FAST_ISA=isa)
+    assert f"{isa} (M3AE_FAST_ISA={isa})" in done.stdout, done.stderr
+
+
+@needs_cpp
+def test_an_instruction_set_that_is_not_there_is_refused():
+    done = python("import m3ae_fast", M3AE_FAST_ISA="avx1024")
+    assert done.returncode != 0
+    assert "M3AE_FAST_ISA must be one of scalar, avx2, avx512, avx512_bf16, got 'avx1024'" in done.stderr
+
+
+def test_a_backend_can_be_forced_for_a_process():
+    code = "import m3ae_fast, torch; print(m3ae_fast.restore_tokens(torch.ones(1, 4), *[torch.zeros(1).int() - 1] * 2))"
+    assert python(code, M3AE_FAST_IMPL="reference").returncode == 0
+    refused = python(code, M3AE_FAST_IMPL="triton")
+    assert "impl='triton' cannot run restore_tokens" in refused.stderr
+    unknown = python(code, M3AE_FAST_IMPL="fast")
+    assert "M3AE_FAST_IMPL must be one of reference, cpp, triton, cuda, got 'fast'" in unknown.stderr
+
+
+@needs_cpp
+def test_torch_rules_the_threads():
+    """One thread pool: torch.set_num_threads is seen by the compiled module."""
+    from m3ae_fast._cpp import _C
+
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 3, 2):
+            torch.set_num_threads(count)
+            assert _C.num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_cpp
+def test_one_openmp_runtime_does_the_work():
+    """_C's parallel regions run on the runtime that torch loaded: no second pool of threads appears."""
+    code = """
+import torch, m3ae_fast, os
+torch.set_num_threads(2)
+torch.ones(1 << 22).add_(1)
+threads = lambda: len(os.listdir("/proc/self/task"))
+before = threads()
+rows = torch.arange(4096, dtype=torch.int32)
+m3ae_fast.restore_tokens(torch.ones(4096, 512), rows, torch.full_like(rows, -1))
+print(before, threads())
+"""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("counts threads in /proc")
+    before, after = python(code).stdout.split()
+    assert before == after
+
+
+def test_explain_names_every_op():
+    text = m3ae_fast.explain()
+    for op in m3ae_fast._backends.LOADED:
+        assert op in text
+
+
+def test_import_needs_no_optional_package():
+    code = """
+import sys
+for name in ("triton", "PIL", "tokenizers", "safetensors", "tqdm", "tensorboard", "matplotlib", "xformers"):
+    sys.modules[name] = None
+import m3ae_fast, m3ae_fast.nn, m3ae_fast.models, m3ae_fast.convert
+m3ae_fast.explain()
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
