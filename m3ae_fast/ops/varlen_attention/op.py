@@ -1,0 +1,256 @@
+"""varlen_attention: softmax attention within each of many packed sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from m3ae_fast import _backends, _checks, seqlens
+from m3ae_fast.ops.varlen_attention import reference
+
+BACKENDS = _backends.load(__package__, "cpp")
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: seqlens.SeqLens | Tensor,
+    cu_seqlens_k: seqlens.SeqLens | Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of packed queries to the packed keys of the same sequence; no mask, not causal, no padding.
+
+        out[i] = sum_j softmax_j(q[i] . k[j] * softmax_scale) v[j],  i and j in the same sequence
+
+    Args:
+        q: [Tq, H, D] float32, bfloat16, float16 or float64. A view of a fused qkv is read as it is: only the last
+            dimension has to be contiguous (else it is copied).
+        k, v: [Tk, Hk, D]; H is a multiple of Hk (grouped heads: query head h reads key head h * Hk // H).
+        cu_seqlens_q, cu_seqlens_k: SeqLens of B sequences, or their cumulative offsets [B + 1], int32 or int64,
+            ascending from 0. Keys' None: the queries' (self attention).
+        max_seqlen_q, max_seqlen_k: at least the longest length; None takes it from the SeqLens. With bare offsets
+            they must be given on a GPU (to look would be a sync); the CPU looks.
+        softmax_scale: None is D ** -0.5.
+        return_lse: return (out, lse).
+        impl: "reference", "cpp"; None takes the fastest for the device. float16 on the CPU: the reference.
+
+    q, k and v of different dtypes meet in the widest; under autocast, in autocast's. Products are summed and the
+    softmax is taken in fp32 (fp64 for fp64). Differentiable, through lse too, and the same bits on every run.
+
+    Returns:
+        out [Tq, H, D]; with return_lse also lse [H, Tq] float32 (float64 for float64): the natural log of the sum of
+        exp(scores). Without keys, and in rows past cu_seqlens[-1]: out 0, lse -inf, gradients 0.
+
+    Raises:
+        ValueError: shapes or devices disagree, or offsets do not ascend, run past the rows or past max_seqlen (the
+            C++ backend looks; a GPU would have to sync for it). TypeError: dtypes.
+
+    Source: arXiv:2205.14135 (FlashAttention), algorithm 1; names as in flash_attn_varlen_func.
+    """
+    _checks.shape("q", q, (None, None, None))
+    heads, width = q.shape[1:]
+    _checks.shape("k", k, (None, None, width))
+    _checks.shape("v", v, k.shape)
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        _checks.dtype(name, value, _checks.FLOATS)
+        _checks.device(name, value, "q", q)
+    if heads < 1 or width < 1:
+        raise ValueError(f"q must have at least one head and one channel, got shape {tuple(q.shape)}")
+    if k.shape[1] < 1 or heads % k.shape[1]:
+        raise ValueError(f"k must have a number of heads that divides q's {heads}, got {k.shape[1]}")
+
+    cu_q, max_q = _lengths("q", cu_seqlens_q, max_seqlen_q, q)
+    if cu_seqlens_k is None:
+        if k.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"cu_seqlens_k must be given where k has other rows than q, got None for {k.shape[0]} and {q.shape[0]}"
+            )
+        cu_k, max_k = cu_q, max_q
+    else:
+        cu_k, max_k = _lengths("k", cu_seqlens_k, max_seqlen_k, q)
+    if cu_k.shape[0] != cu_q.shape[0]:
+        raise ValueError(
+            f"cu_seqlens_k must hold as many sequences as cu_seqlens_q, {cu_q.shape[0] - 1}, got {cu_k.shape[0] - 1}"
+        )
+
+    dtype = _common_dtype(q, k, v)
+    q, k, v = (_dense_rows(x.to(dtype)) for x in (q, k, v))
+    impl = _backends.pick(BACKENDS, impl, q)
+    if impl == "reference":
+        out, lse = reference.varlen_attention(
+            q, k, v, cu_q, cu_k, _known(max_q, cu_q), _known(max_k, cu_k), _scale(softmax_scale, width)
+        )
+        return (out, lse) if return_lse else out
+    return _VarlenAttention.apply(impl, return_lse, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale)
+
+
+def varlen_attention_qkvpacked(
+    qkv: Tensor,
+    cu_seqlens: seqlens.SeqLens | Tensor,
+    max_seqlen: int | None = None,
+    *,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`varlen_attention` of q, k, v = qkv.unbind(1): the same bits, and the gradient is written in one buffer.
+
+    Args:
+        qkv: [T, 3, H, D], what one projection makes; only the last dimension has to be contiguous.
+        cu_seqlens, max_seqlen, softmax_scale, return_lse, impl: see `varlen_attention`.
+
+    Returns:
+        out [T, H, D]; with return_lse also lse [H, T].
+
+    Raises:
+        ValueError, TypeError: as `varlen_attention`.
+    """
+    _checks.shape("qkv", qkv, (None, 3, None, None))
+    _checks.dtype("qkv", qkv, _checks.FLOATS)
+    if qkv.shape[2] < 1 or qkv.shape[3] < 1:
+        raise ValueError(f"qkv must have at least one head and one channel, got shape {tuple(qkv.shape)}")
+    cu, longest = _lengths("", cu_seqlens, max_seqlen, qkv)
+    qkv = _dense_rows(qkv.to(_common_dtype(qkv)))
+    impl = _backends.pick(BACKENDS, impl, qkv)
+    if impl == "reference":
+        longest = _known(longest, cu)
+        scale = _scale(softmax_scale, qkv.shape[3])
+        out, lse = reference.varlen_attention(*qkv.unbind(1), cu, cu, longest, longest, scale)
+        return (out, lse) if return_lse else out
+    return _VarlenAttentionPacked.apply(impl, return_lse, qkv, cu, longest, softmax_scale)
+
+
+def _lengths(suffix: str, value: seqlens.SeqLens | Tensor, longest: int | None, like: Tensor):
+    """(cu, the longest length: None where nobody said and the CPU may look)."""
+    name, max_name = (f"{stem}_{suffix}".rstrip("_") for stem in ("cu_seqlens", "max_seqlen"))
+    cu = seqlens.cu_seqlens(name, value)
+    _checks.device(name, cu, "q" if suffix else "qkv", like)
+    if longest is not None:
+        _checks.integer(max_name, longest, 0)
+    elif isinstance(value, seqlens.SeqLens):
+        longest = value.max
+    elif like.device.type != "cpu":
+        raise ValueError(
+            f"{max_name} must be given with a bare {name} on {like.device.type} (to look would be a sync; a SeqLens "
+            "knows it), got None"
+        )
+    return cu, longest
+
+
+def _known(longest: int | None, cu: Tensor) -> int:
+    if longest is not None:
+        return longest
+    return int((cu[1:] - cu[:-1]).max()) if cu.shape[0] > 1 else 0
+
+
+def _scale(softmax_scale: float | None, width: int) -> float:
+    return width**-0.5 if softmax_scale is None else softmax_scale
+
+
+def _common_dtype(*tensors: Tensor) -> torch.dtype:
+    """The widest; under autocast its dtype, which leaves float64 alone as autocast does everywhere."""
+    dtype = tensors[0].dtype
+    for each in tensors[1:]:
+        dtype = torch.promote_types(dtype, each.dtype)
+    kind = tensors[0].device.type
+    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return dtype
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class _VarlenAttention(torch.autograd.Function):
+    """One for all backends."""
+
+    @staticmethod
+    def forward(ctx, impl, return_lse, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale):
+        out, lse = _varlen_attention(impl, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale)
+        ctx.impl, ctx.max_q, ctx.max_k, ctx.softmax_scale = impl, max_q, max_k, softmax_scale
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
+        return (out, lse) if return_lse else out
+
+    @staticmethod
+    def backward(ctx, dout, dlse=None):
+        q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
+        gradients = _varlen_attention_backward(
+            ctx.impl, _dense_rows(dout), None if dlse is None else dlse.contiguous(), q, k, v, out, lse, cu_q, cu_k,
+            ctx.max_q, ctx.max_k, ctx.softmax_scale,
+        )  # fmt: skip
+        return None, None, *gradients, None, None, None, None, None
+
+
+class _VarlenAttentionPacked(torch.autograd.Function):
+    """The same with q, k, v in one buffer, and their gradients too."""
+
+    @staticmethod
+    def forward(ctx, impl, return_lse, qkv, cu, longest, softmax_scale):
+        out, lse = _varlen_attention(impl, *qkv.unbind(1), cu, cu, longest, longest, softmax_scale)
+        ctx.impl, ctx.longest, ctx.softmax_scale = impl, longest, softmax_scale
+        ctx.save_for_backward(qkv, out, lse, cu)
+        return (out, lse) if return_lse else out
+
+    @staticmethod
+    def backward(ctx, dout, dlse=None):
+        qkv, out, lse, cu = ctx.saved_tensors
+        dqkv = _varlen_attention_packed_backward(
+            ctx.impl, _dense_rows(dout), None if dlse is None else dlse.contiguous(), qkv, out, lse, cu, ctx.longest,
+            ctx.softmax_scale,
+        )  # fmt: skip
+        return None, None, dqkv, None, None, None
+
+
+def _forward(impl, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale):
+    scale = _scale(softmax_scale, q.shape[2])
+    return BACKENDS[impl].forward(q, k, v, cu_q, cu_k, max_q, max_k, scale)
+
+
+def _backward(impl, dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, softmax_scale):
+    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    scale = _scale(softmax_scale, q.shape[2])
+    BACKENDS[impl].backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, *gradients)
+    return gradients
+
+
+def _packed_backward(impl, dout, dlse, qkv, out, lse, cu, longest, softmax_scale):
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    scale = _scale(softmax_scale, qkv.shape[3])
+    BACKENDS[impl].backward(
+        dout, dlse, *qkv.unbind(1), out, lse, cu, cu, longest, longest, scale, *dqkv.unbind(1)
+    )  # fmt: skip
+    return dqkv
+
+
+def _fake_forward(impl, q, *_):
+    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=accumulate)
+
+
+_varlen_attention = _backends.register(
+    "varlen_attention(str impl, Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, SymInt? max_q, SymInt? max_k, "
+    "float? softmax_scale) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+)
+# A backend's `backward` fills the gradients it is handed: whole, rows past cu[-1] included.
+_varlen_attention_backward = _backends.register(
+    "varlen_attention_backward(str impl, Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    "Tensor lse, Tensor cu_q, Tensor cu_k, SymInt? max_q, SymInt? max_k, float? softmax_scale"
+    ") -> (Tensor, Tensor, Tensor)",
+    _backward,
+    lambda impl, dout, dlse, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+)
+_varlen_attention_packed_backward = _backends.register(
+    "varlen_attention_packed_backward(str impl, Tensor dout, Tensor? dlse, Tensor qkv, Tensor out, Tensor lse, "
+    "Tensor cu, SymInt? longest, float? softmax_scale) -> Tensor",
+    _packed_backward,
+    lambda impl, dout, dlse, qkv, *_: qkv.new_empty(qkv.shape),
+)

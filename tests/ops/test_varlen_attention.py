@@ -1,0 +1,359 @@
+"""varlen_attention: what the contract tests do not cover."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from m3ae_fast import SeqLens, _backends, testing, varlen_attention, varlen_attention_qkvpacked
+
+IMPLS = ["reference", *testing.impls("varlen_attention")]
+COMPILED = testing.impls("varlen_attention")
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def randn(*size, dtype=torch.float32, seed=0, grad=False):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
+
+
+def by_hand(q, k, v, q_lengths, k_lengths, scale):
+    """One sequence and head at a time, fp64."""
+    out, lse = torch.zeros(q.shape, dtype=torch.float64), torch.full(q.shape[1::-1], -torch.inf, dtype=torch.float64)
+    start_q = start_k = 0
+    for nq, nk in zip(q_lengths, k_lengths, strict=True):
+        for h in range(q.shape[1] if nk else 0):
+            rows, kh = slice(start_q, start_q + nq), h * k.shape[1] // q.shape[1]
+            keys, values = (x[start_k : start_k + nk, kh].double() for x in (k, v))
+            scores = q[rows, h].double() @ keys.t() * scale
+            out[rows, h] = scores.softmax(-1) @ values
+            lse[h, rows] = scores.logsumexp(-1)
+        start_q, start_k = start_q + nq, start_k + nk
+    return out, lse
+
+
+@pytest.mark.parametrize("width", [1, 8, 32, 40, 64, 80, 128, 200, 264])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_values(impl, width, isa):
+    q_lengths, k_lengths = [3, 0, 81, 1, 17, 2], [5, 4, 67, 0, 1, 33]
+    q, k, v = randn(sum(q_lengths) + 2, 4, width), randn(110, 2, width, seed=1), randn(110, 2, width, seed=2)
+    out, lse = varlen_attention(
+        q, k, v, SeqLens(q_lengths), SeqLens(k_lengths), softmax_scale=0.3, return_lse=True, impl=impl
+    )
+    true_out, true_lse = by_hand(q, k, v, q_lengths, k_lengths, 0.3)
+    torch.testing.assert_close(out.double(), true_out, rtol=0, atol=3e-5)
+    torch.testing.assert_close(lse.double(), true_lse, rtol=3e-6, atol=3e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_matches_scaled_dot_product_attention(impl):
+    lens = SeqLens([50, 297, 197])
+    q, k, v = (randn(lens.total, 4, 32, seed=s, grad=True) for s in range(3))
+    out = varlen_attention(q, k, v, lens, impl=impl)
+    dout = randn(*out.shape, seed=4)
+    gradients = torch.autograd.grad(out, (q, k, v), dout)
+    parts = [x.split(lens.lengths) for x in (q, k, v)]
+    peer = torch.cat(
+        [
+            F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in part)).transpose(0, 1)
+            for part in zip(*parts, strict=True)
+        ]
+    )
+    torch.testing.assert_close(out, peer, rtol=1e-5, atol=2e-6)
+    for ours, theirs in zip(gradients, torch.autograd.grad(peer, (q, k, v), dout), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_large_scores_do_not_overflow(impl, dtype, isa):
+    """Scores of thousands: the largest key takes all the weight."""
+    q = torch.full((40, 2, 16), 50.0, dtype=dtype)
+    k = torch.cat([torch.full((39, 2, 16), -50.0, dtype=dtype), torch.full((1, 2, 16), 50.0, dtype=dtype)])
+    v = randn(40, 2, 16, dtype=dtype)
+    out, lse = varlen_attention(q, k, v, SeqLens([40]), return_lse=True, impl=impl)
+    assert torch.equal(out, v[-1:].expand_as(out))
+    torch.testing.assert_close(lse, torch.full_like(lse, 10000.0))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_stays_in_its_sequence(impl, isa):
+    lens = SeqLens([20, 30, 3])
+    q, k, v = (randn(lens.total, 2, 16, seed=s) for s in range(3))
+    clean = varlen_attention(q, k, v, lens, impl=impl)
+    k[25], v[50] = torch.nan, torch.nan
+    dirty = varlen_attention(q, k, v, lens, impl=impl)
+    assert torch.equal(dirty[:20], clean[:20])
+    assert dirty[20:].isnan().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradient_through_lse(impl, isa):
+    lens, keys = SeqLens([5, 0, 2, 9]), SeqLens([4, 3, 0, 19])
+    q = randn(lens.total + 1, 4, 8, dtype=torch.float64, grad=True)
+    k, v = (randn(keys.total + 2, 2, 8, dtype=torch.float64, seed=s, grad=True) for s in (1, 2))
+
+    def run(q, k, v):
+        out, lse = varlen_attention(q, k, v, lens, keys, return_lse=True, impl=impl)
+        return out, lse.masked_fill(lse == -torch.inf, 0.0)
+
+    torch.autograd.gradcheck(run, (q, k, v), fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_past_the_end_are_zero(impl, dtype, isa):
+    lens = SeqLens([3, 4])
+    q, k, v = (randn(12, 2, 16, dtype=dtype, seed=s) for s in range(3))
+    for x in (q, k, v):
+        x[7:] = torch.nan
+    for x in (q, k, v):
+        x.requires_grad_()
+    out, lse = varlen_attention(q, k, v, lens, return_lse=True, impl=impl)
+    assert (out[7:] == 0).all() and (lse[:, 7:] == -torch.inf).all() and out[:7].isfinite().all()
+    for gradient in torch.autograd.grad(out, (q, k, v), torch.ones_like(out)):
+        assert (gradient[7:] == 0).all() and gradient[:7].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_sequences_and_no_rows(impl):
+    for rows, lens in ((4, SeqLens([])), (0, SeqLens([])), (0, SeqLens([0, 0])), (4, SeqLens([0]))):
+        q, k, v = (randn(rows, 2, 8, seed=s, grad=True) for s in range(3))
+        out, lse = varlen_attention(q, k, v, lens, return_lse=True, impl=impl)
+        assert out.shape == (rows, 2, 8) and (out == 0).all() and (lse == -torch.inf).all()
+        for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
+            assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("impl", COMPILED)
+def test_views_of_one_qkv_are_read_as_they_are(impl, isa):
+    lens = SeqLens([13, 50])
+    qkv = randn(63, 3, 4, 32)
+    views = varlen_attention(*qkv.unbind(1), lens, impl=impl)
+    assert torch.equal(views, varlen_attention(*(x.contiguous() for x in qkv.unbind(1)), lens, impl=impl))
+    heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in qkv.unbind(1)]
+    assert torch.equal(views, varlen_attention(*heads_first, lens, impl=impl))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_qkvpacked(impl, dtype, isa):
+    """The same bits as three tensors, and one dense gradient."""
+    lens = SeqLens([13, 0, 50])
+    wide = randn(65, 3, 4, 40, dtype=dtype)
+    qkv = wide[..., :32].requires_grad_()
+    out, lse = varlen_attention_qkvpacked(qkv, lens, return_lse=True, impl=impl)
+    parts = [x.detach().requires_grad_() for x in qkv.unbind(1)]
+    same, same_lse = varlen_attention(*parts, lens, return_lse=True, impl=impl)
+    assert torch.equal(out, same) and torch.equal(lse, same_lse)
+    dout = testing.cotangent(out)
+    (dqkv,) = torch.autograd.grad(out, qkv, dout)
+    assert dqkv.shape == qkv.shape
+    assert torch.equal(dqkv, torch.stack(torch.autograd.grad(same, parts, dout), 1))
+    assert torch.equal(out, varlen_attention_qkvpacked(qkv, lens.cu.long(), impl=impl))
+
+
+@pytest.mark.parametrize("impl", COMPILED)
+def test_qkvpacked_passes_opcheck_and_gradcheck(impl):
+    lens = SeqLens([3, 0, 5])
+    qkv = randn(9, 3, 2, 8, dtype=torch.float64, grad=True)
+    torch.autograd.gradcheck(lambda x: varlen_attention_qkvpacked(x, lens, impl=impl), (qkv,), fast_mode=True)
+    out, lse = varlen_attention_qkvpacked(qkv.detach(), lens, return_lse=True, impl=impl)
+    args = (impl, torch.ones_like(out), None, qkv.detach(), out, lse, lens.cu, lens.max, None)
+    torch.library.opcheck(torch.ops.m3ae_fast.varlen_attention_packed_backward.default, args)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bare_offsets(impl):
+    lens, keys = SeqLens([3, 4]), SeqLens([6, 2])
+    q, k, v = randn(7, 2, 8), randn(8, 2, 8, seed=1), randn(8, 2, 8, seed=2)
+    expected = varlen_attention(q, k, v, lens, keys, impl=impl)
+    for cast in (torch.int32, torch.int64):
+        cu, cu_k = lens.cu.to(cast), keys.cu.to(cast)
+        assert torch.equal(expected, varlen_attention(q, k, v, cu, cu_k, impl=impl))
+        torch.testing.assert_close(varlen_attention(q, k, v, cu, cu_k, 4, 100, impl=impl), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_dtypes_meet_in_the_widest(impl):
+    lens = SeqLens([9])
+    q, k, v = randn(9, 2, 8), randn(9, 2, 8, dtype=torch.bfloat16), randn(9, 2, 8, dtype=torch.bfloat16)
+    out = varlen_attention(q, k, v, lens, impl=impl)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, varlen_attention(q, k.float(), v.float(), lens, impl=impl))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    gradients = torch.autograd.grad(varlen_attention(*leaves, lens, impl=impl).sum(), leaves)
+    assert [g.dtype for g in gradients] == [x.dtype for x in leaves]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast(impl):
+    lens = SeqLens([9])
+    q, k, v = (randn(9, 2, 8, seed=s) for s in range(3))
+    expected = varlen_attention(*(x.bfloat16() for x in (q, k, v)), lens, impl=impl)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(expected, varlen_attention(q, k, v, lens, impl=impl))
+        assert torch.equal(expected, varlen_attention_qkvpacked(torch.stack((q, k, v), 1), lens, impl=impl))
+        assert varlen_attention(*(x.double() for x in (q, k, v)), lens, impl=impl).dtype == torch.float64
+
+
+def test_float16_on_the_cpu_is_the_reference():
+    lens = SeqLens([9])
+    q, k, v = (randn(9, 2, 8, dtype=torch.float16, seed=s) for s in range(3))
+    assert torch.equal(varlen_attention(q, k, v, lens), varlen_attention(q, k, v, lens, impl="reference"))
+
+
+@pytest.mark.parametrize("impl", COMPILED)
+def test_offsets_past_int32(impl):
+    """Rows 2**31 elements apart: row and head offsets are 64 bits wide. The memory is never touched, so never taken."""
+    lens = SeqLens([2])
+    q, k, v = (randn(2, 2, 8, seed=s) for s in range(3))
+
+    def far(x):
+        with far_apart():
+            huge = torch.empty(2**32 + 64)
+        view = huge.as_strided((2, 2, 8), (2**31, 2**31, 1))
+        view.copy_(x)
+        return view.requires_grad_()
+
+    dense = [x.clone().requires_grad_() for x in (q, k, v)]
+    sparse = [far(x) for x in (q, k, v)]
+    for i in range(3):  # row 1 of head 0 and row 0 of head 1 are the same memory
+        dense[i] = sparse[i].detach().clone().requires_grad_()
+    ours, near = varlen_attention(*sparse, lens, impl=impl), varlen_attention(*dense, lens, impl=impl)
+    assert torch.equal(ours, near)
+    for a, b in zip(torch.autograd.grad(ours.sum(), sparse), torch.autograd.grad(near.sum(), dense), strict=True):
+        assert torch.equal(a, b)
+
+
+class far_apart:
+    """torch.empty without the NaN fill of deterministic mode, which would touch every page."""
+
+    def __enter__(self):
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+    def __exit__(self, *_):
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.mark.parametrize("impl", COMPILED)
+def test_long_sequences_keep_memory_flat(impl):
+    """4,096 tokens: nothing of the size of the scores (64 MiB here) is allocated through torch."""
+    lens = SeqLens([4096])
+    q, k, v = (randn(4096, 1, 32, seed=s, grad=True) for s in range(3))
+    out = varlen_attention(q, k, v, lens, impl=impl)
+    gradients = torch.autograd.grad(out, (q, k, v), testing.cotangent(out))
+    reference = varlen_attention(q, k, v, lens, impl="reference")
+    torch.testing.assert_close(out, reference, rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(gradients, torch.autograd.grad(reference, (q, k, v), testing.cotangent(out)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", COMPILED)
+def test_packed_compiles_at_most_twice(impl):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    torch.use_deterministic_algorithms(False)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(varlen_attention_qkvpacked, backend=counter, fullgraph=True, dynamic=True)
+    for seed in range(50):
+        lens = SeqLens(torch.randint(2, 40, (4,), generator=torch.Generator().manual_seed(seed)))
+        qkv = randn(lens.total, 3, 2, 8, seed=seed, grad=True)
+        out, same = compiled(qkv, lens, impl=impl), varlen_attention_qkvpacked(qkv, lens, impl=impl)
+        assert torch.equal(out, same)
+        assert torch.equal(torch.autograd.grad(out.sum(), qkv)[0], torch.autograd.grad(same.sum(), qkv)[0])
+    assert counter.frame_count <= 2
+
+
+X = torch.zeros(7, 4, 8)
+LENS = SeqLens([3, 4])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": torch.zeros(7, 32)}, ValueError, r"q must have shape \(any, any, any\), got \(7, 32\)"),
+        ({"q": None}, TypeError, "q must be a tensor, got NoneType"),
+        ({"q": X.int()}, TypeError, "q must be of dtype float32, .*, got int32"),
+        ({"k": torch.zeros(7, 4, 9)}, ValueError, r"k must have shape \(any, any, 8\), got \(7, 4, 9\)"),
+        ({"v": torch.zeros(7, 2, 8)}, ValueError, r"v must have shape \(7, 4, 8\), got \(7, 2, 8\)"),
+        (
+            {"k": torch.zeros(7, 3, 8), "v": torch.zeros(7, 3, 8)},
+            ValueError,
+            "k must have a number of heads that divides q's 4, got 3",
+        ),
+        ({"q": torch.zeros(7, 0, 8)}, ValueError, "q must have at least one head"),
+        ({"k": X.to("meta")}, ValueError, "k must be on cpu, as q is, got meta"),
+        (
+            {"k": torch.zeros(9, 4, 8), "v": torch.zeros(9, 4, 8)},
+            ValueError,
+            "cu_seqlens_k must be given where k has other rows than q",
+        ),
+        (
+            {"cu_seqlens_k": SeqLens([7])},
+            ValueError,
+            "cu_seqlens_k must hold as many sequences as cu_seqlens_q, 2, got 1",
+        ),
+        (
+            {"cu_seqlens_q": torch.tensor([0.0, 7.0])},
+            TypeError,
+            "cu_seqlens_q must be of dtype int32, int64, got float32",
+        ),
+        ({"cu_seqlens_q": [0, 7]}, TypeError, "cu_seqlens_q must be a tensor, got list"),
+        (
+            {"cu_seqlens_k": torch.tensor([], dtype=torch.int32)},
+            ValueError,
+            "cu_seqlens_k must have at least one entry",
+        ),
+        ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q must be at least 0, got -1"),
+        ({"max_seqlen_k": 2.5, "cu_seqlens_k": LENS}, TypeError, "max_seqlen_k must be an integer, got float"),
+    ],
+)
+def test_errors(change, error, message):
+    arguments = {"q": X, "k": X, "v": X, "cu_seqlens_q": LENS} | change
+    with pytest.raises(error, match=message):
+        varlen_attention(**arguments)
+
+
+@pytest.mark.parametrize("impl", COMPILED)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cu_seqlens_q": torch.tensor([1, 7])}, r"cu_seqlens_q must start at 0, got cu_seqlens_q\[0\] = 1"),
+        ({"cu_seqlens_q": torch.tensor([0, 5, 4])}, r"cu_seqlens_q must ascend, got 5, 4 at cu_seqlens_q\[1\]"),
+        ({"cu_seqlens_q": torch.tensor([0, 8])}, "cu_seqlens_q must end within its 7 rows, got 8"),
+        ({"cu_seqlens_k": torch.tensor([0, 3, 8])}, "cu_seqlens_k must end within its 7 rows, got 8"),
+        ({"max_seqlen_q": 3}, "max_seqlen_q must be at least the longest length, 4, got 3"),
+        ({"cu_seqlens_k": LENS, "max_seqlen_k": 3}, "max_seqlen_k must be at least the longest length, 4, got 3"),
+    ],
+)
+def test_wrong_offsets(impl, change, message):
+    arguments = {"q": X, "k": X, "v": X, "cu_seqlens_q": LENS} | change
+    with pytest.raises(ValueError, match=message):
+        varlen_attention(**arguments, impl=impl)
+
+
+@pytest.mark.parametrize(
+    ("qkv", "error", "message"),
+    [
+        (torch.zeros(7, 2, 4, 8), ValueError, r"qkv must have shape \(any, 3, any, any\), got \(7, 2, 4, 8\)"),
+        (torch.zeros(7, 3, 4, 8).int(), TypeError, "qkv must be of dtype float32"),
+        (torch.zeros(7, 3, 4, 0), ValueError, "qkv must have at least one head and one channel"),
+    ],
+)
+def test_qkvpacked_errors(qkv, error, message):
+    with pytest.raises(error, match=message):
+        varlen_attention_qkvpacked(qkv, LENS)
+
+
+def test_bare_offsets_on_a_gpu_need_max_seqlen():
+    """meta tensors stand in for a GPU: a device on which nothing may look at the offsets."""
+    q = torch.zeros(7, 4, 8, device="meta")
+    with pytest.raises(ValueError, match="max_seqlen_q must be given with a bare cu_seqlens_q on meta"):
+        varlen_attention(q, q, q, torch.zeros(3, dtype=torch.int32, device="meta"))
+
+
+def test_explain_names_the_op():
+    assert "varlen_attention" in _backends.LOADED
