@@ -1,7 +1,10 @@
 """The ops. A folder each: op.py (public function, validation, autograd), reference.py (the definition), backends."""
 
 from m3ae_fast.ops.restore_tokens import restore_tokens
+from m3ae_fast.ops.sample_mask import SampledMask, sample_mask
 
 __all__ = [
+    "SampledMask",
     "restore_tokens",
+    "sample_mask",
 ]
