@@ -1,0 +1,72 @@
+#include "ops/sample_mask/sample_mask.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <vector>
+
+#include "check.h"
+#include "cpu/threads.h"
+#include "philox.h"
+
+namespace py = pybind11;
+
+namespace m3ae {
+namespace {
+
+// Everything the kernel takes for granted. Returns the longest length.
+int64_t check(const int32_t* cu, const int32_t* cu_keep, const int64_t* sample_ids, int64_t samples, int64_t total,
+              int64_t total_keep, bool shared) {
+  M3AE_CHECK(cu[0] == 0 && cu[samples] == total, "lengths must sum to ", total, ", got offsets ", cu[0], " to ",
+             cu[samples]);
+  M3AE_CHECK(cu_keep[0] == 0 && cu_keep[samples] == total_keep, "num_keep must sum to ", total_keep, ", got offsets ",
+             cu_keep[0], " to ", cu_keep[samples]);
+  int64_t longest = 0;
+  for (int64_t i = 0; i < samples; ++i) {
+    const int64_t length = cu[i + 1] - cu[i], keep = cu_keep[i + 1] - cu_keep[i];
+    M3AE_CHECK(keep >= 0 && keep <= length, "num_keep must be in [0, length] for every sample, got ", keep, " of ",
+               length, " positions in sample ", i);
+    M3AE_CHECK(sample_ids[i] >= 0 && sample_ids[i] < (int64_t{1} << 56), "sample_ids must be in [0, ",
+               int64_t{1} << 56, "), got ", sample_ids[i]);
+    M3AE_CHECK(!shared || (length == cu[1] && keep == cu_keep[1]),
+               "lengths and num_keep must be the same for all samples with shared=True, got ", keep, " of ", length,
+               " in sample ", i, " and ", cu_keep[1], " of ", cu[1], " in sample 0");
+    if (length > longest) longest = length;
+  }
+  return longest;
+}
+
+void forward(Address cu, Address cu_keep, Address sample_ids, Address ids_keep, Address ids_mask, int64_t samples,
+             int64_t total, int64_t total_keep, uint64_t seed, uint32_t step, uint32_t stream, bool shared) {
+  const SampleMask args{int32s(cu),
+                        int32s(cu_keep),
+                        as<int64_t>(pointer(sample_ids)),
+                        as<int32_t>(pointer(ids_keep)),
+                        as<int32_t>(pointer(ids_mask)),
+                        seed,
+                        step,
+                        stream};
+  const int64_t longest = check(args.cu, args.cu_keep, args.sample_ids, samples, total, total_keep, shared);
+  const int64_t padded = (longest + kSampleMaskBlock - 1) / kSampleMaskBlock * kSampleMaskBlock;
+  const auto kernel = M3AE_DISPATCH(sample_mask);
+  parallel_for(samples, grain_rows(longest), [&](int64_t begin, int64_t end) {
+    std::vector<uint32_t> words(static_cast<size_t>(padded));
+    kernel(args, words.data(), begin, end);
+  });
+}
+
+// For the known-answer tests.
+std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+  const Philox4 words = philox4x32({counter[0], counter[1], counter[2], counter[3]}, key[0], key[1]);
+  return {words.x, words.y, words.z, words.w};
+}
+
+}  // namespace
+
+void bind_sample_mask(py::module_& module) {
+  module.def("sample_mask", &forward, py::call_guard<py::gil_scoped_release>());
+  module.def("philox4x32", &philox, "the four words of a counter and a key");
+}
+
+}  // namespace m3ae
