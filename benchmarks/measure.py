@@ -117,15 +117,14 @@ def compare_op(benchmark, op: str, case: str, calls: list, mode: str, providers:
         mode: "forward" (no grad) or "forward+backward" (gradients of every leaf of the Call).
         bytes_moved: of the forward pass; the backward pass is taken to move as much again.
     """
-    first = next(iter(providers.values()))
 
     def floats(function, call):
         out = function(*call.args, **call.kwargs)
         return [x for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor) and x.requires_grad]
 
-    gradients = [[torch.randn_like(x) for x in floats(first, call)] for call in calls]
+    def runner(function):  # each with gradients of its own: a peer's output may be padded
+        gradients = [[torch.randn_like(x) for x in floats(function, call)] for call in calls]
 
-    def runner(function):
         def forward(i):
             with torch.no_grad():
                 return function(*calls[i].args, **calls[i].kwargs)

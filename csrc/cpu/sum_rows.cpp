@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "cpu/pages.h"
 #include "cpu/threads.h"
 
 namespace m3ae {
@@ -18,6 +19,7 @@ void sum_rows(const void* rows, Dtype rows_dtype, const int32_t* index, int64_t 
   for (int64_t t = 0; t < count; ++t)
     if (inside(t)) order[static_cast<size_t>(next[static_cast<size_t>(index[t] - first)]++)] = static_cast<int32_t>(t);
 
+  prefer_huge_pages(out, groups * width * size_of(out_dtype));
   const SumRows args{rows, order.data(), starts.data(), out, width, rows_dtype, out_dtype};
   const auto kernel = M3AE_DISPATCH(sum_rows);
   parallel_for(groups, grain_rows(width), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
