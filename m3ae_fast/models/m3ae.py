@@ -180,18 +180,21 @@ class M3AE(nn.Module):
     def _encode(self, batch: ImageTextBatch, layout: TokenLayout, image: SeqLens, text: SeqLens) -> Tensor:
         """Kept patches and kept words -> [layout.kept.total, D]."""
         patches = words = None
+        inputs = {}
         if batch.images is not None:
             patches = self.patch_embed(batch.images, layout.image_ids_keep, _of_images(batch, image))
+            inputs = {
+                "image_ids": layout.image_ids_keep, "cu_image": image.to(batch.device),
+                "image_position": self.image_position, "image_type": self.image_type,
+            }  # fmt: skip
         if self.text_embedding is not None:
             words = batch.text.index_select(0, layout.words_keep)
-        tokens = assemble_tokens(
-            patches, words,
-            image_ids=layout.image_ids_keep, text_ids=layout.text_ids_keep,
-            cu_image=image.to(batch.device), cu_text=text.to(batch.device),
-            cls_token=self.cls_token, text_embedding=None if words is None else self.text_embedding.weight,
-            image_position=self.image_position, text_position=self.text_position,
-            image_type=self.image_type, text_type=self.text_type,
-        )  # fmt: skip
+            inputs |= {
+                "text_ids": layout.text_ids_keep, "cu_text": text.to(batch.device),
+                "text_embedding": self.text_embedding.weight,
+                "text_position": self.text_position, "text_type": self.text_type,
+            }  # fmt: skip
+        tokens = assemble_tokens(patches, words, cls_token=self.cls_token, **inputs)
         return self.encoder(tokens, layout.kept)
 
     def _decode(self, encoded: Tensor, layout: TokenLayout) -> Tensor:
