@@ -17,6 +17,7 @@ from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.models import masking
 from m3ae_fast.models.config import M3AEConfig
 from m3ae_fast.models.masking import Masked, TokenLayout
+from m3ae_fast.nn import take_rows
 from m3ae_fast.ops import assemble_tokens, linear_cross_entropy, masked_mse, restore_tokens
 from m3ae_fast.seqlens import SeqLens
 
@@ -121,7 +122,8 @@ class M3AE(nn.Module):
         """
         image, text = self._masks(batch, seed, step, image_mask, text_mask)
         layout = TokenLayout.make(image, text, self.config.patches, batch.device)
-        decoded = self._decode(self._encode(batch, layout, image.keep, text.keep), layout)
+        encoded = self._encode(batch, layout, image.keep, text.keep)
+        decoded = self._decode(encoded, layout, layout.masked_rows, layout.masked)
 
         rows = torch.cat([layout.image_rows, layout.text_rows])
         for_image, for_text = take_rows(decoded, rows).split([image.mask.total, text.mask.total])
@@ -197,15 +199,15 @@ class M3AE(nn.Module):
         tokens = assemble_tokens(patches, words, cls_token=self.cls_token, **inputs)
         return self.encoder(tokens, layout.kept)
 
-    def _decode(self, encoded: Tensor, layout: TokenLayout) -> Tensor:
-        """[layout.kept.total, D] -> [layout.full.total, decoder width]."""
+    def _decode(self, encoded: Tensor, layout: TokenLayout, *rows: Tensor | SeqLens) -> Tensor:
+        """[layout.kept.total, D] -> [layout.full.total, decoder width], or of `rows` alone (see Transformer)."""
         tokens = restore_tokens(
             self.decoder_embed(encoded), layout.rows, layout.slots,
             image_mask_token=self.image_mask_token, text_mask_token=self.text_mask_token,
             image_position=self.decoder_image_position, text_position=self.decoder_text_position,
             image_type=self.decoder_image_type, text_type=self.decoder_text_type,
         )  # fmt: skip
-        return self.decoder(tokens, layout.full)
+        return self.decoder(tokens, layout.full, *rows)
 
     def _masks(
         self, batch: ImageTextBatch, seed: int | None, step: int, image_mask: Tensor | None, text_mask: Tensor | None
@@ -246,11 +248,6 @@ class M3AE(nn.Module):
             raise ValueError(
                 f"batch.text_lengths must be at most max_text_length {c.max_text_length}, got {batch.text_lengths.max}"
             )
-
-
-def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x [T, D], rows [R] distinct row numbers -> [R, D]; its gradient is written, not scattered with atomics."""
-    return restore_tokens(x, rows, torch.full_like(rows, -1))
 
 
 def _of_images(batch: ImageTextBatch, lengths: SeqLens) -> SeqLens:

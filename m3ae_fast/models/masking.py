@@ -45,10 +45,15 @@ def sample_of(seqlens: SeqLens) -> Tensor:
     )
 
 
+def within(seqlens: SeqLens, sample: Tensor) -> Tensor:
+    """[total] int32: each packed row's number within its sample; `sample`: sample_of(seqlens)."""
+    return torch.arange(seqlens.total, dtype=torch.int32) - seqlens.cu[:-1][sample]
+
+
 def keep_all(lengths: Sequence[int]) -> Masked:
     """Nothing masked."""
     keep = SeqLens(lengths)
-    ids = torch.arange(keep.total, dtype=torch.int32) - keep.cu[:-1][sample_of(keep)]
+    ids = within(keep, sample_of(keep))
     return Masked(ids, ids[:0], keep, SeqLens([0] * len(keep)))
 
 
@@ -98,11 +103,13 @@ class TokenLayout:
 
     kept: SeqLens  # the encoder's sequences
     full: SeqLens  # the decoder's sequences
+    masked: SeqLens  # masked tokens of each sequence
     rows: Tensor  # [full.total] for restore_tokens: the encoder row that stands there, -1 where masked
     slots: Tensor  # [full.total] for restore_tokens: patch number, or patches + word number, or -1 (CLS)
     cls_rows: Tensor  # [B] of the encoder's rows
-    image_rows: Tensor  # decoder rows of the masked patches
-    text_rows: Tensor  # decoder rows of the masked words
+    masked_rows: Tensor  # decoder rows of the masked tokens, ascending
+    image_rows: Tensor  # of masked_rows: the masked patches
+    text_rows: Tensor  # of masked_rows: the masked words
     all_image_rows: Tensor  # decoder rows of every patch
     all_text_rows: Tensor  # decoder rows of every word
     image_ids_keep: Tensor
@@ -117,6 +124,7 @@ class TokenLayout:
         batch = range(len(image.keep))
         kept = SeqLens([1 + image.keep.lengths[b] + text.keep.lengths[b] for b in batch])
         full = SeqLens([1 + image_lengths.lengths[b] + text_lengths.lengths[b] for b in batch])
+        masked = SeqLens([image.mask.lengths[b] + text.mask.lengths[b] for b in batch])
         cls_rows = kept.cu[:-1]
         image_start = full.cu[:-1] + 1
         text_start = image_start + torch.tensor(image_lengths.lengths, dtype=torch.int32)
@@ -124,28 +132,27 @@ class TokenLayout:
         rows = torch.full((full.total,), -1, dtype=torch.int32)
         slots = torch.full((full.total,), -1, dtype=torch.int32)
         rows[full.cu[:-1].long()] = cls_rows
-        masked_rows = []
-        modalities = (
-            (image, image_start, cls_rows + 1, 0),
-            (text, text_start, cls_rows + 1 + torch.tensor(image.keep.lengths, dtype=torch.int32), patches),
-        )
-        for masked, start, kept_start, first_slot in modalities:
-            keep_of, mask_of = sample_of(masked.keep), sample_of(masked.mask)
-            at = (start[keep_of] + masked.ids_keep).long()
-            within = torch.arange(masked.keep.total, dtype=torch.int32) - masked.keep.cu[:-1][keep_of]
-            rows[at] = kept_start[keep_of] + within
-            slots[at] = first_slot + masked.ids_keep
-            at = (start[mask_of] + masked.ids_mask).long()
-            slots[at] = first_slot + masked.ids_mask
-            masked_rows.append(at.to(torch.int32))
+        places = []  # of each modality's masked tokens among all masked tokens
+        kept_start, masked_start = cls_rows + 1, masked.cu[:-1]
+        for split, start, first_slot in ((image, image_start, 0), (text, text_start, patches)):
+            keep_of, mask_of = sample_of(split.keep), sample_of(split.mask)
+            at = (start[keep_of] + split.ids_keep).long()
+            rows[at] = kept_start[keep_of] + within(split.keep, keep_of)
+            slots[at] = first_slot + split.ids_keep
+            slots[(start[mask_of] + split.ids_mask).long()] = first_slot + split.ids_mask
+            places.append(masked_start[mask_of] + within(split.mask, mask_of))
+            kept_start = kept_start + torch.tensor(split.keep.lengths, dtype=torch.int32)
+            masked_start = masked_start + torch.tensor(split.mask.lengths, dtype=torch.int32)
+        masked_rows = (rows < 0).nonzero()[:, 0].to(torch.int32)
         all_rows = [
             start[sample_of(lengths)] + keep_all(lengths.lengths).ids_keep
             for start, lengths in ((image_start, image_lengths), (text_start, text_lengths))
         ]
         words = text_lengths.cu[:-1]
         index = (
-            rows, slots, cls_rows, *masked_rows, *all_rows, image.ids_keep, image.ids_mask, text.ids_keep,
+            rows, slots, cls_rows, masked_rows, *places, *all_rows, image.ids_keep, image.ids_mask, text.ids_keep,
             words[sample_of(text.keep)] + text.ids_keep, words[sample_of(text.mask)] + text.ids_mask,
         )  # fmt: skip
         on_device = torch.cat(index).to(device, non_blocking=True)  # one transfer
-        return TokenLayout(kept.to(device), full.to(device), *on_device.split([x.numel() for x in index]))
+        sequences = (seqlens.to(device) for seqlens in (kept, full, masked))
+        return TokenLayout(*sequences, *on_device.split([x.numel() for x in index]))

@@ -5,6 +5,7 @@ from m3ae_fast.nn.linear import LayerNorm, Linear
 from m3ae_fast.nn.losses import LinearCrossEntropyLoss, MaskedMSELoss
 from m3ae_fast.nn.patch_embed import PatchEmbed
 from m3ae_fast.nn.positions import sincos_1d, sincos_2d
+from m3ae_fast.nn.rows import take_rows
 from m3ae_fast.nn.transformer import Block, Mlp, Transformer
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "Transformer",
     "sincos_1d",
     "sincos_2d",
+    "take_rows",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from m3ae_fast.nn.linear import Linear
-from m3ae_fast.ops import varlen_attention, varlen_attention_qkvpacked
+from m3ae_fast.nn.rows import take_rows
+from m3ae_fast.ops import linear, varlen_attention, varlen_attention_qkvpacked
 from m3ae_fast.seqlens import SeqLens
 
 
@@ -24,10 +25,24 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width, bias=qkv_bias)
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, seqlens: SeqLens) -> Tensor:
-        """x [T, D], packed sequences of `seqlens` -> [T, D]."""
-        qkv = self.qkv(x).view(-1, 3, self.heads, self.head_dim)
-        return self.proj(varlen_attention_qkvpacked(qkv, seqlens).flatten(1))
+    def forward(
+        self, x: Tensor, seqlens: SeqLens, rows: Tensor | None = None, rows_seqlens: SeqLens | None = None
+    ) -> Tensor:
+        """x [T, D], packed sequences of `seqlens` -> [T, D].
+
+        With `rows` [R] (ascending rows of x, `rows_seqlens` of them in each sequence) only those rows ask, of all keys:
+        -> [R, D], the same numbers as `forward(x, seqlens)[rows]` for less work.
+        """
+        if rows is None:
+            qkv = self.qkv(x).view(-1, 3, self.heads, self.head_dim)
+            return self.proj(varlen_attention_qkvpacked(qkv, seqlens).flatten(1))
+        width = self.heads * self.head_dim
+        (q_weight, kv_weight), (q_bias, kv_bias) = (
+            (None, None) if p is None else p.split([width, 2 * width]) for p in (self.qkv.weight, self.qkv.bias)
+        )
+        q = linear(take_rows(x, rows), q_weight, q_bias).view(-1, self.heads, self.head_dim)
+        k, v = linear(x, kv_weight, kv_bias).view(-1, 2, self.heads, self.head_dim).unbind(1)
+        return self.proj(varlen_attention(q, k, v, rows_seqlens, seqlens).flatten(1))
 
 
 class CrossAttention(nn.Module):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from m3ae_fast.nn.attention import Attention
 from m3ae_fast.nn.linear import LayerNorm, Linear
+from m3ae_fast.nn.rows import take_rows
 from m3ae_fast.seqlens import SeqLens
 
 
@@ -38,13 +39,24 @@ class Block(nn.Module):
         x, update = self.step(x, None, seqlens)
         return x + update
 
-    def step(self, x: Tensor, update: Tensor | None, seqlens: SeqLens) -> tuple[Tensor, Tensor]:
-        """The block on x + update, which is added in passing -> (x, update) of the block: their sum is its output."""
+    def step(
+        self,
+        x: Tensor,
+        update: Tensor | None,
+        seqlens: SeqLens,
+        rows: Tensor | None = None,
+        rows_seqlens: SeqLens | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The block on x + update, which is added in passing -> (x, update) of the block: their sum is its output.
+
+        With `rows` (see Attention.forward) the result is of those rows alone; the others serve as keys and values.
+        """
         if update is None:
             y = self.norm1(x)
         else:
             y, x = self.norm1(update, residual=x)
-        y, x = self.norm2(self.attn(y, seqlens), residual=x)
+        y = self.attn(y, seqlens, rows, rows_seqlens)
+        y, x = self.norm2(y, residual=x if rows is None else take_rows(x, rows))
         return x, self.mlp(y)
 
 
@@ -56,9 +68,20 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, **options) for _ in range(depth))
         self.norm = LayerNorm(width, options.get("eps", 1e-6))
 
-    def forward(self, x: Tensor, seqlens: SeqLens) -> Tensor:
-        """x [T, D], packed sequences of `seqlens` -> [T, D], normalised."""
+    def forward(
+        self, x: Tensor, seqlens: SeqLens, rows: Tensor | None = None, rows_seqlens: SeqLens | None = None
+    ) -> Tensor:
+        """x [T, D], packed sequences of `seqlens` -> [T, D], normalised.
+
+        With `rows` [R] (ascending rows of x, `rows_seqlens` of them in each sequence) -> [R, D], those rows of the
+        output: the last block computes no other.
+        """
         update = None
-        for block in self.blocks:
+        *first, last = self.blocks if len(self.blocks) else [None]
+        for block in first:
             x, update = block.step(x, update, seqlens)
+        if last is not None:
+            x, update = last.step(x, update, seqlens, rows, rows_seqlens)
+        elif rows is not None:
+            x = take_rows(x, rows)
         return self.norm(x) if update is None else self.norm(update, residual=x)[0]

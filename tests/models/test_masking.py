@@ -45,8 +45,10 @@ def test_layout_against_a_loop(seed):
     rows, slots, image_rows, text_rows = loop_layout(image, text, patches)
     assert layout.rows.tolist() == rows
     assert layout.slots.tolist() == slots
-    assert layout.image_rows.tolist() == image_rows
-    assert layout.text_rows.tolist() == text_rows
+    assert layout.masked_rows.tolist() == sorted(image_rows + text_rows)
+    assert layout.masked_rows[layout.image_rows].tolist() == image_rows
+    assert layout.masked_rows[layout.text_rows].tolist() == text_rows
+    assert layout.masked.lengths == tuple(i + t for i, t in zip(image.mask.lengths, text.mask.lengths, strict=True))
     assert layout.full.lengths == tuple(1 + i + t for i, t in zip(images, lengths, strict=True))
     assert layout.kept.total == sum(row >= 0 for row in rows)
     starts = SeqLens(lengths).cu.tolist()
