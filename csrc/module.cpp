@@ -8,10 +8,9 @@
 
 // One line per op.
 #define M3AE_FOR_EACH_OP(_) \
+  _(assemble_tokens)      \
   _(restore_tokens)       \
   _(sample_mask)
-  _(assemble_tokens) \
-  _(restore_tokens)
 
 namespace m3ae {
 #define M3AE_DECLARE(op) void bind_##op(pybind11::module_& module);
