@@ -10,6 +10,8 @@
 #define M3AE_FOR_EACH_OP(_) \
   _(assemble_tokens)        \
   _(restore_tokens)         \
+  _(assemble_tokens)      \
+  _(restore_tokens)       \
   _(sample_mask)
 
 namespace m3ae {

@@ -96,6 +96,24 @@ def test_empty_sequences_hold_only_their_class_token(impl):
     assert torch.equal(out, torch.stack([cls, cls, *image, cls]))
 
 
+@pytest.mark.parametrize("absent", ["image", "text"])
+def test_a_modality_without_tokens_may_keep_its_parameters(impl, absent):
+    """A batch of texts alone in a model that knows images: zero gradients, as where the tensor has no rows."""
+    call = cases.make("texts_alone" if absent == "image" else "images_alone")
+    own = cases.make("small").kwargs
+    extra = {f"{absent}_{name}": own[f"{absent}_{name}"].detach().requires_grad_() for name in ("position", "type")}
+    if absent == "text":
+        extra["text_embedding"] = own["text_embedding"].detach().requires_grad_()
+    extra |= {f"cu_{absent}": torch.zeros(4, dtype=torch.int32), f"{absent}_ids": torch.zeros(0, dtype=torch.int64)}
+    full = testing.Call(call.args, call.kwargs | extra)
+    (out,), gradients = full.run(assemble_tokens, impl=impl)
+    assert torch.equal(out, assemble_tokens(*call.args, **call.kwargs, impl=impl))
+    for leaf, gradient in zip(full.leaves(), gradients, strict=True):
+        assert gradient.any() != any(leaf is x for x in extra.values())
+    short = {name: value for name, value in extra.items() if not name.endswith("ids") and name[:2] != "cu"}
+    assert torch.equal(out, assemble_tokens(*call.args, **call.kwargs, **short, impl=impl))
+
+
 def test_int64_ids_offsets_and_seqlens_are_the_same(impl):
     call = cases.make("small")
     wide = {k: v.long() if not v.is_floating_point() else v for k, v in call.kwargs.items()}
@@ -167,7 +185,7 @@ DOOR = {
     "no text_position": (dict(text_position=None), ValueError, "text_position must be given with text_ids"),
     "no table": (dict(text_embedding=None), ValueError, "text_embedding must be given where text_tokens are voc"),
     "table for rows": (dict(text_tokens=torch.zeros(3, 40)), ValueError, "text_embedding must be given where"),
-    "ids without images": (dict(image_tokens=None), ValueError, "image_ids must be None where image_tokens is None"),
+    "ids without images": (dict(image_tokens=None), ValueError, r"image_ids must have shape \(0,\), got \(27,\)"),
     "other width": (dict(cls_token=torch.zeros(41)), ValueError, r"cls_token must have shape \(40,\), got \(41,\)"),
     "table of vectors": (dict(image_position=torch.zeros(40)), ValueError, r"image_position must have shape \(any, 40"),
     "integer rows": (dict(image_tokens=torch.zeros(27, 40).int()), TypeError, "image_tokens must be of dtype float32"),

@@ -15,17 +15,14 @@ def forward(
     text_position, image_type, text_type, dtype,
 ):  # fmt: skip
     batch = (cu_text if cu_image is None else cu_image).shape[0] - 1
-    image_rows, text_rows = (0 if x is None else x.shape[0] for x in (image_tokens, text_tokens))
-    total = (0 if cls_token is None else batch) + image_rows + text_rows
-    text = text_tokens if text_embedding is None else text_embedding
-    like = text if image_tokens is None else image_tokens
-    out = like.new_empty(total, like.shape[1], dtype=dtype)
+    total = (0 if cls_token is None else batch) + image_tokens.shape[0] + text_tokens.shape[0]
+    out = image_tokens.new_empty(total, image_tokens.shape[1], dtype=dtype)
     tensors = (image_tokens, text_tokens, image_ids, text_ids, cu_image, cu_text, cls_token, text_embedding,
                image_position, text_position, image_type, text_type)  # fmt: skip
     _C.assemble_tokens(
-        *map(address, tensors), address(out), batch, total, image_rows, text_rows, _rows(text_embedding),
-        _rows(image_position), _rows(text_position), out.shape[1], code(out if image_tokens is None else image_tokens),
-        code(out if text is None else text), code(out),
+        *map(address, tensors), address(out), batch, total, image_tokens.shape[0], text_tokens.shape[0],
+        _rows(text_embedding), _rows(image_position), _rows(text_position), out.shape[1], code(image_tokens),
+        code(text_tokens if text_embedding is None else text_embedding), code(out),
     )  # fmt: skip
     return out
 

@@ -37,8 +37,9 @@ def assemble_tokens(
     the lengths on the host: `SeqLens(1 + i + t for i, t in zip(image_lengths, text_lengths))`.
 
     Args:
-        image_tokens: [Ki, D] float32, bfloat16, float16 or float64, embedded patches, packed; None: no images.
-        text_tokens: [Kt] int32 or int64 vocabulary ids, packed, or [Kt, D] float rows; None: no texts.
+        image_tokens: [Ki, D] float32, bfloat16, float16 or float64, embedded patches, packed; None: none.
+        text_tokens: [Kt] int32 or int64 vocabulary ids, packed, or [Kt, D] float rows; None: none.
+            Without tokens a modality's other arguments may stay: they get zero gradients.
         image_ids: [Ki] int32 or int64, the row of `image_position` for each image row. text_ids: [Kt] likewise.
         cu_image, cu_text: SeqLens, or [B + 1] int32 or int64 cumulative offsets, of image_tokens and text_tokens.
             Rows past the last offset are not read and get zero gradients.
@@ -72,10 +73,13 @@ def assemble_tokens(
         like_name, like = "image_tokens", image_tokens
     _checks.shape(like_name, like, (None, None))
     width = like.shape[1]
-    image_ids, cu_image = _modality("image", image_tokens, image_ids, cu_image, image_position, image_type)
-    text_ids, cu_text = _modality("text", text_tokens, text_ids, cu_text, text_position, text_type)
-    if text_tokens is None and text_embedding is not None:
-        raise ValueError("text_embedding must be None where text_tokens is None, got a tensor")
+    image_ids, cu_image = _companions("image", image_tokens, image_ids, cu_image, image_position)
+    text_ids, cu_text = _companions("text", text_tokens, text_ids, cu_text, text_position)
+    if image_tokens is None:
+        image_tokens = like.new_empty(0, width)
+    if text_tokens is None:
+        looked_up = text_embedding is not None
+        text_tokens = like.new_empty(0, dtype=torch.int32) if looked_up else like.new_empty(0, width)
     if looked_up:
         text_tokens = _checks.ids("text_tokens", text_tokens)
     if cu_image is not None and cu_text is not None:
@@ -116,21 +120,18 @@ def assemble_tokens(
     )  # fmt: skip
 
 
-def _modality(name, tokens, ids, cu, position, type_):
-    """Checks that one modality's arguments belong together; returns ids and cu as contiguous int32."""
-    if tokens is None:
-        for argument, value in ((f"{name}_ids", ids), (f"cu_{name}", cu), (f"{name}_position", position),
-                                (f"{name}_type", type_)):  # fmt: skip
-            if value is not None:
-                raise ValueError(f"{argument} must be None where {name}_tokens is None, got a {type(value).__name__}")
-        return None, None
-    if cu is None:
+def _companions(name, tokens, ids, cu, position):
+    """Checks that one modality's arguments belong together; returns ids and cu as contiguous int32 or None."""
+    if tokens is not None and cu is None:
         raise ValueError(f"cu_{name} must be given with {name}_tokens, got None")
-    if (ids is None) != (position is None):
+    if tokens is not None and (ids is None) != (position is None):
         given, missing = ("position", "ids") if ids is None else ("ids", "position")
         raise ValueError(f"{name}_{missing} must be given with {name}_{given}, got None")
-    cu = cu_seqlens(f"cu_{name}", cu)
-    return None if ids is None else _checks.ids(f"{name}_ids", ids, tokens.shape[0]), cu
+    if tokens is None and ids is None and position is not None:
+        ids = position.new_empty(0, dtype=torch.int32)
+    if ids is not None:
+        ids = _checks.ids(f"{name}_ids", ids, 0 if tokens is None else tokens.shape[0])
+    return ids, cu if cu is None else cu_seqlens(f"cu_{name}", cu)
 
 
 class _AssembleTokens(torch.autograd.Function):
@@ -139,13 +140,13 @@ class _AssembleTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, impl, *args):
         (image_tokens, text_tokens, image_ids, text_ids, cu_image, cu_text, cls_token, text_embedding, image_position,
-         text_position, _, _, dtype) = args  # fmt: skip
+         text_position, _, _, _) = args  # fmt: skip
         words, text = (None, text_tokens) if text_embedding is None else (text_tokens, text_embedding)
         float_rows = text_tokens if words is None else None
         sized = (image_tokens, float_rows, text_embedding, image_position, text_position)
         ctx.impl, ctx.has_cls = impl, cls_token is not None
         ctx.rows = tuple(0 if x is None else x.shape[0] for x in sized)
-        ctx.dtypes = tuple(dtype if x is None else x.dtype for x in (image_tokens, text))
+        ctx.dtypes = image_tokens.dtype, text.dtype
         ctx.save_for_backward(words, image_ids, text_ids, cu_image, cu_text)
         return _assemble_tokens(impl, *args)
 
@@ -166,11 +167,8 @@ class _AssembleTokens(torch.autograd.Function):
 def _fake_forward(impl, image_tokens, text_tokens, image_ids, text_ids, cu_image, cu_text, cls_token, text_embedding,
                   image_position, text_position, image_type, text_type, dtype):  # fmt: skip
     batch = (cu_text if cu_image is None else cu_image).shape[0] - 1
-    total = 0 if cls_token is None else batch
-    for tokens in (image_tokens, text_tokens):
-        total += 0 if tokens is None else tokens.shape[0]
-    like = next(x for x in (image_tokens, text_embedding, text_tokens) if x is not None)
-    return like.new_empty(total, like.shape[1], dtype=dtype)
+    total = (0 if cls_token is None else batch) + image_tokens.shape[0] + text_tokens.shape[0]
+    return image_tokens.new_empty(total, image_tokens.shape[1], dtype=dtype)
 
 
 def _fake_backward(impl, dout, text_tokens, image_ids, text_ids, cu_image, cu_text, has_cls, image_rows, text_rows,
@@ -185,7 +183,7 @@ def _fake_backward(impl, dout, text_tokens, image_ids, text_ids, cu_image, cu_te
 
 
 _assemble_tokens = _backends.register(
-    "assemble_tokens(str impl, Tensor? image_tokens, Tensor? text_tokens, Tensor? image_ids, Tensor? text_ids, "
+    "assemble_tokens(str impl, Tensor image_tokens, Tensor text_tokens, Tensor? image_ids, Tensor? text_ids, "
     "Tensor? cu_image, Tensor? cu_text, Tensor? cls_token, Tensor? text_embedding, Tensor? image_position, "
     "Tensor? text_position, Tensor? image_type, Tensor? text_type, ScalarType dtype) -> Tensor",
     lambda impl, *args: BACKENDS[impl].forward(*args),

@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def assemble_tokens(
-    image_tokens: Tensor | None,
-    text_tokens: Tensor | None,
+    image_tokens: Tensor,
+    text_tokens: Tensor,
     image_ids: Tensor | None,
     text_ids: Tensor | None,
     cu_image: Tensor | None,
@@ -28,11 +28,11 @@ def assemble_tokens(
     cu_image, cu_text = (torch.zeros_like(known) if cu is None else cu for cu in (cu_image, cu_text))
     batch, device = known.shape[0] - 1, known.device
     has_cls = 0 if cls_token is None else 1
-    width = next(x.shape[-1] for x in (image_tokens, text_embedding, text_tokens) if x is not None)
+    width = image_tokens.shape[1]
     zero = torch.zeros(1, width, dtype=accumulate, device=device)
 
     # Which sample, which of its rows, which modality: for every output row t.
-    total = batch * has_cls + sum(0 if x is None else x.shape[0] for x in (image_tokens, text_tokens))
+    total = batch * has_cls + image_tokens.shape[0] + text_tokens.shape[0]
     starts = cu_image + cu_text + has_cls * torch.arange(batch + 1, device=device)
     t = torch.arange(total, device=device)
     sample = torch.searchsorted(starts[1:].contiguous(), t, right=True)  # batch: past the last one
@@ -46,8 +46,6 @@ def assemble_tokens(
 
     def part(tokens, embedding, ids, position, type_, first, chosen):
         """The rows of one modality where `chosen`, zeros elsewhere: (source, position + type)."""
-        if tokens is None:
-            return zero, zero
         row = torch.where(chosen, first, tokens.shape[0])  # one past the end: a row of zeros
         if embedding is None:
             source = torch.cat([tokens.to(accumulate), zero]).index_select(0, row)
