@@ -6,17 +6,10 @@
 #include "cpu/sum_rows.h"
 #include "cpu/threads.h"
 
-// One line per op.
-#define M3AE_FOR_EACH_OP(_) \
-  _(assemble_tokens)        \
-  _(restore_tokens)         \
-  _(assemble_tokens)      \
-  _(restore_tokens)       \
-  _(sample_mask)
-
 namespace m3ae {
-#define M3AE_DECLARE(op) void bind_##op(pybind11::module_& module);
-M3AE_FOR_EACH_OP(M3AE_DECLARE)
+#define M3AE_OP(op) void bind_##op(pybind11::module_& module);
+#include "ops.inc"
+#undef M3AE_OP
 }  // namespace m3ae
 
 PYBIND11_MODULE(_C, module) {
@@ -40,6 +33,7 @@ PYBIND11_MODULE(_C, module) {
       },
       pybind11::call_guard<pybind11::gil_scoped_release>(),
       "out[g] = the sum of the rows whose index is first + g");
-#define M3AE_BIND(op) bind_##op(module);
-  M3AE_FOR_EACH_OP(M3AE_BIND)
+#define M3AE_OP(op) bind_##op(module);
+#include "ops.inc"
+#undef M3AE_OP
 }

@@ -29,7 +29,7 @@ def test_an_op_is_found_by_its_name(op):
 def test_compiled_ops_are_listed_where_they_are_built():
     folders = sorted(p.name for p in (ROOT / "csrc/ops").iterdir())
     cmake = re.search(r"set\(M3AE_OPS(.*?)\)", (ROOT / "CMakeLists.txt").read_text(), re.S)[1].split()
-    module = re.findall(r"_\((\w+)\)", (ROOT / "csrc/module.cpp").read_text())
+    module = re.findall(r"M3AE_OP\((\w+)\)", (ROOT / "csrc/ops.inc").read_text())
     assert sorted(cmake) == folders and sorted(module) == folders
     for op in folders:
         assert op in OPS
