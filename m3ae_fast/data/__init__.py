@@ -7,6 +7,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"m3ae_fast.data needs {error.name}: pip install '.[train]'", name=error.name) from error
 
 from m3ae_fast.data.folder import FolderDataset
+from m3ae_fast.data.loader import Loader
 from m3ae_fast.data.sample import BadSample, Sample
 from m3ae_fast.data.shapes import Scene, SceneObject, ShapesDataset
 from m3ae_fast.data.text import Tokenizer
@@ -28,6 +29,7 @@ def open_dataset(spec: str, *, image_size: int, seed: int) -> ShapesDataset | Fo
 __all__ = [
     "BadSample",
     "FolderDataset",
+    "Loader",
     "Sample",
     "Scene",
     "SceneObject",
