@@ -1,0 +1,238 @@
+"""Loader: an endless stream of batches that depends on (seed, step) alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import signal
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from m3ae_fast import ImageTextBatch, M3AEFastWarning, _checks
+from m3ae_fast.data.sample import BadSample, Sample
+from m3ae_fast.data.seeds import ORDER, SAMPLE, check_seed, generator
+from m3ae_fast.data.text import Tokenizer
+from m3ae_fast.data.transforms import augment, center_crop
+
+COUNTERS = ("seen", "images_skipped", "texts_cut", "captions_empty")
+MAX_TRIES = 1000  # samples in a row that cannot be read, after which the data set itself is at fault
+
+
+class Loader:
+    """Iterates over (step, ImageTextBatch), from `start_step` on, without end.
+
+    Batch `step` holds positions step * batch_size + i of an endless order: epoch after epoch, each a permutation of
+    the data set drawn from (seed, epoch). Crops, mirroring and the choice of a caption are drawn from
+    (seed, epoch, index). So batches are the same for any number of workers, and after any resume, and grouping
+    the order into batches of another size changes no sample. The position is the sample's id, by which masks
+    are keyed: an image gets a new mask in every epoch.
+
+    A sample that cannot be read is replaced by the next good one of its epoch, with a warning, once for each file.
+
+    Args:
+        dataset: a sequence of `Sample`s, whose `__getitem__` may raise BadSample. Optional attributes: `flip_safe`
+            (default True: images may be mirrored), `crop_scale` (default (0.2, 1): shares of the area that random
+            crops keep; None: no random crops), `endless` (default False: True keeps the data set's own order, so
+            that no permutation of it is ever in memory).
+        tokenizer: a `Tokenizer`, or any object with its `encode`; None: images alone, captions are left out.
+        image_size: pixels a side of the images that come out.
+        batch_size: samples in a batch.
+        seed: of order, crops and choices, in [0, 2**63).
+        max_text_length: words (vocabulary entries) after which a text is cut.
+        start_step: the first step.
+        workers: processes that read ahead; 0 reads in this one.
+        strict: raise BadSample where a sample cannot be read, instead of replacing it.
+        augment: random crops and mirroring; False: the square in the middle, for evaluation.
+
+    Yields:
+        step, and a batch whose images are uint8 [N, 3, image_size, image_size] in channels-last memory, texts int32.
+
+    Attributes:
+        counters: of the batches given out by this loader: `seen` samples, `images_skipped` (samples that could not
+            be read and were replaced), `texts_cut`, `captions_empty` (captions without a word: the image alone).
+        wait_seconds: spent waiting for batches.
+
+    Raises:
+        ValueError, TypeError: an argument, or a data set without one sample that can be read.
+        BadSample: with `strict`. RuntimeError: a worker process died.
+    """
+
+    def __init__(
+        self,
+        dataset: Sequence[Sample],
+        tokenizer: Tokenizer | None,
+        *,
+        image_size: int,
+        batch_size: int,
+        seed: int = 0,
+        max_text_length: int = 64,
+        start_step: int = 0,
+        workers: int = 0,
+        strict: bool = False,
+        augment: bool = True,
+    ):
+        _checks.integer("image_size", image_size, 1)
+        _checks.integer("batch_size", batch_size, 1)
+        _checks.integer("max_text_length", max_text_length, 1)
+        _checks.integer("start_step", start_step, 0)
+        _checks.integer("workers", workers, 0)
+        if not len(dataset):
+            raise ValueError("dataset must hold at least one sample, got an empty one")
+        batches = _Batches(
+            dataset, tokenizer, image_size, batch_size, check_seed(seed), max_text_length, strict, augment
+        )
+        self._loader = DataLoader(
+            batches,
+            batch_size=None,  # an item is a whole batch already
+            sampler=_Steps(start_step),
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator(),  # its own, or starting to iterate would advance torch's
+        )
+        self._batches: Iterator[_Loaded] | None = None
+        self._warned: set[str] = set()
+        self.counters = dict.fromkeys(COUNTERS, 0)
+        self.wait_seconds = 0.0
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> tuple[int, ImageTextBatch]:
+        start = time.perf_counter()
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        loaded = next(self._batches)
+        self.wait_seconds += time.perf_counter() - start
+        if isinstance(loaded, Exception):
+            self.close()
+            raise loaded
+        for name, count in loaded.counters.items():
+            self.counters[name] += count
+        for bad in loaded.skipped:
+            if bad.name not in self._warned:
+                self._warned.add(bad.name)
+                warnings.warn(f"{bad}; skipped (bad files so far: {len(self._warned)})", M3AEFastWarning, stacklevel=2)
+        return loaded.step, loaded.batch
+
+    def close(self) -> None:
+        """End the worker processes; the stream ends with them."""
+        self._batches = iter(())
+
+
+class _Loaded(NamedTuple):
+    """What a worker sends back."""
+
+    step: int
+    batch: ImageTextBatch
+    counters: Counter
+    skipped: list[BadSample]
+
+
+class _Prepared(NamedTuple):
+    image: np.ndarray | None  # [image_size, image_size, 3] uint8
+    ids: list[int]
+
+
+class _Steps(Sampler):
+    def __init__(self, start: int):
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self.start)
+
+
+def _as_it_is(loaded):
+    return loaded
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal: the main one decides what becomes of the run, and ends these."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@dataclasses.dataclass
+class _Batches(Dataset):
+    """Batch by step. A worker holds a copy of it."""
+
+    dataset: Sequence[Sample]
+    tokenizer: Tokenizer | None
+    image_size: int
+    batch_size: int
+    seed: int
+    max_text_length: int
+    strict: bool
+    augment: bool
+    _epoch: tuple[int, np.ndarray] | None = None  # the last epoch asked for, and its permutation
+
+    def __post_init__(self):
+        self.flip = getattr(self.dataset, "flip_safe", True)
+        self.crop_scale = getattr(self.dataset, "crop_scale", (0.2, 1.0))
+        self.endless = getattr(self.dataset, "endless", False)
+
+    def __getitem__(self, step: int) -> _Loaded | Exception:
+        """An error is returned, to be raised by the loader: on the way out of a worker, one raised becomes another."""
+        counters, skipped = Counter(), []
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+        try:
+            prepared = [self._at(position, counters, skipped) for position in positions]
+        except (BadSample, _NoGoodSample) as error:
+            return error
+        counters.update(seen=len(prepared), images_skipped=len(skipped))
+        images = [sample.image for sample in prepared if sample.image is not None]
+        batch = ImageTextBatch(
+            torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) if images else None,
+            torch.tensor([i for sample in prepared for i in sample.ids], dtype=torch.int32),
+            [len(sample.ids) for sample in prepared],
+            has_image=[sample.image is not None for sample in prepared],
+            sample_ids=positions,
+        )
+        return _Loaded(step, batch, counters, skipped)
+
+    def _at(self, position: int, counters: Counter, skipped: list[BadSample]) -> _Prepared:
+        """The sample at a position of the endless order, or the next good one of its epoch."""
+        size = len(self.dataset)
+        epoch, place = divmod(position, size)
+        for offset in range(min(size, MAX_TRIES)):
+            index = self._index(epoch, (place + offset) % size)
+            try:
+                return self._prepare(self.dataset[index], generator(self.seed, SAMPLE, epoch, index), counters)
+            except BadSample as bad:
+                if self.strict:
+                    raise
+                skipped.append(bad)
+        raise _NoGoodSample(f"dataset must hold samples that can be read, none of {offset + 1} could; {skipped[-1]}")
+
+    def _index(self, epoch: int, place: int) -> int:
+        if self.endless:
+            return place
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, generator(self.seed, ORDER, epoch).permutation(len(self.dataset))
+        return int(self._epoch[1][place])
+
+    def _prepare(self, sample: Sample, rng: np.random.Generator, counters: Counter) -> _Prepared:
+        ids = []
+        captioned = bool(sample.captions) and self.tokenizer is not None
+        if captioned:
+            ids = self.tokenizer.encode(sample.captions[rng.integers(len(sample.captions))])
+        if sample.image is None:
+            if not ids:
+                raise BadSample(sample.name, "there is neither an image nor a word in it")
+            image = None
+        elif self.augment:
+            image = augment(sample.image, self.image_size, rng, scale=self.crop_scale, flip=self.flip)
+        else:
+            image = center_crop(sample.image, self.image_size)
+        counters.update(texts_cut=len(ids) > self.max_text_length, captions_empty=captioned and not ids)
+        return _Prepared(image, ids[: self.max_text_length])
+
+
+class _NoGoodSample(ValueError):
+    pass

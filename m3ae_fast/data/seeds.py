@@ -1,0 +1,20 @@
+"""Counter-based random numbers: a draw depends on what it is for, never on what was drawn before it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from m3ae_fast import _checks
+
+# Streams: two that must not share numbers never do, whatever the seed.
+SCENE, ORDER, SAMPLE = range(3)
+
+
+def check_seed(seed: int) -> int:
+    _checks.integer("seed", seed, 0, 2**63)
+    return seed
+
+
+def generator(seed: int, stream: int, epoch: int = 0, index: int = 0) -> np.random.Generator:
+    """The generator of one item: Philox4x64 keyed by (seed, stream), its counter starting at (epoch, index)."""
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, index, epoch]))

@@ -1,0 +1,195 @@
+"""ShapesDataset: drawn scenes with captions that say what is in them, endless and known to the last pixel."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from m3ae_fast import _checks
+from m3ae_fast.data.captions import describe
+from m3ae_fast.data.sample import Sample
+from m3ae_fast.data.seeds import SCENE, check_seed, generator
+
+COLORS = {
+    "red": (214, 40, 40),
+    "green": (46, 160, 67),
+    "blue": (38, 84, 214),
+    "yellow": (248, 214, 40),
+    "orange": (245, 134, 20),
+    "purple": (128, 52, 178),
+    "pink": (248, 152, 196),
+    "cyan": (70, 208, 220),
+    "brown": (120, 72, 36),
+    "gray": (128, 128, 128),
+    "black": (16, 16, 16),
+    "white": (246, 246, 246),
+}
+SIZES = {"small": (0.14, 0.2), "large": (0.28, 0.36)}  # shortest and longest side, as a share of the image's
+MAX_OBJECTS = 4
+GAP = 0.05  # between two objects, as a share of the image's side: 1.5 pixels or more from MIN_SIZE up, so that
+MIN_SIZE = 32  # rounding to pixels lets no two boxes touch
+OVERSAMPLING = 4  # drawn this much larger, then averaged: smooth edges
+PLACES = 64  # drawn for each object
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneObject:
+    """shape, color, size: words of SHAPES, COLORS, SIZES. box: (x0, y0, x1, y1) in pixels, x1 and y1 just outside;
+    the object touches all four sides of it, and boxes of a scene never touch each other."""
+
+    shape: str
+    color: str
+    size: str
+    box: tuple[int, int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What was drawn. captions: three true sentences, from short to long."""
+
+    background: str
+    objects: tuple[SceneObject, ...]
+    captions: tuple[str, ...]
+
+
+class ShapesDataset:
+    """One to four objects on a plain background, each of any shape, colour and size, anywhere.
+
+    Attributes are drawn independently of one another (an object only never has the background's colour), so what a
+    masked patch held can be known from the caption and often from nothing else. Scene `index` of a seed is the same
+    whenever and in whatever order it is asked for, and the same scene at every image size.
+
+    Training neither mirrors nor crops these: captions speak of left and right and of every object, and there is
+    always a new scene.
+
+    Args:
+        size: pixels a side, at least 32.
+        seed: of the scenes, in [0, 2**63).
+    """
+
+    flip_safe = False
+    crop_scale = None
+    endless = True
+
+    def __init__(self, size: int = 256, seed: int = 0):
+        _checks.integer("size", size, MIN_SIZE)
+        self.size, self.seed = size, check_seed(seed)
+
+    def __len__(self) -> int:
+        return 2**31 - 1
+
+    def __getitem__(self, index: int) -> Sample:
+        scene = self.scene(index)
+        return Sample(draw(scene, self.size), scene.captions, f"shapes/{index}")
+
+    def captions(self) -> Iterator[str]:
+        """The captions of the first two thousand scenes: more than enough to meet every word."""
+        for index in range(2000):
+            yield from self.scene(index).captions
+
+    def scene(self, index: int) -> Scene:
+        """What image `index` shows. IndexError: outside [0, len)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index must be in [0, {len(self)}), got {index}")
+        rng = generator(self.seed, SCENE, index=index)
+        background = _choose(rng, list(COLORS))
+        colors = [color for color in COLORS if color != background]
+        sizes = [_choose(rng, list(SIZES)) for _ in range(rng.integers(1, MAX_OBJECTS + 1))]
+        boxes = _layout(rng, np.array([rng.uniform(*SIZES[size]) for size in sizes]))
+        objects = []
+        for size, (x, y, side) in zip(sizes, np.rint(boxes * self.size).astype(int).tolist(), strict=True):
+            box = (x, y, x + side, y + side)
+            objects.append(SceneObject(_choose(rng, list(SHAPES)), _choose(rng, colors), size, box))
+        return Scene(background, tuple(objects), describe(background, objects, boxes, rng))
+
+
+def _choose(rng: np.random.Generator, options: list[str]) -> str:
+    return options[rng.integers(len(options))]
+
+
+def _layout(rng: np.random.Generator, sides: np.ndarray) -> np.ndarray:
+    """(x, y, side) of objects that keep GAP from one another and from the edges, in shares of the image's side.
+
+    Each takes the first of PLACES random places that is free; where none is, all start again with the same sizes,
+    since smaller ones would make small objects likelier in company.
+    """
+    boxes = np.empty((len(sides), 3))
+    boxes[:, 2] = sides
+    placed = 0
+    while placed < len(sides):
+        side, others = sides[placed], boxes[:placed]
+        corner = GAP + rng.random((PLACES, 1, 2)) * (1 - 2 * GAP - side)
+        low, high = others[:, :2] - GAP, others[:, :2] + others[:, 2:] + GAP
+        free = ((corner + side <= low) | (corner >= high)).any(-1).all(-1)
+        if free.any():
+            boxes[placed, :2] = corner[free.argmax(), 0]
+            placed += 1
+        else:
+            placed = 0
+    return boxes
+
+
+def draw(scene: Scene, size: int) -> np.ndarray:
+    """The scene as [size, size, 3] uint8."""
+    image = Image.new("RGB", (size, size), COLORS[scene.background])
+    for item in scene.objects:
+        side = OVERSAMPLING * (item.box[2] - item.box[0])
+        mask = Image.new("L", (side, side))
+        SHAPES[item.shape](ImageDraw.Draw(mask), side - 1)
+        image.paste(COLORS[item.color], item.box, mask.reduce(OVERSAMPLING))
+    return np.asarray(image)
+
+
+def _polygon(*points: tuple[float, float]):
+    """A drawing function for corners given in the unit square."""
+    return lambda pen, last: pen.polygon([(x * last, y * last) for x, y in points], fill=255)
+
+
+def _outline(curve: list[tuple[float, float]]):
+    """The same for any closed curve, stretched to touch all four sides."""
+    points = np.array(curve)
+    low, high = points.min(0), points.max(0)
+    return _polygon(*((points - low) / (high - low)).tolist())
+
+
+def _turns(count: int) -> list[float]:
+    return [2 * math.pi * i / count for i in range(count)]
+
+
+def _circle(pen: ImageDraw.ImageDraw, last: float) -> None:
+    pen.ellipse((0, 0, last, last), fill=255)
+
+
+def _ring(pen: ImageDraw.ImageDraw, last: float) -> None:
+    _circle(pen, last)
+    pen.ellipse((0.26 * last, 0.26 * last, 0.74 * last, 0.74 * last), fill=0)
+
+
+def _heart(t: float) -> tuple[float, float]:
+    across = 16 * math.sin(t) ** 3
+    down = -13 * math.cos(t) + 5 * math.cos(2 * t) + 2 * math.cos(3 * t) + math.cos(4 * t)
+    return across, down
+
+
+def _star(corner: int, t: float) -> tuple[float, float]:
+    radius = 1 if corner % 2 == 0 else 0.42
+    return radius * math.sin(t), -radius * math.cos(t)
+
+
+A, B = 0.31, 0.69  # the arms of the cross
+SHAPES = {
+    "circle": _circle,
+    "square": _polygon((0, 0), (1, 0), (1, 1), (0, 1)),
+    "triangle": _polygon((0.5, 0), (1, 1), (0, 1)),
+    "diamond": _polygon((0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)),
+    "cross": _polygon(
+        *((A, 0), (B, 0), (B, A), (1, A), (1, B), (B, B)), *((B, 1), (A, 1), (A, B), (0, B), (0, A), (A, A))
+    ),
+    "ring": _ring,
+    "star": _outline([_star(i, t) for i, t in enumerate(_turns(10))]),
+    "heart": _outline([_heart(t) for t in _turns(48)]),
+}
