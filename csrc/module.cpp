@@ -8,6 +8,7 @@
 
 // One line per op.
 #define M3AE_FOR_EACH_OP(_) \
+  _(gather_patches)       \
   _(restore_tokens)       \
   _(sample_mask)
 
