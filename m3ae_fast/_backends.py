@@ -35,15 +35,16 @@ class Backends:
     def __getitem__(self, impl: str) -> ModuleType:
         return self.modules[impl]
 
-    def refusal(self, impl: str, device: str, dtype: torch.dtype) -> str | None:
-        """Why `impl` cannot run this op on these tensors; None where it can."""
+    def refusal(self, impl: str, device: str, *dtypes: torch.dtype) -> str | None:
+        """Why `impl` cannot run this op on tensors of these dtypes; None where it can. Integers: the op checks them."""
         if impl not in self.modules:
             return self.reasons.get(impl, "this op has no such backend")
-        runs_on, dtypes = _RUNS_ON[impl]
+        runs_on, floats = _RUNS_ON[impl]
         if device != runs_on:
             return f"it runs on {runs_on} tensors, got {device}"
-        if dtype.is_floating_point and dtype not in dtypes:  # integers are the op's own affair: it has checked them
-            return f"it takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {dtype}"
+        for dtype in dtypes:
+            if dtype.is_floating_point and dtype not in floats:
+                return f"it takes {', '.join(str(d).removeprefix('torch.') for d in floats)}, got {dtype}"
         return None
 
 
@@ -60,19 +61,22 @@ def load(package: str, *impls: str) -> Backends:
     return LOADED[op]
 
 
-def pick(backends: Backends, impl: str | None, tensor: Tensor) -> str:
-    """The implementation that runs: an explicit one is obeyed or refused, None takes the fastest for the device."""
-    device, dtype = tensor.device.type, tensor.dtype
+def pick(backends: Backends, impl: str | None, tensor: Tensor, *others: torch.dtype) -> str:
+    """The implementation that runs: an explicit one is obeyed or refused, None takes the fastest for the device.
+
+    others: the dtypes that its kernels meet besides the tensor's.
+    """
+    device, dtypes = tensor.device.type, (tensor.dtype, *others)
     impl = impl or _FORCED
     if impl is None:
         for name in PREFERENCE.get(device, ()):
-            if backends.refusal(name, device, dtype) is None:
+            if backends.refusal(name, device, *dtypes) is None:
                 return name
         return "reference"
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     if impl != "reference":
-        reason = backends.refusal(impl, device, dtype)
+        reason = backends.refusal(impl, device, *dtypes)
         if reason is not None:
             raise ValueError(f"impl={impl!r} cannot run {backends.op}: {reason}")
     return impl

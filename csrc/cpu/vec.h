@@ -58,6 +58,17 @@ struct Lane {
   static M3AE_INLINE Lane fma(Lane a, Lane b, Lane c) { return {a.v * b.v + c.v}; }  // two roundings without hardware
   static M3AE_INLINE Lane max(Lane a, Lane b) { return {a.v > b.v ? a.v : b.v}; }
   M3AE_INLINE Float sum() const { return v; }
+  static M3AE_INLINE void interleave3(Lane a, Lane b, Lane c, Lane (&out)[3]) { out[0] = a, out[1] = b, out[2] = c; }
+};
+
+// interleave3: three planes to pixels, out = a0 b0 c0 a1 b1 c1 ... over three vectors. Lane i of vector k holds lane
+// (width * k + i) / 3 of a plane; which plane says the mask of a blend.
+template <int width>
+struct PixelOfLane {
+  int32_t of[3][width] = {};
+  constexpr PixelOfLane() {
+    for (int i = 0; i < 3 * width; ++i) of[i / width][i % width] = i / 3;
+  }
 };
 
 #if defined(M3AE_ISA_avx512) || defined(M3AE_ISA_avx512_bf16)
@@ -101,6 +112,19 @@ struct VecF32 {
   static M3AE_INLINE VecF32 fma(VecF32 a, VecF32 b, VecF32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static M3AE_INLINE VecF32 max(VecF32 a, VecF32 b) { return {_mm512_max_ps(a.v, b.v)}; }
   M3AE_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
+
+  template <int b_lanes, int c_lanes>
+  static M3AE_INLINE VecF32 pixels(const int32_t* of, VecF32 a, VecF32 b, VecF32 c) {
+    const __m512i pixel = _mm512_loadu_si512(of);
+    const __m512 ab = _mm512_mask_permutexvar_ps(_mm512_permutexvar_ps(pixel, a.v), b_lanes, pixel, b.v);
+    return {_mm512_mask_permutexvar_ps(ab, c_lanes, pixel, c.v)};
+  }
+  static M3AE_INLINE void interleave3(VecF32 a, VecF32 b, VecF32 c, VecF32 (&out)[3]) {
+    static constexpr PixelOfLane<width> pixel;
+    out[0] = pixels<0x2492, 0x4924>(pixel.of[0], a, b, c);
+    out[1] = pixels<0x9249, 0x2492>(pixel.of[1], a, b, c);
+    out[2] = pixels<0x4924, 0x9249>(pixel.of[2], a, b, c);
+  }
 };
 
 #elif defined(M3AE_ISA_avx2)
@@ -157,6 +181,19 @@ struct VecF32 {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+  }
+
+  template <int b_lanes, int c_lanes>
+  static M3AE_INLINE VecF32 pixels(const int32_t* of, VecF32 a, VecF32 b, VecF32 c) {
+    const __m256i pixel = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(of));
+    const __m256 ab = _mm256_blend_ps(_mm256_permutevar8x32_ps(a.v, pixel), _mm256_permutevar8x32_ps(b.v, pixel), b_lanes);
+    return {_mm256_blend_ps(ab, _mm256_permutevar8x32_ps(c.v, pixel), c_lanes)};
+  }
+  static M3AE_INLINE void interleave3(VecF32 a, VecF32 b, VecF32 c, VecF32 (&out)[3]) {
+    static constexpr PixelOfLane<width> pixel;
+    out[0] = pixels<0x92, 0x24>(pixel.of[0], a, b, c);
+    out[1] = pixels<0x24, 0x49>(pixel.of[1], a, b, c);
+    out[2] = pixels<0x49, 0x92>(pixel.of[2], a, b, c);
   }
 };
 

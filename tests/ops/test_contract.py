@@ -25,7 +25,7 @@ def function(op):
 
 
 def bits(results):
-    return [x.view(torch.uint8) if x.is_floating_point() else x for x in pytree.tree_leaves(results)]
+    return [x.flatten().view(torch.uint8) if x.is_floating_point() else x for x in pytree.tree_leaves(results)]
 
 
 def assert_same_bits(a, b):
