@@ -1,0 +1,224 @@
+"""m3ae-fast: the command line. `m3ae-fast pretrain` alone trains a tiny model on drawn scenes.
+
+Exit status: 0 done; 2 a mistake in the call, the data or a file, told in one line; 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import warnings
+from pathlib import Path
+
+from m3ae_fast import M3AEFastWarning, __version__, explain
+
+INTERRUPTED = 130  # as shells say it: 128 + SIGINT
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; `argv` without the program's name, None: sys.argv. Returns the exit status."""
+    args = _parser().parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character shows another, and lives
+        sys.stdout.reconfigure(errors="replace")
+        sys.stderr.reconfigure(errors="replace")
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return args.command(args)
+    except KeyboardInterrupt:
+        print("m3ae-fast: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if not _is_the_callers(error):
+            raise
+        message = " ".join(str(error).split())
+        if isinstance(error, ModuleNotFoundError) and "pip install" not in message:
+            message += ": pip install '.[train]'"
+        print(f"m3ae-fast {args.name}: error: {message}", file=sys.stderr)
+        return 2
+
+
+def _is_the_callers(error: Exception) -> bool:
+    """Whether a line that names the argument or the file says all there is to say; anything else is our bug."""
+    if isinstance(error, ModuleNotFoundError):  # of the train extra; none of our own modules is ever missing
+        return not (error.name or "m3ae_fast").startswith("m3ae_fast")
+    return (
+        isinstance(error, (ValueError, TypeError, OSError, FloatingPointError)) or type(error).__name__ == "BadSample"
+    )
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    if issubclass(category, M3AEFastWarning):
+        print(f"\nwarning: {message}", file=sys.stderr)  # below the progress bar
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), file=sys.stderr, end="")
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from m3ae_fast.train import RunConfig, pretrain
+
+    fields = {field.name for field in dataclasses.fields(RunConfig)}
+    given = {name: value for name, value in vars(args).items() if name in fields}
+    config = RunConfig(**given)
+    data = "shapes" if config.data == "shapes" else Path(config.data).resolve().name
+    out = getattr(args, "out", Path("runs") / f"{data}-{config.model}")
+    if args.resume and (out / "run.json").is_file():
+        config = dataclasses.replace(RunConfig.load(out), **given)
+    print(f"training {config.model} on {config.data} into {out} (Ctrl-C saves and stops)", file=sys.stderr)
+    summary = pretrain(config, out, resume=args.resume, stop_after=getattr(args, "stop_after", None))
+    _print_summary(summary)
+    return INTERRUPTED if summary.interrupted else 0
+
+
+def _print_summary(summary) -> None:
+    folder = summary.folder
+    if not summary.last:
+        print(f"nothing to do: {folder} has taken all of its {summary.steps} steps")
+        return
+    rate = summary.tokens / summary.seconds
+    print(
+        f"\n{summary.step:,} of {summary.steps:,} steps; {summary.seconds:,.1f} s, "
+        f"of which {summary.wait_seconds:,.1f} s waiting for data; {rate:,.0f} tokens/s"
+    )
+    names = ("loss", "image_loss", "text_loss", "text_accuracy")
+    print("last step: " + ", ".join(f"{name} {summary.last[name]:.4f}" for name in names))
+    counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in summary.counters.items())
+    print(f"samples: {counts}")
+    if summary.step < summary.steps:
+        print(f"continue with: m3ae-fast pretrain --out {shlex.quote(str(folder))} --resume")
+    if not summary.interrupted:
+        print(f"pictures: {folder / 'pictures'}")
+    print(f"numbers: {folder / 'metrics.jsonl'}, tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
+
+
+def _reconstruct(args: argparse.Namespace) -> int:
+    from m3ae_fast.train import load_run
+    from m3ae_fast.train.pictures import batch_of_files, draw_reconstruction, held_out
+
+    if args.images and args.data:
+        raise ValueError("give images or --data, not both")
+    if args.captions and len(args.captions) != len(args.images):
+        raise ValueError(
+            f"--caption must be given once for each image, got {len(args.captions)} for {len(args.images)}"
+        )
+    run = load_run(args.run, args.device)
+    if args.images:
+        batch = batch_of_files(args.images, args.captions, run.model.config, run.tokenizer)
+    else:
+        batch = held_out(run.model.config, run.tokenizer, run.config, data=args.data, count=args.samples)
+    seed = run.config.seed if args.seed is None else args.seed
+    draw_reconstruction(run.model, run.tokenizer, batch, args.out, seed=seed, device=args.device)
+    print(f"{args.out}: {len(batch)} samples, the model after {run.step:,} steps")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    print(explain())
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from safetensors import SafetensorError
+
+    from m3ae_fast.convert import convert_flax_checkpoint
+
+    try:
+        config = convert_flax_checkpoint(args.source, args.target)
+    except SafetensorError as error:
+        raise OSError(f"{args.target} cannot be written: {error}") from None
+    shown = ", ".join(f"{name} {value}" for name, value in config.items())
+    print(f"{args.target}: {shown}")
+    return 0
+
+
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = {"allow_abbrev": False, "formatter_class": _Formatter}
+    parser = argparse.ArgumentParser("m3ae-fast", description="Masked multimodal autoencoders, fast.", **common)
+    parser.add_argument("--version", action="version", version=f"m3ae_fast {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, function, text: str, **settings) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, **common, **settings)
+        command.set_defaults(command=function, name=name)
+        return command
+
+    # SUPPRESS: what was not given is not there, so that --resume can tell it from a default
+    pretrain = add(
+        "pretrain", _pretrain, "Train an M3AE. With no option: drawn scenes, a tiny model, two minutes on two cores.",
+        argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    _add_run_options(pretrain)
+
+    reconstruct = add("reconstruct", _reconstruct, "Draw original | masked | reconstruction with a trained model.")
+    reconstruct.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
+    reconstruct.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="captions: NAME.txt beside NAME.jpg")
+    reconstruct.add_argument("--data", metavar="shapes|DIR", help="instead of images (default: the run's own data)")
+    reconstruct.add_argument("--caption", dest="captions", action="append", metavar="TEXT", help="one for each image")
+    reconstruct.add_argument("--out", type=Path, default=Path("reconstruction.png"), metavar="FILE", help="%(default)s")
+    reconstruct.add_argument("--samples", type=_positive, default=6, metavar="N", help="of --data (%(default)s)")
+    reconstruct.add_argument("--seed", type=_natural, metavar="S", help="of the masks (default: the run's)")
+    reconstruct.add_argument("--device", default="cpu", help="%(default)s")
+
+    add("info", _info, "Say what runs here and why: versions, instruction set, backends.")
+
+    convert = add("convert", _convert, "Turn a checkpoint of the paper's public code into safetensors.")
+    convert.add_argument("source", type=Path, metavar="IN.pkl")
+    convert.add_argument("target", type=Path, metavar="OUT.safetensors")
+    return parser
+
+
+def _add_run_options(command: argparse.ArgumentParser) -> None:
+    """One option for each setting of RunConfig, named alike."""
+    run = command.add_argument_group("the run")
+    run.add_argument("--data", metavar="shapes|DIR", help="drawn scenes (default), or a folder of NAME.jpg + NAME.txt")
+    run.add_argument("--model", choices=("tiny", "small", "base", "large", "huge"), help="default: tiny")
+    run.add_argument("--steps", type=_positive, metavar="N", help="default: tiny 1,200, others 100,000")
+    run.add_argument("--batch-size", type=_positive, metavar="B", help="samples of a pass; default: tiny 32, others 64")
+    run.add_argument("--accumulate", type=_positive, metavar="N", help="passes of a step (1)")
+    run.add_argument("--seed", type=_natural, metavar="S", help="of weights, data order and masks (0)")
+    run.add_argument("--precision", choices=("fp32", "bf16"), help="default: fp32")
+    run.add_argument("--image-size", type=_positive, metavar="PIXELS", help="default: the model's")
+    run.add_argument("--image-mask-ratio", type=float, metavar="R", help="share of patches removed (0.75)")
+    run.add_argument("--text-mask-ratio", type=float, metavar="R", help="share of words removed (0.75)")
+    run.add_argument(
+        "--text-vocab", metavar="FILE", help="vocab.txt or tokenizer.json; default: made from the captions"
+    )
+    optimiser = command.add_argument_group("the optimiser (AdamW .9, .95; warm-up, then a cosine to 0)")
+    optimiser.add_argument("--lr", type=float, help="peak; default: tiny 2e-3, others 1.5e-4 for 256 samples of a step")
+    optimiser.add_argument("--warmup", type=_natural, metavar="STEPS", help="default: a tenth of all")
+    optimiser.add_argument("--weight-decay", type=float, metavar="W", help="of weight matrices (0.05)")
+    optimiser.add_argument("--grad-clip", type=float, metavar="NORM", help="largest gradient norm (1.0); 0: any")
+    files = command.add_argument_group("where, and how far")
+    files.add_argument("--out", type=Path, metavar="DIR", help="default: runs/DATA-MODEL")
+    files.add_argument("--resume", action="store_true", default=False, help="continue the run in --out, to the bit")
+    files.add_argument("--stop-after", type=_positive, metavar="K", help="stop, to be resumed, when K steps are taken")
+    files.add_argument("--checkpoint-every", type=_natural, metavar="STEPS", help="default: 500; 0: only at the end")
+    files.add_argument(
+        "--picture-every", type=_natural, metavar="STEPS", help="default: a quarter of all; 0: at the end"
+    )
+    machine = command.add_argument_group("the machine")
+    machine.add_argument("--device", help="default: cuda if there is one, else cpu")
+    machine.add_argument("--workers", type=_natural, metavar="N", help="processes that load data (0)")
+    machine.add_argument("--strict", action="store_true", help="stop at an image that cannot be read; default: skip it")
+
+
+def _natural(text: str, low: int = 0) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if value < low:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least {low}, got {text!r}")
+    return value
+
+
+def _positive(text: str) -> int:
+    return _natural(text, low=1)

@@ -1,0 +1,17 @@
+"""Pre-training: the loop, its schedule, checkpoints that resume to the bit, metrics and pictures."""
+
+import importlib.util
+
+EXTRA = ("PIL", "tokenizers", "safetensors", "tqdm", "tensorboard", "matplotlib")
+_missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+if _missing:  # now, not after an hour of training
+    raise ModuleNotFoundError(
+        f"m3ae_fast.train needs {', '.join(_missing)}: pip install '.[train]', or 'm3ae_fast[train]'", name=_missing[0]
+    )
+
+from m3ae_fast.train.config import RunConfig  # noqa: E402
+from m3ae_fast.train.loop import Summary, pretrain  # noqa: E402
+from m3ae_fast.train.run import Run, load_run  # noqa: E402
+from m3ae_fast.train.schedule import learning_rate  # noqa: E402
+
+__all__ = ["Run", "RunConfig", "Summary", "learning_rate", "load_run", "pretrain"]

@@ -1,0 +1,146 @@
+"""Checkpoints: one safetensors file each, written atomically, verified in full when read.
+
+Tensors are named `model.<parameter>` and `optimiser.<parameter>.<moment>`. The file's metadata holds one entry,
+`m3ae_fast`: JSON with the step, the configuration and a SHA-256 over all of it, tensors included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from m3ae_fast.train.files import replacing
+
+FORMAT = 1
+
+
+class Checkpoint(NamedTuple):
+    """step: steps taken. config: the run's configuration (RunConfig.to_dict). model: its state dict.
+    optimiser: {parameter name: {moment name: tensor}}."""
+
+    step: int
+    config: dict
+    model: dict[str, Tensor]
+    optimiser: dict[str, dict[str, Tensor]]
+
+
+def save(path: Path, step: int, config: dict, model: nn.Module, optimiser: torch.optim.Optimizer | None) -> None:
+    """Write the checkpoint under a temporary name and move it into place once it is on the disk.
+
+    Raises:
+        OSError: the file cannot be written (a full disk); it names the path and leaves nothing behind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    if optimiser is not None:
+        for name, parameter in model.named_parameters():
+            for moment, value in optimiser.state.get(parameter, {}).items():
+                tensors[f"optimiser.{name}.{moment}"] = value
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    header = {"format": FORMAT, "step": step, "config": config}
+    header["sha256"] = _digest(header, tensors)
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"m3ae_fast": json.dumps(header)})
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from None
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint back, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is cut short, altered, or not a checkpoint of m3ae_fast.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a checkpoint: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("m3ae_fast", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a whole checkpoint, it is cut short or altered: {error}") from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(f"{path} is a safetensors file, but not a checkpoint of m3ae_fast (format {FORMAT})")
+    if header.pop("sha256", None) != _digest(header, tensors):
+        raise ValueError(f"{path} is damaged: its contents do not match its checksum")
+    model, moments = {}, {}
+    for name, value in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "model":
+            model[rest] = value
+        else:
+            parameter, _, moment = rest.rpartition(".")
+            moments.setdefault(parameter, {})[moment] = value
+    return Checkpoint(header["step"], header["config"], model, moments)
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimiser: torch.optim.Optimizer | None = None) -> None:
+    """Put a checkpoint's weights and moments into a model and an optimiser built from the same configuration."""
+    model.load_state_dict(checkpoint.model)
+    if optimiser is not None:
+        for name, parameter in model.named_parameters():
+            if name in checkpoint.optimiser:
+                # AdamW keeps `step` on the CPU, as it was saved; moments live where the parameter does
+                optimiser.state[parameter] = {
+                    moment: value if moment == "step" else value.to(parameter.device)
+                    for moment, value in checkpoint.optimiser[name].items()
+                }
+
+
+def step_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}.safetensors"
+
+
+def all_in(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first."""
+    return sorted(folder.glob("step-*.safetensors"))
+
+
+def latest(folder: Path) -> Path:
+    """The newest checkpoint of a folder; FileNotFoundError where there is none."""
+    found = all_in(folder)
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no checkpoint (step-*.safetensors)")
+    return found[-1]
+
+
+def keep_last(folder: Path, count: int = 2) -> None:
+    """Delete all but the newest checkpoints, and what a killed process left half-written."""
+    for path in [*all_in(folder)[:-count], *folder.glob(".*.tmp")]:
+        path.unlink(missing_ok=True)
+
+
+def differences(saved: dict, wanted: dict, prefix: str = "") -> list[str]:
+    """The fields in which two configurations differ: 'batch_size: 32 in the checkpoint, 64 asked for'."""
+    found = []
+    for key in [*saved, *(k for k in wanted if k not in saved)]:
+        old, new = saved.get(key), wanted.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}: {old!r} there, {new!r} asked for")
+    return found
+
+
+def _digest(header: dict, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the header and of every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        if value.numel():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a memory-mapped tensor is read-only, and is only read here
+                digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,143 @@
+"""RunConfig: everything a pre-training run is made of, saved in the run's folder as run.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+
+from m3ae_fast import _checks
+from m3ae_fast.train.files import read_json, write_json
+
+MODELS = ("tiny", "small", "base", "large", "huge")
+# What None stands for, by model. tiny is set to show learning within two minutes on two cores; the others follow
+# arXiv:2205.14204: lr 1.5e-4 for every 256 samples of a step.
+DEFAULTS = {
+    "tiny": {"steps": 1200, "batch_size": 32, "lr": 2e-3},
+    "small": {"steps": 100_000, "batch_size": 64},
+    "base": {"steps": 100_000, "batch_size": 64},
+    "large": {"steps": 100_000, "batch_size": 64},
+    "huge": {"steps": 100_000, "batch_size": 64},
+}
+LR_PER_256 = 1.5e-4
+# These change where and how a run is computed and watched, not what it computes: free to differ when resuming.
+FREE = ("device", "workers", "strict", "checkpoint_every", "picture_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A pre-training run. None stands for the model's default; `resolved()` fills it in.
+
+    Attributes:
+        data: "shapes" (drawn scenes, built in) or a folder of name.jpg + name.txt.
+        model: a preset of M3AEConfig: tiny, small, base, large, huge.
+        steps: optimiser steps. batch_size: samples of a forward pass. accumulate: passes of a step.
+        seed: of the weights, the data order and the masks.
+        precision: "fp32", or "bf16": autocast, with weights and moments in fp32.
+        lr: peak learning rate. warmup: steps of linear warm-up (default: a tenth of all), then a cosine to 0.
+        weight_decay: AdamW's, on weight matrices only. grad_clip: largest gradient norm; 0: no clipping.
+        image_size: pixels a side; image_mask_ratio, text_mask_ratio: in [0, 1). None: the model's own.
+        text_vocab: vocab.txt or tokenizer.json; None: WordPiece trained on the data's captions.
+        device: None: cuda if there is one, else cpu. workers: processes that load data.
+        strict: stop at an image that cannot be read, instead of skipping and counting it.
+        checkpoint_every, picture_every: steps between them; 0: only at the end.
+        model_config: the M3AEConfig's fields; filled in when the run is made.
+
+    Raises:
+        ValueError: a value out of its range, naming it. TypeError: not a number.
+    """
+
+    data: str = "shapes"
+    model: str = "tiny"
+    steps: int | None = None
+    batch_size: int | None = None
+    accumulate: int = 1
+    seed: int = 0
+    precision: str = "fp32"
+    lr: float | None = None
+    warmup: int | None = None
+    weight_decay: float = 0.05
+    grad_clip: float = 1.0
+    image_size: int | None = None
+    image_mask_ratio: float | None = None
+    text_mask_ratio: float | None = None
+    text_vocab: str | None = None
+    device: str | None = None
+    workers: int = 0
+    strict: bool = False
+    checkpoint_every: int = 500
+    picture_every: int | None = None
+    model_config: dict | None = None
+
+    def __post_init__(self):
+        _checks.choice("model", self.model, MODELS)
+        _checks.choice("precision", self.precision, ("fp32", "bf16"))
+        for name, low in {"steps": 1, "batch_size": 1, "warmup": 0, "image_size": 1, "picture_every": 0}.items():
+            if getattr(self, name) is not None:
+                _checks.integer(name, getattr(self, name), low)
+        _checks.integer("accumulate", self.accumulate, 1)
+        _checks.integer("seed", self.seed, 0, 2**31)
+        _checks.integer("workers", self.workers, 0)
+        _checks.integer("checkpoint_every", self.checkpoint_every, 0)
+        _real("weight_decay", self.weight_decay, low_included=True)
+        _real("grad_clip", self.grad_clip, low_included=True)
+        if self.lr is not None:
+            _real("lr", self.lr)
+        for name in ("image_mask_ratio", "text_mask_ratio"):
+            if getattr(self, name) is not None:
+                _real(name, getattr(self, name), low_included=True, high=1.0)
+        if self.steps is not None and self.warmup is not None and self.warmup >= self.steps:
+            raise ValueError(f"warmup must be less than steps ({self.steps}), got {self.warmup}")
+
+    def resolved(self) -> RunConfig:
+        """The same run with every None that stands for a default filled in, and absolute paths."""
+        values = dataclasses.asdict(self)
+        for name, value in DEFAULTS[self.model].items():
+            if values[name] is None:
+                values[name] = value
+        if values["lr"] is None:
+            values["lr"] = LR_PER_256 * values["batch_size"] * self.accumulate / 256
+        if values["warmup"] is None:
+            values["warmup"] = values["steps"] // 10
+        if values["picture_every"] is None:
+            values["picture_every"] = max(values["steps"] // 4, 1)
+        if self.data != "shapes":
+            values["data"] = os.path.abspath(self.data)
+        if self.text_vocab is not None:
+            values["text_vocab"] = os.path.abspath(self.text_vocab)
+        return RunConfig(**values)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def identity(self) -> dict:
+        """What two runs must share to give the same numbers."""
+        return {name: value for name, value in self.to_dict().items() if name not in FREE}
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / "run.json", self.to_dict())
+
+    @classmethod
+    def load(cls, folder: Path) -> RunConfig:
+        """Read `<folder>/run.json`. ValueError, naming the file: it is not one of ours."""
+        path = folder / "run.json"
+        values = read_json(path)
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"{path} has fields this version does not know: {', '.join(unknown)}")
+        try:
+            return cls(**values)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{path}: {error}") from None
+
+
+def _real(name: str, value: object, *, low_included: bool = False, high: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (value >= 0 if low_included else value > 0) or not value < high:  # both true for a NaN
+        if high < math.inf:
+            bounds = f"in {'[' if low_included else '('}0, {high:g})"
+        else:
+            bounds = f"finite and {'not negative' if low_included else 'positive'}"
+        raise ValueError(f"{name} must be {bounds}, got {value}")

@@ -1,0 +1,225 @@
+"""pretrain(): the training loop.
+
+A run stopped at any step and resumed gives the same bits as one that never stopped, because nothing a step needs
+lives outside the checkpoint and the step's number: data order, augmentation and masks are functions of (seed, step),
+and so are torch's random numbers, reseeded at every step.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from m3ae_fast.batch import ImageTextBatch
+from m3ae_fast.data import Loader
+from m3ae_fast.train import checkpoint, metrics, run
+from m3ae_fast.train.config import RunConfig
+from m3ae_fast.train.pictures import draw_pictures
+from m3ae_fast.train.schedule import learning_rate
+
+
+@dataclass
+class Summary:
+    """How a call of `pretrain` went; counts, times and rates are of this call, not of what it resumed."""
+
+    folder: Path
+    step: int = 0  # steps taken in all
+    steps: int = 0  # steps of the whole run
+    interrupted: bool = False  # by Ctrl-C or SIGTERM
+    last: dict = field(default_factory=dict)  # the last row of metrics.jsonl, {} where no step was taken
+    tokens: int = 0  # patches and words of the batches
+    seconds: float = 0.0
+    wait_seconds: float = 0.0  # of those, spent waiting for data
+    counters: dict = field(default_factory=dict)  # images skipped, texts cut, ...: Loader.counters
+
+
+def pretrain(
+    config: RunConfig, out: str | Path, *, resume: bool = False, stop_after: int | None = None, progress: bool = True
+) -> Summary:
+    """Train an M3AE, writing into the folder `out` (see `m3ae_fast.train.run`).
+
+    Ctrl-C and SIGTERM end it after the step in hand, with a checkpoint; a second one ends it at once.
+
+    Args:
+        config: the run. When resuming, what it is made of must be what run.json says.
+        out: the run's folder, made if need be.
+        resume: continue from the newest checkpoint.
+        stop_after: end once this many of the run's steps are taken, with a checkpoint.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        FileExistsError: `out` holds a run, and `resume` is not set. FileNotFoundError: nothing to resume, no data.
+        ValueError: a setting, the data or a file of the run is not as it must be. OSError: a file cannot be written.
+        FloatingPointError: the loss or the gradient is not finite; the newest checkpoint is from before.
+    """
+    folder = Path(out)
+    config, dataset, tokenizer = run.reopen(folder, config) if resume else run.create(folder, config)
+    device = run.pick_device(config.device)
+    model = run.build_model(config).to(device)
+    optimiser = make_optimiser(model, config)
+    checkpoints = folder / "checkpoints"
+    done = 0
+    if resume:
+        path = checkpoint.latest(checkpoints)
+        saved = checkpoint.load(path)
+        run.refuse_differences(path, RunConfig(**saved.config), config)
+        checkpoint.restore(saved, model, optimiser)
+        done = saved.step
+    stop = config.steps if stop_after is None else min(stop_after, config.steps)
+    if stop_after is not None and stop_after <= done:
+        raise ValueError(f"stop_after must be more than the {done} steps already taken, got {stop_after}")
+
+    def save() -> None:
+        rows.flush()
+        checkpoint.save(checkpoint.step_path(checkpoints, done), done, config.to_dict(), model, optimiser)
+        checkpoint.keep_last(checkpoints)
+
+    def draw() -> None:
+        draw_pictures(folder, model, tokenizer, config, done, device)
+
+    summary = Summary(folder, done, config.steps)
+    if done >= config.steps:
+        return summary
+    if not resume:
+        run.prepare_folder(folder, tokenizer)
+    loader = Loader(
+        dataset, tokenizer, image_size=model.config.image_size, batch_size=config.batch_size, seed=config.seed,
+        max_text_length=model.config.max_text_length, start_step=done * config.accumulate, workers=config.workers,
+        strict=config.strict,
+    )  # fmt: skip
+    start = clock = time.perf_counter()
+    with _StopRequest() as request, metrics.Metrics(folder, done) as rows, _Progress(config, done, progress) as bar:
+        if not resume:
+            save()  # a full disk shows now, and there is always a checkpoint to resume from
+            config.save(folder)
+        while done < stop and not request.made:
+            try:
+                micro_batches = [next(loader)[1] for _ in range(config.accumulate)]
+            except RuntimeError:
+                if request.made:  # Ctrl-C reached the workers, too
+                    break
+                raise
+            lr = learning_rate(done, steps=config.steps, warmup=config.warmup, peak=config.lr)
+            losses = train_step(model, optimiser, micro_batches, config, done, lr, device)
+            done += 1
+            tokens = sum(count_tokens(batch, model.config.patches) for batch in micro_batches)
+            before, clock = clock, time.perf_counter()
+            summary.last = {"step": done, **losses, "lr": lr, "tokens_per_second": tokens / (clock - before)}
+            summary.tokens += tokens
+            rows.write(summary.last)
+            bar.show(summary.last)
+            if done < stop and not request.made:
+                if config.checkpoint_every and done % config.checkpoint_every == 0:
+                    save()
+                if config.picture_every and done % config.picture_every == 0:
+                    draw()
+        save()
+        summary.seconds = time.perf_counter() - start
+        summary.step, summary.interrupted = done, request.made and done < stop
+        summary.wait_seconds, summary.counters = loader.wait_seconds, dict(loader.counters)
+        if not summary.interrupted:
+            draw()
+    return summary
+
+
+def train_step(
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    micro_batches: list[ImageTextBatch],
+    config: RunConfig,
+    step: int,
+    lr: float,
+    device: torch.device,
+) -> dict[str, float]:
+    """One optimiser step over the mean loss of the micro-batches; returns the means of losses and accuracy."""
+    torch.manual_seed((config.seed << 32) + step)
+    names = ("loss", "image_loss", "text_loss", "text_accuracy")
+    totals = torch.zeros(len(names), device=device)
+    for batch in micro_batches:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            output = model(batch.to(device), seed=config.seed, step=step)
+        (output.loss / len(micro_batches)).backward()
+        totals += torch.stack([getattr(output, name).detach().float() for name in names]) / len(micro_batches)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    *values, norm = torch.cat([totals, norm.reshape(1)]).tolist()  # the one wait for the device in a step
+    if not all(map(math.isfinite, (*values, norm))):
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values, strict=True))
+        raise FloatingPointError(
+            f"step {step + 1} is not finite ({shown}, gradient norm {norm:.4g}), and was not taken: "
+            "a lower lr or a longer warmup may help"
+        )
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    optimiser.step()
+    optimiser.zero_grad()
+    return dict(zip(names, values, strict=True))
+
+
+def make_optimiser(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
+    """AdamW (.9, .95); weight decay on matrices only: not on biases, norms, embeddings, CLS, type and mask tokens."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.dim() >= 2 and id(p) not in embeddings]
+    others = [p for p in parameters if p.dim() < 2 or id(p) in embeddings]
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+
+
+def count_tokens(batch: ImageTextBatch, patches: int) -> int:
+    """Patches of the images and words of the texts, masked or not: what `tokens_per_second` counts."""
+    return patches * sum(batch.has_image) + batch.text_lengths.total
+
+
+class _StopRequest:
+    """Ctrl-C and SIGTERM ask for a stop (`made`) instead of tearing a step apart; the second one is not held back."""
+
+    def __init__(self):
+        self.made, self._before = False, {}
+
+    def _ask(self, number, frame) -> None:
+        self.made = True
+        self.__exit__()
+
+    def __enter__(self) -> _StopRequest:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+
+class _Progress:
+    """tqdm: loss, tokens a second, time left."""
+
+    def __init__(self, config: RunConfig, done: int, shown: bool):
+        import sys
+
+        from tqdm import tqdm
+
+        interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants fewer lines
+        self._bar = tqdm(
+            total=config.steps, initial=done, disable=not shown, mininterval=interval, dynamic_ncols=True,
+            bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
+        )  # fmt: skip
+        self._rate = None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def show(self, row: dict) -> None:
+        rate = row["tokens_per_second"]
+        self._rate = rate if self._rate is None else 0.95 * self._rate + 0.05 * rate
+        self._bar.set_postfix_str(f"loss {row['loss']:.4f}, {self._rate:,.0f} tokens/s", refresh=False)
+        self._bar.update()

@@ -1,0 +1,89 @@
+"""A run's numbers: `metrics.jsonl`, a row a step, and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+from m3ae_fast.train.files import naming, replacing
+
+FIELDS = ("step", "loss", "image_loss", "text_loss", "text_accuracy", "lr", "tokens_per_second")
+
+
+class Metrics:
+    """Appends a row a step to `<folder>/metrics.jsonl` and to TensorBoard (`<folder>/tensorboard`).
+
+    Args:
+        folder: of the run.
+        step: steps already taken: later rows, left by a run that died after its last checkpoint, are dropped.
+    """
+
+    def __init__(self, folder: Path, step: int = 0):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "metrics.jsonl"
+        _truncate(self.path, step)
+        with naming(self.path):
+            self._file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  closed by __exit__
+        self._board_path = folder / "tensorboard"
+        with naming(self._board_path):
+            self._board = SummaryWriter(self._board_path, purge_step=step + 1)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_) -> None:
+        with naming(self.path):
+            self._file.close()
+        with naming(self._board_path):
+            self._board.close()
+
+    def write(self, row: dict) -> None:
+        with naming(self.path):
+            self._file.write(json.dumps({name: row[name] for name in FIELDS}) + "\n")
+        with naming(self._board_path):
+            for name in FIELDS[1:]:
+                self._board.add_scalar(name, row[name], row["step"])
+
+    def flush(self) -> None:
+        """Everything written so far is on the disk: called before a checkpoint that counts on it."""
+        with naming(self.path):
+            self._file.flush()
+            if self.path.is_file():
+                os.fsync(self._file.fileno())
+        with naming(self._board_path):
+            self._board.flush()
+
+
+def read(path: Path) -> list[dict]:
+    """The whole rows of a metrics.jsonl, up to the first broken one; [] where there is no file."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # the last line of a process that was killed
+                break
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                break
+            rows.append(row)
+    return rows
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Keep the rows of steps 1 .. step."""
+    from m3ae_fast import M3AEFastWarning
+
+    if not path.is_file() and step == 0:
+        return
+    kept = [row for row in read(path) if row["step"] <= step]
+    if len(kept) != step:
+        warnings.warn(
+            f"{path} has {len(kept)} of the {step} rows that the checkpoint counts on: the rest is lost",
+            M3AEFastWarning,
+            stacklevel=4,
+        )
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")

@@ -1,0 +1,282 @@
+"""Pictures of a run: its loss curves, and what the model makes of the patches and words it cannot see."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from m3ae_fast import M3AEFastWarning
+from m3ae_fast.batch import ImageTextBatch
+from m3ae_fast.data import Loader, Sample, Tokenizer, open_dataset
+from m3ae_fast.data.folder import read_image
+from m3ae_fast.models import M3AEConfig
+from m3ae_fast.train import metrics
+from m3ae_fast.train.config import RunConfig
+from m3ae_fast.train.files import replacing
+
+SAMPLES = 6  # of a picture
+# Sizes in pixels, colours as #rrggbb
+SIDE, GAP, MARGIN, LINE, COLUMNS = 192, 10, 28, 21, 2
+PAPER, CARD, INK, FAINT = "#f4f5f7", "#ffffff", "#1f2430", "#8a91a0"
+MASKED_WORD, RIGHT, WRONG = "#e4e7ee", "#178a4c", "#c8452f"
+STRIPES = ((223, 226, 232), (240, 242, 245))  # a masked patch: unlike any plain patch of an image
+
+
+def draw_pictures(
+    folder: Path, model: nn.Module, tokenizer: Tokenizer | None, config: RunConfig, step: int, device: torch.device
+) -> None:
+    """Write pictures/losses.png and pictures/reconstruction-<step>.png of a run."""
+    (folder / "pictures").mkdir(exist_ok=True)
+    draw_losses(metrics.read(folder / "metrics.jsonl"), folder / "pictures" / "losses.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", M3AEFastWarning)  # the training loader has told of files it cannot read
+        batch = held_out(model.config, tokenizer, config)
+    path = folder / "pictures" / f"reconstruction-{step:08d}.png"
+    draw_reconstruction(model, tokenizer, batch, path, seed=config.seed, device=device)
+
+
+def held_out(
+    model_config: M3AEConfig,
+    tokenizer: Tokenizer | None,
+    config: RunConfig,
+    *,
+    data: str | None = None,
+    count: int = SAMPLES,
+) -> ImageTextBatch:
+    """`count` samples of the run's data, or of other `data`, uncropped; of `shapes`, scenes it was not trained on."""
+    seed = config.seed + 1
+    dataset = open_dataset(data or config.data, image_size=model_config.image_size, seed=seed)
+    return _first_batch(dataset, tokenizer, model_config, min(count, len(dataset)), seed=seed)
+
+
+def batch_of_files(
+    images: Sequence[Path], captions: Sequence[str] | None, model_config: M3AEConfig, tokenizer: Tokenizer | None
+) -> ImageTextBatch:
+    """Image files, with the captions given or those of name.txt beside name.jpg.
+
+    Raises:
+        BadSample: a file that cannot be read.
+    """
+    samples = []
+    for i, path in enumerate(images):
+        beside = path.with_suffix(".txt")
+        lines = [captions[i]] if captions else beside.read_text("utf-8").splitlines()[:1] if beside.is_file() else []
+        samples.append(Sample(read_image(path, str(path)), tuple(lines), str(path)))
+    return _first_batch(_InOrder(samples), tokenizer, model_config, len(samples), strict=True)
+
+
+class _InOrder(list):
+    """A list of samples that Loader does not shuffle."""
+
+    endless = True
+
+
+class _NoWords:
+    """The tokenizer of a model of images alone."""
+
+    def encode(self, text: str) -> list[int]:
+        return []
+
+
+def _first_batch(dataset, tokenizer, model_config: M3AEConfig, count: int, **options) -> ImageTextBatch:
+    loader = Loader(
+        dataset, tokenizer or _NoWords(), image_size=model_config.image_size, batch_size=count,
+        max_text_length=model_config.max_text_length, augment=False, **options,
+    )  # fmt: skip
+    return next(loader)[1]
+
+
+def draw_losses(rows: list[dict], path: Path) -> None:
+    """Loss, accuracy and learning rate over the steps, each step thin and their running mean thick.
+
+    Args:
+        rows: of metrics.jsonl; nothing is drawn where there are none.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # not pyplot: no display, no state shared with the caller
+
+    if not rows:
+        return
+    panels = (
+        ("image loss", "#2f6fde", "image_loss", "squared error of masked patches"),
+        ("text loss", "#d9632b", "text_loss", "cross-entropy of masked words"),
+        ("text accuracy", "#178a4c", "text_accuracy", "share of masked words guessed"),
+        ("learning rate", "#6b7280", "lr", ""),
+    )
+    figure = Figure(figsize=(10, 6), dpi=110, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    steps = np.array([row["step"] for row in rows])
+    for axes, (title, color, name, subtitle) in zip(figure.subplots(2, 2, sharex=True).flat, panels, strict=True):
+        values = np.array([row[name] for row in rows])
+        mean = running_mean(values, max(len(values) // 50, 1))
+        if name != "lr":
+            axes.plot(steps, values, color=color, alpha=0.22, linewidth=0.7)
+        axes.plot(steps, mean if name != "lr" else values, color=color, linewidth=2)
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+        axes.set_title(subtitle, loc="right", fontsize=9, color=FAINT)
+        axes.grid(color="#e7e9ee", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#c9cdd6")
+        axes.tick_params(colors="#5b6270", labelsize=9)
+        axes.set_xlim(0, 1.16 * steps[-1])  # room for the last value
+        low = 0.0 if name in ("lr", "text_accuracy") else None
+        axes.set_ylim(bottom=low, top=np.quantile(values, 0.995) * 1.05 if len(values) > 100 and low is None else None)
+        if name != "lr":
+            axes.annotate(
+                f"{mean[-1]:.3f}", (steps[-1], mean[-1]), xytext=(7, -4), textcoords="offset points",
+                fontsize=10, fontweight="bold", color=color,
+            )  # fmt: skip
+    for axes in figure.axes[2:]:
+        axes.set_xlabel("step", fontsize=9, color="#5b6270")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """The mean of the last `width` values at each place, of fewer at the start."""
+    total = np.cumsum(np.concatenate([[0.0], values]))
+    end = np.arange(1, len(values) + 1)
+    begin = np.maximum(end - width, 0)
+    return (total[end] - total[begin]) / (end - begin)
+
+
+@torch.no_grad()
+def draw_reconstruction(
+    model: nn.Module,
+    tokenizer: Tokenizer | None,
+    batch: ImageTextBatch,
+    path: Path,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Original | masked | reconstruction of every sample, and its caption: masked words on gray, guesses below.
+
+    The reconstruction shows visible patches as they are. A guess is green where it is right.
+
+    Args:
+        batch: images as uint8. seed: of the masks.
+    """
+    training = model.training
+    model.eval()
+    result = model.reconstruct(batch.to(device), seed=seed, step=0)
+    model.train(training)
+    config = model.config
+    image_mask, text_mask = result.image_mask.cpu(), result.text_mask.cpu()
+    predicted = unpatchify(result.image.float().cpu(), config)
+    images = iter(() if batch.images is None else batch.images.cpu().permute(0, 2, 3, 1).numpy())
+    words = iter(batch.text.cpu().split(batch.text_lengths.lengths))
+    guesses = iter(result.text_logits.argmax(-1).cpu().split(batch.text_lengths.lengths) if tokenizer else ())
+    stripes = striped(*config.image_shape)
+    cards = []
+    for i, has_image in enumerate(batch.has_image):
+        panels = []
+        if has_image:
+            image = next(images)
+            hidden = pixel_mask(image_mask[i], config)[..., None].numpy()
+            panels = [image, np.where(hidden, stripes, image), np.where(hidden, predicted[i].numpy(), image)]
+        text, length = [], batch.text_lengths.lengths[i]
+        if tokenizer:
+            ids, guessed = next(words).tolist(), next(guesses).tolist()
+            masked = text_mask[i, :length].tolist()
+            text = list(zip(tokenizer.tokens(ids), tokenizer.tokens(guessed), masked, strict=True))
+        cards.append((panels, text))
+    canvas = _Canvas(cards)
+    with replacing(path) as temporary:
+        canvas.image.save(temporary, format="PNG")
+
+
+def unpatchify(patches: Tensor, config: M3AEConfig) -> Tensor:
+    """[B, P, patch_dim] normalised pixels (row, column, channel) -> [B, H, W, 3] uint8."""
+    (rows, columns), size = config.grid, config.patch_size
+    image = patches.view(-1, rows, columns, size, size, 3).transpose(2, 3).reshape(-1, rows * size, columns * size, 3)
+    image = image * torch.tensor(config.image_std) + torch.tensor(config.image_mean)
+    return (image.nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def pixel_mask(mask: Tensor, config: M3AEConfig) -> Tensor:
+    """[P] bool -> [H, W] bool."""
+    return mask.view(config.grid).repeat_interleave(config.patch_size, 0).repeat_interleave(config.patch_size, 1)
+
+
+def striped(height: int, width: int) -> np.ndarray:
+    """[H, W, 3] uint8, diagonal stripes: what a hole is filled with."""
+    diagonal = np.arange(height)[:, None] + np.arange(width)
+    return np.uint8(STRIPES)[diagonal // max(width // 64, 1) // 2 % 2]
+
+
+class _Canvas:
+    """Lays cards (three panels, a caption) out in columns; `image` is the picture."""
+
+    def __init__(self, cards: list[tuple[list[np.ndarray], list[tuple[str, str, bool]]]]):
+        import matplotlib
+        from PIL import Image, ImageDraw, ImageFont
+
+        fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # a font that is there on every machine
+        self._font = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 15)
+        self._bold = ImageFont.truetype(str(fonts / "DejaVuSans-Bold.ttf"), 13)
+        self._small = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 13)
+        columns = min(COLUMNS, len(cards))
+        inner = 3 * SIDE + 2 * GAP
+        width = inner + 2 * GAP
+        placed = [(panels, self._lay_out(text, inner)) for panels, text in cards]
+        heights = [self._height(*card) for card in placed]
+        rows = [max(heights[i : i + columns]) for i in range(0, len(cards), columns)]
+        size = (columns * (width + GAP) - GAP + 2 * MARGIN, sum(rows) + (len(rows) - 1) * GAP + 2 * MARGIN + LINE)
+        self.image = Image.new("RGB", size, PAPER)
+        self._pen = ImageDraw.Draw(self.image)
+        if any(text for _, text in cards):
+            note = "gray words were masked, the model's guess is below them: green where it is right"
+            self._pen.text((MARGIN, size[1] - MARGIN - 8), note, font=self._small, fill=FAINT)
+        for i, card in enumerate(placed):
+            row, column = divmod(i, columns)
+            x, y = MARGIN + column * (width + GAP), MARGIN + sum(rows[:row]) + row * GAP
+            self._pen.rounded_rectangle((x, y, x + width - 1, y + rows[row] - 1), 8, fill=CARD)
+            self._card(x + GAP, y + GAP, *card)
+
+    def _height(self, panels, words) -> int:
+        height = LINE + SIDE if panels else 0
+        lines = 1 + max((line for _, _, line, _, _ in words), default=-1)
+        return height + (GAP if panels and lines else 0) + lines * (2 * LINE + 6) + 2 * GAP
+
+    def _lay_out(self, text, width: int) -> list[tuple[int, int, int, str, tuple[str, bool] | None]]:
+        """(x, width, line, word, None or (guess, whether it is right)) of each word, wrapped."""
+        placed, x, line = [], 0, 0
+        for word, guess, masked in text:
+            joined = word.startswith("##") and word != "##"  # a piece that continues a word
+            shown = word[2:] if joined else word
+            wide = self._font.getlength(shown)
+            if masked:
+                wide = max(wide, self._font.getlength(guess)) + 8
+            wide = round(wide)
+            x -= 5 if joined and x and not masked else 0
+            if x and x + wide > width:
+                x, line = 0, line + 1
+            placed.append((x, wide, line, shown, (guess, guess == word) if masked else None))
+            x += wide + 6
+        return placed
+
+    def _card(self, x: int, y: int, panels, words) -> None:
+        from PIL import Image
+
+        for i, (panel, title) in enumerate(zip(panels, ("original", "masked", "reconstruction"), strict=bool(panels))):
+            left = x + i * (SIDE + GAP)
+            self._pen.text((left, y - 3), title, font=self._bold, fill=FAINT)
+            enlarged = panel.shape[0] < SIDE
+            resample = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
+            self.image.paste(Image.fromarray(panel).resize((SIDE, SIDE), resample), (left, y + LINE))
+        y += LINE + SIDE + GAP if panels else 0
+        for left, wide, line, word, guess in words:
+            left, top = x + left, y + line * (2 * LINE + 6)
+            middle = left + wide / 2
+            if guess is not None:
+                self._pen.rounded_rectangle((left, top, left + wide, top + LINE), 5, fill=MASKED_WORD)
+                color = RIGHT if guess[1] else WRONG
+                self._pen.text((middle, top + LINE + 3), guess[0], font=self._font, fill=color, anchor="ma")
+            self._pen.text((middle, top + 2), word, font=self._font, fill=INK, anchor="ma")

@@ -1,0 +1,136 @@
+"""A run's folder, which is all that is needed to resume it or to use its model:
+
+run.json            the RunConfig
+tokenizer.json      unless the data has no captions
+checkpoints/        step-00000500.safetensors, the newest two
+metrics.jsonl       a row a step; the same numbers in tensorboard/
+pictures/           loss curves and reconstructions
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from m3ae_fast.data import Tokenizer, open_dataset
+from m3ae_fast.models import M3AE, M3AEConfig
+from m3ae_fast.train import checkpoint
+from m3ae_fast.train.config import RunConfig
+from m3ae_fast.train.files import naming
+
+LEARN_WORDS_FROM = 10_000  # captions; a data set may be endless
+VOCAB_SIZE = 8192  # at most: a small data set has fewer words
+
+
+class Run(NamedTuple):
+    """A run read back from its folder."""
+
+    config: RunConfig
+    model: M3AE
+    tokenizer: Tokenizer | None  # None: a model of images alone
+    step: int  # steps taken by the checkpoint
+
+
+def load_run(path: str | Path, device: str | None = "cpu") -> Run:
+    """The model of a run's folder (its newest checkpoint), or of one checkpoint in it, ready for evaluation.
+
+    Raises:
+        FileNotFoundError: no such folder or checkpoint. ValueError: one of its files is damaged.
+    """
+    path, device = Path(path), pick_device(device)
+    if path.is_dir():
+        folder, path = path, checkpoint.latest(path / "checkpoints")
+    else:
+        folder = path.parent.parent
+    saved = checkpoint.load(path)
+    config = RunConfig(**saved.config)
+    model = build_model(config)
+    checkpoint.restore(saved, model)
+    return Run(config, model.to(device).eval(), load_tokenizer(folder, config), saved.step)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """None: cuda if there is one, else cpu. ValueError: torch knows or sees no such device."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # "not compiled with CUDA" is an AssertionError
+        raise ValueError(f"device must be one that torch can use, got {name!r}: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def build_model(config: RunConfig) -> M3AE:
+    """With weights drawn from the run's seed, the same on every device."""
+    torch.manual_seed(config.seed)
+    return M3AE(M3AEConfig.from_dict(config.model_config))
+
+
+def create(folder: Path, config: RunConfig):
+    """Everything a new run needs, in memory: (config with its model_config, data set, tokenizer). Writes nothing."""
+    if (folder / "run.json").exists():
+        raise FileExistsError(f"{folder} holds a run already: --resume continues it, another --out starts a new one")
+    config = config.resolved()
+    names = ("image_size", "image_mask_ratio", "text_mask_ratio")
+    changes = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    model_config = getattr(M3AEConfig, config.model)(**changes)
+    dataset = open_dataset(config.data, image_size=model_config.image_size, seed=config.seed)
+    if config.text_vocab is not None:
+        tokenizer = Tokenizer.from_vocab(config.text_vocab)
+    else:
+        captions = list(itertools.islice(dataset.captions(), LEARN_WORDS_FROM))
+        tokenizer = Tokenizer.train(captions, vocab_size=VOCAB_SIZE) if captions else None
+    model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size if tokenizer else 0)
+    chosen = {name: getattr(model_config, name) for name in names}
+    as_json = json.loads(json.dumps(model_config.to_dict()))  # tuples become lists, as they will be when read back
+    return dataclasses.replace(config, **chosen, model_config=as_json), dataset, tokenizer
+
+
+def prepare_folder(folder: Path, tokenizer: Tokenizer | None) -> None:
+    """All but run.json, which comes last, after the first checkpoint: a folder with it can be resumed."""
+    with naming(folder):
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for path in checkpoint.all_in(folder / "checkpoints"):  # of a run that could not even write its run.json
+        path.unlink()
+    if tokenizer is not None:
+        with naming(folder / "tokenizer.json"):
+            tokenizer.save(folder / "tokenizer.json")
+
+
+def reopen(folder: Path, wanted: RunConfig | None):
+    """What `create` returned, read back. `wanted` may differ only in what does not change the numbers; its Nones
+    stand for what the run has."""
+    if not (folder / "run.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no run to resume: there is no run.json in it")
+    config = RunConfig.load(folder)
+    if wanted is not None:
+        given = {name: value for name, value in wanted.to_dict().items() if value is not None}
+        wanted = dataclasses.replace(config, **given).resolved()
+        refuse_differences(folder / "run.json", config, wanted)
+        config = wanted
+    dataset = open_dataset(config.data, image_size=config.model_config["image_size"], seed=config.seed)
+    return config, dataset, load_tokenizer(folder, config)
+
+
+def load_tokenizer(folder: Path, config: RunConfig) -> Tokenizer | None:
+    if config.model_config["vocab_size"] == 0:
+        return None
+    path = folder / "tokenizer.json"
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size != config.model_config["vocab_size"]:
+        raise ValueError(
+            f"{path} has {tokenizer.vocab_size} words, the model has {config.model_config['vocab_size']}: "
+            "it belongs to another run"
+        )
+    return tokenizer
+
+
+def refuse_differences(path: Path, saved: RunConfig, wanted: RunConfig) -> None:
+    found = checkpoint.differences(saved.identity(), wanted.identity())
+    if found:
+        raise ValueError(f"{path} is of another configuration: {'; '.join(found)}")

@@ -1,0 +1,153 @@
+"""m3ae-fast: what it prints, and with which status it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m3ae_fast import cli
+from m3ae_fast.train import loop
+
+SMALL = ["--steps", "3", "--batch-size", "2", "--image-size", "32", "--device", "cpu"]
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """run(*arguments): (status, stdout, stderr), in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        try:
+            status = cli.main(list(map(str, arguments)))
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_pretrain_resume_reconstruct(run, tmp_path):
+    status, out, err = run("pretrain", *SMALL, "--stop-after", 2)
+    assert status == 0
+    assert "2 of 3 steps" in out and "seen 4, images skipped 0" in out
+    assert "continue with: m3ae-fast pretrain --out runs/shapes-tiny --resume" in out
+    assert "loss" in err and "tokens/s" in err and "left" in err, "the progress bar"
+
+    status, out, err = run("pretrain", *SMALL)
+    assert status == 2
+    assert err.endswith(
+        "m3ae-fast pretrain: error: runs/shapes-tiny holds a run already: --resume continues it, "
+        "another --out starts a new one\n"
+    )
+
+    status, out, _ = run("pretrain", "--out", "runs/shapes-tiny", "--resume")  # the settings are in run.json
+    assert status == 0 and "3 of 3 steps" in out and "continue" not in out
+    status, out, _ = run("pretrain", "--resume")
+    assert status == 0 and "nothing to do: runs/shapes-tiny has taken all of its 3 steps" in out
+
+    status, out, _ = run("reconstruct", "runs/shapes-tiny", "--samples", 2)
+    assert status == 0 and out == "reconstruction.png: 2 samples, the model after 3 steps\n"
+    assert Image.open("reconstruction.png").size[0] > 500
+
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save("photo.png")
+    status, out, _ = run("reconstruct", "runs/shapes-tiny", "photo.png", "--caption", "a red ring", "--out", "p.png")
+    assert status == 0 and out.startswith("p.png: 1 samples")
+
+
+def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
+    step = loop.train_step
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    status, out, _ = run("pretrain", *SMALL, "--out", "my run")
+    assert status == 130
+    assert "1 of 3 steps" in out and "continue with: m3ae-fast pretrain --out 'my run' --resume" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["pretrain", "--stepz", "3"], "unrecognized arguments: --stepz 3"),
+        (["pretrain", "--step", "3"], "unrecognized arguments: --step 3"),
+        (["pretrain", "--model", "giant"], "argument --model: invalid choice: 'giant'"),
+        (["pretrain", "--steps", "0"], "argument --steps: must be a whole number, at least 1, got '0'"),
+        (["pretrain", "--workers", "x"], "argument --workers: must be a whole number, at least 0, got 'x'"),
+        (["pretrain", "--lr", "-1"], "lr must be finite and positive, got -1.0"),
+        (["pretrain", "--image-size", "30"], "image_size must be a multiple of patch_size 8, got 30"),
+        (["pretrain", "--data", "nowhere"], "path must name a folder, there is no"),
+        (["pretrain", "--data", "empty"], "path must hold"),
+        (["pretrain", "--text-vocab", "none.txt"], "none.txt"),
+        (["pretrain", "--device", "abacus"], "device must be one that torch can use, got 'abacus'"),
+        (["pretrain", "--resume"], "runs/shapes-tiny holds no run to resume: there is no run.json in it"),
+        (["pretrain", "--out", "file"], "file"),
+        (["reconstruct", "empty"], "empty/checkpoints holds no checkpoint"),
+        (["reconstruct", "nowhere"], "nowhere is not a checkpoint: no such file"),
+        (["reconstruct", "file"], "file is not a whole checkpoint"),
+        (["reconstruct", "x", "a.png", "--data", "shapes"], "give images or --data, not both"),
+        (["reconstruct", "x", "a.png", "--caption", "a", "--caption", "b"], "--caption must be given once for each"),
+        (["convert", "nowhere.pkl", "out.safetensors"], "nowhere.pkl"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(run, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = run(*arguments)
+    assert status == 2
+    line = err.splitlines()[-1]
+    assert line.startswith("m3ae-fast") and "error: " in line and message in line
+    assert "Traceback" not in err and out == ""
+    assert sorted(tmp_path.rglob("*")) == before, "nothing half-written"
+
+
+def test_our_own_mistakes_keep_their_traceback(run, monkeypatch):
+    monkeypatch.setattr(loop, "train_step", lambda *_: {}["gone"])
+    with pytest.raises(KeyError):
+        run("pretrain", *SMALL)
+
+
+def test_a_missing_extra_is_named(run, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("m3ae_fast.train")]:
+        monkeypatch.delitem(sys.modules, name)
+    find_spec = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == "tqdm" else find_spec(name, *rest)
+    )
+    status, _, err = run("pretrain", *SMALL)
+    assert status == 2 and "m3ae_fast.train needs tqdm: pip install '.[train]'" in err
+
+
+def test_a_converted_file_that_cannot_be_written_is_named(run, monkeypatch):
+    """The library's own error for a full disk or a missing folder is no OSError."""
+    from safetensors.torch import save_file
+
+    def convert(source, target):
+        save_file({}, target)
+
+    monkeypatch.setattr("m3ae_fast.convert.convert_flax_checkpoint", convert)
+    status, _, err = run("convert", "model.pkl", "no folder/out.safetensors")
+    assert status == 2 and "error: no folder/out.safetensors cannot be written" in err
+
+
+def test_info(run):
+    status, out, _ = run("info")
+    assert status == 0 and "instruction set" in out and "restore_tokens" in out
+
+
+@pytest.mark.parametrize("command", ["pretrain", "reconstruct", "info", "convert"])
+def test_help(run, command):
+    status, out, _ = run(command, "--help")
+    assert status == 0 and "usage: m3ae-fast" in out
+
+
+def test_python_dash_m():
+    done = subprocess.run([sys.executable, "-m", "m3ae_fast", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("m3ae_fast ")

@@ -1,0 +1,67 @@
+"""RunConfig: what it refuses, what it fills in, and run.json."""
+
+import json
+
+import pytest
+
+from m3ae_fast.train import RunConfig
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
+        ({"steps": 1.5}, TypeError, "steps must be an integer, got float"),
+        ({"batch_size": -1}, ValueError, "batch_size must be at least 1, got -1"),
+        ({"accumulate": 0}, ValueError, "accumulate must be at least 1, got 0"),
+        ({"seed": 2**31}, ValueError, r"seed must be in \[0, 2147483648\)"),
+        ({"workers": -1}, ValueError, "workers must be at least 0, got -1"),
+        ({"checkpoint_every": -1}, ValueError, "checkpoint_every must be at least 0"),
+        ({"picture_every": -1}, ValueError, "picture_every must be at least 0"),
+        ({"image_size": 0}, ValueError, "image_size must be at least 1"),
+        ({"model": "giant"}, ValueError, "model must be one of 'tiny', .* got 'giant'"),
+        ({"precision": "fp8"}, ValueError, "precision must be one of 'fp32', 'bf16', got 'fp8'"),
+        ({"lr": 0.0}, ValueError, "lr must be finite and positive, got 0.0"),
+        ({"lr": float("nan")}, ValueError, "lr must be finite and positive, got nan"),
+        ({"lr": "1e-3"}, TypeError, "lr must be a number, got str"),
+        ({"weight_decay": -0.1}, ValueError, "weight_decay must be finite and not negative, got -0.1"),
+        ({"grad_clip": float("inf")}, ValueError, "grad_clip must be finite and not negative, got inf"),
+        ({"image_mask_ratio": 1.0}, ValueError, r"image_mask_ratio must be in \[0, 1\), got 1.0"),
+        ({"text_mask_ratio": -0.5}, ValueError, r"text_mask_ratio must be in \[0, 1\), got -0.5"),
+        ({"steps": 5, "warmup": 5}, ValueError, r"warmup must be less than steps \(5\), got 5"),
+    ],
+)
+def test_refuses(changes, error, message):
+    with pytest.raises(error, match=message):
+        RunConfig(**changes)
+
+
+def test_defaults_follow_the_model_and_the_batch():
+    small = RunConfig(model="small", batch_size=128, accumulate=4).resolved()
+    assert small.lr == pytest.approx(1.5e-4 * 2)
+    assert small.warmup == small.steps // 10
+    assert RunConfig(lr=0.5).resolved().lr == 0.5
+    assert all(value is not None for name, value in RunConfig().resolved().to_dict().items()
+               if name in ("steps", "batch_size", "lr", "warmup", "picture_every"))  # fmt: skip
+
+
+def test_is_saved_and_read_back(tmp_path):
+    config = RunConfig(model="base", steps=7, model_config={"width": 8}).resolved()
+    config.save(tmp_path)
+    assert RunConfig.load(tmp_path) == config
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "run.json is not valid JSON"),
+        ("[]", "run.json must hold a JSON object, got list"),
+        (json.dumps({"speed": 9}), "run.json has fields this version does not know: speed"),
+        (json.dumps({"steps": -3}), "run.json: steps must be at least 1, got -3"),
+    ],
+)
+def test_a_damaged_run_json_is_named(tmp_path, content, message):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        RunConfig.load(tmp_path)

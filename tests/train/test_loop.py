@@ -1,0 +1,249 @@
+"""pretrain(): the same bits after any stop, and a clear word about everything that stops it."""
+
+import math
+import os
+import resource
+import signal
+
+import pytest
+import torch
+
+from m3ae_fast.data import BadSample
+from m3ae_fast.models import M3AE
+from m3ae_fast.train import RunConfig, checkpoint, load_run, loop, pretrain
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(n, do): call do() as step n (counted from 1) begins."""
+
+    step = loop.train_step
+
+    def hook(number, do):
+        def hooked(model, optimiser, micro_batches, config, done, *rest):
+            if done + 1 == number:
+                do()
+            return step(model, optimiser, micro_batches, config, done, *rest)
+
+        monkeypatch.setattr(loop, "train_step", hooked)
+
+    return hook
+
+
+@pytest.fixture
+def noisy(monkeypatch):
+    """A model that draws random numbers, as one with dropout does."""
+    forward = M3AE.forward
+
+    def drawing(self, batch, **options):
+        output = forward(self, batch, **options)
+        output.loss = output.loss * (1 + 0.1 * torch.rand(()))
+        return output
+
+    monkeypatch.setattr(M3AE, "forward", drawing)
+
+
+def fail():
+    raise RuntimeError("the power went")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stopped_and_resumed_it_is_the_same_run(train, rows, at_step, noisy, precision, workers):
+    settings = {"precision": precision, "workers": workers}
+    whole = train("whole", **settings)
+    assert [row[0] for row in whole] == list(range(1, 13))
+    assert all(math.isfinite(value) for row in whole for value in row)
+
+    assert train("stopped", stop_after=5, **settings) == whole[:5]
+    assert train("stopped", stop_after=6, resume=True, **settings) == whole[:6]
+    assert train("stopped", resume=True, **settings) == whole
+
+    at_step(9, fail)  # between checkpoints: steps 7 and 8 are taken again
+    with pytest.raises(RuntimeError, match="the power went"):
+        train("killed", checkpoint_every=3, **settings)
+    assert len(rows("killed")) == 8
+    at_step(0, fail)
+    assert train("killed", resume=True, checkpoint_every=3, **settings) == whole
+
+
+def test_the_model_too_is_the_same_to_the_bit(train, tmp_path):
+    train("whole")
+    train("stopped", stop_after=5)
+    train("stopped", resume=True)
+    whole, stopped = (load_run(tmp_path / out).model.state_dict() for out in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def test_what_changes_no_number_may_change_when_resuming(train):
+    whole = train("whole")
+    train("moved", stop_after=5)
+    assert train("moved", resume=True, workers=1, checkpoint_every=2, strict=True) == whole
+
+
+def test_random_numbers_of_a_step_do_not_depend_on_earlier_ones(train, at_step, noisy):
+    """A picture, a data loader or the user may draw between two steps."""
+    whole = train("whole")
+    at_step(4, lambda: torch.rand(1000))
+    assert train("drawn") == whole
+    assert whole[0][1] != whole[0][2] + 0.5 * whole[0][3], "the model drew nothing: this test would show nothing"
+
+
+def test_seeds_differ(train):
+    assert train("a", steps=2, seed=1)[0][1] != train("b", steps=2, seed=2)[0][1]
+
+
+def test_accumulating_is_a_larger_batch(train):
+    large = train("large", steps=4, batch_size=4, lr=1e-3)
+    small = train("small", steps=4, batch_size=2, accumulate=2, lr=1e-3)
+    for a, b in zip(large, small, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_it_learns(train):
+    losses = [row[1] for row in train(steps=40, batch_size=4)]
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+def test_ctrl_c_stops_after_the_step_with_a_checkpoint(config, train, rows, tmp_path, at_step):
+    whole = train("whole")
+    at_step(4, lambda: os.kill(os.getpid(), signal.SIGINT))
+    summary = pretrain(config(), tmp_path / "run", progress=False)
+    assert summary.interrupted and summary.step == 4
+    assert rows() == whole[:4]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    at_step(0, fail)
+    assert train(resume=True) == whole
+
+
+def test_a_new_run_does_not_touch_an_old_one(train):
+    train(steps=2)
+    with pytest.raises(FileExistsError, match=r"run holds a run already: --resume continues it, another --out"):
+        train(steps=2)
+
+
+def test_nothing_to_resume(train, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"run holds no run to resume"):
+        train(resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_left_alone(train, config, tmp_path):
+    whole = train(steps=3)
+    summary = pretrain(config(steps=3), tmp_path / "run", resume=True, progress=False)
+    assert (summary.step, summary.steps, summary.last) == (3, 3, {})
+    assert train(steps=3, resume=True) == whole
+
+
+def test_stop_after_must_lie_ahead(train):
+    train(stop_after=5)
+    with pytest.raises(ValueError, match="stop_after must be more than the 5 steps already taken, got 5"):
+        train(stop_after=5, resume=True)
+
+
+def test_another_configuration_is_refused_by_field(train):
+    train(stop_after=2)
+    message = r"run.json is of another configuration: steps: 12 there, 20 asked for; batch_size: 2 there, 3 asked for$"
+    with pytest.raises(ValueError, match=message):
+        train(resume=True, steps=20, batch_size=3)
+
+
+def test_a_checkpoint_of_another_run_is_refused(train, tmp_path):
+    train("one", stop_after=2)
+    train("two", stop_after=2, seed=1)
+    path = checkpoint.latest(tmp_path / "one" / "checkpoints")
+    path.write_bytes(checkpoint.latest(tmp_path / "two" / "checkpoints").read_bytes())
+    with pytest.raises(ValueError, match=r"step-00000002.safetensors is of another configuration: seed: 1 there, 0"):
+        train("one", resume=True)
+
+
+def test_a_checkpoint_cut_short_is_named(train, rows, tmp_path):
+    whole = train(stop_after=2)
+    path = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"step-00000002.safetensors is not a whole checkpoint"):
+        train(resume=True)
+    assert rows() == whole, "nothing of the run may be touched by a resume that fails"
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_break(train, rows, tmp_path, monkeypatch):
+    forward = M3AE.forward
+
+    def broken(self, batch, *, seed, step):
+        output = forward(self, batch, seed=seed, step=step)
+        if step == 4:
+            output.loss = output.loss * math.nan
+        return output
+
+    monkeypatch.setattr(M3AE, "forward", broken)
+    with pytest.raises(FloatingPointError, match=r"step 5 is not finite \(loss nan, .*, and was not taken"):
+        train(checkpoint_every=1)
+    assert len(rows()) == 4
+    assert all(p.isfinite().all() for p in load_run(tmp_path / "run").model.parameters())
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_no_run(train, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"run/checkpoints/step-00000000.safetensors cannot be written"):
+            train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "run" / "run.json").exists()
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert len(train()) == 12, "once there is room, the same call works"
+
+
+def test_decay_is_for_matrices_alone(config):
+    model = M3AE(loop.run.M3AEConfig.tiny(vocab_size=50))
+    optimiser = loop.make_optimiser(model, RunConfig().resolved())
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, others = ({names[id(p)] for p in group["params"]} for group in optimiser.param_groups)
+    assert [group["weight_decay"] for group in optimiser.param_groups] == [0.05, 0.0]
+    assert decayed | others == set(names.values()) and not decayed & others
+    assert all(name.endswith(".weight") for name in decayed) and "text_head.weight" in decayed
+    assert {"text_embedding.weight", "cls_token", "image_type", "text_mask_token", "text_head.bias"} <= others
+    assert not any("norm" in name for name in decayed)
+
+
+def test_photos_train_and_a_bad_one_is_counted(train, config, photos, tmp_path, counted_warnings):
+    (photos / "1.jpg").write_bytes((photos / "1.jpg").read_bytes()[:300])
+    (photos / "2.txt").write_text("many words " * 60)
+    summary = pretrain(config(data=str(photos), steps=4), tmp_path / "run", progress=False)
+    assert summary.counters["images_skipped"] > 0 and summary.counters["texts_cut"] > 0
+    assert summary.counters["seen"] == 8
+    assert [str(w.message) for w in counted_warnings if "1.jpg" in str(w.message)]
+
+
+def test_strict_stops_at_a_bad_image(train, photos):
+    (photos / "1.jpg").write_bytes(b"not an image")
+    with pytest.raises(BadSample, match=r"1\.jpg"):
+        train(data=str(photos), strict=True)
+
+
+def test_images_without_captions_train_a_model_of_images_alone(train, photos, tmp_path):
+    for path in photos.glob("*.txt"):
+        path.unlink()
+    assert len(train(data=str(photos), steps=2)) == 2
+    run = load_run(tmp_path / "run")
+    assert run.tokenizer is None and run.model.config.vocab_size == 0
+
+
+def test_a_run_is_self_contained(train, photos, tmp_path):
+    train(data=str(photos), steps=2)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    for path in photos.iterdir():
+        path.unlink()
+    run = load_run(tmp_path / "moved")
+    assert run.step == 2 and not run.model.training
+    assert run.tokenizer.decode(run.tokenizer.encode("noise number")) == "noise number"
+    assert load_run(checkpoint.latest(tmp_path / "moved" / "checkpoints")).step == 2
+
+
+def test_a_tokenizer_of_another_run_is_refused(train, photos, tmp_path):
+    train("one", steps=1)
+    train("two", steps=1, data=str(photos))
+    (tmp_path / "one" / "tokenizer.json").write_bytes((tmp_path / "two" / "tokenizer.json").read_bytes())
+    with pytest.raises(ValueError, match=r"tokenizer.json has \d+ words, the model has \d+: it belongs to another run"):
+        load_run(tmp_path / "one")

@@ -1,0 +1,98 @@
+"""Pictures: their pixels come from the right places."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from m3ae_fast.data import BadSample
+from m3ae_fast.models import M3AEConfig
+from m3ae_fast.train import load_run, pictures, pretrain
+from m3ae_fast.train.metrics import FIELDS
+
+
+def test_a_run_draws_both_pictures(config, tmp_path):
+    pretrain(config(steps=4, picture_every=2), tmp_path / "run", progress=False)
+    names = sorted(path.name for path in (tmp_path / "run" / "pictures").iterdir())
+    assert names == ["losses.png", "reconstruction-00000002.png", "reconstruction-00000004.png"]
+    for name in names:
+        image = np.asarray(Image.open(tmp_path / "run" / "pictures" / name).convert("RGB"))
+        assert min(image.shape[:2]) > 500 and image.std() > 10
+
+
+def test_unpatchify_undoes_patches_and_normalisation():
+    config = M3AEConfig.tiny(image_size=(16, 32))
+    image = torch.randint(0, 256, (2, 16, 32, 3), dtype=torch.uint8)
+    normalised = (image / 255 - torch.tensor(config.image_mean)) / torch.tensor(config.image_std)
+    rows, columns = config.grid
+    patches = torch.stack(
+        [normalised[:, 8 * r : 8 * r + 8, 8 * c : 8 * c + 8].flatten(1) for r in range(rows) for c in range(columns)], 1
+    )
+    assert torch.equal(pictures.unpatchify(patches, config), image)
+    mask = torch.zeros(8, dtype=torch.bool)
+    mask[5] = True  # row 1, column 1
+    hidden = pictures.pixel_mask(mask, config)
+    assert hidden.shape == (16, 32) and hidden.sum() == 64 and hidden[8:, 8:16].all()
+
+
+def test_hidden_pixels_are_the_models_and_visible_ones_the_originals(config, tmp_path):
+    pretrain(config(steps=1, picture_every=0), tmp_path / "run", progress=False)
+    run = load_run(tmp_path / "run")
+    batch = pictures.held_out(run.model.config, run.tokenizer, run.config, count=1)
+    pictures.draw_reconstruction(run.model, run.tokenizer, batch, tmp_path / "out.png", seed=3)
+    drawn = np.asarray(Image.open(tmp_path / "out.png"))
+    side, gap = pictures.SIDE, pictures.GAP
+    left, top = pictures.MARGIN + gap, pictures.MARGIN + gap + pictures.LINE
+    panels = [drawn[top : top + side, left + i * (side + gap) :][:, :side] for i in range(3)]
+    original, masked, rebuilt = (panel[3::6, 3::6] for panel in panels)  # 32 pixels were enlarged to 192
+    with torch.no_grad():
+        result = run.model.reconstruct(batch, seed=3, step=0)
+    hidden = pictures.pixel_mask(result.image_mask[0], run.model.config).numpy()
+    predicted = pictures.unpatchify(result.image, run.model.config)[0].numpy()
+    assert np.array_equal(original, batch.images[0].permute(1, 2, 0).numpy())
+    assert np.array_equal(masked[~hidden], original[~hidden])
+    assert np.array_equal(rebuilt[~hidden], original[~hidden])
+    assert np.array_equal(rebuilt[hidden], predicted[hidden])
+    assert set(map(tuple, masked[hidden].tolist())) == set(pictures.STRIPES)
+    assert 0 < hidden.sum() < hidden.size
+
+
+def test_a_picture_of_held_out_scenes_is_not_of_training_scenes(config, tmp_path):
+    pretrain(config(steps=1, picture_every=0), tmp_path / "run", progress=False)
+    run = load_run(tmp_path / "run")
+    batch = pictures.held_out(run.model.config, run.tokenizer, run.config, count=2)
+    trained_on = pictures.open_dataset("shapes", image_size=32, seed=run.config.seed)
+    assert not np.array_equal(batch.images[0].permute(1, 2, 0).numpy(), trained_on[0].image)
+
+
+def test_files_keep_their_order_and_captions(config, photos, tmp_path):
+    pretrain(config(data=str(photos), steps=1, picture_every=0), tmp_path / "run", progress=False)
+    run = load_run(tmp_path / "run")
+    files = [photos / "2.jpg", photos / "0.jpg"]
+    batch = pictures.batch_of_files(files, None, run.model.config, run.tokenizer)
+    first = batch.text[: batch.text_lengths.lengths[0]].tolist()
+    assert run.tokenizer.decode(first) == "noise number 2 with all its colors"
+    batch = pictures.batch_of_files(files, ["all", "colors"], run.model.config, run.tokenizer)
+    assert run.tokenizer.tokens(batch.text.tolist()) == run.tokenizer.tokens(run.tokenizer.encode("all colors"))
+    assert pictures.batch_of_files(files, None, run.model.config, None).text_lengths.total == 0
+    (photos / "0.jpg").write_bytes(b"")
+    with pytest.raises(BadSample, match=r"0\.jpg"):
+        pictures.batch_of_files(files, None, run.model.config, run.tokenizer)
+
+
+def test_texts_alone_and_images_alone_are_drawn(config, photos, tmp_path):
+    (photos / "0.jpg").unlink()
+    (photos / "1.txt").unlink()
+    pretrain(config(data=str(photos), steps=1, picture_every=0), tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / "pictures" / "reconstruction-00000001.png").is_file()
+
+
+def test_running_mean():
+    assert pictures.running_mean(np.array([1.0, 3.0, 5.0, 9.0]), 2).tolist() == [1.0, 2.0, 4.0, 7.0]
+
+
+def test_losses_of_one_step_and_of_none(tmp_path):
+    pictures.draw_losses([], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    pictures.draw_losses([dict.fromkeys(FIELDS, 1)], tmp_path / "one.png")
+    assert (tmp_path / "one.png").is_file()
