@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from m3ae_fast.data import ShapesDataset
+from m3ae_fast.data import ShapesDataset, open_dataset
 from m3ae_fast.data.shapes import COLORS, SHAPES, SIZES, Scene, draw
 
 SCENES = 300
