@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as _Tokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from m3ae_fast import _checks
+from m3ae_fast._files import replacing
 
 UNKNOWN = "[UNK]"
 SPECIALS = ("[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]")  # M3AE uses [UNK] alone; BERT's tools expect all five
@@ -97,17 +98,13 @@ class Tokenizer:
             raise ValueError(f"{path} must be a tokenizer.json that `tokenizers` can read: {error}") from None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a tokenizer.json; the file appears whole or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(self._tokenizer.to_str(pretty=True))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Write a tokenizer.json, whole or not at all.
+
+        Raises:
+            OSError: naming the file, on a full disk for instance.
+        """
+        with replacing(Path(path)) as temporary:
+            temporary.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
         """The text's ids, [] for a blank one; a word outside the vocabulary is [UNK]."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from m3ae_fast.train.files import replacing
+from m3ae_fast._files import replacing
 
 FORMAT = 1
 

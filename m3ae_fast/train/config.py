@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from m3ae_fast import _checks
-from m3ae_fast.train.files import read_json, write_json
+from m3ae_fast._files import read_json, write_json
 
 MODELS = ("tiny", "small", "base", "large", "huge")
 # What None stands for, by model. tiny is set to show learning within two minutes on two cores; the others follow

@@ -7,7 +7,7 @@ import os
 import warnings
 from pathlib import Path
 
-from m3ae_fast.train.files import naming, replacing
+from m3ae_fast._files import naming, replacing
 
 FIELDS = ("step", "loss", "image_loss", "text_loss", "text_accuracy", "lr", "tokens_per_second")
 

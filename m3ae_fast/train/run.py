@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import torch
 
+from m3ae_fast._files import naming
 from m3ae_fast.data import Tokenizer, open_dataset
 from m3ae_fast.models import M3AE, M3AEConfig
 from m3ae_fast.train import checkpoint
 from m3ae_fast.train.config import RunConfig
-from m3ae_fast.train.files import naming
 
 LEARN_WORDS_FROM = 10_000  # captions; a data set may be endless
 VOCAB_SIZE = 8192  # at most: a small data set has fewer words
@@ -98,8 +98,7 @@ def prepare_folder(folder: Path, tokenizer: Tokenizer | None) -> None:
     for path in checkpoint.all_in(folder / "checkpoints"):  # of a run that could not even write its run.json
         path.unlink()
     if tokenizer is not None:
-        with naming(folder / "tokenizer.json"):
-            tokenizer.save(folder / "tokenizer.json")
+        tokenizer.save(folder / "tokenizer.json")
 
 
 def reopen(folder: Path, wanted: RunConfig | None):
