@@ -181,7 +181,7 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     run.add_argument("--data", metavar="shapes|DIR", help="drawn scenes (default), or a folder of NAME.jpg + NAME.txt")
     run.add_argument("--model", choices=("tiny", "small", "base", "large", "huge"), help="default: tiny")
     run.add_argument("--steps", type=_positive, metavar="N", help="default: tiny 1,200, others 100,000")
-    run.add_argument("--batch-size", type=_positive, metavar="B", help="samples of a pass; default: tiny 32, others 64")
+    run.add_argument("--batch-size", type=_positive, metavar="B", help="of a pass; default: tiny 32, others 64")
     run.add_argument("--accumulate", type=_positive, metavar="N", help="passes of a step (1)")
     run.add_argument("--seed", type=_natural, metavar="S", help="of weights, data order and masks (0)")
     run.add_argument("--precision", choices=("fp32", "bf16"), help="default: fp32")
@@ -192,10 +192,12 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
         "--text-vocab", metavar="FILE", help="vocab.txt or tokenizer.json; default: made from the captions"
     )
     optimiser = command.add_argument_group("the optimiser (AdamW .9, .95; warm-up, then a cosine to 0)")
-    optimiser.add_argument("--lr", type=float, help="peak; default: tiny 2e-3, others 1.5e-4 for 256 samples of a step")
+    optimiser.add_argument(
+        "--lr", type=float, help="peak; default: tiny 0.002, others 0.00015 for 256 samples of a step"
+    )
     optimiser.add_argument("--warmup", type=_natural, metavar="STEPS", help="default: a tenth of all")
     optimiser.add_argument("--weight-decay", type=float, metavar="W", help="of weight matrices (0.05)")
-    optimiser.add_argument("--grad-clip", type=float, metavar="NORM", help="largest gradient norm (1.0); 0: any")
+    optimiser.add_argument("--grad-clip", type=float, metavar="NORM", help="largest gradient norm (1.0), 0: any")
     files = command.add_argument_group("where, and how far")
     files.add_argument("--out", type=Path, metavar="DIR", help="default: runs/DATA-MODEL")
     files.add_argument("--resume", action="store_true", default=False, help="continue the run in --out, to the bit")

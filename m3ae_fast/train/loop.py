@@ -8,7 +8,9 @@ and so are torch's random numbers, reseeded at every step.
 from __future__ import annotations
 
 import math
+import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -186,6 +188,7 @@ class _StopRequest:
     def _ask(self, number, frame) -> None:
         self.made = True
         self.__exit__()
+        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print could interrupt a print
 
     def __enter__(self) -> _StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
@@ -201,8 +204,6 @@ class _Progress:
     """tqdm: loss, tokens a second, time left."""
 
     def __init__(self, config: RunConfig, done: int, shown: bool):
-        import sys
-
         from tqdm import tqdm
 
         interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants fewer lines

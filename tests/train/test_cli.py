@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from m3ae_fast import cli
-from m3ae_fast.train import loop
+from m3ae_fast.train import RunConfig, loop
+from m3ae_fast.train.config import DEFAULTS, LR_PER_256
 
 SMALL = ["--steps", "3", "--batch-size", "2", "--image-size", "32", "--device", "cpu"]
 
@@ -146,6 +147,17 @@ def test_info(run):
 def test_help(run, command):
     status, out, _ = run(command, "--help")
     assert status == 0 and "usage: m3ae-fast" in out
+
+
+def test_the_help_of_pretrain_tells_the_true_defaults(run):
+    _, out, _ = run("pretrain", "--help")
+    for name in ("steps", "batch_size"):
+        values = [DEFAULTS[model][name] for model in ("tiny", "small")]
+        assert "default: tiny {:,}, others {:,}".format(*values) in " ".join(out.split())
+    assert f"default: tiny {DEFAULTS['tiny']['lr']:g}, others {LR_PER_256:g} for 256 samples" in " ".join(out.split())
+    defaults = RunConfig()
+    for name in ("accumulate", "seed", "weight_decay", "grad_clip", "workers"):
+        assert f"({getattr(defaults, name)})" in out
 
 
 def test_python_dash_m():
