@@ -9,6 +9,7 @@
 // One line per op.
 #define M3AE_FOR_EACH_OP(_) \
   _(assemble_tokens)      \
+  _(layer_norm)           \
   _(restore_tokens)       \
   _(sample_mask)
 

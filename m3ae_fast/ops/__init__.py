@@ -1,6 +1,7 @@
 """The ops. A folder each: op.py (public function, validation, autograd), reference.py (the definition), backends."""
 
 from m3ae_fast.ops.assemble_tokens import assemble_tokens
+from m3ae_fast.ops.layer_norm import layer_norm
 from m3ae_fast.ops.restore_tokens import restore_tokens
 from m3ae_fast.ops.sample_mask import SampledMask, sample_mask
 from m3ae_fast.ops.varlen_attention import varlen_attention, varlen_attention_qkvpacked
@@ -8,6 +9,7 @@ from m3ae_fast.ops.varlen_attention import varlen_attention, varlen_attention_qk
 __all__ = [
     "SampledMask",
     "assemble_tokens",
+    "layer_norm",
     "restore_tokens",
     "sample_mask",
     "varlen_attention",
