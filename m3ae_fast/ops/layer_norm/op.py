@@ -1,0 +1,150 @@
+"""layer_norm: the residual sum and LayerNorm in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from m3ae_fast import _backends, _checks
+from m3ae_fast.ops.layer_norm import reference
+
+BACKENDS = _backends.load(__package__, "cpp")
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm over the last dimension, of x or of the sum that a pre-norm Transformer makes just before.
+
+        s = x + residual
+        y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias
+
+    Args:
+        x: [..., D] float32, bfloat16, float16 or float64, D at least 1.
+        weight, bias: [D], any float dtype (float32 parameters with bfloat16 rows are as good as it gets), or None.
+        residual: the shape of x, any float dtype; None: s is x.
+        eps: added to the variance, which is the biased one.
+        dtype: of y; None: s's. Autocast changes nothing: float32 rows stay float32, as PyTorch keeps its norms.
+        impl: "reference", "cpp"; None takes the fastest for the device.
+
+    Returns:
+        y [..., D]; with residual (y, s), s in the wider of x's and residual's dtypes: the sum is made in fp32, rounded
+        once, and the statistics are those of what was rounded. Statistics and gradients of weight and bias are summed
+        in fp32 (fp64 for fp64), the same bits for any thread count.
+
+    Raises:
+        ValueError: shapes or devices disagree. TypeError: dtypes.
+
+    Source: arXiv:1607.06450; F.layer_norm.
+    """
+    _checks.dtype("x", x, _checks.FLOATS)
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x must have a last dimension of at least 1, got shape {tuple(x.shape)}")
+    width, sum_dtype = x.shape[-1], x.dtype
+    if residual is not None:
+        _checks.shape("residual", residual, x.shape)
+        _checks.dtype("residual", residual, _checks.FLOATS)
+        _checks.device("residual", residual, "x", x)
+        sum_dtype = torch.promote_types(x.dtype, residual.dtype)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            _checks.shape(name, value, (width,))
+            _checks.dtype(name, value, _checks.FLOATS)
+            _checks.device(name, value, "x", x)
+    if dtype is None:
+        dtype = sum_dtype
+    _checks.choice("dtype", dtype, _checks.FLOATS)
+
+    impl = _backends.pick(BACKENDS, impl, x)
+    if impl == "reference":
+        y, s = reference.layer_norm(x, residual, weight, bias, eps, dtype)
+        return y if residual is None else (y, s)
+
+    # What the kernels read: rows of fp32 and bf16 in any mix, or fp64 alone; weight and bias in the accumulation dtype.
+    accumulate = torch.float64 if sum_dtype == torch.float64 else torch.float32
+    kernels_write = (torch.float64,) if accumulate == torch.float64 else (torch.float32, torch.bfloat16)
+
+    def rows(value):
+        if value is None:
+            return None
+        if accumulate == torch.float64 or value.dtype == torch.float16:
+            value = value.to(accumulate)
+        return (value if value.dim() == 2 else value.reshape(-1, width)).contiguous()
+
+    def param(value):
+        return value if value is None else value.to(accumulate).contiguous()
+
+    y_dtype = dtype if dtype in kernels_write else accumulate
+    y, s = _LayerNorm.apply(impl, rows(x), rows(residual), param(weight), param(bias), float(eps), y_dtype)
+    if y_dtype != dtype:
+        y = y.to(dtype)
+    if x.dim() != 2:
+        y, s = y.view(x.shape), s if residual is None else s.view(x.shape)
+    return y if residual is None else (y, s)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """One for all backends: (y, s), s empty without residual."""
+
+    @staticmethod
+    def forward(ctx, impl, x, residual, weight, bias, eps, dtype):
+        y, s, stats = _layer_norm(impl, x, residual, weight, bias, eps, dtype)
+        ctx.impl, ctx.x_dtype, ctx.residual_dtype = impl, x.dtype, None if residual is None else residual.dtype
+        ctx.save_for_backward(x if residual is None else s, weight, stats)
+        if residual is None:
+            ctx.mark_non_differentiable(s)
+        ctx.set_materialize_grads(False)
+        return y, s
+
+    @staticmethod
+    def backward(ctx, dy, ds):
+        s, weight, stats = ctx.saved_tensors
+        _, need_x, need_residual, need_weight, need_bias, _, _ = ctx.needs_input_grad
+        dx, dweight, dbias = ds, None, None
+        if dy is not None:  # y was used; else only s's own gradient flows on
+            dx, dparams = _layer_norm_backward(
+                ctx.impl, dy.contiguous(), ds if ds is None else ds.contiguous(), s, weight, stats,
+                need_x or need_residual, need_weight or need_bias,
+            )  # fmt: skip
+            if need_weight or need_bias:
+                dweight, dbias = dparams.unbind(0)
+        dx, dresidual = (dx.to(d) if dx is not None and n else None
+                         for d, n in ((ctx.x_dtype, need_x), (ctx.residual_dtype, need_residual)))  # fmt: skip
+        return None, dx, dresidual, dweight if need_weight else None, dbias if need_bias else None, None, None
+
+
+def _fake_forward(impl, x, residual, weight, bias, eps, dtype):
+    count, width = x.shape
+    sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    accumulate = torch.float64 if sum_dtype == torch.float64 else torch.float32
+    y = x.new_empty(count, width, dtype=dtype)
+    s = x.new_empty(0 if residual is None else count, width, dtype=sum_dtype)
+    return y, s, x.new_empty(2, count, dtype=accumulate)
+
+
+def _fake_backward(impl, dy, ds, s, weight, stats, need_input, need_params):
+    dx = torch.empty_like(s) if need_input else s.new_empty(0, s.shape[1])
+    return dx, s.new_empty(2 if need_params else 0, s.shape[1], dtype=stats.dtype)
+
+
+# s has no rows without residual: an op may not return its own argument. stats [2, T]: mean and 1 / sqrt(var + eps).
+_layer_norm = _backends.register(
+    "layer_norm(str impl, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, ScalarType dtype"
+    ") -> (Tensor y, Tensor s, Tensor stats)",
+    lambda impl, *args: BACKENDS[impl].forward(*args),
+    _fake_forward,
+)
+# dx of s's dtype, the gradient of x and of residual; dparams [2, D] in the accumulation dtype: weight, bias.
+_layer_norm_backward = _backends.register(
+    "layer_norm_backward(str impl, Tensor dy, Tensor? ds, Tensor s, Tensor? weight, Tensor stats, "
+    "bool need_input, bool need_params) -> (Tensor dx, Tensor dparams)",
+    lambda impl, *args: BACKENDS[impl].backward(*args),
+    _fake_backward,
+)
