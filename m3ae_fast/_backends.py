@@ -82,6 +82,17 @@ def pick(backends: Backends, impl: str | None, tensor: Tensor, *others: torch.dt
     return impl
 
 
+def product_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of a matrix product: the widest of its arguments', under autocast the autocast dtype, as PyTorch's."""
+    dtype = tensors[0].dtype
+    for each in tensors[1:]:
+        dtype = torch.promote_types(dtype, each.dtype)
+    device = tensors[0].device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
 def register(schema: str, implementation: Callable, fake: Callable):
     """Define `m3ae_fast::<schema>`, one body for every device, with its fake; returns the callable op."""
     name = schema.partition("(")[0]

@@ -3,6 +3,8 @@
 from m3ae_fast.ops.assemble_tokens import assemble_tokens
 from m3ae_fast.ops.gather_patches import gather_patches
 from m3ae_fast.ops.layer_norm import layer_norm
+from m3ae_fast.ops.linear import linear
+from m3ae_fast.ops.linear_cross_entropy import linear_cross_entropy
 from m3ae_fast.ops.restore_tokens import restore_tokens
 from m3ae_fast.ops.sample_mask import SampledMask, sample_mask
 from m3ae_fast.ops.varlen_attention import varlen_attention, varlen_attention_qkvpacked
@@ -12,6 +14,8 @@ __all__ = [
     "assemble_tokens",
     "gather_patches",
     "layer_norm",
+    "linear",
+    "linear_cross_entropy",
     "restore_tokens",
     "sample_mask",
     "varlen_attention",

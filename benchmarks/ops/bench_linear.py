@@ -1,0 +1,27 @@
+"""linear against F.linear followed by F.gelu."""
+
+import measure
+import pytest
+import torch
+import torch.nn.functional as F
+
+from m3ae_fast import linear, testing
+from m3ae_fast.ops.linear import cases
+
+
+def eager(x, weight, bias, *, activation):
+    y = F.linear(x, weight, bias)
+    return F.gelu(y) if activation else y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", cases.REAL)
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+def bench_linear(benchmark, case, mode, dtype):
+    calls = measure.copies(lambda: cases.make(case, dtype), 16 << 20)
+    first = calls[0]
+    ours, theirs = (f(*first.args, **first.kwargs) for f in (linear, eager))
+    truth = first.to(torch.float64)
+    testing.assert_error_rule("y", ours, theirs, eager(*truth.args, **truth.kwargs), 2)
+    providers = {"m3ae_fast": linear, "eager": eager}
+    measure.compare_op(benchmark, "linear", f"{case} {str(dtype)[6:]}", calls, mode, providers)

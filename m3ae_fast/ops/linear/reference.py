@@ -1,0 +1,14 @@
+"""linear, the definition: plain PyTorch, any device, any float dtype; its autograd is the oracle."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """y = act(x W^T + b)."""
+    z = F.linear(x, weight, bias)
+    if activation is None:
+        return z
+    return F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")

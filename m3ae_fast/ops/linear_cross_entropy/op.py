@@ -1,0 +1,177 @@
+"""linear_cross_entropy: the loss of a vocabulary head, whose logits are never stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from m3ae_fast import _backends, _checks
+from m3ae_fast.ops.linear_cross_entropy import reference
+from m3ae_fast.seqlens import SeqLens
+from m3ae_fast.seqlens import cu_seqlens as offsets
+
+BACKENDS = _backends.load(__package__, "cpp")
+REDUCTIONS = ("mean", "sum", "none", "sample_mean")
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    cu_seqlens: SeqLens | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    return_accuracy: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """cross_entropy(x W^T + b, target): ignored rows leave before the product, logits exist a block at a time.
+
+    Where gradients are wanted and the result is one number, they are made in the forward pass, from the same logits;
+    reduction="none" makes them in the backward pass, from logits computed again.
+
+    Args:
+        x: [T, K] float32, bfloat16, float16 or float64.
+        weight: [V, K]. bias: [V] or None.
+        target: [T] int32 or int64, a class in [0, V), or `ignore_index`: that row counts nowhere.
+        reduction: over the rows that count: "mean" of them all; "sum"; "none", a value a row (ignored ones 0);
+            "sample_mean", the mean over all B sequences of the mean over a sequence's rows (0 for one without).
+        cu_seqlens: SeqLens or [B + 1] int32 or int64: "sample_mean" needs it; rows past its last entry are ignored.
+        label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy.
+        return_accuracy: also return argmax == target (the first of equal logits counts), reduced alike, detached.
+        impl: "reference", "cpp"; None takes the fastest for the device.
+
+    Returns:
+        The loss, or (loss, accuracy): scalars, [T] for "none"; float32 (float64 for float64). No row that counts
+        gives 0, with zero gradients. Under autocast the product runs in the autocast dtype, the loss in float32.
+
+    Raises:
+        ValueError: shapes or devices disagree, an option is out of range, a target names no class (the C++ backend
+            looks; a GPU would have to sync for it). TypeError: dtypes.
+
+    Source: arXiv:2205.14204, section 3 (masked word prediction); label smoothing: arXiv:1512.00567.
+    """
+    _checks.shape("x", x, (None, None))
+    rows, width = x.shape
+    _checks.shape("weight", weight, (None, width))
+    tensors = {"x": x, "weight": weight}
+    if bias is not None:
+        _checks.shape("bias", bias, (weight.shape[0],))
+        tensors["bias"] = bias
+    for name, value in tensors.items():
+        _checks.dtype(name, value, _checks.FLOATS)
+        _checks.device(name, value, "x", x)
+    target = _checks.ids("target", target, rows)
+    _checks.device("target", target, "x", x)
+    _checks.integer("ignore_index", ignore_index, -(2**31), 2**31)
+    _checks.choice("reduction", reduction, REDUCTIONS)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if cu_seqlens is not None:
+        cu_seqlens = offsets("cu_seqlens", cu_seqlens)
+        _checks.device("cu_seqlens", cu_seqlens, "x", x)
+        within = torch.arange(rows, device=x.device) < cu_seqlens[-1]
+        target = torch.where(within, target, ignore_index)
+    elif reduction == "sample_mean":
+        raise ValueError('cu_seqlens must be given for reduction="sample_mean", got None')
+    dtype = _backends.product_dtype(*tensors.values())
+    x, weight = x.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    share = _shares(target != ignore_index, reduction, cu_seqlens)
+
+    impl = _backends.pick(BACKENDS, impl, x)
+    if impl == "reference":
+        loss, hit = reference.linear_cross_entropy(x, weight, bias, target, ignore_index, label_smoothing)
+        loss = loss if share is None else _total(loss, share)
+    else:
+        need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
+        loss, hit = _LinearCrossEntropy.apply(
+            impl, x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), target, share,
+            ignore_index, label_smoothing, need,
+        )  # fmt: skip
+    if not return_accuracy:
+        return loss
+    return loss, hit if share is None else _total(hit, share)
+
+
+def _shares(counts: Tensor, reduction: str, cu_seqlens: Tensor | None) -> Tensor | None:
+    """[T] fp64: what each row weighs in the reduced loss, 0 for ignored rows; None for "none"."""
+    if reduction == "none":
+        return None
+    share = counts.double()
+    if reduction == "mean":
+        return share / counts.sum().clamp(min=1)
+    if reduction == "sample_mean":
+        before = torch.cat([counts.new_zeros(1, dtype=torch.int64), counts.cumsum(0)])  # rows that count before t
+        batch, last = cu_seqlens.shape[0] - 1, counts.shape[0]
+        cu = cu_seqlens.long().clamp(max=last)
+        each = (before[cu[1:]] - before[cu[:-1]]).clamp(min=1)
+        sequence = torch.searchsorted(cu[1:], torch.arange(last, device=cu.device), right=True)
+        padded = torch.cat([each, each.new_ones(1)])  # rows past the last sequence
+        return share / (padded[sequence] * max(batch, 1))
+    return share
+
+
+def _total(values: Tensor, share: Tensor) -> Tensor:
+    """sum(values * share), in fp64 and the same bits for any thread count (torch splits a long sum by threads)."""
+    block = 4096
+    weighted = torch.nn.functional.pad(values.double() * share, (0, -values.shape[0] % block))
+    return weighted.view(-1, block).sum(1).sum().to(values.dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """One for all backends."""
+
+    @staticmethod
+    def forward(ctx, impl, x, weight, bias, target, share, ignore_index, label_smoothing, need):
+        ctx.options = (impl, ignore_index, label_smoothing)
+        ctx.reduced, ctx.need = share is not None, need
+        dloss = None if share is None else share.to(torch.promote_types(x.dtype, torch.float32))
+        made = need if ctx.reduced else [False] * 3
+        loss, hit, *gradients = _linear_cross_entropy(
+            impl, x, weight, bias, target, dloss, ignore_index, label_smoothing, *made
+        )
+        if ctx.reduced:
+            ctx.save_for_backward(*gradients)
+            loss = _total(loss, share)
+        else:
+            ctx.save_for_backward(x, weight, bias, target)
+        ctx.mark_non_differentiable(hit)
+        return loss, hit
+
+    @staticmethod
+    def backward(ctx, dloss, _):
+        if ctx.reduced:
+            gradients = ctx.saved_tensors
+            # One pass over the weight's gradient less where the loss is what .backward() was called on.
+            if torch.compiler.is_compiling() or dloss.device.type != "cpu" or dloss.item() != 1:
+                gradients = [g * dloss.to(g.dtype) for g in gradients]
+        else:
+            impl, *options = ctx.options
+            _, _, *gradients = _linear_cross_entropy(impl, *ctx.saved_tensors, dloss.contiguous(), *options, *ctx.need)
+        dx, dweight, dbias = (g if n else None for g, n in zip(gradients, ctx.need, strict=True))
+        return None, dx, dweight, dbias, None, None, None, None, None
+
+
+def _fake(impl, x, weight, bias, target, dloss, ignore_index, label_smoothing, need_x, need_weight, need_bias):
+    rows = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    return (
+        rows,
+        torch.empty_like(rows),
+        x.new_empty(x.shape[0] if need_x else 0, x.shape[1]),
+        x.new_empty(weight.shape[0] if need_weight else 0, x.shape[1]),
+        x.new_empty(weight.shape[0] if need_bias else 0),
+    )
+
+
+# Per row the loss [T] and 1 where the argmax is the target [T]; the gradients asked for of sum(dloss * loss), others
+# empty. Rows with target == ignore_index: 0, 0 and no gradient.
+_linear_cross_entropy = _backends.register(
+    "linear_cross_entropy(str impl, Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? dloss, "
+    "SymInt ignore_index, float label_smoothing, bool need_x, bool need_weight, bool need_bias"
+    ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda impl, *args: BACKENDS[impl].forward(*args),
+    _fake,
+)

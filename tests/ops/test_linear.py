@@ -1,0 +1,133 @@
+"""linear: what the contract tests do not cover."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from m3ae_fast import linear, testing
+from m3ae_fast.ops.linear import cases
+
+IMPLS = ["reference", *testing.impls("linear")]
+
+
+def tensors(rows=5, inner=7, outer=11, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(*size, generator=generator).to(dtype) for size in ((rows, inner), (outer, inner), (outer,))]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
+def test_values(impl, activation):
+    x, weight, bias = tensors()
+    z = (x.double()[:, None, :] * weight.double()).sum(2) + bias.double()
+    y = {
+        None: z,
+        "gelu": z * 0.5 * torch.special.erfc(-z / 2**0.5),
+        "gelu_tanh": z * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3))),
+    }[activation]
+    torch.testing.assert_close(linear(x, weight, bias, activation=activation, impl=impl).double(), y, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3), (2, 1, 3), (0, 3), (3, 0)])
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_any_rank_and_empty_sizes(impl, leading, activation):
+    for inner, outer in ((7, 11), (0, 11), (7, 0)):
+        x = torch.randn(*leading, inner, requires_grad=True)
+        weight, bias = (torch.randn(outer, inner, requires_grad=True), torch.randn(outer, requires_grad=True))
+        y = linear(x, weight, bias, activation=activation, impl=impl)
+        assert y.shape == (*leading, outer)
+        want = F.linear(x, weight, bias)
+        want = F.gelu(want) if activation else want
+        torch.testing.assert_close(y, want)
+        cotangent = torch.randn_like(y)
+        for ours, theirs in zip(
+            torch.autograd.grad(y, (x, weight, bias), cotangent),
+            torch.autograd.grad(want, (x, weight, bias), cotangent),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_transposed_weight(impl):
+    x, weight, bias = tensors()
+    held = weight.t().contiguous().t()
+    torch.testing.assert_close(linear(x, held, bias, impl=impl), linear(x, weight, bias, impl=impl), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("wanted", range(8))
+def test_only_the_gradients_asked_for(impl, wanted):
+    values = tensors()
+    for i, each in enumerate(values):
+        each.requires_grad_(bool(wanted >> i & 1))
+    y = linear(*values, activation="gelu", impl=impl)
+    assert y.requires_grad == bool(wanted)
+    if wanted:
+        y.square().sum().backward()
+    for each in values:
+        assert (each.grad is not None) == each.requires_grad
+
+
+@pytest.mark.parametrize("impl", testing.impls("linear"))
+def test_thread_counts_give_the_same_bits_at_real_sizes(impl, threads):
+    for case in cases.REAL:
+        for dtype in (torch.float32, torch.bfloat16):
+            call = cases.make(case, dtype)
+            results = []
+            for count in (1, 2, 3):
+                threads(count)
+                outputs, gradients = call.run(linear, impl=impl)
+                results.append(outputs + gradients)
+            for other in results[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), (case, dtype)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_mixed_dtypes_take_the_widest(impl):
+    x, weight, bias = tensors()
+    x = x.bfloat16().requires_grad_()
+    y = linear(x, weight.requires_grad_(), bias, impl=impl)
+    assert y.dtype == torch.float32
+    dx, dweight = torch.autograd.grad(y.sum(), (x, weight))
+    assert dx.dtype == torch.bfloat16 and dweight.dtype == torch.float32
+
+
+def test_float16_goes_to_the_reference_on_cpu():
+    x, weight, bias = tensors(dtype=torch.float16)
+    assert torch.equal(linear(x, weight, bias), linear(x, weight, bias, impl="reference"))
+    with pytest.raises(ValueError, match="impl='cpp' cannot run linear: it takes float32, bfloat16, float64, got"):
+        linear(x, weight, bias, impl="cpp")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast(impl):
+    x, weight, bias = (t.requires_grad_() for t in tensors())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(x, weight, bias, activation="gelu", impl=impl)
+        assert linear(x.double(), weight, bias, impl=impl).dtype == torch.float64
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), linear(x, weight, bias, activation="gelu"), rtol=0.03, atol=0.03)
+    y.sum().backward()
+    assert x.grad.dtype == weight.grad.dtype == bias.grad.dtype == torch.float32
+
+
+def test_errors():
+    x, weight, _ = tensors()
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        linear([1.0], weight)
+    with pytest.raises(ValueError, match="x must have at least one dimension, got a scalar"):
+        linear(x[0, 0], weight)
+    with pytest.raises(TypeError, match="x must be of dtype float32, bfloat16, float16, float64, got int64"):
+        linear(x.long(), weight)
+    with pytest.raises(ValueError, match=r"weight must have shape \(any, 7\), got \(7, 11\)"):
+        linear(x, weight.t())
+    with pytest.raises(ValueError, match=r"bias must have shape \(11,\), got \(7,\)"):
+        linear(x, weight, x[0])
+    with pytest.raises(TypeError, match="weight must be of dtype float32, bfloat16, float16, float64, got int32"):
+        linear(x, weight.int())
+    with pytest.raises(ValueError, match="activation must be one of None, 'gelu', 'gelu_tanh', got 'relu'"):
+        linear(x, weight, activation="relu")
+    with pytest.raises(ValueError, match="weight must be on cpu, as x is, got meta"):
+        linear(x, weight.to("meta"))
