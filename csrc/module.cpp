@@ -9,6 +9,7 @@
 // One line per op.
 #define M3AE_FOR_EACH_OP(_) \
   _(gather_patches)       \
+  _(masked_mse)           \
   _(restore_tokens)       \
   _(sample_mask)
 
