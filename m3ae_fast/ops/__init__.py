@@ -5,6 +5,7 @@ from m3ae_fast.ops.gather_patches import gather_patches
 from m3ae_fast.ops.layer_norm import layer_norm
 from m3ae_fast.ops.linear import linear
 from m3ae_fast.ops.linear_cross_entropy import linear_cross_entropy
+from m3ae_fast.ops.masked_mse import masked_mse
 from m3ae_fast.ops.restore_tokens import restore_tokens
 from m3ae_fast.ops.sample_mask import SampledMask, sample_mask
 from m3ae_fast.ops.varlen_attention import varlen_attention, varlen_attention_qkvpacked
@@ -16,6 +17,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "masked_mse",
     "restore_tokens",
     "sample_mask",
     "varlen_attention",

@@ -25,7 +25,8 @@ def function(op):
 
 
 def bits(results):
-    return [x.flatten().view(torch.uint8) if x.is_floating_point() else x for x in pytree.tree_leaves(results)]
+    leaves = pytree.tree_leaves(results)  # a scalar has no dimension to view as bytes: it gets one
+    return [torch.atleast_1d(x).contiguous().view(torch.uint8) if x.is_floating_point() else x for x in leaves]
 
 
 def assert_same_bits(a, b):

@@ -1,0 +1,42 @@
+"""masked_mse at the sizes of real decoders; tests run SMALL, benchmarks REAL."""
+
+import torch
+
+from m3ae_fast.ops.gather_patches.cases import MEAN, STD
+from m3ae_fast.seqlens import SeqLens
+from m3ae_fast.testing import SHAPES, Call
+
+SMALL = ("sample_mean", "mean norm_pix", "sum pixels", "none norm_pix", "past the end", "none masked", "empty")
+REAL = ("m3ae_small", "mae_base norm_pix")
+
+
+def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:
+    first, _, _ = name.partition(" ")
+    real = first in SHAPES
+    shape = SHAPES[first if real else "small"]
+    generator = torch.Generator().manual_seed(seed)
+    patch = shape.patch_size if real else 5  # 75 values a patch: four vectors of AVX-512 and a part of one
+    height, width = (shape.image_size,) * 2 if real else (3 * patch, 4 * patch)
+    patches = (height // patch) * (width // patch)
+    count = 0 if name == "empty" else shape.batch
+    images = torch.randint(0, 256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
+    if real:
+        masked = [patches - shape.kept_patches] * count
+    else:
+        masked = torch.randint(0, patches + 1, (count,), generator=generator).tolist()
+        images[:, :, :patch] //= 100  # patches of few colours, and one of a single colour
+        images[:, :, -patch:, -patch:] = 200
+    if name == "none masked":
+        masked = [0] * count
+    ids = [torch.randperm(patches, generator=generator)[:m].sort()[0] for m in masked]
+    ids = torch.cat([torch.zeros(0, dtype=torch.int64), *ids]).int()
+    if name == "past the end":  # rows of no image; what they name is not looked at
+        ids = torch.cat([ids, torch.tensor([-1, 10**9], dtype=torch.int32)])
+    if "pixels" in name or real:
+        images = images.contiguous(memory_format=torch.channels_last)
+    if name == "past the end":
+        images = images.to(dtype) / 256
+    pred = torch.randn(len(ids), 3 * patch * patch, generator=generator, dtype=torch.float64)
+    options = {"patch_size": patch, "mean": MEAN[:3], "std": STD[:3], "norm_pix": "norm_pix" in name}
+    options["reduction"] = {"sum": "sum", "none": "none", "mean": "mean", "mae_base": "mean"}.get(first, "sample_mean")
+    return Call((pred.to(dtype).requires_grad_(), images, ids, SeqLens(masked)), options)

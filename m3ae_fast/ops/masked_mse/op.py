@@ -1,0 +1,118 @@
+"""masked_mse: the pixel loss of a masked autoencoder, against pixels read straight from the image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from m3ae_fast import _backends, _checks
+from m3ae_fast.ops.gather_patches import patches
+from m3ae_fast.ops.masked_mse import reference
+from m3ae_fast.seqlens import SeqLens, cu_seqlens
+
+BACKENDS = _backends.load(__package__, "cpp")
+REDUCTIONS = ("sample_mean", "mean", "sum", "none")
+
+
+def masked_mse(
+    pred: Tensor,
+    images: Tensor,
+    ids_mask: Tensor,
+    cu_mask: SeqLens | Tensor,
+    *,
+    patch_size: int,
+    norm_pix: bool = False,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+    reduction: str = "sample_mean",
+    impl: str | None = None,
+) -> Tensor:
+    """Mean squared error of predicted patches.
+
+        loss[t] = mean((pred[t] - target[t]) ** 2), target[t] = patch ids_mask[t] of its image, normalised
+
+    Args:
+        pred: [M, patch_size * patch_size * C] float32, bfloat16, float16 or float64: a row for each masked patch, in
+            (row, column, channel) order.
+        images: [N, C, H, W] uint8 or float of any strides, as gather_patches takes them. They get no gradient.
+        ids_mask: [M] int32 or int64, patches within an image, counted row by row.
+        cu_mask: how many rows each image has: SeqLens of N lengths, or cumulative offsets [N + 1] int32 or int64.
+        norm_pix: normalise each target patch by its own mean and unbiased variance: (x - mean) / sqrt(var + 1e-6).
+        mean, std: C numbers in the units of 0 .. 1, as in gather_patches; None: 0 and 1.
+        reduction: "sample_mean": the mean over all N images of the mean over an image's rows (0 for one without rows),
+            "mean": over the rows that cu_mask names, "sum": of them, "none": [M].
+        impl: "reference", "cpp"; None takes the fastest for the device.
+
+    Returns:
+        The loss, float32 (float64 for float64): a scalar, or [M] with reduction "none". Rows past the end of cu_mask
+        count nowhere: loss and gradient are 0. Without any row the loss is 0, with a zero gradient. Computed in fp32,
+        sums over rows in fp64 in a fixed order.
+
+    Raises:
+        ValueError: sizes disagree, images require a gradient, or an id or offset is outside its range (the C++ backend
+            looks; a GPU would have to sync for it). TypeError: dtypes.
+
+    Source: arXiv:2111.06377, sections 3 and 4 ("mean", norm_pix); arXiv:2205.14204 ("sample_mean").
+    """
+    patches.check_images(images, patch_size)
+    if images.requires_grad:
+        raise ValueError("images must not require a gradient: the loss has one with respect to pred alone")
+    _checks.dtype("pred", pred, _checks.FLOATS)
+    values = patch_size * patch_size * images.shape[1]
+    _checks.shape("pred", pred, (None, values))
+    _checks.device("pred", pred, "images", images)
+    ids_mask = _checks.ids("ids_mask", ids_mask, pred.shape[0])
+    _checks.device("ids_mask", ids_mask, "images", images)
+    cu = cu_seqlens("cu_mask", cu_mask)
+    patches.check_sequences("cu_mask", cu, images)
+    _checks.choice("reduction", reduction, REDUCTIONS)
+    if norm_pix and values < 2:
+        raise ValueError(f"norm_pix must be False for patches of one value, got {norm_pix!r}: they have no variance")
+    scale, shift = patches.affine(images, mean, std)
+    args = (images, ids_mask, cu, patch_size, bool(norm_pix), scale, shift, reduction)
+
+    impl = _backends.pick(BACKENDS, impl, pred, images.dtype)
+    if impl == "reference":
+        return reference.masked_mse(pred, *args)
+    return _MaskedMse.apply(impl, pred.contiguous(), *args)
+
+
+class _MaskedMse(torch.autograd.Function):
+    """One for all backends. The backward pass reads pixels and pred again and writes the gradient once: a gradient made
+    in the forward pass would be written, read, multiplied and written again, which moves more and rounds twice."""
+
+    @staticmethod
+    def forward(ctx, impl, pred, images, ids_mask, cu, *options):
+        ctx.impl, ctx.options = impl, options
+        ctx.save_for_backward(pred, images, ids_mask, cu)
+        return _masked_mse(impl, pred, images, ids_mask, cu, *options)
+
+    @staticmethod
+    def backward(ctx, dloss):
+        dpred = _masked_mse_backward(ctx.impl, dloss.contiguous(), *ctx.saved_tensors, *ctx.options)
+        return None, dpred, *(None,) * (3 + len(ctx.options))
+
+
+def _fake_forward(impl, pred, *args):
+    dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
+    return pred.new_empty(pred.shape[:1] if args[-1] == "none" else (), dtype=dtype)
+
+
+def _fake_backward(impl, dloss, pred, *args):
+    return pred.new_empty(pred.shape)
+
+
+_masked_mse = _backends.register(
+    "masked_mse(str impl, Tensor pred, Tensor images, Tensor ids_mask, Tensor cu_mask, int patch_size, bool norm_pix, "
+    "float[] scale, float[] shift, str reduction) -> Tensor",
+    lambda impl, *args: BACKENDS[impl].forward(*args),
+    _fake_forward,
+)
+_masked_mse_backward = _backends.register(
+    "masked_mse_backward(str impl, Tensor dloss, Tensor pred, Tensor images, Tensor ids_mask, Tensor cu_mask, "
+    "int patch_size, bool norm_pix, float[] scale, float[] shift, str reduction) -> Tensor",
+    lambda impl, *args: BACKENDS[impl].backward(*args),
+    _fake_backward,
+)
