@@ -42,6 +42,7 @@ def replacing(path: Path):
 
 
 def write_json(path: Path, value: dict) -> None:
+    """Indented, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 

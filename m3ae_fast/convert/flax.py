@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m3ae_fast._files import replacing
 from m3ae_fast.convert.inert_pickle import Inert, load_inert
 
 # Their module -> ours. A Dense kernel is [in, out]; torch's weight is its transpose.
@@ -149,11 +150,6 @@ def convert_flax_checkpoint(source: str | os.PathLike, target: str | os.PathLike
 
     tree = load_flax_checkpoint(source)
     state, config = flax_to_torch(tree), config_from_flax(tree)
-    target = Path(target)
-    part = target.with_name(target.name + ".part")
-    try:
-        save_file(state, part, metadata={"format": "pt", "config": json.dumps(config)})
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(Path(target)) as temporary:
+        save_file(state, temporary, metadata={"format": "pt", "config": json.dumps(config)})
     return config

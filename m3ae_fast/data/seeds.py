@@ -11,6 +11,7 @@ SCENE, ORDER, SAMPLE = range(3)
 
 
 def check_seed(seed: int) -> int:
+    """A seed in [0, 2**63), handed back; ValueError or TypeError otherwise."""
     _checks.integer("seed", seed, 0, 2**63)
     return seed
 

@@ -99,6 +99,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimiser: torch.optim.Opt
 
 
 def step_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is kept."""
     return folder / f"step-{step:08d}.safetensors"
 
 

@@ -117,6 +117,7 @@ def reopen(folder: Path, wanted: RunConfig | None):
 
 
 def load_tokenizer(folder: Path, config: RunConfig) -> Tokenizer | None:
+    """The run's vocabulary; None for a model of images alone."""
     if config.model_config["vocab_size"] == 0:
         return None
     path = folder / "tokenizer.json"
