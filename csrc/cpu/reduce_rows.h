@@ -1,8 +1,9 @@
 // Sums over rows in fixed chunks: the same bits for any thread count, and no atomics.
 #pragma once
 
-#include <vector>
+#include <cstring>
 
+#include "cpu/scratch.h"
 #include "cpu/threads.h"
 #include "dtype.h"
 
@@ -24,15 +25,17 @@ void reduce_rows(int64_t count, int64_t size, Dtype dtype, void* out, const Body
   // 128 rows make a chunk's own zeroing and summing cheap; 64 chunks feed as many threads.
   const int64_t chunks = count < 128 ? 1 : count < 64 * 128 ? count / 128 : 64;
   const int64_t bytes = size * (dtype == Dtype::f64 ? 8 : 4);
-  std::vector<char> partials(static_cast<size_t>(out ? chunks * bytes : 0));
+  const Scratch partials(out ? chunks * bytes : 0);
   parallel_for(chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
+      char* partial = out ? partials.get() + c * bytes : nullptr;
+      if (out) std::memset(partial, 0, static_cast<size_t>(bytes));
       const Range range = chunk_range(count, chunks, c);
-      body(range.begin, range.end, out ? partials.data() + c * bytes : nullptr);
+      body(range.begin, range.end, partial);
     }
   });
-  if (out && dtype == Dtype::f64) sum_partials<double>(partials.data(), chunks, size, out);
-  if (out && dtype != Dtype::f64) sum_partials<float>(partials.data(), chunks, size, out);
+  if (out && dtype == Dtype::f64) sum_partials<double>(partials.get(), chunks, size, out);
+  if (out && dtype != Dtype::f64) sum_partials<float>(partials.get(), chunks, size, out);
 }
 
 }  // namespace m3ae

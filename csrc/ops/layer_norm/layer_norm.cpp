@@ -2,8 +2,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include <vector>
-
 #include "cpu/pages.h"
 #include "cpu/reduce_rows.h"
 #include "cpu/threads.h"
@@ -21,10 +19,7 @@ void forward(Address x, Address residual, Address weight, Address bias, Address 
   prefer_huge_pages(pointer(y), count * width * size_of(Dtype(y_dtype)));
   if (s) prefer_huge_pages(pointer(s), count * width * size_of(Dtype(s_dtype)));
   const auto kernel = M3AE_DISPATCH(layer_norm);
-  parallel_for(count, grain_rows(width), [&](int64_t begin, int64_t end) {
-    std::vector<double> row(static_cast<size_t>(width));
-    kernel(args, begin, end, row.data());
-  });
+  parallel_for(count, grain_rows(width), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 // dparams: accumulators [2][width], dweight and dbias; null: not wanted.
@@ -34,10 +29,8 @@ void backward(Address dy, Address ds, Address s, Address weight, Address stats, 
                                pointer(dx), count,       width,      Dtype(s_dtype),  Dtype(y_dtype)};
   if (dx) prefer_huge_pages(pointer(dx), count * width * size_of(Dtype(s_dtype)));
   const auto kernel = M3AE_DISPATCH(layer_norm_backward);
-  reduce_rows(count, 2 * width, Dtype(s_dtype), pointer(dparams), [&](int64_t begin, int64_t end, void* partial) {
-    std::vector<double> rows(static_cast<size_t>(2 * width));
-    kernel(args, begin, end, rows.data(), partial);
-  });
+  reduce_rows(count, 2 * width, Dtype(s_dtype), pointer(dparams),
+              [&](int64_t begin, int64_t end, void* partial) { kernel(args, begin, end, partial); });
 }
 
 }  // namespace

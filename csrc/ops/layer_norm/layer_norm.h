@@ -33,7 +33,6 @@ struct LayerNormBackward {
 
 }  // namespace m3ae
 
-// row: [width] accumulators to work in.
-M3AE_KERNEL(void layer_norm(const LayerNorm& args, int64_t begin, int64_t end, void* row))
+M3AE_KERNEL(void layer_norm(const LayerNorm& args, int64_t begin, int64_t end))
 // partial: [2][width] accumulators that dweight and dbias are added to; null: not wanted.
-M3AE_KERNEL(void layer_norm_backward(const LayerNormBackward& args, int64_t begin, int64_t end, void* row, void* partial))
+M3AE_KERNEL(void layer_norm_backward(const LayerNormBackward& args, int64_t begin, int64_t end, void* partial))

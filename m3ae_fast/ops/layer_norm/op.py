@@ -78,8 +78,8 @@ def layer_norm(
             value = value.to(accumulate)
         return (value if value.dim() == 2 else value.reshape(-1, width)).contiguous()
 
-    def param(value):
-        return value if value is None else value.to(accumulate).contiguous()
+    def param(value):  # a `.to` that changes nothing still costs a microsecond
+        return value if value is None or value.dtype == accumulate else value.to(accumulate)
 
     y_dtype = dtype if dtype in kernels_write else accumulate
     y, s = _LayerNorm.apply(impl, rows(x), rows(residual), param(weight), param(bias), float(eps), y_dtype)
@@ -95,6 +95,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, impl, x, residual, weight, bias, eps, dtype):
+        weight, bias = (p if p is None else p.contiguous() for p in (weight, bias))
         y, s, stats = _layer_norm(impl, x, residual, weight, bias, eps, dtype)
         ctx.impl, ctx.x_dtype, ctx.residual_dtype = impl, x.dtype, None if residual is None else residual.dtype
         ctx.save_for_backward(x if residual is None else s, weight, stats)
