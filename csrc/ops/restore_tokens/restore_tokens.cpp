@@ -2,9 +2,13 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstring>
 #include <vector>
 
 #include "check.h"
+#include "cpu/pages.h"
+#include "cpu/reduce_rows.h"
+#include "cpu/sum_rows.h"
 #include "cpu/threads.h"
 
 namespace py = pybind11;
@@ -40,23 +44,42 @@ void forward(Address kept, Address rows, Address slots, Address image_mask_token
                            pointer(text_type),      pointer(out),
                            width,                   static_cast<int32_t>(patches),
                            Dtype(kept_dtype),       Dtype(out_dtype)};
+  prefer_huge_pages(pointer(out), count * width * size_of(Dtype(out_dtype)));
   const auto kernel = M3AE_DISPATCH(restore_tokens);
   parallel_for(count, grain_rows(width), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
-// dkept arrives zeroed where rows leaves a kept row out. partial: [chunks][4][width], zeroed, summed by the caller.
-void backward(Address dout, Address rows, Address slots, Address dkept, Address partial, int64_t chunks, int64_t count,
-              int64_t width, int64_t patches, int kept_dtype, int out_dtype) {
-  const RestoreTokensBackward args{pointer(dout),    int32s(rows), int32s(slots),
-                                   pointer(dkept),   pointer(partial), width,
-                                   static_cast<int32_t>(patches), Dtype(kept_dtype), Dtype(out_dtype)};
-  const auto kernel = M3AE_DISPATCH(restore_tokens_backward);
-  parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const Range range = chunk_range(count, chunks, c);
-      kernel(args, c, range.begin, range.end);
-    }
-  });
+// Rows of dkept that no entry of `rows` names.
+void zero_unnamed(const int32_t* rows, int64_t count, void* dkept, int64_t kept_rows, int64_t row_bytes) {
+  std::vector<char> named(static_cast<size_t>(kept_rows), 0);
+  for (int64_t t = 0; t < count; ++t)
+    if (rows[t] >= 0) named[static_cast<size_t>(rows[t])] = 1;
+  for (int64_t k = 0; k < kept_rows; ++k)
+    if (!named[static_cast<size_t>(k)])
+      std::memset(as<char>(dkept) + k * row_bytes, 0, static_cast<size_t>(row_bytes));
+}
+
+// Indices were checked by forward. A null gradient is not wanted; dsums is accumulators [2][2][width]: by modality
+// (image, text), then by masked or kept.
+void backward(Address dout, Address rows, Address slots, Address dkept, Address dsums, Address dimage_position,
+              Address dtext_position, int64_t count, int64_t kept_rows, int64_t width, int64_t patches, int64_t words,
+              int kept_dtype, int out_dtype) {
+  const Dtype dtype = Dtype(out_dtype);
+  if (dkept) zero_unnamed(int32s(rows), count, pointer(dkept), kept_rows, width * size_of(Dtype(kept_dtype)));
+  if (dkept || dsums) {
+    const RestoreTokensBackward args{pointer(dout), int32s(rows), int32s(slots), pointer(dkept),
+                                     width, static_cast<int32_t>(patches), Dtype(kept_dtype), dtype};
+    const auto kernel = M3AE_DISPATCH(restore_tokens_backward);
+    reduce_rows(count, 4 * width, dtype, pointer(dsums),
+                [&](int64_t begin, int64_t end, void* partial) { kernel(args, begin, end, partial); });
+  }
+  const auto position = [&](Address dtable, int64_t first, int64_t table_rows) {
+    if (!dtable) return;
+    sum_rows(pointer(dout), dtype, int32s(slots), count, static_cast<int32_t>(first), table_rows, width,
+             pointer(dtable), dtype);
+  };
+  position(dimage_position, 0, patches);
+  position(dtext_position, patches, words);
 }
 
 }  // namespace

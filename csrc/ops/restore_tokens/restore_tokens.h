@@ -28,7 +28,6 @@ struct RestoreTokensBackward {
   const int32_t* rows;     // [T]
   const int32_t* slots;    // [T]
   void* dkept;             // [K, width], every row named in rows is written here; null: not wanted
-  void* partial;           // accumulators [chunks][4][width]: image mask, text mask, image type, text type; null
   int64_t width;
   int32_t patches;
   Dtype kept_dtype, out_dtype;
@@ -37,4 +36,6 @@ struct RestoreTokensBackward {
 }  // namespace m3ae
 
 M3AE_KERNEL(void restore_tokens(const RestoreTokens& args, int64_t begin, int64_t end))
-M3AE_KERNEL(void restore_tokens_backward(const RestoreTokensBackward& args, int64_t chunk, int64_t begin, int64_t end))
+// partial: accumulators [2][2][width] that rows of dout are added to, by modality (image, text), then by masked or
+// kept; null: not wanted.
+M3AE_KERNEL(void restore_tokens_backward(const RestoreTokensBackward& args, int64_t begin, int64_t end, void* partial))

@@ -21,42 +21,31 @@ void forward(const RestoreTokens& a, int64_t begin, int64_t end) {
     const Out* type = as<Out>(image ? a.image_type : text ? a.text_type : nullptr);
     Out* out = as<Out>(a.out) + t * width;
     for_lanes<V>(width, [&](int64_t d, int n) {
-      V source = kept ? load_lanes<V>(kept + d, n) : mask ? load_lanes<V>(mask + d, n) : V::zero();
-      if (position) {
-        V place = load_lanes<V>(position + d, n);
-        if (type) place = place + load_lanes<V>(type + d, n);
-        source = source + place;
-      }
-      store_lanes(source, out + d, n);
+      const V source = kept ? load_lanes<V>(kept + d, n) : mask ? load_lanes<V>(mask + d, n) : V::zero();
+      const V place = position ? load_lanes<V>(position + d, n) : V::zero();
+      const V of = type ? load_lanes<V>(type + d, n) : V::zero();
+      store_lanes(source + (place + of), out + d, n);
     });
   }
 }
 
-template <class V, class T, class Accumulator>
-M3AE_INLINE void add_row(const T* row, Accumulator* sum, int64_t width) {
-  for_lanes<V>(width, [&](int64_t d, int n) {
-    store_lanes(load_lanes<V>(sum + d, n) + load_lanes<V>(row + d, n), sum + d, n);
-  });
-}
-
 template <class Kept, class Out>
-void backward(const RestoreTokensBackward& a, int64_t chunk, int64_t begin, int64_t end) {
+void backward(const RestoreTokensBackward& a, int64_t begin, int64_t end, void* partial) {
   using V = Vec<Out>;
   using Accumulator = typename V::scalar;
   const int64_t width = a.width;
-  Accumulator* sums = a.partial ? as<Accumulator>(a.partial) + chunk * 4 * width : nullptr;
   for (int64_t t = begin; t < end; ++t) {
     const int32_t row = a.rows[t], slot = a.slots[t];
     const Out* dout = as<Out>(a.dout) + t * width;
-    if (row >= 0 && a.dkept) {
-      Kept* dkept = as<Kept>(a.dkept) + row * width;
-      for_lanes<V>(width, [&](int64_t d, int n) { store_lanes(load_lanes<V>(dout + d, n), dkept + d, n); });
-    }
-    if (slot >= 0 && sums) {
-      const int64_t modality = slot < a.patches ? 0 : 1;
-      if (row < 0) add_row<V>(dout, sums + modality * width, width);
-      add_row<V>(dout, sums + (2 + modality) * width, width);
-    }
+    Kept* dkept = row >= 0 && a.dkept ? as<Kept>(a.dkept) + row * width : nullptr;
+    const int64_t which = 2 * (slot >= a.patches) + (row >= 0);
+    Accumulator* sum = slot >= 0 && partial ? as<Accumulator>(partial) + which * width : nullptr;
+    if (!dkept && !sum) continue;
+    for_lanes<V>(width, [&](int64_t d, int n) {
+      const V value = load_lanes<V>(dout + d, n);
+      if (dkept) store_lanes(value, dkept + d, n);
+      if (sum) store_lanes(load_lanes<V>(sum + d, n) + value, sum + d, n);
+    });
   }
 }
 
@@ -69,11 +58,11 @@ void restore_tokens(const RestoreTokens& a, int64_t begin, int64_t end) {
   forward<float, float>(a, begin, end);
 }
 
-void restore_tokens_backward(const RestoreTokensBackward& a, int64_t chunk, int64_t begin, int64_t end) {
-  if (a.out_dtype == Dtype::f64) return backward<double, double>(a, chunk, begin, end);
-  if (a.out_dtype == Dtype::bf16) return backward<bfloat16, bfloat16>(a, chunk, begin, end);
-  if (a.kept_dtype == Dtype::bf16) return backward<bfloat16, float>(a, chunk, begin, end);
-  backward<float, float>(a, chunk, begin, end);
+void restore_tokens_backward(const RestoreTokensBackward& a, int64_t begin, int64_t end, void* partial) {
+  if (a.out_dtype == Dtype::f64) return backward<double, double>(a, begin, end, partial);
+  if (a.out_dtype == Dtype::bf16) return backward<bfloat16, bfloat16>(a, begin, end, partial);
+  if (a.kept_dtype == Dtype::bf16) return backward<bfloat16, float>(a, begin, end, partial);
+  backward<float, float>(a, begin, end, partial);
 }
 
 }  // namespace m3ae::M3AE_ISA

@@ -5,8 +5,6 @@ import torch
 from m3ae_fast._backends import address, code
 from m3ae_fast._cpp import _C
 
-CHUNKS = 32  # partial sums of the token gradients: fixed, so that the bits do not depend on the thread count
-
 
 def forward(kept, rows, slots, *params):
     image_position, text_position = params[2:4]
@@ -22,28 +20,16 @@ def forward(kept, rows, slots, *params):
     return out
 
 
-def backward(dout, rows, slots, kept_rows, kept_dtype, patches, words, need_kept, need_vectors, need_position):
+def backward(dout, rows, slots, kept_rows, kept_dtype, patches, words, need):
     count, width = dout.shape
     accumulate = torch.float64 if dout.dtype == torch.float64 else torch.float32
-    dkept = dout.new_zeros(kept_rows if need_kept else 0, width, dtype=kept_dtype)
-    partial = dout.new_zeros(CHUNKS, 4, width, dtype=accumulate) if need_vectors else None
-    dposition = dout.new_empty(patches + words if need_position else 0, width)
-    if need_kept or need_vectors:
-        _C.restore_tokens_backward(
-            address(dout), address(rows), address(slots), address(dkept) if need_kept else 0, address(partial),
-            CHUNKS, count, width, patches, code(dkept), code(dout),
-        )  # fmt: skip
-    if need_position:
-        _C.sum_rows(
-            address(dout),
-            code(dout),
-            address(slots),
-            count,
-            0,
-            patches + words,
-            width,
-            address(dposition),
-            code(dposition),
-        )
-    dvectors = dout.new_zeros(4, width, dtype=accumulate) if partial is None else partial.sum(0)
-    return dkept, dvectors, dposition
+    need_kept, need_sums, need_image_position, need_text_position = need
+    dkept = dout.new_empty(kept_rows if need_kept else 0, width, dtype=kept_dtype)
+    dsums = dout.new_empty(2 if need_sums else 0, 2, width, dtype=accumulate)
+    dimage_position = dout.new_empty(patches if need_image_position else 0, width)
+    dtext_position = dout.new_empty(words if need_text_position else 0, width)
+    _C.restore_tokens_backward(
+        *map(address, (dout, rows, slots, dkept, dsums, dimage_position, dtext_position)),
+        count, kept_rows, width, patches, words, code(dkept), code(dout),
+    )  # fmt: skip
+    return dkept, dsums, dimage_position, dtext_position

@@ -85,7 +85,7 @@ def restore_tokens(
         kept.contiguous(),
         rows,
         slots,
-        *(v if v is None else v.to(out_dtype).contiguous() for v in params.values()),
+        *(v if v is None else (v if v.dtype == out_dtype else v.to(out_dtype)).contiguous() for v in params.values()),
     )
 
 
@@ -103,19 +103,15 @@ class _RestoreTokens(torch.autograd.Function):
     def backward(ctx, dout):
         rows, slots = ctx.saved_tensors
         need_kept, _, _, *need = ctx.needs_input_grad[1:]
-        dkept, dvectors, dposition = _restore_tokens_backward(
+        image_mask, text_mask, image_position, text_position, image_type, text_type = need
+        dkept, dsums, dimage_position, dtext_position = _restore_tokens_backward(
             ctx.impl, dout.contiguous(), rows, slots, ctx.kept_rows, ctx.kept_dtype, ctx.patches, ctx.words,
-            need_kept, need[0] or need[1] or need[4] or need[5], need[2] or need[3],
+            [need_kept, image_mask or text_mask or image_type or text_type, image_position, text_position],
         )  # fmt: skip
-        image_mask, text_mask, image_type, text_type = dvectors.to(dout.dtype).unbind(0)
-        grads = (image_mask, text_mask, dposition[: ctx.patches], dposition[ctx.patches :], image_type, text_type)
-        return (
-            None,
-            dkept if need_kept else None,
-            None,
-            None,
-            *(g if n else None for g, n in zip(grads, need, strict=True)),
-        )
+        dmask = dsums[:, 0].to(dout.dtype).unbind(0) if image_mask or text_mask else (None, None)
+        dtype = dsums.sum(1).to(dout.dtype).unbind(0) if image_type or text_type else (None, None)
+        grads = (None, dkept, None, None, *dmask, dimage_position, dtext_position, *dtype)
+        return tuple(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=True))
 
 
 def _fake_forward(impl, kept, rows, slots, *params):
@@ -123,15 +119,15 @@ def _fake_forward(impl, kept, rows, slots, *params):
     return kept.new_empty(rows.shape[0], kept.shape[1], dtype=dtype)
 
 
-def _fake_backward(
-    impl, dout, rows, slots, kept_rows, kept_dtype, patches, words, need_kept, need_vectors, need_position
-):
+def _fake_backward(impl, dout, rows, slots, kept_rows, kept_dtype, patches, words, need):
     width = dout.shape[1]
     accumulate = torch.float64 if dout.dtype == torch.float64 else torch.float32
+    need_kept, need_sums, need_image_position, need_text_position = need
     return (
         dout.new_empty(kept_rows if need_kept else 0, width, dtype=kept_dtype),
-        dout.new_empty(4, width, dtype=accumulate),
-        dout.new_empty(patches + words if need_position else 0, width),
+        dout.new_empty(2 if need_sums else 0, 2, width, dtype=accumulate),
+        dout.new_empty(patches if need_image_position else 0, width),
+        dout.new_empty(words if need_text_position else 0, width),
     )
 
 
@@ -142,11 +138,12 @@ _restore_tokens = _backends.register(
     lambda impl, *args: BACKENDS[impl].forward(*args),
     _fake_forward,
 )
-# dvectors [4, D] in the accumulation dtype: image mask, text mask, image type, text type.
+# need: the four outputs; what is not needed has no rows. dsums [2, 2, D] in the accumulation dtype: sums of dout's rows
+# by modality (image, text), then by masked or kept. A mask token's gradient is the first, a type's is both.
 _restore_tokens_backward = _backends.register(
     "restore_tokens_backward(str impl, Tensor dout, Tensor rows, Tensor slots, SymInt kept_rows, "
-    "ScalarType kept_dtype, SymInt patches, SymInt words, bool need_kept, bool need_vectors, bool need_position"
-    ") -> (Tensor, Tensor, Tensor)",
+    "ScalarType kept_dtype, SymInt patches, SymInt words, bool[] need"
+    ") -> (Tensor dkept, Tensor dsums, Tensor dimage_position, Tensor dtext_position)",
     lambda impl, *args: BACKENDS[impl].backward(*args),
     _fake_backward,
 )
