@@ -8,7 +8,8 @@
 
 // One line per op.
 #define M3AE_FOR_EACH_OP(_) \
-  _(restore_tokens)
+  _(restore_tokens) \
+  _(varlen_attention)
 
 namespace m3ae {
 #define M3AE_DECLARE(op) void bind_##op(pybind11::module_& module);
