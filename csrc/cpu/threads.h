@@ -41,6 +41,21 @@ void parallel_for(int64_t count, int64_t grain, const Body& body) {
   body(0, count);
 }
 
+// body(index, thread) for each index of [0, count), handed out one by one as threads come free: for tasks of unequal
+// size, largest first. 0 <= thread < max_threads(), for a workspace each.
+template <class Body>
+void parallel_for_dynamic(int64_t count, const Body& body) {
+#ifdef _OPENMP
+  const int64_t threads = count < max_threads() ? count : max_threads();
+  if (threads > 1) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(threads))
+    for (int64_t i = 0; i < count; ++i) body(i, omp_get_thread_num());
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < count; ++i) body(i, 0);
+}
+
 // Rows [begin, end) of chunk `c` out of `chunks`: the fixed partials of a reduction, the same for any thread count.
 struct Range {
   int64_t begin, end;

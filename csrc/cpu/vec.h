@@ -1,10 +1,11 @@
 // Vec: a register of fp32 lanes, one spelling per instruction set. Kernels are written on it once.
 //   loads and stores convert from and to float, bfloat16 (round to nearest even) and uint8 (load only);
-//   *_first(n) touch only the first n lanes. Vec<double> (one lane) lets fp64 run through the same kernels.
+//   *_first(n) touch only the first n lanes; max returns its second operand where one is NaN. Vec<double> (one lane) lets fp64 run through the same kernels.
 // Everything here sits inside m3ae::M3AE_ISA: a function shared between instruction sets could be linked from the
 // wrong one.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -58,6 +59,9 @@ struct Lane {
   static M3AE_INLINE Lane fma(Lane a, Lane b, Lane c) { return {a.v * b.v + c.v}; }  // two roundings without hardware
   static M3AE_INLINE Lane max(Lane a, Lane b) { return {a.v > b.v ? a.v : b.v}; }
   M3AE_INLINE Float sum() const { return v; }
+  M3AE_INLINE Float largest() const { return v; }
+  M3AE_INLINE Lane first_or(int n, Lane other) const { return n > 0 ? *this : other; }
+  static M3AE_INLINE void transpose(Lane (&)[width]) {}
   static M3AE_INLINE void interleave3(Lane a, Lane b, Lane c, Lane (&out)[3]) { out[0] = a, out[1] = b, out[2] = c; }
 };
 
@@ -112,6 +116,37 @@ struct VecF32 {
   static M3AE_INLINE VecF32 fma(VecF32 a, VecF32 b, VecF32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static M3AE_INLINE VecF32 max(VecF32 a, VecF32 b) { return {_mm512_max_ps(a.v, b.v)}; }
   M3AE_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
+  M3AE_INLINE float largest() const { return _mm512_reduce_max_ps(v); }
+  M3AE_INLINE VecF32 first_or(int n, VecF32 other) const { return {_mm512_mask_mov_ps(other.v, first(n), v)}; }
+
+  M3AE_INLINE VecF32 rounded() const { return {_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+  M3AE_INLINE VecF32 times_two_to(VecF32 n) const { return {_mm512_scalef_ps(v, n.v)}; }
+  static constexpr float lowest_exponent = -160.0f;  // 2^-160 rounds to 0
+
+  static M3AE_INLINE void transpose(VecF32 (&r)[width]) {
+    __m512 t[16];
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+      t[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+    }
+    __m512d u[16];
+    for (int i = 0; i < 16; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
+        u[i + 2 * j] = _mm512_unpacklo_pd(a, b);
+        u[i + 2 * j + 1] = _mm512_unpackhi_pd(a, b);
+      }
+    for (int j = 0; j < 4; ++j) {  // u[4 i + j]: columns j, j + 4, j + 8, j + 12 of rows 4 i .. 4 i + 3
+      const __m512 a = _mm512_castpd_ps(u[j]), b = _mm512_castpd_ps(u[4 + j]);
+      const __m512 c = _mm512_castpd_ps(u[8 + j]), d = _mm512_castpd_ps(u[12 + j]);
+      const __m512 ab_even = _mm512_shuffle_f32x4(a, b, 0x88), ab_odd = _mm512_shuffle_f32x4(a, b, 0xdd);
+      const __m512 cd_even = _mm512_shuffle_f32x4(c, d, 0x88), cd_odd = _mm512_shuffle_f32x4(c, d, 0xdd);
+      r[j].v = _mm512_shuffle_f32x4(ab_even, cd_even, 0x88);
+      r[4 + j].v = _mm512_shuffle_f32x4(ab_odd, cd_odd, 0x88);
+      r[8 + j].v = _mm512_shuffle_f32x4(ab_even, cd_even, 0xdd);
+      r[12 + j].v = _mm512_shuffle_f32x4(ab_odd, cd_odd, 0xdd);
+    }
+  }
 
   template <int b_lanes, int c_lanes>
   static M3AE_INLINE VecF32 pixels(const int32_t* of, VecF32 a, VecF32 b, VecF32 c) {
@@ -182,6 +217,39 @@ struct VecF32 {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
   }
+  M3AE_INLINE float largest() const {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+  }
+  M3AE_INLINE VecF32 first_or(int n, VecF32 other) const {
+    return {_mm256_blendv_ps(other.v, v, _mm256_castsi256_ps(first(n)))};
+  }
+
+  M3AE_INLINE VecF32 rounded() const { return {_mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+  M3AE_INLINE VecF32 times_two_to(VecF32 n) const {  // flushes what falls below 2^-126 to 0
+    const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+    const __m256i bounded = _mm256_min_epi32(_mm256_max_epi32(biased, _mm256_setzero_si256()), _mm256_set1_epi32(255));
+    return {_mm256_mul_ps(v, _mm256_castsi256_ps(_mm256_slli_epi32(bounded, 23)))};
+  }
+  static constexpr float lowest_exponent = -127.0f;
+
+  static M3AE_INLINE void transpose(VecF32 (&r)[width]) {
+    __m256 t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);
+      t[i + 1] = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
+    }
+    for (int i = 0; i < 8; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        u[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+        u[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+      }
+    for (int j = 0; j < 4; ++j) {
+      r[j].v = _mm256_permute2f128_ps(u[j], u[4 + j], 0x20);
+      r[4 + j].v = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
+    }
+  }
 
   template <int b_lanes, int c_lanes>
   static M3AE_INLINE VecF32 pixels(const int32_t* of, VecF32 a, VecF32 b, VecF32 c) {
@@ -208,6 +276,25 @@ template <>
 struct vec_of<double> { using type = Lane<double>; };
 template <class T>
 using Vec = typename vec_of<T>::type;
+
+// 2^x within 1 ulp; 2^-inf is 0, NaN stays NaN. x must not pass 128 by much.
+template <class V>
+M3AE_INLINE V exp2(V x) {
+  if constexpr (V::width == 1) {
+    return {std::exp2(x.v)};
+  } else {
+    x = V::max(V::set(V::lowest_exponent), x);  // in this order: max returns its second operand where one is NaN
+    const V n = x.rounded(), f = x - n;
+    V p = V::set(0x1.41d332p-13f);  // minimax over [-0.5, 0.5], relative error 1.9e-9 before rounding
+    p = V::fma(p, f, V::set(0x1.5f456ap-10f));
+    p = V::fma(p, f, V::set(0x1.3b2dbcp-7f));
+    p = V::fma(p, f, V::set(0x1.c6aed4p-5f));
+    p = V::fma(p, f, V::set(0x1.ebfbdap-3f));
+    p = V::fma(p, f, V::set(0x1.62e430p-1f));
+    p = V::fma(p, f, V::set(1.0f));
+    return p.times_two_to(n);
+  }
+}
 
 // body(offset, n) over [0, count): whole vectors first (n == V::width), then the rest.
 template <class V, class Body>

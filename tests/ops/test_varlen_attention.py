@@ -357,3 +357,17 @@ def test_bare_offsets_on_a_gpu_need_max_seqlen():
 
 def test_explain_names_the_op():
     assert "varlen_attention" in _backends.LOADED
+
+
+@pytest.mark.parametrize("impl", COMPILED)
+def test_one_tensor_may_be_queries_keys_and_values(impl):
+    lens, x = SeqLens([3, 4]), randn(7, 2, 8, grad=True)
+    torch.use_deterministic_algorithms(False)
+    compiled = torch.compile(varlen_attention, backend="aot_eager", fullgraph=True)
+    expected = varlen_attention(x, x.clone(), x.clone(), lens, impl=impl)
+    for function in (varlen_attention, compiled):
+        out = function(x, x, x, lens, lens, impl=impl)
+        assert torch.equal(out, expected)
+        (gradient,) = torch.autograd.grad(out.sum(), x)
+        (same,) = torch.autograd.grad(expected.sum(), x, retain_graph=True)
+        torch.testing.assert_close(gradient, same)

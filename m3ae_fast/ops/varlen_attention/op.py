@@ -71,10 +71,10 @@ def varlen_attention(
             raise ValueError(
                 f"cu_seqlens_k must be given where k has other rows than q, got None for {k.shape[0]} and {q.shape[0]}"
             )
-        cu_k, max_k = cu_q, max_q
+        cu_k, max_k = None, max_q
     else:
         cu_k, max_k = _lengths("k", cu_seqlens_k, max_seqlen_k, q)
-    if cu_k.shape[0] != cu_q.shape[0]:
+    if cu_k is not None and cu_k.shape[0] != cu_q.shape[0]:
         raise ValueError(
             f"cu_seqlens_k must hold as many sequences as cu_seqlens_q, {cu_q.shape[0] - 1}, got {cu_k.shape[0] - 1}"
         )
@@ -83,10 +83,15 @@ def varlen_attention(
     q, k, v = (_dense_rows(x.to(dtype)) for x in (q, k, v))
     impl = _backends.pick(BACKENDS, impl, q)
     if impl == "reference":
+        cu_k = cu_q if cu_k is None else cu_k
         out, lse = reference.varlen_attention(
             q, k, v, cu_q, cu_k, _known(max_q, cu_q), _known(max_k, cu_k), _scale(softmax_scale, width)
         )
         return (out, lse) if return_lse else out
+    # torch.compile takes no tensor twice in one apply.
+    k = k.view_as(k) if k is q else k
+    v = v.view_as(v) if v is q or v is k else v
+    cu_k = None if cu_k is cu_q else cu_k
     return _VarlenAttention.apply(impl, return_lse, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale)
 
 
@@ -193,7 +198,7 @@ class _VarlenAttentionPacked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, impl, return_lse, qkv, cu, longest, softmax_scale):
-        out, lse = _varlen_attention(impl, *qkv.unbind(1), cu, cu, longest, longest, softmax_scale)
+        out, lse = _varlen_attention(impl, *qkv.unbind(1), cu, None, longest, longest, softmax_scale)
         ctx.impl, ctx.longest, ctx.softmax_scale = impl, longest, softmax_scale
         ctx.save_for_backward(qkv, out, lse, cu)
         return (out, lse) if return_lse else out
@@ -210,12 +215,13 @@ class _VarlenAttentionPacked(torch.autograd.Function):
 
 def _forward(impl, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale):
     scale = _scale(softmax_scale, q.shape[2])
-    return BACKENDS[impl].forward(q, k, v, cu_q, cu_k, max_q, max_k, scale)
+    return BACKENDS[impl].forward(q, k, v, cu_q, cu_q if cu_k is None else cu_k, max_q, max_k, scale)
 
 
 def _backward(impl, dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, softmax_scale):
     gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     scale = _scale(softmax_scale, q.shape[2])
+    cu_k = cu_q if cu_k is None else cu_k
     BACKENDS[impl].backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, *gradients)
     return gradients
 
@@ -235,7 +241,7 @@ def _fake_forward(impl, q, *_):
 
 
 _varlen_attention = _backends.register(
-    "varlen_attention(str impl, Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, SymInt? max_q, SymInt? max_k, "
+    "varlen_attention(str impl, Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor? cu_k, SymInt? max_q, SymInt? max_k, "
     "float? softmax_scale) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
@@ -243,7 +249,7 @@ _varlen_attention = _backends.register(
 # A backend's `backward` fills the gradients it is handed: whole, rows past cu[-1] included.
 _varlen_attention_backward = _backends.register(
     "varlen_attention_backward(str impl, Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    "Tensor lse, Tensor cu_q, Tensor cu_k, SymInt? max_q, SymInt? max_k, float? softmax_scale"
+    "Tensor lse, Tensor cu_q, Tensor? cu_k, SymInt? max_q, SymInt? max_k, float? softmax_scale"
     ") -> (Tensor, Tensor, Tensor)",
     _backward,
     lambda impl, dout, dlse, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),

@@ -1,0 +1,234 @@
+// Products of small matrices that stay in cache: pack both sides once, multiply with register-blocked tiles.
+//
+//     c[m][n] (+)= sum_k a[m][k] b[k][n]
+//
+// The contraction runs in units: one element, or on avx512_bf16 two bf16 neighbours along k, which VDPBF16PS
+// multiplies and adds in one instruction. `a` is read one unit at a time and broadcast, from anywhere (a stride for
+// each direction); `b` is read a vector of units at a time, so n must be its dense direction. Sums are fp32 (fp64 for
+// fp64). Elsewhere bf16 is widened to fp32 when it is packed.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace m3ae::M3AE_ISA {
+
+struct Pair {
+  bfloat16 low, high;  // k even, k odd
+};
+
+template <class Unit>
+struct Units {  // float and double
+  static constexpr int depth = 1;
+  using V = Vec<Unit>;
+  using Register = V;
+  static M3AE_INLINE Register set(const Unit* p) { return V::set(*p); }
+  static M3AE_INLINE Register load(const Unit* p) { return V::load(p); }
+  static M3AE_INLINE V dot(Register a, Register b, V c) { return V::fma(a, b, c); }
+};
+
+template <class T>
+struct unit_of { using type = typename Vec<T>::scalar; };
+
+#ifdef M3AE_ISA_avx512_bf16
+template <>
+struct Units<Pair> {
+  static constexpr int depth = 2;
+  using V = VecF32;
+  using Register = __m512i;
+  static M3AE_INLINE Register set(const Pair* p) {
+    int32_t bits;
+    std::memcpy(&bits, p, 4);
+    return _mm512_set1_epi32(bits);
+  }
+  static M3AE_INLINE Register load(const Pair* p) { return _mm512_loadu_si512(p); }
+  static M3AE_INLINE V dot(Register a, Register b, V c) {
+    return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b))};
+  }
+};
+template <>
+struct unit_of<bfloat16> { using type = Pair; };
+#endif
+
+// What elements of type T become when they are packed.
+template <class T>
+using Unit = typename unit_of<T>::type;
+
+M3AE_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// ---- tiles: kTileRows x kTileVectors accumulators, one register for a, kTileVectors for b ----
+
+constexpr int kTileRows = 6;
+#if defined(M3AE_ISA_avx512) || defined(M3AE_ISA_avx512_bf16)
+constexpr int kTileVectors = 4;  // 32 registers
+#else
+constexpr int kTileVectors = 2;  // 16 registers
+#endif
+
+template <class Unit>
+struct Product {
+  const Unit* a;
+  int64_t a_row, a_step;  // strides in units: along m, along k
+  const Unit* b;
+  int64_t b_step;         // along k; n is dense
+  typename Units<Unit>::V::scalar* c;
+  int64_t c_row;
+  int64_t steps;          // units along k
+  bool accumulate;        // c += instead of c =
+};
+
+// The sums stay in registers only where the compiler sees every index: each loop over them is unrolled by name.
+#define M3AE_EACH(index, count) _Pragma("GCC unroll 8") for (int index = 0; index < count; ++index)
+
+template <class Unit, int rows, int vectors>
+void multiply_tile(const Product<Unit>& p) {
+  using U = Units<Unit>;
+  using V = typename U::V;
+  V sum[rows][vectors];
+  M3AE_EACH(m, rows) M3AE_EACH(v, vectors) sum[m][v] = V::zero();
+  const Unit *a = p.a, *b = p.b;
+  for (int64_t k = 0; k < p.steps; ++k, a += p.a_step, b += p.b_step) {
+    typename U::Register right[vectors];
+    M3AE_EACH(v, vectors) right[v] = U::load(b + v * V::width);
+    M3AE_EACH(m, rows) {
+      const typename U::Register left = U::set(a + m * p.a_row);
+      M3AE_EACH(v, vectors) sum[m][v] = U::dot(left, right[v], sum[m][v]);
+    }
+  }
+  typename V::scalar* c = p.c;
+  if (p.accumulate) {
+    M3AE_EACH(m, rows) M3AE_EACH(v, vectors) {
+      typename V::scalar* to = c + m * p.c_row + v * V::width;
+      (V::load(to) + sum[m][v]).store(to);
+    }
+  } else {
+    M3AE_EACH(m, rows) M3AE_EACH(v, vectors) sum[m][v].store(c + m * p.c_row + v * V::width);
+  }
+}
+
+template <class Unit, int vectors>
+M3AE_INLINE void multiply_rows(const Product<Unit>& p, int rows) {
+  static_assert(kTileRows == 6, "one case for each height");
+  switch (rows) {
+    case 1: return multiply_tile<Unit, 1, vectors>(p);
+    case 2: return multiply_tile<Unit, 2, vectors>(p);
+    case 3: return multiply_tile<Unit, 3, vectors>(p);
+    case 4: return multiply_tile<Unit, 4, vectors>(p);
+    case 5: return multiply_tile<Unit, 5, vectors>(p);
+    default: return multiply_tile<Unit, 6, vectors>(p);
+  }
+}
+
+// m rows by n lanes (a multiple of the vector width), in tiles of nearly equal size: no thin last one.
+template <class Unit>
+void multiply(const Product<Unit>& whole, int64_t m, int64_t n) {
+  constexpr int width = Units<Unit>::V::width;
+  const int64_t vectors = n / width;
+  const int64_t across = (vectors + kTileVectors - 1) / kTileVectors, down = (m + kTileRows - 1) / kTileRows;
+  for (int64_t i = 0; i < across; ++i) {
+    const int64_t first = vectors * i / across, count = vectors * (i + 1) / across - first;
+    for (int64_t j = 0; j < down; ++j) {
+      const int64_t row = m * j / down;
+      const int rows = static_cast<int>(m * (j + 1) / down - row);
+      Product<Unit> p = whole;
+      p.a += row * p.a_row;
+      p.b += first * width;
+      p.c += row * p.c_row + first * width;
+      if (kTileVectors > 2 && count == 4) multiply_rows<Unit, kTileVectors>(p, rows);
+      else if (kTileVectors > 2 && count == 3) multiply_rows<Unit, kTileVectors - 1>(p, rows);
+      else if (count == 2) multiply_rows<Unit, 2>(p, rows);
+      else multiply_rows<Unit, 1>(p, rows);
+    }
+  }
+}
+
+// ---- packing: from rows of elements ([count][width], `stride` apart) to units, holes filled with zeros ----
+
+// The rows themselves, `ld` units each: `a`, contracted along a row's elements. ld * depth >= width.
+template <class T>
+void pack_rows(const T* rows, int64_t stride, int64_t count, int64_t width, Unit<T>* out, int64_t ld) {
+  using V = Vec<T>;
+  for (int64_t r = 0; r < count; ++r) {
+    if constexpr (Units<Unit<T>>::depth == 2) {
+      std::memcpy(out + r * ld, rows + r * stride, static_cast<size_t>(width) * sizeof(T));
+      std::memset(reinterpret_cast<T*>(out + r * ld) + width, 0, static_cast<size_t>(2 * ld - width) * sizeof(T));
+    } else {
+      for_lanes<V>(width, [&](int64_t d, int n) { store_lanes(load_lanes<V>(rows + r * stride + d, n), out + r * ld + d, n); });
+      for (int64_t d = width; d < ld; ++d) out[r * ld + d] = 0;
+    }
+  }
+}
+
+// Transposed: `b`, contracted along a row's elements; step s holds unit s of every row. ld: count rounded up to a
+// vector at least; only that much is written.
+template <class T>
+void pack_columns(const T* rows, int64_t stride, int64_t count, int64_t width, Unit<T>* out, int64_t ld) {
+  using V = Vec<T>;
+  constexpr int depth = Units<Unit<T>>::depth;
+  const int64_t steps = (width + depth - 1) / depth;
+  for (int64_t r = 0; r < count; r += V::width) {
+    const int64_t present = count - r < V::width ? count - r : V::width;
+    for (int64_t s = 0; s < steps; s += V::width) {
+      const int64_t elements = width - s * depth < V::width * depth ? width - s * depth : V::width * depth;
+      V block[V::width];
+      for (int64_t i = 0; i < V::width; ++i) {
+        const T* row = rows + (r + i) * stride + s * depth;
+        if (i >= present) {
+          block[i] = V::zero();
+        } else if constexpr (depth == 2) {
+          if (elements == V::width * depth) {
+            block[i] = V::load(reinterpret_cast<const float*>(row));  // a pair is moved as 32 bits
+          } else {
+            float copy[V::width] = {};
+            std::memcpy(copy, row, static_cast<size_t>(elements) * sizeof(T));
+            block[i] = V::load(copy);
+          }
+        } else {
+          block[i] = load_lanes<V>(row, static_cast<int>(elements));
+        }
+      }
+      V::transpose(block);
+      const int64_t last = steps - s < V::width ? steps - s : V::width;
+      for (int64_t i = 0; i < last; ++i)
+        block[i].store(reinterpret_cast<typename V::scalar*>(out + (s + i) * ld + r));
+    }
+  }
+}
+
+// As they stand: `b`, contracted along the rows; step s holds row s, or rows 2 s and 2 s + 1 interleaved.
+template <class T>
+void pack_steps(const T* rows, int64_t stride, int64_t count, int64_t width, Unit<T>* out, int64_t ld) {
+  if constexpr (Units<Unit<T>>::depth == 1) {
+    pack_rows(rows, stride, count, width, out, ld);
+  } else {
+#ifdef M3AE_ISA_avx512_bf16
+    for (int64_t r = 0; r < count; r += 2) {
+      const T *even = rows + r * stride, *odd = even + stride;
+      Pair* to = out + r / 2 * ld;
+      for (int64_t d = 0; d < ld; d += 16) {
+        const __mmask16 lanes = VecF32::first(static_cast<int>(d >= width ? 0 : width - d < 16 ? width - d : 16));
+        const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, even + d));
+        const __m512i high = r + 1 < count ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, odd + d)) : _mm512_setzero_si512();
+        _mm512_storeu_si512(to + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      }
+    }
+#endif
+  }
+}
+
+// A vector of sums as elements of `a` (contracted along the lanes): stored densely, rounded where units are bf16.
+M3AE_INLINE void store_unit_elements(VecF32 x, float* p) { x.store(p); }
+M3AE_INLINE void store_unit_elements(Lane<double> x, double* p) { x.store(p); }
+#ifdef M3AE_ISA_avx512_bf16
+M3AE_INLINE __m256i rounded_bf16(VecF32 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)); }
+M3AE_INLINE void store_unit_elements(VecF32 x, Pair* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded_bf16(x));
+}
+// Two rows of sums as one row of pairs: contracted along the rows.
+M3AE_INLINE void store_pairs(VecF32 even, VecF32 odd, Pair* p) {
+  const __m512i low = _mm512_cvtepu16_epi32(rounded_bf16(even));
+  const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded_bf16(odd)), 16);
+  _mm512_storeu_si512(p, _mm512_or_si512(low, high));
+}
+#endif
+
+}  // namespace m3ae::M3AE_ISA

@@ -1,0 +1,332 @@
+// varlen_attention: one task (a sequence and a head). Pure: no threads, no allocation.
+#include "ops/varlen_attention/varlen_attention.h"
+
+#include <limits>
+
+#include "cpu/gemm.h"
+
+namespace m3ae::M3AE_ISA {
+namespace {
+
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// Hands out 64-byte aligned pieces of the workspace; workspace_bytes is the sum of them.
+struct Arena {
+  char* next;
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(next);
+    next += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return piece;
+  }
+};
+
+template <class T>
+const T* head_rows(const HeadRows& x, int64_t row, int64_t head) { return as<T>(x.data) + row * x.row + head * x.head; }
+template <class T>
+T* head_rows_out(const HeadRows& x, int64_t row, int64_t head) { return as<T>(x.data) + row * x.row + head * x.head; }
+
+// Asks for the cache lines of rows of the next head, which lie beside this head's: a head's rows are too far apart for
+// the hardware to see a pattern, and packing them would wait for memory one row at a time.
+template <int write = 0>
+M3AE_INLINE void prefetch_rows(const void* rows, int64_t stride_bytes, int64_t begin, int64_t end, int64_t bytes) {
+  for (int64_t r = begin; r < end; ++r)
+    for (int64_t byte = 0; byte < bytes; byte += 64)
+      __builtin_prefetch(static_cast<const char*>(rows) + r * stride_bytes + byte, write, 2);
+}
+
+template <class V>
+M3AE_INLINE int64_t lanes_for(int64_t n) { return round_up(n, V::width); }
+// Rows of a matrix that is read down its columns: an odd number of vectors, lest all of a column fall in few cache sets.
+template <class V>
+M3AE_INLINE int64_t spread(int64_t lanes) { return (lanes / V::width | 1) * V::width; }
+
+// to[d] = from[d] * factor
+template <class V, class T>
+M3AE_INLINE void write_row(const typename V::scalar* from, typename V::scalar factor, T* to, int64_t width) {
+  for_lanes<V>(width, [&](int64_t d, int n) { store_lanes(V::load(from + d) * V::set(factor), to + d, n); });
+}
+template <class V, class T>
+void write_zeros(T* to, int64_t stride, int64_t rows, int64_t width) {
+  for (int64_t r = 0; r < rows; ++r)
+    for_lanes<V>(width, [&](int64_t d, int n) { store_lanes(V::zero(), to + r * stride + d, n); });
+}
+
+// One row of scores becomes weights exp(score * scale - largest), in place, as units. Running (largest, total) in
+// powers of two; returns what earlier weights must be multiplied with. The row's lanes past `keys` become 0.
+template <class Unit, class Float>
+M3AE_INLINE Float softmax_row(Float* scores, int64_t keys, Float scale2, Float& largest, Float& total) {
+  using V = typename Units<Unit>::V;
+  const V factor = V::set(scale2), lowest = V::set(-std::numeric_limits<Float>::infinity());
+  V most = lowest;
+  for_lanes<V>(keys, [&](int64_t j, int n) {
+    const V score = V::load(scores + j) * factor;
+    most = V::max(most, n == V::width ? score : score.first_or(n, lowest));
+  });
+  const Float before = largest;
+  largest = most.largest() > before ? most.largest() : before;
+  const V shift = V::set(-largest);
+  V sum = V::zero();
+  for_lanes<V>(keys, [&](int64_t j, int n) {
+    V power = V::fma(V::load(scores + j), factor, shift);
+    if (n != V::width) power = power.first_or(n, lowest);
+    const V weight = exp2(power);
+    sum = sum + weight;
+    store_unit_elements(weight, reinterpret_cast<Unit*>(scores) + j / Units<Unit>::depth);  // never overtakes the read
+  });
+  const Float rescale = before == largest ? Float(1) : std::exp2(before - largest);
+  total = total * rescale + sum.sum();
+  return rescale;
+}
+
+template <class T>
+void forward(const VarlenAttention& a, const AttentionTask& t, int64_t head, void* workspace) {
+  using U = Unit<T>;
+  using V = typename Units<U>::V;
+  using Float = typename V::scalar;
+  constexpr int depth = Units<U>::depth;
+  const int64_t width = a.width, steps = (width + depth - 1) / depth, lanes = lanes_for<V>(width);
+  const T* q = head_rows<T>(a.q, t.query, head);
+  const T* k = head_rows<T>(a.k, t.key, head / a.groups);
+  const T* v = head_rows<T>(a.v, t.key, head / a.groups);
+  T* out = as<T>(a.out) + (t.query * a.heads + head) * width;
+  Float* lse = as<Float>(a.lse) + head * a.query_rows + t.query;
+  const bool another = head + 1 < t.head + t.heads;
+
+  Arena arena{static_cast<char*>(workspace)};
+  U* keys_t = arena.take<U>(steps * spread<V>(kKeyBlock));
+  U* values = arena.take<U>(kKeyBlock / depth * lanes);
+  U* queries = arena.take<U>(kRowBlock * steps);
+  Float* scores = arena.take<Float>(kScores + kTileRows * spread<V>(kKeyBlock));
+  Float* sums = arena.take<Float>(kQueryBlock * lanes);
+  Float* largest = arena.take<Float>(kQueryBlock);
+  Float* total = arena.take<Float>(kQueryBlock);
+
+  if (t.keys == 0) {
+    write_zeros<V>(out, a.heads * width, t.queries, width);
+    for (int64_t i = 0; i < t.queries; ++i) lse[i] = -std::numeric_limits<Float>::infinity();
+    return;
+  }
+  for (int64_t i = 0; i < t.queries; ++i) {
+    largest[i] = -std::numeric_limits<Float>::infinity();
+    total[i] = 0;
+  }
+  const Float scale2 = static_cast<Float>(a.scale * kLog2e);
+  const int64_t key_blocks = (t.keys + kKeyBlock - 1) / kKeyBlock;
+  for (int64_t block = 0; block < key_blocks; ++block) {
+    const int64_t key = t.keys * block / key_blocks, keys = t.keys * (block + 1) / key_blocks - key;
+    const int64_t key_lanes = lanes_for<V>(keys), ld = spread<V>(key_lanes);
+    const int64_t fit = kScores / ld / kTileRows * kTileRows;
+    const int64_t row_block = fit < kTileRows ? kTileRows : fit < kRowBlock ? fit : kRowBlock;
+    const int64_t row_blocks = (t.queries + row_block - 1) / row_block;
+    pack_columns(k + key * a.k.row, a.k.row, keys, width, keys_t, ld);
+    pack_steps(v + key * a.v.row, a.v.row, keys, width, values, lanes);
+    for (int64_t rows_block = 0; rows_block < row_blocks; ++rows_block) {
+      const int64_t row = t.queries * rows_block / row_blocks;
+      const int64_t rows = t.queries * (rows_block + 1) / row_blocks - row;
+      if (another && block == 0) {
+        constexpr int64_t item = sizeof(T);
+        const int64_t first_key = keys * rows_block / row_blocks, last_key = keys * (rows_block + 1) / row_blocks;
+        prefetch_rows(q + a.q.head, a.q.row * item, row, row + rows, width * item);
+        prefetch_rows(k + a.k.head, a.k.row * item, first_key, last_key, width * item);
+        prefetch_rows(v + a.v.head, a.v.row * item, first_key, last_key, width * item);
+        prefetch_rows<1>(out + width, a.heads * width * item, row, row + rows, width * item);
+      }
+      Float* sum = key_blocks == 1 ? sums : sums + row * lanes;  // one block: its rows are finished at once
+      pack_rows(q + row * a.q.row, a.q.row, rows, width, queries, steps);
+      multiply<U>({queries, steps, 1, keys_t, ld, scores, ld, steps, false}, rows, key_lanes);
+      for (int64_t i = 0; i < rows; ++i) {
+        const Float rescale = softmax_row<U>(scores + i * ld, keys, scale2, largest[row + i], total[row + i]);
+        if (block > 0 && rescale != Float(1)) write_row<V>(sum + i * lanes, rescale, sum + i * lanes, lanes);
+      }
+      multiply<U>({reinterpret_cast<U*>(scores), ld, 1, values, lanes, sum, lanes, (keys + depth - 1) / depth, block > 0},
+                  rows, lanes);
+      if (block + 1 < key_blocks) continue;
+      for (int64_t i = 0; i < rows; ++i) {
+        write_row<V>(sum + i * lanes, 1 / total[row + i], out + (row + i) * a.heads * width, width);
+        lse[row + i] = (largest[row + i] + std::log2(total[row + i])) * static_cast<Float>(kLn2);
+      }
+    }
+  }
+}
+
+// Queries of one block, packed for the four products that read them.
+template <class U, class Float>
+struct QueryBlock {
+  U *q_t, *dout_t;  // [width][ld]: lanes are queries
+  U *q, *dout;      // [queries][lanes]: contracted along the queries
+  Float *lse2, *delta;
+  int64_t count, ld;
+};
+
+// delta = dout . out - dlse; lanes past the last query get lse2 = inf, and so the weight 0.
+template <class T, class U, class Float>
+void pack_queries(const VarlenAttentionBackward& a, int64_t row, int64_t head, QueryBlock<U, Float>& b, int64_t lanes) {
+  using V = typename Units<U>::V;
+  const T* q = head_rows<T>(a.q, row, head);
+  const T* dout = head_rows<T>(a.dout, row, head);
+  const T* out = as<T>(a.out) + (row * a.heads + head) * a.width;
+  const Float* lse = as<Float>(a.lse) + head * a.query_rows + row;
+  const Float* dlse = a.dlse ? as<Float>(a.dlse) + head * a.query_rows + row : nullptr;
+  b.ld = spread<V>(lanes_for<V>(b.count));
+  pack_columns(q, a.q.row, b.count, a.width, b.q_t, b.ld);
+  pack_columns(dout, a.dout.row, b.count, a.width, b.dout_t, b.ld);
+  pack_steps(q, a.q.row, b.count, a.width, b.q, lanes);
+  pack_steps(dout, a.dout.row, b.count, a.width, b.dout, lanes);
+  for (int64_t i = 0; i < b.count; ++i) {
+    V sum = V::zero();
+    for_lanes<V>(a.width, [&](int64_t d, int n) {
+      sum = V::fma(load_lanes<V>(dout + i * a.dout.row + d, n), load_lanes<V>(out + i * a.heads * a.width + d, n), sum);
+    });
+    b.delta[i] = sum.sum() - (dlse ? dlse[i] : Float(0));
+    b.lse2[i] = lse[i] * static_cast<Float>(kLog2e);
+  }
+  for (int64_t i = b.count; i < b.ld; ++i) {
+    b.delta[i] = 0;
+    b.lse2[i] = std::numeric_limits<Float>::infinity();
+  }
+}
+
+// Rows of scores and of dweights (keys x queries) become weights p and dscores p (dp - delta), in place, as units of
+// `a` along the queries; pairs[r / 2] also holds dscores as units along the keys.
+template <class U, class Float>
+M3AE_INLINE void score_gradients(Float* scores, Float* dweights, U* pairs, int64_t rows, const QueryBlock<U, Float>& b,
+                                 Float scale2) {
+  using V = typename Units<U>::V;
+  constexpr int depth = Units<U>::depth;
+  const V factor = V::set(scale2);
+  const int64_t lanes = lanes_for<V>(b.count);
+  for (int64_t r = 0; r < rows; r += depth) {
+    for (int64_t i = 0; i < lanes; i += V::width) {
+      const V lse2 = V::load(b.lse2 + i), delta = V::load(b.delta + i);
+      V dscores[depth];
+      for (int e = 0; e < depth; ++e) {
+        if (r + e >= rows) {  // the partner of the last key of an odd number
+          dscores[e] = V::zero();
+          continue;
+        }
+        Float *score = scores + (r + e) * b.ld, *dweight = dweights + (r + e) * b.ld;
+        const V weight = exp2(V::fma(V::load(score + i), factor, V::zero() - lse2));
+        dscores[e] = weight * (V::load(dweight + i) - delta);
+        store_unit_elements(weight, reinterpret_cast<U*>(score) + i / depth);
+        store_unit_elements(dscores[e], reinterpret_cast<U*>(dweight) + i / depth);
+      }
+#ifdef M3AE_ISA_avx512_bf16
+      if constexpr (depth == 2) store_pairs(dscores[0], dscores[1], pairs + r / 2 * b.ld + i);
+#endif
+    }
+  }
+  (void)pairs;
+}
+
+template <class T>
+void backward(const VarlenAttentionBackward& a, const AttentionTask& t, int64_t key_head, void* workspace) {
+  using U = Unit<T>;
+  using V = typename Units<U>::V;
+  using Float = typename V::scalar;
+  constexpr int depth = Units<U>::depth;
+  constexpr int64_t item = sizeof(T);
+  const int64_t width = a.width, steps = (width + depth - 1) / depth, lanes = lanes_for<V>(width);
+  const int64_t row_units = lanes / depth;
+  const int64_t most_lanes = spread<V>(kGradQueryBlock);
+  const T* k = head_rows<T>(a.k, t.key, key_head);
+  const T* v = head_rows<T>(a.v, t.key, key_head);
+  const bool another = key_head + 1 < t.head + t.heads;
+  T* dk = head_rows_out<T>(a.dk, t.key, key_head);
+  T* dv = head_rows_out<T>(a.dv, t.key, key_head);
+
+  Arena arena{static_cast<char*>(workspace)};
+  QueryBlock<U, Float> b{};
+  b.q_t = arena.take<U>(steps * most_lanes);
+  b.dout_t = arena.take<U>(steps * most_lanes);
+  b.q = arena.take<U>(kGradQueryBlock / depth * lanes);
+  b.dout = arena.take<U>(kGradQueryBlock / depth * lanes);
+  b.lse2 = arena.take<Float>(most_lanes);
+  b.delta = arena.take<Float>(most_lanes);
+  U* k_rows = arena.take<U>(kGradKeyBlock * row_units);
+  U* v_rows = arena.take<U>(kGradKeyBlock * row_units);
+  U* k_steps = arena.take<U>((kGradKeyBlock + 1) / depth * lanes);
+  Float* scores = arena.take<Float>(kGradRowBlock * most_lanes);
+  Float* dscores = arena.take<Float>((depth == 1 ? kGradKeyBlock : kGradRowBlock) * most_lanes);
+  U* dscore_pairs = arena.take<U>(depth == 1 ? 0 : kGradKeyBlock / depth * most_lanes);
+  Float* dq_sum = arena.take<Float>(kGradQueryBlock * lanes);
+  Float* dk_sum = arena.take<Float>(t.keys * lanes);
+  Float* dv_sum = arena.take<Float>(t.keys * lanes);
+
+  const Float scale = static_cast<Float>(a.scale), scale2 = static_cast<Float>(a.scale * kLog2e);
+  const int64_t query_blocks = (t.queries + kGradQueryBlock - 1) / kGradQueryBlock;
+  const int64_t key_blocks = (t.keys + kGradKeyBlock - 1) / kGradKeyBlock;
+  bool accumulate = false;
+  for (int64_t head = key_head * a.groups; head < (key_head + 1) * a.groups; ++head) {
+    if (t.keys == 0) write_zeros<V>(head_rows_out<T>(a.dq, t.query, head), a.dq.row, t.queries, width);
+    const int64_t next_head = head + a.groups;
+    for (int64_t query_block = 0; query_block < query_blocks && t.keys > 0; ++query_block) {
+      const int64_t first = t.queries * query_block / query_blocks;
+      b.count = t.queries * (query_block + 1) / query_blocks - first;
+      pack_queries<T>(a, t.query + first, head, b, lanes);
+      const int64_t query_steps = (b.count + depth - 1) / depth, query_lanes = lanes_for<V>(b.count);
+      for (int64_t block = 0; block < key_blocks; ++block) {
+        const int64_t key = t.keys * block / key_blocks, keys = t.keys * (block + 1) / key_blocks - key;
+        pack_rows(k + key * a.k.row, a.k.row, keys, width, k_rows, row_units);
+        pack_rows(v + key * a.v.row, a.v.row, keys, width, v_rows, row_units);
+        if (depth > 1) pack_steps(k + key * a.k.row, a.k.row, keys, width, k_steps, lanes);
+        for (int64_t r = 0; r < keys; r += kGradRowBlock) {
+          const int64_t rows = keys - r < kGradRowBlock ? keys - r : kGradRowBlock;
+          if (another && query_block == 0) {
+            const int64_t begin = t.queries * (key + r) / t.keys, end = t.queries * (key + r + rows) / t.keys;
+            for (const HeadRows& x : {a.q, a.dout})
+              prefetch_rows(head_rows<T>(x, t.query, next_head), x.row * item, begin, end, width * item);
+            prefetch_rows(as<T>(a.out) + (t.query * a.heads + next_head) * width, a.heads * width * item, begin, end, width * item);
+            prefetch_rows<1>(head_rows<T>(a.dq, t.query, next_head), a.dq.row * item, begin, end, width * item);
+            for (const HeadRows& x : {a.k, a.v})
+              prefetch_rows(head_rows<T>(x, t.key, key_head + 1), x.row * item, key + r, key + r + rows, width * item);
+            for (const HeadRows& x : {a.dk, a.dv})
+              prefetch_rows<1>(head_rows<T>(x, t.key, key_head + 1), x.row * item, key + r, key + r + rows, width * item);
+          }
+          Float* dscore_rows = depth == 1 ? dscores + r * b.ld : dscores;  // pairs: kept in dscore_pairs instead
+          multiply<U>({k_rows + r * row_units, row_units, 1, b.q_t, b.ld, scores, b.ld, steps, false}, rows, query_lanes);
+          multiply<U>({v_rows + r * row_units, row_units, 1, b.dout_t, b.ld, dscore_rows, b.ld, steps, false}, rows, query_lanes);
+          score_gradients<U>(scores, dscore_rows, dscore_pairs + r / depth * b.ld, rows, b, scale2);
+          multiply<U>({reinterpret_cast<U*>(scores), b.ld, 1, b.dout, lanes, dv_sum + (key + r) * lanes, lanes, query_steps,
+                       accumulate}, rows, lanes);
+          multiply<U>({reinterpret_cast<U*>(dscore_rows), b.ld, 1, b.q, lanes, dk_sum + (key + r) * lanes, lanes, query_steps,
+                       accumulate}, rows, lanes);
+        }
+        multiply<U>({depth == 1 ? reinterpret_cast<U*>(dscores) : dscore_pairs, 1, b.ld, depth == 1 ? k_rows : k_steps, lanes,
+                     dq_sum, lanes, (keys + depth - 1) / depth, block > 0}, b.count, lanes);
+      }
+      accumulate = true;
+      T* dq = head_rows_out<T>(a.dq, t.query + first, head);
+      for (int64_t i = 0; i < b.count; ++i) write_row<V>(dq_sum + i * lanes, scale, dq + i * a.dq.row, width);
+    }
+  }
+  if (!accumulate) {  // no queries
+    write_zeros<V>(dk, a.dk.row, t.keys, width);
+    write_zeros<V>(dv, a.dv.row, t.keys, width);
+    return;
+  }
+  for (int64_t j = 0; j < t.keys; ++j) {
+    write_row<V>(dk_sum + j * lanes, scale, dk + j * a.dk.row, width);
+    write_row<V>(dv_sum + j * lanes, Float(1), dv + j * a.dv.row, width);
+  }
+}
+
+}  // namespace
+
+void varlen_attention(const VarlenAttention& a, const AttentionTask& t, void* workspace) {
+  for (int64_t head = t.head; head < t.head + t.heads; ++head) {
+    if (a.dtype == Dtype::f64) forward<double>(a, t, head, workspace);
+    else if (a.dtype == Dtype::bf16) forward<bfloat16>(a, t, head, workspace);
+    else forward<float>(a, t, head, workspace);
+  }
+}
+
+void varlen_attention_backward(const VarlenAttentionBackward& a, const AttentionTask& t, void* workspace) {
+  for (int64_t head = t.head; head < t.head + t.heads; ++head) {
+    if (a.dtype == Dtype::f64) backward<double>(a, t, head, workspace);
+    else if (a.dtype == Dtype::bf16) backward<bfloat16>(a, t, head, workspace);
+    else backward<float>(a, t, head, workspace);
+  }
+}
+
+}  // namespace m3ae::M3AE_ISA
