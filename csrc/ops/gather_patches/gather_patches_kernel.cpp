@@ -16,10 +16,12 @@ void forward(const GatherPatches& a, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     Out* out = as<Out>(a.out) + t * width;
     image = image_of(a.cu, a.images, t, image);
-    if (image == a.images)
+    if (image == a.images) {
       std::memset(out, 0, static_cast<size_t>(width) * sizeof(Out));
-    else
-      read_patch<V, Pixel>(a.source, image, a.ids[t], [&](int64_t d, V value, int n) { store_lanes(value, out + d, n); });
+      continue;
+    }
+    prefetch_patch<Pixel>(a.source, a.ids, a.cu, image, t + 1);
+    read_patch<V, Pixel>(a.source, image, a.ids[t], [&](int64_t d, V value, int n) { store_lanes(value, out + d, n); });
   }
 }
 

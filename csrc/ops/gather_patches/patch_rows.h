@@ -29,14 +29,30 @@ struct accumulate_in { using type = Vec<Value>; };
 template <class Value>
 struct accumulate_in<double, Value> { using type = Vec<double>; };
 
+template <class Pixel>
+M3AE_INLINE const Pixel* patch_corner(const PatchSource& s, int64_t image, int32_t id) {
+  return as<Pixel>(s.images) + image * s.stride_n + id / s.columns * s.patch * s.stride_h +
+         id % s.columns * s.patch * s.stride_w;
+}
+
+// Patches lie in short pieces, a line of the image apart, which the hardware does not foresee: read_patch waits for
+// memory unless row t + 1 was asked for while row t is worked on.
+template <class Pixel>
+M3AE_INLINE void prefetch_patch(const PatchSource& s, const int32_t* ids, const int32_t* cu, int64_t image, int64_t t) {
+  if (t >= cu[image + 1]) return;
+  const Pixel* corner = patch_corner<Pixel>(s, image, ids[t]);
+  const int planes = s.layout == Layout::planes ? 3 : 1;
+  for (int c = 0; c < planes; ++c)
+    for (int64_t y = 0; y < s.patch; ++y) __builtin_prefetch(corner + c * s.stride_c + y * s.stride_h);
+}
+
 // body(offset, values, n): the patch's normalised values in (row, column, channel) order, a vector at a time.
 template <class V, class Pixel, class Body>
 M3AE_INLINE void read_patch(const PatchSource& s, int64_t image, int32_t id, Body&& body) {
   using Scalar = typename V::scalar;
   const Scalar *scale = as<Scalar>(s.scale), *shift = as<Scalar>(s.shift);
   const int64_t width = s.patch * s.channels;
-  const Pixel* corner = as<Pixel>(s.images) + image * s.stride_n + id / s.columns * s.patch * s.stride_h +
-                        id % s.columns * s.patch * s.stride_w;
+  const Pixel* corner = patch_corner<Pixel>(s, image, id);
   if (s.layout == Layout::pixels) {
     for (int64_t y = 0; y < s.patch; ++y) {
       const Pixel* pixels = corner + y * s.stride_h;

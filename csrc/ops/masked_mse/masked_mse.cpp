@@ -22,41 +22,22 @@ std::vector<double> row_weights(const std::string& reduction, const int32_t* cu,
   return weights;
 }
 
-// images, pred and where they meet: the arguments of both passes.
-struct Call {
-  Patches patches;
-  MaskedMse args;
-
-  Call(Address pred, int pred_dtype, int64_t rows, Address images, int dtype, const std::array<int64_t, 4>& shape,
-       const std::array<int64_t, 4>& strides, int64_t patch, const std::vector<double>& scale,
-       const std::vector<double>& shift, Address ids, Address cu, bool norm_pix)
-      : patches(images, dtype, shape, strides, patch, scale, shift,
-                Dtype(dtype) == Dtype::f64 || Dtype(pred_dtype) == Dtype::f64 ? Dtype::f64 : Dtype::f32),
-        args{patches.source(), int32s(ids), int32s(cu), pointer(pred), shape[0], Dtype(pred_dtype), norm_pix} {
-    check_patch_ids("ids_mask", args.ids, "cu_mask", args.cu, args.images, rows, args.source.rows * args.source.columns);
-  }
-
-  // body(scratch for a target, begin, end) over shares of the rows.
-  template <class Body>
-  void for_rows(int64_t rows, const Body& body) const {
-    parallel_for(rows, grain_rows(patches.values()), [&](int64_t begin, int64_t end) {
-      std::vector<double> target(static_cast<size_t>(patches.values() + kTargetPadding));
-      body(target.data(), begin, end);
-    });
-  }
-};
-
 // loss: one, or with reduction "none" one a row; fp64 where pred is, else fp32.
 void forward(Address pred, int pred_dtype, int64_t rows, Address images, int dtype, std::array<int64_t, 4> shape,
              std::array<int64_t, 4> strides, int64_t patch, const std::vector<double>& scale,
              const std::vector<double>& shift, Address ids, Address cu, bool norm_pix, const std::string& reduction,
-             Address loss) {
-  const Call call(pred, pred_dtype, rows, images, dtype, shape, strides, patch, scale, shift, ids, cu, norm_pix);
-  const MaskedMse& args = call.args;
-  std::vector<double> row_loss(static_cast<size_t>(rows), 0.0);  // zero past the last image's
+             Address loss, Address error) {
+  const bool wide = Dtype(dtype) == Dtype::f64 || Dtype(pred_dtype) == Dtype::f64;
+  const Patches patches(images, dtype, shape, strides, patch, scale, shift, wide ? Dtype::f64 : Dtype::f32);
+  const PatchSource& source = patches.source();
+  check_patch_ids("ids_mask", int32s(ids), "cu_mask", int32s(cu), shape[0], rows, source.rows * source.columns);
+  std::vector<double> row_loss(static_cast<size_t>(rows));
+  const MaskedMse args{source,          int32s(ids), int32s(cu),        pointer(pred), pointer(error),
+                       row_loss.data(), shape[0],    Dtype(pred_dtype), norm_pix};
   const auto kernel = M3AE_DISPATCH(masked_mse);
-  call.for_rows(args.cu[args.images], [&](void* target, int64_t begin, int64_t end) {
-    kernel(args, target, row_loss.data(), begin, end);
+  parallel_for(rows, grain_rows(patches.values()), [&](int64_t begin, int64_t end) {
+    std::vector<double> target(static_cast<size_t>(patches.values() + kTargetPadding));
+    kernel(args, target.data(), begin, end);
   });
   const auto write = [&](int64_t at, double value) {
     if (args.pred_dtype == Dtype::f64)
@@ -75,15 +56,19 @@ void forward(Address pred, int pred_dtype, int64_t rows, Address images, int dty
   write(0, sum);
 }
 
-void backward(Address pred, int pred_dtype, int64_t rows, Address images, int dtype, std::array<int64_t, 4> shape,
-              std::array<int64_t, 4> strides, int64_t patch, const std::vector<double>& scale,
-              const std::vector<double>& shift, Address ids, Address cu, bool norm_pix, const std::string& reduction,
-              Address dloss, Address dpred) {
-  const Call call(pred, pred_dtype, rows, images, dtype, shape, strides, patch, scale, shift, ids, cu, norm_pix);
-  const std::vector<double> weights = row_weights(reduction, call.args.cu, call.args.images);
-  const MaskedMseBackward args{call.args, weights.data(), pointer(dloss), pointer(dpred), reduction == "none" ? 1 : 0};
+void backward(Address dloss, Address error, int dtype, int64_t rows, int64_t width, Address cu, int64_t images,
+              const std::string& reduction, Address dpred) {
+  const std::vector<double> weights = row_weights(reduction, int32s(cu), images);
+  std::vector<double> factors(static_cast<size_t>(rows), 0.0);
+  for (int64_t n = 0; n < images; ++n)
+    for (int64_t t = int32s(cu)[n]; t < int32s(cu)[n + 1]; ++t) {
+      const int64_t at = reduction == "none" ? t : 0;
+      const bool wide = Dtype(dtype) == Dtype::f64;
+      factors[t] = weights[n] * 2 / width * (wide ? as<double>(pointer(dloss))[at] : as<float>(pointer(dloss))[at]);
+    }
+  const MaskedMseBackward args{pointer(error), factors.data(), pointer(dpred), int32s(cu)[images], width, Dtype(dtype)};
   const auto kernel = M3AE_DISPATCH(masked_mse_backward);
-  call.for_rows(rows, [&](void* target, int64_t begin, int64_t end) { kernel(args, target, begin, end); });
+  parallel_for(rows, grain_rows(width), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 }  // namespace

@@ -10,24 +10,26 @@ struct MaskedMse {
   const int32_t* ids;  // [M] within the image
   const int32_t* cu;   // [images + 1]
   const void* pred;    // [M, patch * patch * channels]
+  void* error;         // as pred, pred - target: zero in rows from cu[images] on; null: not wanted
+  double* row_loss;    // [M] the mean of error^2
   int64_t images;
   Dtype pred_dtype;
   bool norm_pix;
 };
 
-// dpred = d(weighted sum of row losses): row t of image n has the factor weight[n] * dloss[t * dloss_stride].
+// dpred = error * row_factor
 struct MaskedMseBackward {
-  MaskedMse forward;
-  const double* weight;  // [images]
-  const void* dloss;     // fp32, or fp64 for fp64
-  void* dpred;           // as pred; rows from cu[images] on become zero
-  int64_t dloss_stride;  // 0: one for all rows
+  const void* error;         // [M, width]
+  const double* row_factor;  // [M]
+  void* dpred;               // as error; zero in rows from `named` on
+  int64_t named, width;
+  Dtype dtype;
 };
 
 constexpr int64_t kTargetPadding = 16;  // scratch: one target row in the accumulation type and so many values more
 
 }  // namespace m3ae
 
-// Rows [begin, end), all of them before cu[images]: row_loss[t] = the mean squared error of row t.
-M3AE_KERNEL(void masked_mse(const MaskedMse& args, void* target, double* row_loss, int64_t begin, int64_t end))
-M3AE_KERNEL(void masked_mse_backward(const MaskedMseBackward& args, void* target, int64_t begin, int64_t end))
+// Rows [begin, end).
+M3AE_KERNEL(void masked_mse(const MaskedMse& args, void* target, int64_t begin, int64_t end))
+M3AE_KERNEL(void masked_mse_backward(const MaskedMseBackward& args, int64_t begin, int64_t end))

@@ -8,17 +8,17 @@
 namespace m3ae::M3AE_ISA {
 namespace {
 
-// The sum of term(offset) over [0, count) in steps of a vector: enough partial sums to hide latencies and, on one-lane
-// vectors, to stay as exact as wide ones. Terms past count must be zero.
-template <class V, class Term>
-M3AE_INLINE double sum_terms(int64_t count, Term&& term) {
+// sum = add(sum, offset) over [0, count) in steps of a vector: enough partial sums to hide latencies and, on one-lane
+// vectors, to stay as exact as wide ones. Values past count must add nothing.
+template <class V, class Add>
+M3AE_INLINE double sum_up(int64_t count, Add&& add) {
   constexpr int parts = V::width >= 4 ? 4 : 16;
   V part[parts];
   for (V& each : part) each = V::zero();
   int64_t i = 0;
   for (; i + parts * V::width <= count; i += parts * V::width)
-    for (int k = 0; k < parts; ++k) part[k] = part[k] + term(i + k * V::width);
-  for (; i < count; i += V::width) part[0] = part[0] + term(i);
+    for (int k = 0; k < parts; ++k) part[k] = add(part[k], i + k * V::width);
+  for (; i < count; i += V::width) part[0] = add(part[0], i);
   for (int half = parts / 2; half > 0; half /= 2)
     for (int k = 0; k < half; ++k) part[k] = part[k] + part[k + half];
   return static_cast<double>(part[0].sum());
@@ -30,9 +30,9 @@ struct Target {
   using Scalar = typename V::scalar;
   Scalar* values;
   int64_t count;
-  V mean = V::zero(), scale = V::set(1);
+  V mean = V::zero(), minus_scale = V::set(-1);
 
-  M3AE_INLINE V at(int64_t d) const { return (V::load(values + d) - mean) * scale; }
+  M3AE_INLINE V subtract_from(V pred, int64_t d) const { return V::fma(V::load(values + d) - mean, minus_scale, pred); }
   M3AE_INLINE void pad(Scalar value) {
     for (int64_t d = count; d % V::width; ++d) values[d] = value;
   }
@@ -41,21 +41,22 @@ struct Target {
   M3AE_INLINE void normalise() {
     const Scalar first = values[0];
     pad(first);
-    const double sum = sum_terms<V>(count, [&](int64_t d) { return V::load(values + d) - V::set(first); });
+    const double sum = sum_up<V>(count, [&](V sum, int64_t d) { return sum + (V::load(values + d) - V::set(first)); });
     const Scalar centre = static_cast<Scalar>(first + sum / count);
     mean = V::set(centre);
     pad(centre);
-    const double squares = sum_terms<V>(count, [&](int64_t d) {
+    const double squares = sum_up<V>(count, [&](V sum, int64_t d) {
       const V difference = V::load(values + d) - mean;
-      return difference * difference;
+      return V::fma(difference, difference, sum);
     });
-    scale = V::set(static_cast<Scalar>(1 / __builtin_sqrt(squares / (count - 1) + 1e-6)));
+    minus_scale = V::set(static_cast<Scalar>(-1 / __builtin_sqrt(squares / (count - 1) + 1e-6)));
   }
 };
 
 template <class V, class Pixel>
 M3AE_INLINE Target<V> read_target(const MaskedMse& a, int64_t image, int64_t t, void* scratch) {
   using Scalar = typename V::scalar;
+  prefetch_patch<Pixel>(a.source, a.ids, a.cu, image, t + 1);
   Target<V> target{as<Scalar>(scratch), a.source.patch * a.source.patch * a.source.channels};
   read_patch<V, Pixel>(a.source, image, a.ids[t],
                        [&](int64_t d, V value, int n) { store_lanes(value, target.values + d, n); });
@@ -67,64 +68,60 @@ M3AE_INLINE Target<V> read_target(const MaskedMse& a, int64_t image, int64_t t, 
 }
 
 template <class Pixel, class Pred>
-void forward(const MaskedMse& a, void* scratch, double* row_loss, int64_t begin, int64_t end) {
+void forward(const MaskedMse& a, void* scratch, int64_t begin, int64_t end) {
   using V = typename accumulate_in<Pixel, Pred>::type;
-  int64_t image = 0;
-  for (int64_t t = begin; t < end; ++t) {
-    image = image_of(a.cu, a.images, t, image);
-    const Target<V> target = read_target<V, Pixel>(a, image, t, scratch);
-    const Pred* pred = as<Pred>(a.pred) + t * target.count;
-    const double squares = sum_terms<V>(target.count, [&](int64_t d) {
-      const int64_t left = target.count - d;
-      const V error = load_lanes<V>(pred + d, left < V::width ? static_cast<int>(left) : V::width) - target.at(d);
-      return error * error;
-    });
-    row_loss[t] = squares / target.count;
-  }
-}
-
-template <class Pixel, class Pred>
-void backward(const MaskedMseBackward& args, void* scratch, int64_t begin, int64_t end) {
-  using V = typename accumulate_in<Pixel, Pred>::type;
-  const MaskedMse& a = args.forward;
   const int64_t width = a.source.patch * a.source.patch * a.source.channels;
   int64_t image = 0;
   for (int64_t t = begin; t < end; ++t) {
-    image = image_of(a.cu, a.images, t, image);
     const Pred* pred = as<Pred>(a.pred) + t * width;
-    Pred* dpred = as<Pred>(args.dpred) + t * width;
+    Pred* error = a.error ? as<Pred>(a.error) + t * width : nullptr;
+    image = image_of(a.cu, a.images, t, image);
     if (image == a.images) {
-      std::memset(dpred, 0, static_cast<size_t>(width) * sizeof(Pred));
+      a.row_loss[t] = 0;
+      if (error) std::memset(error, 0, static_cast<size_t>(width) * sizeof(Pred));
       continue;
     }
     const Target<V> target = read_target<V, Pixel>(a, image, t, scratch);
-    const int64_t at = t * args.dloss_stride;
-    const double dloss = a.pred_dtype == Dtype::f64 ? as<double>(args.dloss)[at] : as<float>(args.dloss)[at];
-    const V factor = V::set(static_cast<typename V::scalar>(dloss * args.weight[image] * 2 / width));
-    for_lanes<V>(width, [&](int64_t d, int n) {
-      store_lanes((load_lanes<V>(pred + d, n) - target.at(d)) * factor, dpred + d, n);
+    const double squares = sum_up<V>(width, [&](V sum, int64_t d) {
+      const int n = width - d < V::width ? static_cast<int>(width - d) : V::width;
+      const V difference = target.subtract_from(load_lanes<V>(pred + d, n), d);
+      if (error) store_lanes(difference, error + d, n);
+      return V::fma(difference, difference, sum);
     });
+    a.row_loss[t] = squares / width;
+  }
+}
+
+template <class T>
+void backward(const MaskedMseBackward& a, int64_t begin, int64_t end) {
+  using V = Vec<T>;
+  for (int64_t t = begin; t < end; ++t) {
+    const T* error = as<T>(a.error) + t * a.width;
+    T* dpred = as<T>(a.dpred) + t * a.width;
+    if (t >= a.named) {
+      std::memset(dpred, 0, static_cast<size_t>(a.width) * sizeof(T));
+      continue;
+    }
+    const V factor = V::set(static_cast<typename V::scalar>(a.row_factor[t]));
+    for_lanes<V>(a.width, [&](int64_t d, int n) { store_lanes(load_lanes<V>(error + d, n) * factor, dpred + d, n); });
   }
 }
 
 }  // namespace
 
-void masked_mse(const MaskedMse& a, void* target, double* row_loss, int64_t begin, int64_t end) {
+void masked_mse(const MaskedMse& a, void* target, int64_t begin, int64_t end) {
   with_pixel(a.source, [&](auto pixel) {
     using Pixel = decltype(pixel);
-    if (a.pred_dtype == Dtype::f64) return forward<Pixel, double>(a, target, row_loss, begin, end);
-    if (a.pred_dtype == Dtype::bf16) return forward<Pixel, bfloat16>(a, target, row_loss, begin, end);
-    forward<Pixel, float>(a, target, row_loss, begin, end);
+    if (a.pred_dtype == Dtype::f64) return forward<Pixel, double>(a, target, begin, end);
+    if (a.pred_dtype == Dtype::bf16) return forward<Pixel, bfloat16>(a, target, begin, end);
+    forward<Pixel, float>(a, target, begin, end);
   });
 }
 
-void masked_mse_backward(const MaskedMseBackward& a, void* target, int64_t begin, int64_t end) {
-  with_pixel(a.forward.source, [&](auto pixel) {
-    using Pixel = decltype(pixel);
-    if (a.forward.pred_dtype == Dtype::f64) return backward<Pixel, double>(a, target, begin, end);
-    if (a.forward.pred_dtype == Dtype::bf16) return backward<Pixel, bfloat16>(a, target, begin, end);
-    backward<Pixel, float>(a, target, begin, end);
-  });
+void masked_mse_backward(const MaskedMseBackward& a, int64_t begin, int64_t end) {
+  if (a.dtype == Dtype::f64) return backward<double>(a, begin, end);
+  if (a.dtype == Dtype::bf16) return backward<bfloat16>(a, begin, end);
+  backward<float>(a, begin, end);
 }
 
 }  // namespace m3ae::M3AE_ISA

@@ -6,21 +6,22 @@ from m3ae_fast._backends import address, code
 from m3ae_fast._cpp import _C
 
 
-def _arguments(pred, images, ids_mask, cu_mask, patch_size, norm_pix, scale, shift, reduction):
-    return (
+def forward(pred, images, ids_mask, cu_mask, patch_size, norm_pix, scale, shift, reduction, need_error):
+    dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
+    loss = pred.new_empty(pred.shape[:1] if reduction == "none" else (), dtype=dtype)
+    error = pred.new_empty(pred.shape if need_error else (0, 0))
+    _C.masked_mse(
         address(pred), code(pred), pred.shape[0], address(images), code(images), images.shape, images.stride(),
         patch_size, scale, shift, address(ids_mask), address(cu_mask), norm_pix, reduction,
+        address(loss), address(error) if need_error else 0,
     )  # fmt: skip
+    return loss, error
 
 
-def forward(pred, *args):
-    dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
-    loss = pred.new_empty(pred.shape[:1] if args[-1] == "none" else (), dtype=dtype)
-    _C.masked_mse(*_arguments(pred, *args), address(loss))
-    return loss
-
-
-def backward(dloss, pred, *args):
-    dpred = pred.new_empty(pred.shape)
-    _C.masked_mse_backward(*_arguments(pred, *args), address(dloss), address(dpred))
+def backward(dloss, error, cu_mask, reduction):
+    dpred = torch.empty_like(error)
+    _C.masked_mse_backward(
+        address(dloss), address(error), code(error), *error.shape, address(cu_mask), cu_mask.shape[0] - 1, reduction,
+        address(dpred),
+    )  # fmt: skip
     return dpred
