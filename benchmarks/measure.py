@@ -110,10 +110,11 @@ def compare(
     return rows
 
 
-def compare_op(benchmark, op: str, case: str, calls: list, mode: str, providers: dict[str, Callable], bytes_moved=None):
+def compare_op(benchmark, op: str, case: str, calls: list, mode: str, providers: dict, bytes_moved=None):
     """`compare` for one op: each provider has the op's public signature and runs on every Call of `calls`.
 
     Args:
+        providers: name -> function, or (function, calls of its own): a peer may need its inputs padded beforehand.
         mode: "forward" (no grad) or "forward+backward" (gradients of every leaf of the Call).
         bytes_moved: of the forward pass; the backward pass is taken to move as much again.
     """
@@ -122,7 +123,7 @@ def compare_op(benchmark, op: str, case: str, calls: list, mode: str, providers:
         out = function(*call.args, **call.kwargs)
         return [x for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor) and x.requires_grad]
 
-    def runner(function):  # each with gradients of its own: a peer's output may be padded
+    def runner(function, calls=calls):  # each with gradients of its own: a peer's output may be padded
         gradients = [[torch.randn_like(x) for x in floats(function, call)] for call in calls]
 
         def forward(i):
@@ -136,5 +137,5 @@ def compare_op(benchmark, op: str, case: str, calls: list, mode: str, providers:
 
     if bytes_moved is not None and mode != "forward":
         bytes_moved *= 2
-    runners = {name: runner(function) for name, function in providers.items()}
+    runners = {name: runner(*p) if isinstance(p, tuple) else runner(p) for name, p in providers.items()}
     return compare(benchmark, f"{op} {mode}", case, runners, inputs=len(calls), bytes_moved=bytes_moved)

@@ -1,4 +1,7 @@
-"""restore_tokens against the chain it replaces: cat mask tokens, gather by ids_restore, add positions and types."""
+"""restore_tokens against the padded decoder input of facebookresearch/mae and of M3AE: per modality, mask tokens
+repeated and concatenated, a gather by ids_restore, positions and type added; then everything concatenated."""
+
+import itertools
 
 import measure
 import pytest
@@ -6,23 +9,43 @@ import torch
 
 from m3ae_fast import restore_tokens
 from m3ae_fast.ops.restore_tokens import cases
+from m3ae_fast.testing import Call
 
 
-def eager(kept, rows, slots, *, image_mask_token, image_position, image_type, text_mask_token=None, text_position=None,
-          text_type=None):  # fmt: skip
-    """As users write it: [kept; mask tokens] gathered into place, then positions gathered and added, then types."""
-    holes = int((rows < 0).sum())
-    patches = image_position.shape[0]
-    is_text = (slots >= patches)[:, None]
-    mask = image_mask_token.expand(holes, -1)
-    if text_mask_token is not None:
-        mask = torch.where(is_text[rows < 0], text_mask_token, mask)
-    restore = torch.where(rows >= 0, rows, kept.shape[0] + (rows < 0).cumsum(0) - 1)
-    x = torch.gather(torch.cat([kept, mask]), 0, restore[:, None].expand(-1, kept.shape[1]).long())
-    tables = image_position if text_position is None else torch.cat([image_position, text_position])
-    place = tables[slots.clamp(min=0)]
-    type_ = image_type if text_type is None else torch.where(is_text, text_type, image_type)
-    return x + torch.where(slots[:, None] >= 0, place + type_, 0)
+def eager(cls, modalities):
+    """cls [B, 1, D]; per modality: kept [B, k, D], ids_restore [B, n], mask token, positions [B or 1, n, D], type."""
+    parts = [cls]
+    for kept, ids_restore, mask_token, position, type_ in modalities:
+        batch, holes = kept.shape[0], int(ids_restore.max()) + 1 - kept.shape[1]
+        x = torch.cat([kept, mask_token.repeat(batch, holes, 1)], dim=1)
+        x = torch.gather(x, 1, ids_restore.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+        parts.append(x + position[: x.shape[1]] + type_)
+    return torch.cat(parts, dim=1)
+
+
+def padded(call):
+    """The same step as a padded model holds it, made before the clock starts: (its Call, [B, n] who is real)."""
+    kept, rows, slots = call.args
+    o = call.kwargs
+    starts = [*(slots < 0).nonzero().flatten().tolist(), len(rows)]  # a sample opens with its class token
+    patches = o["image_position"].shape[0]
+    samples = [slice(*ends) for ends in itertools.pairwise(starts)]
+    cls = torch.stack([kept[rows[s.start]] for s in samples]).detach()[:, None].requires_grad_()
+    real, modalities = [torch.ones(len(samples), 1, dtype=torch.bool)], []
+    for name in ("image", "text") if "text_position" in o else ("image",):
+        its = [rows[s][1 : 1 + patches] if name == "image" else rows[s][1 + patches :] for s in samples]
+        most, most_kept = max(map(len, its)), max(int((r >= 0).sum()) for r in its)
+        values = torch.zeros(len(samples), most_kept, kept.shape[1], dtype=kept.dtype)
+        ids_restore = torch.full((len(samples), most), most_kept)
+        for b, r in enumerate(its):
+            here = r >= 0
+            values[b, : int(here.sum())] = kept[r[here]].detach()
+            rank = torch.where(here, here.cumsum(0) - 1, most_kept + (~here).cumsum(0) - 1)
+            ids_restore[b, : len(r)] = rank
+        real.append(torch.tensor([[i < len(r) for i in range(most)] for r in its]))
+        modalities.append((values.requires_grad_(), ids_restore, o[f"{name}_mask_token"], o[f"{name}_position"],
+                           o[f"{name}_type"]))  # fmt: skip
+    return Call((cls, modalities)), torch.cat(real, dim=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -30,9 +53,10 @@ def eager(kept, rows, slots, *, image_mask_token, image_position, image_type, te
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 def bench_restore_tokens(benchmark, case, mode, dtype):
     calls = measure.copies(lambda: cases.make(case, dtype), 8 << 20)
-    first = calls[0]
-    ours, theirs = (f(*first.args, **first.kwargs) for f in (restore_tokens, eager))
+    peers = [padded(call) for call in calls]
+    ours = restore_tokens(*calls[0].args, **calls[0].kwargs)
+    theirs = eager(*peers[0][0].args)[peers[0][1]]
     torch.testing.assert_close(ours, theirs, rtol=3 * torch.finfo(dtype).eps, atol=6 * torch.finfo(dtype).eps)
-    once = (ours.numel() + first.args[0].numel()) * dtype.itemsize  # read the kept rows, write the output
-    providers = {"m3ae_fast": restore_tokens, "eager": eager}
+    once = (ours.numel() + calls[0].args[0].numel()) * dtype.itemsize  # read the kept rows, write the output
+    providers = {"m3ae_fast": restore_tokens, "eager padded": (eager, [peer for peer, _ in peers])}
     measure.compare_op(benchmark, "restore_tokens", f"{case} {str(dtype)[6:]}", calls, mode, providers, once)
