@@ -215,13 +215,30 @@ void pack_steps(const T* rows, int64_t stride, int64_t count, int64_t width, Uni
   }
 }
 
+// Down the columns of V::width rows that are V::width apart: lane r of the result combines row r.
+template <class V, class Combine>
+M3AE_INLINE V across(const typename V::scalar* rows, const Combine& combine) {
+  V block[V::width];
+  for (int i = 0; i < V::width; ++i) block[i] = V::load(rows + i * V::width);
+  V::transpose(block);
+  for (int half = V::width / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) block[i] = combine(block[i], block[i + half]);
+  return block[0];
+}
+
 // A vector of sums as elements of `a` (contracted along the lanes): stored densely, rounded where units are bf16.
+template <class V, class T>
+M3AE_INLINE void store_rounded(V x, T* p, int n) { store_lanes(x, p, n); }
 M3AE_INLINE void store_unit_elements(VecF32 x, float* p) { x.store(p); }
 M3AE_INLINE void store_unit_elements(Lane<double> x, double* p) { x.store(p); }
 #ifdef M3AE_ISA_avx512_bf16
 M3AE_INLINE __m256i rounded_bf16(VecF32 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)); }
 M3AE_INLINE void store_unit_elements(VecF32 x, Pair* p) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded_bf16(x));
+}
+// Results, n lanes of them; unlike Vec's own store, subnormals become 0.
+M3AE_INLINE void store_rounded(VecF32 x, bfloat16* p, int n) {
+  _mm256_mask_storeu_epi16(p, VecF32::first(n), rounded_bf16(x));
 }
 // Two rows of sums as one row of pairs: contracted along the rows.
 M3AE_INLINE void store_pairs(VecF32 even, VecF32 odd, Pair* p) {

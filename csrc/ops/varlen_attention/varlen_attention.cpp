@@ -33,7 +33,7 @@ int64_t workspace_bytes(int64_t width, Dtype dtype) {
   const int64_t lanes = (width + kWidestVector - 1) / kWidestVector * kWidestVector;
   const int64_t keys = kKeyBlock + kWidestVector;
   return pieces({lanes * keys, keys * lanes, kRowBlock * lanes, kScores + 8 * keys, kQueryBlock * lanes, kQueryBlock,
-                 kQueryBlock}, dtype);
+                 kQueryBlock, kQueryBlock, kRowBlock * kWidestVector}, dtype);
 }
 
 int64_t backward_workspace_bytes(int64_t width, int64_t longest_key, Dtype dtype) {

@@ -44,7 +44,7 @@ M3AE_INLINE int64_t spread(int64_t lanes) { return (lanes / V::width | 1) * V::w
 // to[d] = from[d] * factor
 template <class V, class T>
 M3AE_INLINE void write_row(const typename V::scalar* from, typename V::scalar factor, T* to, int64_t width) {
-  for_lanes<V>(width, [&](int64_t d, int n) { store_lanes(V::load(from + d) * V::set(factor), to + d, n); });
+  for_lanes<V>(width, [&](int64_t d, int n) { store_rounded(V::load(from + d) * V::set(factor), to + d, n); });
 }
 template <class V, class T>
 void write_zeros(T* to, int64_t stride, int64_t rows, int64_t width) {
@@ -52,31 +52,51 @@ void write_zeros(T* to, int64_t stride, int64_t rows, int64_t width) {
     for_lanes<V>(width, [&](int64_t d, int n) { store_lanes(V::zero(), to + r * stride + d, n); });
 }
 
-// One row of scores becomes weights exp(score * scale - largest), in place, as units. Running (largest, total) in
-// powers of two; returns what earlier weights must be multiplied with. The row's lanes past `keys` become 0.
+// What the softmax of each query has come to, in powers of two.
+template <class Float>
+struct Running {
+  Float* largest;  // score
+  Float* total;    // of 2^(score - largest)
+  Float* rescale;  // what sums from before the last block of keys must be multiplied with
+  Float* partial;  // [rows][a vector]: scratch
+};
+
+// Rows of scores become weights 2^(score * scale2 - largest), in place, as units. The reductions along a row end in
+// one vector for each, and are finished for a vector of rows at once: one row at a time would wait for its own chain.
 template <class Unit, class Float>
-M3AE_INLINE Float softmax_row(Float* scores, int64_t keys, Float scale2, Float& largest, Float& total) {
+void softmax_rows(Float* scores, int64_t ld, int64_t rows, int64_t keys, Float scale2, const Running<Float>& state) {
   using V = typename Units<Unit>::V;
   const V factor = V::set(scale2), lowest = V::set(-std::numeric_limits<Float>::infinity());
-  V most = lowest;
-  for_lanes<V>(keys, [&](int64_t j, int n) {
-    const V score = V::load(scores + j) * factor;
-    most = V::max(most, n == V::width ? score : score.first_or(n, lowest));
+  for (int64_t r = 0; r < rows; ++r) {
+    V most = lowest;
+    for_lanes<V>(keys, [&](int64_t j, int n) {
+      const V score = V::load(scores + r * ld + j) * factor;
+      most = V::max(most, n == V::width ? score : score.first_or(n, lowest));
+    });
+    most.store(state.partial + r * V::width);
+  }
+  for_lanes<V>(rows, [&](int64_t r, int n) {
+    const V before = load_lanes<V>(state.largest + r, n);
+    const V now = V::max(before, across<V>(state.partial + r * V::width, [](V x, V y) { return V::max(x, y); }));
+    store_lanes(exp2(before - now), state.rescale + r, n);
+    store_lanes(now, state.largest + r, n);
   });
-  const Float before = largest;
-  largest = most.largest() > before ? most.largest() : before;
-  const V shift = V::set(-largest);
-  V sum = V::zero();
-  for_lanes<V>(keys, [&](int64_t j, int n) {
-    V power = V::fma(V::load(scores + j), factor, shift);
-    if (n != V::width) power = power.first_or(n, lowest);
-    const V weight = exp2(power);
-    sum = sum + weight;
-    store_unit_elements(weight, reinterpret_cast<Unit*>(scores) + j / Units<Unit>::depth);  // never overtakes the read
+  for (int64_t r = 0; r < rows; ++r) {
+    const V shift = V::zero() - V::set(state.largest[r]);
+    V sum = V::zero();
+    for_lanes<V>(keys, [&](int64_t j, int n) {
+      V power = V::fma(V::load(scores + r * ld + j), factor, shift);
+      if (n != V::width) power = power.first_or(n, lowest);  // lanes past the last key weigh 0
+      const V weight = exp2(power);
+      sum = sum + weight;
+      store_unit_elements(weight, reinterpret_cast<Unit*>(scores + r * ld) + j / Units<Unit>::depth);
+    });
+    sum.store(state.partial + r * V::width);
+  }
+  for_lanes<V>(rows, [&](int64_t r, int n) {
+    const V sum = across<V>(state.partial + r * V::width, [](V x, V y) { return x + y; });
+    store_lanes(V::fma(load_lanes<V>(state.total + r, n), load_lanes<V>(state.rescale + r, n), sum), state.total + r, n);
   });
-  const Float rescale = before == largest ? Float(1) : std::exp2(before - largest);
-  total = total * rescale + sum.sum();
-  return rescale;
 }
 
 template <class T>
@@ -99,8 +119,8 @@ void forward(const VarlenAttention& a, const AttentionTask& t, int64_t head, voi
   U* queries = arena.take<U>(kRowBlock * steps);
   Float* scores = arena.take<Float>(kScores + kTileRows * spread<V>(kKeyBlock));
   Float* sums = arena.take<Float>(kQueryBlock * lanes);
-  Float* largest = arena.take<Float>(kQueryBlock);
-  Float* total = arena.take<Float>(kQueryBlock);
+  const Running<Float> all{arena.take<Float>(kQueryBlock), arena.take<Float>(kQueryBlock), arena.take<Float>(kQueryBlock),
+                           arena.take<Float>(kRowBlock * V::width)};
 
   if (t.keys == 0) {
     write_zeros<V>(out, a.heads * width, t.queries, width);
@@ -108,8 +128,8 @@ void forward(const VarlenAttention& a, const AttentionTask& t, int64_t head, voi
     return;
   }
   for (int64_t i = 0; i < t.queries; ++i) {
-    largest[i] = -std::numeric_limits<Float>::infinity();
-    total[i] = 0;
+    all.largest[i] = -std::numeric_limits<Float>::infinity();
+    all.total[i] = 0;
   }
   const Float scale2 = static_cast<Float>(a.scale * kLog2e);
   const int64_t key_blocks = (t.keys + kKeyBlock - 1) / kKeyBlock;
@@ -135,17 +155,16 @@ void forward(const VarlenAttention& a, const AttentionTask& t, int64_t head, voi
       Float* sum = key_blocks == 1 ? sums : sums + row * lanes;  // one block: its rows are finished at once
       pack_rows(q + row * a.q.row, a.q.row, rows, width, queries, steps);
       multiply<U>({queries, steps, 1, keys_t, ld, scores, ld, steps, false}, rows, key_lanes);
-      for (int64_t i = 0; i < rows; ++i) {
-        const Float rescale = softmax_row<U>(scores + i * ld, keys, scale2, largest[row + i], total[row + i]);
-        if (block > 0 && rescale != Float(1)) write_row<V>(sum + i * lanes, rescale, sum + i * lanes, lanes);
-      }
+      const Running<Float> state{all.largest + row, all.total + row, all.rescale + row, all.partial};
+      softmax_rows<U>(scores, ld, rows, keys, scale2, state);
+      for (int64_t i = 0; i < rows && block > 0; ++i) write_row<V>(sum + i * lanes, state.rescale[i], sum + i * lanes, lanes);
       multiply<U>({reinterpret_cast<U*>(scores), ld, 1, values, lanes, sum, lanes, (keys + depth - 1) / depth, block > 0},
                   rows, lanes);
       if (block + 1 < key_blocks) continue;
-      for (int64_t i = 0; i < rows; ++i) {
-        write_row<V>(sum + i * lanes, 1 / total[row + i], out + (row + i) * a.heads * width, width);
-        lse[row + i] = (largest[row + i] + std::log2(total[row + i])) * static_cast<Float>(kLn2);
-      }
+      for (int64_t i = 0; i < rows; ++i)
+        write_row<V>(sum + i * lanes, 1 / state.total[i], out + (row + i) * a.heads * width, width);
+      for (int64_t i = 0; i < rows; ++i)
+        lse[row + i] = (state.largest[i] + std::log2(state.total[i])) * static_cast<Float>(kLn2);
     }
   }
 }
