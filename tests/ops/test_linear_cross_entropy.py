@@ -158,7 +158,7 @@ def test_backward_twice(impl):
 
 @pytest.mark.parametrize("impl", testing.impls("linear_cross_entropy"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_many_blocks_of_rows(impl, dtype, monkeypatch):
+def test_many_blocks_of_rows(impl, dtype):
     """A vocabulary so large that the rows run in several blocks agrees with eager PyTorch in fp64."""
     x, weight, bias, target = tensors(700, 24, 20011, dtype)
     truth = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
@@ -172,6 +172,19 @@ def test_many_blocks_of_rows(impl, dtype, monkeypatch):
             torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-15)
         else:
             testing.assert_error_rule(name, ours, theirs, true, 3)
+
+
+@pytest.mark.parametrize("impl", testing.impls("linear_cross_entropy"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_thread_counts_give_the_same_bits_at_real_sizes(impl, dtype, threads):
+    call = testing.cases("linear_cross_entropy").make("m3ae_small", dtype)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        outputs, gradients = call.run(linear_cross_entropy, impl=impl)
+        results.append(outputs + gradients)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

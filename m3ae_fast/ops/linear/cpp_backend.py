@@ -1,31 +1,56 @@
-"""linear on the CPU: the products through oneDNN."""
+"""linear on the CPU: products by oneDNN, as torch carries it; activation and bias gradient by csrc/ops/linear."""
 
 import torch
 import torch.nn.functional as F
 
-from m3ae_fast._cpp import _C  # noqa: F401
+from m3ae_fast._backends import address, code
+from m3ae_fast._cpp import _C
+
+ACTIVATION_CODE = {"": 0, "gelu": 1, "gelu_tanh": 2}  # csrc/ops/linear/linear.h
+# F.linear is oneDNN's for bfloat16, but MKL's for float32, and MKL leaves half of an AMD machine's AVX-512 unused.
+# The operator that TorchInductor calls reaches oneDNN; it is private to torch, so it may be missing.
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+LIBRARY = "oneDNN, as torch carries it" if ONEDNN else "torch's F.linear: its private oneDNN operator is missing"
 
 
 def product(a, b, bias=None):
-    """a [M, K] times b [N, K] transposed."""
-    if a.dtype == torch.float64 or 0 in (*a.shape, *b.shape):
-        return F.linear(a, b, bias)
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    """a [M, K] times b [N, K] transposed, either of them in any strides, plus bias [N]."""
+    if ONEDNN and a.dtype == torch.float32 and a.numel() and b.numel():
+        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return F.linear(a, b, bias)
 
 
 def forward(x, weight, bias, activation, training):
+    # GELU in the product's epilogue saves nothing that can be measured, and its backward pass needs z.
     z = product(x, weight, bias)
+    none = z.new_empty(0, z.shape[1])
     if not activation:
-        return z, z.new_empty(0, z.shape[1])
-    y = F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return y, z if training else z.new_empty(0, z.shape[1])
+        return z, none
+    y = torch.empty_like(z) if training else z
+    _C.linear_activation(address(z), address(y), z.numel(), ACTIVATION_CODE[activation], code(z))
+    return y, z if training else none
+
+
+def column_sums(dy):
+    """[N] in fp32 (fp64 for fp64): the sum of rows, the same bits for any thread count."""
+    sums = dy.new_empty(dy.shape[1], dtype=torch.promote_types(dy.dtype, torch.float32))
+    _C.linear_activation_backward(address(dy), 0, 0, address(sums), *dy.shape, 0, code(dy))
+    return sums
 
 
 def backward(dy, x, weight, z, activation, need_x, need_weight, need_bias):
-    dz = dy
+    dz, dbias = dy, None
     if activation:
-        dz = torch.ops.aten.gelu_backward(dy, z, approximate="tanh" if activation == "gelu_tanh" else "none")
-    dx = product(dz, weight.t()) if need_x else dz.new_empty(0, weight.shape[1])
-    dweight = product(dz.t(), x.t()) if need_weight else dz.new_empty(0, weight.shape[1])
-    dbias = dz.sum(0) if need_bias else dz.new_empty(0)
-    return dx, dweight, dbias
+        dz = torch.empty_like(dy)
+        dbias = dy.new_empty(dy.shape[1], dtype=torch.promote_types(dy.dtype, torch.float32)) if need_bias else None
+        _C.linear_activation_backward(
+            address(dy), address(z), address(dz), address(dbias), *dy.shape, ACTIVATION_CODE[activation], code(dy)
+        )
+    elif need_bias:
+        dbias = column_sums(dy)
+    none = dy.new_empty(0, weight.shape[1])
+    return (
+        product(dz, weight.t()) if need_x else none,
+        product(dz.t(), x.t()) if need_weight else none,
+        dbias.to(dy.dtype) if need_bias else dy.new_empty(0),
+    )

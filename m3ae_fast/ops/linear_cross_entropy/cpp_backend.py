@@ -1,43 +1,53 @@
-"""linear_cross_entropy on the CPU: a block of rows at a time."""
+"""linear_cross_entropy on the CPU: a block of rows at a time, products by oneDNN, the rest by csrc/ops."""
 
 import torch
-import torch.nn.functional as F
 
-from m3ae_fast.ops.linear.cpp_backend import product
+from m3ae_fast._backends import address, code
+from m3ae_fast._cpp import _C
+from m3ae_fast.ops.linear.cpp_backend import ONEDNN, column_sums, product
 
-BLOCK_BYTES = 16 << 20  # of logits
+BLOCK_BYTES = 16 << 20  # of logits: more than this, and every block's would be fresh pages of memory
+SLAB = 2048  # classes a product of the weight's gradient, for the same reason
 
 
 def forward(x, weight, bias, target, dloss, ignore_index, label_smoothing, need_x, need_weight, need_bias):
-    count, width = x.shape
-    vocab = weight.shape[0]
+    (count, width), vocab = x.shape, weight.shape[0]
     accumulate = torch.promote_types(x.dtype, torch.float32)
-    loss, hit = x.new_zeros(count, dtype=accumulate), x.new_zeros(count, dtype=accumulate)
+    loss, hit = (x.new_zeros(count, dtype=accumulate) for _ in range(2))
     dx = x.new_zeros(count if need_x else 0, width)
-    dweight = x.new_zeros(vocab if need_weight else 0, width)
-    dbias = x.new_zeros(vocab if need_bias else 0)
-    valid = (target != ignore_index).nonzero()[:, 0]
-    named = target[valid]
-    if ((named < 0) | (named >= vocab)).any():
-        bad = named[(named < 0) | (named >= vocab)][0].item()
-        raise ValueError(f"target must be in [0, {vocab}) or ignore_index ({ignore_index}), got {bad}")
-    rows = max(1, BLOCK_BYTES // max(1, vocab * x.dtype.itemsize))
-    for index in valid.split(rows):
-        if not len(index):
-            break
-        block, named = x[index], target[index].long()
-        logits = product(block, weight, bias).to(accumulate)
-        loss[index] = F.cross_entropy(logits, named, reduction="none", label_smoothing=label_smoothing)
-        hit[index] = (logits.argmax(1) == named).to(accumulate)
-        if not (need_x or need_weight or need_bias):
-            continue
-        dlogits = logits.softmax(1) - label_smoothing / vocab
-        dlogits[torch.arange(len(index)), named] -= 1 - label_smoothing
-        dlogits = (dlogits * dloss[index, None]).to(x.dtype)
+    dweight = x.new_empty(vocab if need_weight else 0, width)
+    dbias = x.new_zeros(vocab if need_bias else 0, dtype=accumulate)
+    if not (need_x or need_weight or need_bias):
+        dloss = None
+    rows = torch.empty_like(target)
+    found = _C.rows_that_count(address(target), address(rows), count, vocab, ignore_index)
+    if not found:
+        return loss, hit, dx, dweight.zero_(), dbias.to(x.dtype)
+    for index in rows[:found].split(max(1, BLOCK_BYTES // (vocab * x.dtype.itemsize))):
+        block = x.index_select(0, index)
+        logits = product(block, weight, bias)
+        _C.cross_entropy_block(
+            address(logits), address(index), address(target), address(dloss), address(loss), address(hit),
+            *logits.shape, label_smoothing, code(x),
+        )  # fmt: skip
+        dlogits = logits  # where dloss is given
         if need_x:
-            dx[index] = product(dlogits, weight.t())
+            dx.index_copy_(0, index.long(), product(dlogits, weight.t()))
         if need_weight:
-            dweight += product(dlogits.t(), block.t())
+            _add_product(dweight, dlogits, block, first=index.data_ptr() == rows.data_ptr())
         if need_bias:
-            dbias += dlogits.sum(0)
-    return loss, hit, dx, dweight, dbias
+            dbias += column_sums(dlogits)
+    return loss, hit, dx, dweight, dbias.to(x.dtype)
+
+
+def _add_product(out, a, b, first):
+    """out (+)= a^T b; `first`: out holds nothing yet."""
+    if not (ONEDNN and a.dtype == torch.float32):
+        out.addmm_(a.t(), b, beta=0 if first else 1)
+        return
+    for start in range(0, out.shape[0], SLAB):
+        part, slab = out[start : start + SLAB], product(a[:, start : start + SLAB].t(), b.t())
+        if first:
+            part.copy_(slab)
+        else:
+            part.add_(slab)
