@@ -79,42 +79,45 @@ struct Product {
 // The sums stay in registers only where the compiler sees every index: each loop over them is unrolled by name.
 #define M3AE_EACH(index, count) _Pragma("GCC unroll 8") for (int index = 0; index < count; ++index)
 
+// `tiles` of them, one below the other.
 template <class Unit, int rows, int vectors>
-void multiply_tile(const Product<Unit>& p) {
+void multiply_tiles(const Product<Unit>& p, int64_t tiles) {
   using U = Units<Unit>;
   using V = typename U::V;
-  V sum[rows][vectors];
-  M3AE_EACH(m, rows) M3AE_EACH(v, vectors) sum[m][v] = V::zero();
-  const Unit *a = p.a, *b = p.b;
-  for (int64_t k = 0; k < p.steps; ++k, a += p.a_step, b += p.b_step) {
-    typename U::Register right[vectors];
-    M3AE_EACH(v, vectors) right[v] = U::load(b + v * V::width);
-    M3AE_EACH(m, rows) {
-      const typename U::Register left = U::set(a + m * p.a_row);
-      M3AE_EACH(v, vectors) sum[m][v] = U::dot(left, right[v], sum[m][v]);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    V sum[rows][vectors];
+    M3AE_EACH(m, rows) M3AE_EACH(v, vectors) sum[m][v] = V::zero();
+    const Unit *a = p.a + tile * rows * p.a_row, *b = p.b;
+    for (int64_t k = 0; k < p.steps; ++k, a += p.a_step, b += p.b_step) {
+      typename U::Register right[vectors];
+      M3AE_EACH(v, vectors) right[v] = U::load(b + v * V::width);
+      M3AE_EACH(m, rows) {
+        const typename U::Register left = U::set(a + m * p.a_row);
+        M3AE_EACH(v, vectors) sum[m][v] = U::dot(left, right[v], sum[m][v]);
+      }
     }
-  }
-  typename V::scalar* c = p.c;
-  if (p.accumulate) {
-    M3AE_EACH(m, rows) M3AE_EACH(v, vectors) {
-      typename V::scalar* to = c + m * p.c_row + v * V::width;
-      (V::load(to) + sum[m][v]).store(to);
+    typename V::scalar* c = p.c + tile * rows * p.c_row;
+    if (p.accumulate) {
+      M3AE_EACH(m, rows) M3AE_EACH(v, vectors) {
+        typename V::scalar* to = c + m * p.c_row + v * V::width;
+        (V::load(to) + sum[m][v]).store(to);
+      }
+    } else {
+      M3AE_EACH(m, rows) M3AE_EACH(v, vectors) sum[m][v].store(c + m * p.c_row + v * V::width);
     }
-  } else {
-    M3AE_EACH(m, rows) M3AE_EACH(v, vectors) sum[m][v].store(c + m * p.c_row + v * V::width);
   }
 }
 
 template <class Unit, int vectors>
-M3AE_INLINE void multiply_rows(const Product<Unit>& p, int rows) {
+M3AE_INLINE void multiply_rows(const Product<Unit>& p, int64_t rows, int64_t tiles) {
   static_assert(kTileRows == 6, "one case for each height");
   switch (rows) {
-    case 1: return multiply_tile<Unit, 1, vectors>(p);
-    case 2: return multiply_tile<Unit, 2, vectors>(p);
-    case 3: return multiply_tile<Unit, 3, vectors>(p);
-    case 4: return multiply_tile<Unit, 4, vectors>(p);
-    case 5: return multiply_tile<Unit, 5, vectors>(p);
-    default: return multiply_tile<Unit, 6, vectors>(p);
+    case 1: return multiply_tiles<Unit, 1, vectors>(p, tiles);
+    case 2: return multiply_tiles<Unit, 2, vectors>(p, tiles);
+    case 3: return multiply_tiles<Unit, 3, vectors>(p, tiles);
+    case 4: return multiply_tiles<Unit, 4, vectors>(p, tiles);
+    case 5: return multiply_tiles<Unit, 5, vectors>(p, tiles);
+    case 6: return multiply_tiles<Unit, 6, vectors>(p, tiles);
   }
 }
 
@@ -124,38 +127,53 @@ void multiply(const Product<Unit>& whole, int64_t m, int64_t n) {
   constexpr int width = Units<Unit>::V::width;
   const int64_t vectors = n / width;
   const int64_t across = (vectors + kTileVectors - 1) / kTileVectors, down = (m + kTileRows - 1) / kTileRows;
+  if (down == 0) return;
+  const int64_t rows = m / down, higher = m % down;  // so many tiles are one row higher
   for (int64_t i = 0; i < across; ++i) {
     const int64_t first = vectors * i / across, count = vectors * (i + 1) / across - first;
-    for (int64_t j = 0; j < down; ++j) {
-      const int64_t row = m * j / down;
-      const int rows = static_cast<int>(m * (j + 1) / down - row);
-      Product<Unit> p = whole;
-      p.a += row * p.a_row;
-      p.b += first * width;
-      p.c += row * p.c_row + first * width;
-      if (kTileVectors > 2 && count == 4) multiply_rows<Unit, kTileVectors>(p, rows);
-      else if (kTileVectors > 2 && count == 3) multiply_rows<Unit, kTileVectors - 1>(p, rows);
-      else if (count == 2) multiply_rows<Unit, 2>(p, rows);
-      else multiply_rows<Unit, 1>(p, rows);
+    Product<Unit> p = whole;
+    p.b += first * width;
+    p.c += first * width;
+    for (int64_t part = 0; part < 2; ++part) {
+      const int64_t height = part ? rows : rows + 1, tiles = part ? down - higher : higher;
+      if (tiles == 0) continue;
+      if (kTileVectors > 2 && count == 4) multiply_rows<Unit, kTileVectors>(p, height, tiles);
+      else if (kTileVectors > 2 && count == 3) multiply_rows<Unit, kTileVectors - 1>(p, height, tiles);
+      else if (count == 2) multiply_rows<Unit, 2>(p, height, tiles);
+      else multiply_rows<Unit, 1>(p, height, tiles);
+      p.a += height * tiles * p.a_row;
+      p.c += height * tiles * p.c_row;
     }
   }
 }
 
 // ---- packing: from rows of elements ([count][width], `stride` apart) to units, holes filled with zeros ----
 
-// The rows themselves, `ld` units each: `a`, contracted along a row's elements. ld * depth >= width.
+// A vector of units from a row, of which `elements` are left; zeros behind them. Pairs are moved as 32 bits.
+template <class T>
+M3AE_INLINE Vec<T> load_units(const T* row, int64_t elements) {
+  using V = Vec<T>;
+  constexpr int64_t most = V::width * Units<Unit<T>>::depth;
+  if constexpr (Units<Unit<T>>::depth == 1) {
+    return elements >= most ? V::load(row) : V::load_first(row, static_cast<int>(elements));
+  } else {
+    if (elements >= most) return V::load(reinterpret_cast<const float*>(row));
+    float copy[V::width] = {};
+    std::memcpy(copy, row, static_cast<size_t>(elements) * sizeof(T));
+    return V::load(copy);
+  }
+}
+
+// The rows themselves, `ld` units each (whole vectors, width at least): `a`, contracted along a row's elements.
 template <class T>
 void pack_rows(const T* rows, int64_t stride, int64_t count, int64_t width, Unit<T>* out, int64_t ld) {
   using V = Vec<T>;
-  for (int64_t r = 0; r < count; ++r) {
-    if constexpr (Units<Unit<T>>::depth == 2) {
-      std::memcpy(out + r * ld, rows + r * stride, static_cast<size_t>(width) * sizeof(T));
-      std::memset(reinterpret_cast<T*>(out + r * ld) + width, 0, static_cast<size_t>(2 * ld - width) * sizeof(T));
-    } else {
-      for_lanes<V>(width, [&](int64_t d, int n) { store_lanes(load_lanes<V>(rows + r * stride + d, n), out + r * ld + d, n); });
-      for (int64_t d = width; d < ld; ++d) out[r * ld + d] = 0;
+  constexpr int depth = Units<Unit<T>>::depth;
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t s = 0; s < ld; s += V::width) {
+      const V units = s * depth < width ? load_units(rows + r * stride + s * depth, width - s * depth) : V::zero();
+      units.store(reinterpret_cast<typename V::scalar*>(out + r * ld + s));
     }
-  }
 }
 
 // Transposed: `b`, contracted along a row's elements; step s holds unit s of every row. ld: count rounded up to a
@@ -165,33 +183,16 @@ void pack_columns(const T* rows, int64_t stride, int64_t count, int64_t width, U
   using V = Vec<T>;
   constexpr int depth = Units<Unit<T>>::depth;
   const int64_t steps = (width + depth - 1) / depth;
-  for (int64_t r = 0; r < count; r += V::width) {
-    const int64_t present = count - r < V::width ? count - r : V::width;
+  for (int64_t r = 0; r < count; r += V::width)
     for (int64_t s = 0; s < steps; s += V::width) {
-      const int64_t elements = width - s * depth < V::width * depth ? width - s * depth : V::width * depth;
       V block[V::width];
-      for (int64_t i = 0; i < V::width; ++i) {
-        const T* row = rows + (r + i) * stride + s * depth;
-        if (i >= present) {
-          block[i] = V::zero();
-        } else if constexpr (depth == 2) {
-          if (elements == V::width * depth) {
-            block[i] = V::load(reinterpret_cast<const float*>(row));  // a pair is moved as 32 bits
-          } else {
-            float copy[V::width] = {};
-            std::memcpy(copy, row, static_cast<size_t>(elements) * sizeof(T));
-            block[i] = V::load(copy);
-          }
-        } else {
-          block[i] = load_lanes<V>(row, static_cast<int>(elements));
-        }
-      }
+      for (int64_t i = 0; i < V::width; ++i)
+        block[i] = r + i < count ? load_units(rows + (r + i) * stride + s * depth, width - s * depth) : V::zero();
       V::transpose(block);
       const int64_t last = steps - s < V::width ? steps - s : V::width;
       for (int64_t i = 0; i < last; ++i)
         block[i].store(reinterpret_cast<typename V::scalar*>(out + (s + i) * ld + r));
     }
-  }
 }
 
 // As they stand: `b`, contracted along the rows; step s holds row s, or rows 2 s and 2 s + 1 interleaved.

@@ -99,12 +99,14 @@ std::vector<AttentionTask> tasks(const int32_t* cu_q, const int32_t* cu_k, int64
 }
 
 template <class Args>
-void run(void (*kernel)(const Args&, const AttentionTask&, void*), const Args& args,
+void run(void (*kernel)(const Args&, const AttentionTask&, const AttentionTask*, void*), const Args& args,
          const std::vector<AttentionTask>& list, int64_t bytes) {
   bytes = (bytes + 63) / 64 * 64;
-  char* memory = workspace(static_cast<size_t>(bytes) * static_cast<size_t>(max_threads()));
-  parallel_for_dynamic(static_cast<int64_t>(list.size()), [&](int64_t i, int thread) {
-    kernel(args, list[static_cast<size_t>(i)], memory + thread * bytes);
+  const int64_t count = static_cast<int64_t>(list.size()), threads = max_threads();
+  char* memory = workspace(static_cast<size_t>(bytes * threads));
+  parallel_for_dynamic(count, [&](int64_t i, int thread) {
+    const AttentionTask* task = list.data() + i;
+    kernel(args, *task, i + threads < count ? task + threads : nullptr, memory + thread * bytes);
   });
 }
 

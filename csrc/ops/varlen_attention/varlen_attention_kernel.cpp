@@ -26,13 +26,21 @@ const T* head_rows(const HeadRows& x, int64_t row, int64_t head) { return as<T>(
 template <class T>
 T* head_rows_out(const HeadRows& x, int64_t row, int64_t head) { return as<T>(x.data) + row * x.row + head * x.head; }
 
-// Asks for the cache lines of rows of the next head, which lie beside this head's: a head's rows are too far apart for
-// the hardware to see a pattern, and packing them would wait for memory one row at a time.
-template <int write = 0>
-M3AE_INLINE void prefetch_rows(const void* rows, int64_t stride_bytes, int64_t begin, int64_t end, int64_t bytes) {
-  for (int64_t r = begin; r < end; ++r)
-    for (int64_t byte = 0; byte < bytes; byte += 64)
-      __builtin_prefetch(static_cast<const char*>(rows) + r * stride_bytes + byte, write, 2);
+// The head to come, for prefetching: the next of this task, or the first of a task that this thread may get next.
+struct Upcoming {
+  const AttentionTask* task;  // null: unknown
+  int64_t head;
+};
+
+// A share (part of parts) of rows [first, first + count) of the head to come. A head's rows are too far apart for the
+// hardware to see a pattern, and packing them would wait for memory row by row.
+template <class T, int write = 0>
+M3AE_INLINE void prefetch(const HeadRows& x, int64_t first, int64_t count, int64_t head, int64_t width, int64_t part,
+                          int64_t parts) {
+  for (int64_t r = count * part / parts; r < count * (part + 1) / parts; ++r) {
+    const char* row = as<char>(x.data) + ((first + r) * x.row + head * x.head) * static_cast<int64_t>(sizeof(T));
+    for (int64_t byte = 0; byte < width * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(row + byte, write, 2);
+  }
 }
 
 template <class V>
@@ -100,23 +108,23 @@ void softmax_rows(Float* scores, int64_t ld, int64_t rows, int64_t keys, Float s
 }
 
 template <class T>
-void forward(const VarlenAttention& a, const AttentionTask& t, int64_t head, void* workspace) {
+void forward(const VarlenAttention& a, const AttentionTask& t, int64_t head, Upcoming next, void* workspace) {
   using U = Unit<T>;
   using V = typename Units<U>::V;
   using Float = typename V::scalar;
   constexpr int depth = Units<U>::depth;
   const int64_t width = a.width, steps = (width + depth - 1) / depth, lanes = lanes_for<V>(width);
+  const int64_t row_units = lanes_for<V>(steps);
   const T* q = head_rows<T>(a.q, t.query, head);
   const T* k = head_rows<T>(a.k, t.key, head / a.groups);
   const T* v = head_rows<T>(a.v, t.key, head / a.groups);
   T* out = as<T>(a.out) + (t.query * a.heads + head) * width;
   Float* lse = as<Float>(a.lse) + head * a.query_rows + t.query;
-  const bool another = head + 1 < t.head + t.heads;
 
   Arena arena{static_cast<char*>(workspace)};
   U* keys_t = arena.take<U>(steps * spread<V>(kKeyBlock));
   U* values = arena.take<U>(kKeyBlock / depth * lanes);
-  U* queries = arena.take<U>(kRowBlock * steps);
+  U* queries = arena.take<U>(kRowBlock * row_units);
   Float* scores = arena.take<Float>(kScores + kTileRows * spread<V>(kKeyBlock));
   Float* sums = arena.take<Float>(kQueryBlock * lanes);
   const Running<Float> all{arena.take<Float>(kQueryBlock), arena.take<Float>(kQueryBlock), arena.take<Float>(kQueryBlock),
@@ -144,17 +152,16 @@ void forward(const VarlenAttention& a, const AttentionTask& t, int64_t head, voi
     for (int64_t rows_block = 0; rows_block < row_blocks; ++rows_block) {
       const int64_t row = t.queries * rows_block / row_blocks;
       const int64_t rows = t.queries * (rows_block + 1) / row_blocks - row;
-      if (another && block == 0) {
-        constexpr int64_t item = sizeof(T);
-        const int64_t first_key = keys * rows_block / row_blocks, last_key = keys * (rows_block + 1) / row_blocks;
-        prefetch_rows(q + a.q.head, a.q.row * item, row, row + rows, width * item);
-        prefetch_rows(k + a.k.head, a.k.row * item, first_key, last_key, width * item);
-        prefetch_rows(v + a.v.head, a.v.row * item, first_key, last_key, width * item);
-        prefetch_rows<1>(out + width, a.heads * width * item, row, row + rows, width * item);
+      if (next.task && block == 0) {
+        const AttentionTask& n = *next.task;
+        prefetch<T>(a.q, n.query, n.queries, next.head, width, rows_block, row_blocks);
+        prefetch<T>(a.k, n.key, n.keys, next.head / a.groups, width, rows_block, row_blocks);
+        prefetch<T>(a.v, n.key, n.keys, next.head / a.groups, width, rows_block, row_blocks);
+        prefetch<T, 1>({a.out, a.heads * width, width}, n.query, n.queries, next.head, width, rows_block, row_blocks);
       }
       Float* sum = key_blocks == 1 ? sums : sums + row * lanes;  // one block: its rows are finished at once
-      pack_rows(q + row * a.q.row, a.q.row, rows, width, queries, steps);
-      multiply<U>({queries, steps, 1, keys_t, ld, scores, ld, steps, false}, rows, key_lanes);
+      pack_rows(q + row * a.q.row, a.q.row, rows, width, queries, row_units);
+      multiply<U>({queries, row_units, 1, keys_t, ld, scores, ld, steps, false}, rows, key_lanes);
       const Running<Float> state{all.largest + row, all.total + row, all.rescale + row, all.partial};
       softmax_rows<U>(scores, ld, rows, keys, scale2, state);
       for (int64_t i = 0; i < rows && block > 0; ++i) write_row<V>(sum + i * lanes, state.rescale[i], sum + i * lanes, lanes);
@@ -239,18 +246,27 @@ M3AE_INLINE void score_gradients(Float* scores, Float* dweights, U* pairs, int64
 }
 
 template <class T>
-void backward(const VarlenAttentionBackward& a, const AttentionTask& t, int64_t key_head, void* workspace) {
+void prefetch_backward(const VarlenAttentionBackward& a, Upcoming next, int64_t part, int64_t parts) {
+  const AttentionTask& n = *next.task;
+  const int64_t head = next.head * a.groups;
+  for (const HeadRows& x : {a.q, a.dout, HeadRows{const_cast<void*>(a.out), a.heads * a.width, a.width}})
+    prefetch<T>(x, n.query, n.queries, head, a.width, part, parts);
+  for (const HeadRows& x : {a.k, a.v}) prefetch<T>(x, n.key, n.keys, next.head, a.width, part, parts);
+  prefetch<T, 1>(a.dq, n.query, n.queries, head, a.width, part, parts);
+  for (const HeadRows& x : {a.dk, a.dv}) prefetch<T, 1>(x, n.key, n.keys, next.head, a.width, part, parts);
+}
+
+template <class T>
+void backward(const VarlenAttentionBackward& a, const AttentionTask& t, int64_t key_head, Upcoming next, void* workspace) {
   using U = Unit<T>;
   using V = typename Units<U>::V;
   using Float = typename V::scalar;
   constexpr int depth = Units<U>::depth;
-  constexpr int64_t item = sizeof(T);
   const int64_t width = a.width, steps = (width + depth - 1) / depth, lanes = lanes_for<V>(width);
-  const int64_t row_units = lanes / depth;
+  const int64_t row_units = lanes_for<V>(steps);
   const int64_t most_lanes = spread<V>(kGradQueryBlock);
   const T* k = head_rows<T>(a.k, t.key, key_head);
   const T* v = head_rows<T>(a.v, t.key, key_head);
-  const bool another = key_head + 1 < t.head + t.heads;
   T* dk = head_rows_out<T>(a.dk, t.key, key_head);
   T* dv = head_rows_out<T>(a.dv, t.key, key_head);
 
@@ -278,7 +294,6 @@ void backward(const VarlenAttentionBackward& a, const AttentionTask& t, int64_t 
   bool accumulate = false;
   for (int64_t head = key_head * a.groups; head < (key_head + 1) * a.groups; ++head) {
     if (t.keys == 0) write_zeros<V>(head_rows_out<T>(a.dq, t.query, head), a.dq.row, t.queries, width);
-    const int64_t next_head = head + a.groups;
     for (int64_t query_block = 0; query_block < query_blocks && t.keys > 0; ++query_block) {
       const int64_t first = t.queries * query_block / query_blocks;
       b.count = t.queries * (query_block + 1) / query_blocks - first;
@@ -291,17 +306,7 @@ void backward(const VarlenAttentionBackward& a, const AttentionTask& t, int64_t 
         if (depth > 1) pack_steps(k + key * a.k.row, a.k.row, keys, width, k_steps, lanes);
         for (int64_t r = 0; r < keys; r += kGradRowBlock) {
           const int64_t rows = keys - r < kGradRowBlock ? keys - r : kGradRowBlock;
-          if (another && query_block == 0) {
-            const int64_t begin = t.queries * (key + r) / t.keys, end = t.queries * (key + r + rows) / t.keys;
-            for (const HeadRows& x : {a.q, a.dout})
-              prefetch_rows(head_rows<T>(x, t.query, next_head), x.row * item, begin, end, width * item);
-            prefetch_rows(as<T>(a.out) + (t.query * a.heads + next_head) * width, a.heads * width * item, begin, end, width * item);
-            prefetch_rows<1>(head_rows<T>(a.dq, t.query, next_head), a.dq.row * item, begin, end, width * item);
-            for (const HeadRows& x : {a.k, a.v})
-              prefetch_rows(head_rows<T>(x, t.key, key_head + 1), x.row * item, key + r, key + r + rows, width * item);
-            for (const HeadRows& x : {a.dk, a.dv})
-              prefetch_rows<1>(head_rows<T>(x, t.key, key_head + 1), x.row * item, key + r, key + r + rows, width * item);
-          }
+          if (next.task && query_block == 0) prefetch_backward<T>(a, next, (key + r) / kGradRowBlock, t.keys / kGradRowBlock + key_blocks);
           Float* dscore_rows = depth == 1 ? dscores + r * b.ld : dscores;  // pairs: kept in dscore_pairs instead
           multiply<U>({k_rows + r * row_units, row_units, 1, b.q_t, b.ld, scores, b.ld, steps, false}, rows, query_lanes);
           multiply<U>({v_rows + r * row_units, row_units, 1, b.dout_t, b.ld, dscore_rows, b.ld, steps, false}, rows, query_lanes);
@@ -332,19 +337,22 @@ void backward(const VarlenAttentionBackward& a, const AttentionTask& t, int64_t 
 
 }  // namespace
 
-void varlen_attention(const VarlenAttention& a, const AttentionTask& t, void* workspace) {
+void varlen_attention(const VarlenAttention& a, const AttentionTask& t, const AttentionTask* next, void* workspace) {
   for (int64_t head = t.head; head < t.head + t.heads; ++head) {
-    if (a.dtype == Dtype::f64) forward<double>(a, t, head, workspace);
-    else if (a.dtype == Dtype::bf16) forward<bfloat16>(a, t, head, workspace);
-    else forward<float>(a, t, head, workspace);
+    const Upcoming upcoming = head + 1 < t.head + t.heads ? Upcoming{&t, head + 1} : Upcoming{next, next ? next->head : 0};
+    if (a.dtype == Dtype::f64) forward<double>(a, t, head, upcoming, workspace);
+    else if (a.dtype == Dtype::bf16) forward<bfloat16>(a, t, head, upcoming, workspace);
+    else forward<float>(a, t, head, upcoming, workspace);
   }
 }
 
-void varlen_attention_backward(const VarlenAttentionBackward& a, const AttentionTask& t, void* workspace) {
+void varlen_attention_backward(const VarlenAttentionBackward& a, const AttentionTask& t, const AttentionTask* next,
+                               void* workspace) {
   for (int64_t head = t.head; head < t.head + t.heads; ++head) {
-    if (a.dtype == Dtype::f64) backward<double>(a, t, head, workspace);
-    else if (a.dtype == Dtype::bf16) backward<bfloat16>(a, t, head, workspace);
-    else backward<float>(a, t, head, workspace);
+    const Upcoming upcoming = head + 1 < t.head + t.heads ? Upcoming{&t, head + 1} : Upcoming{next, next ? next->head : 0};
+    if (a.dtype == Dtype::f64) backward<double>(a, t, head, upcoming, workspace);
+    else if (a.dtype == Dtype::bf16) backward<bfloat16>(a, t, head, upcoming, workspace);
+    else backward<float>(a, t, head, upcoming, workspace);
   }
 }
 
