@@ -8,8 +8,8 @@
 namespace m3ae::M3AE_ISA {
 namespace {
 
-// sum = add(sum, offset) over [0, count) in steps of a vector: enough partial sums to hide latencies and, on one-lane
-// vectors, to stay as exact as wide ones. Values past count must add nothing.
+// sum = add(sum, offset, n) over [0, count), n <= V::width values at a time: enough partial sums to hide latencies and,
+// on one-lane vectors, to stay as exact as wide ones. Lanes past n must add nothing.
 template <class V, class Add>
 M3AE_INLINE double sum_up(int64_t count, Add&& add) {
   constexpr int parts = V::width >= 4 ? 4 : 16;
@@ -17,8 +17,8 @@ M3AE_INLINE double sum_up(int64_t count, Add&& add) {
   for (V& each : part) each = V::zero();
   int64_t i = 0;
   for (; i + parts * V::width <= count; i += parts * V::width)
-    for (int k = 0; k < parts; ++k) part[k] = add(part[k], i + k * V::width);
-  for (; i < count; i += V::width) part[0] = add(part[0], i);
+    for (int k = 0; k < parts; ++k) part[k] = add(part[k], i + k * V::width, V::width);
+  for_lanes<V>(count - i, [&](int64_t d, int n) { part[0] = add(part[0], i + d, n); });
   for (int half = parts / 2; half > 0; half /= 2)
     for (int k = 0; k < half; ++k) part[k] = part[k] + part[k + half];
   return static_cast<double>(part[0].sum());
@@ -41,11 +41,11 @@ struct Target {
   M3AE_INLINE void normalise() {
     const Scalar first = values[0];
     pad(first);
-    const double sum = sum_up<V>(count, [&](V sum, int64_t d) { return sum + (V::load(values + d) - V::set(first)); });
+    const double sum = sum_up<V>(count, [&](V sum, int64_t d, int) { return sum + (V::load(values + d) - V::set(first)); });
     const Scalar centre = static_cast<Scalar>(first + sum / count);
     mean = V::set(centre);
     pad(centre);
-    const double squares = sum_up<V>(count, [&](V sum, int64_t d) {
+    const double squares = sum_up<V>(count, [&](V sum, int64_t d, int) {
       const V difference = V::load(values + d) - mean;
       return V::fma(difference, difference, sum);
     });
@@ -82,8 +82,7 @@ void forward(const MaskedMse& a, void* scratch, int64_t begin, int64_t end) {
       continue;
     }
     const Target<V> target = read_target<V, Pixel>(a, image, t, scratch);
-    const double squares = sum_up<V>(width, [&](V sum, int64_t d) {
-      const int n = width - d < V::width ? static_cast<int>(width - d) : V::width;
+    const double squares = sum_up<V>(width, [&](V sum, int64_t d, int n) {
       const V difference = target.subtract_from(load_lanes<V>(pred + d, n), d);
       if (error) store_lanes(difference, error + d, n);
       return V::fma(difference, difference, sum);
