@@ -20,7 +20,7 @@ void forward(const GatherPatches& a, int64_t begin, int64_t end) {
       std::memset(out, 0, static_cast<size_t>(width) * sizeof(Out));
       continue;
     }
-    prefetch_patch<Pixel>(a.source, a.ids, a.cu, image, t + 1);
+    prefetch_patch<Pixel>(a.source, a.ids, a.cu, image, t);
     read_patch<V, Pixel>(a.source, image, a.ids[t], [&](int64_t d, V value, int n) { store_lanes(value, out + d, n); });
   }
 }

@@ -35,15 +35,15 @@ M3AE_INLINE const Pixel* patch_corner(const PatchSource& s, int64_t image, int32
          id % s.columns * s.patch * s.stride_w;
 }
 
-// Patches lie in short pieces, a line of the image apart, which the hardware does not foresee: read_patch waits for
-// memory unless row t + 1 was asked for while row t is worked on.
+// Patches lie in short pieces, a line of the image apart, which the hardware does not foresee. Called for row t, asks for
+// the pixels of row t + 2, into the second level of cache: the first waits for too few lines at a time.
 template <class Pixel>
 M3AE_INLINE void prefetch_patch(const PatchSource& s, const int32_t* ids, const int32_t* cu, int64_t image, int64_t t) {
-  if (t >= cu[image + 1]) return;
-  const Pixel* corner = patch_corner<Pixel>(s, image, ids[t]);
+  if (t + 2 >= cu[image + 1]) return;
+  const Pixel* corner = patch_corner<Pixel>(s, image, ids[t + 2]);
   const int planes = s.layout == Layout::planes ? 3 : 1;
   for (int c = 0; c < planes; ++c)
-    for (int64_t y = 0; y < s.patch; ++y) __builtin_prefetch(corner + c * s.stride_c + y * s.stride_h);
+    for (int64_t y = 0; y < s.patch; ++y) __builtin_prefetch(corner + c * s.stride_c + y * s.stride_h, 0, 2);
 }
 
 // body(offset, values, n): the patch's normalised values in (row, column, channel) order, a vector at a time.

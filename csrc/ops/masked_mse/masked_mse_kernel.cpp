@@ -56,7 +56,7 @@ struct Target {
 template <class V, class Pixel>
 M3AE_INLINE Target<V> read_target(const MaskedMse& a, int64_t image, int64_t t, void* scratch) {
   using Scalar = typename V::scalar;
-  prefetch_patch<Pixel>(a.source, a.ids, a.cu, image, t + 1);
+  prefetch_patch<Pixel>(a.source, a.ids, a.cu, image, t);
   Target<V> target{as<Scalar>(scratch), a.source.patch * a.source.patch * a.source.channels};
   read_patch<V, Pixel>(a.source, image, a.ids[t],
                        [&](int64_t d, V value, int n) { store_lanes(value, target.values + d, n); });
