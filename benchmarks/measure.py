@@ -46,19 +46,23 @@ SETTINGS = Settings()
 
 def copies(make: Callable[[], object], bytes_each: int) -> list:
     """Enough independent inputs that a round trip through them leaves the last cache."""
-    count = 1 if SETTINGS.smoke else min(16, max(2, -(-CACHE_BYTES // max(bytes_each, 1))))
+    count = 1 if SETTINGS.smoke else min(64, max(2, -(-CACHE_BYTES // max(bytes_each, 1))))
     return [make() for _ in range(count)]
 
 
 def interleave(providers: dict[str, Callable[[int], object]], inputs: int) -> dict[str, list[float]]:
-    """Milliseconds of each provider in each round: provider(i) runs on input i, providers take turns."""
+    """Milliseconds of each provider in each round: provider(i) runs on input i.
+
+    Providers take turns, each on an input that no other has just brought into the cache.
+    """
     for run in providers.values():
         run(0)
     times = {name: [] for name in providers}
     for round_ in range(SETTINGS.rounds):
-        for name, run in providers.items():
+        for turn, (name, run) in enumerate(providers.items()):
+            i = (round_ + turn * inputs // len(providers)) % inputs  # not the input that the one before has just warmed
             start = time.perf_counter()
-            run(round_ % inputs)
+            run(i)
             times[name].append((time.perf_counter() - start) * 1e3)
     return times
 
