@@ -208,7 +208,8 @@ void pack_steps(const T* rows, int64_t stride, int64_t count, int64_t width, Uni
       for (int64_t d = 0; d < ld; d += 16) {
         const __mmask16 lanes = VecF32::first(static_cast<int>(d >= width ? 0 : width - d < 16 ? width - d : 16));
         const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, even + d));
-        const __m512i high = r + 1 < count ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, odd + d)) : _mm512_setzero_si512();
+        const __mmask16 partner = r + 1 < count ? lanes : 0;
+        const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(partner, odd + d));
         _mm512_storeu_si512(to + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
       }
     }

@@ -1,6 +1,7 @@
 // Vec: a register of fp32 lanes, one spelling per instruction set. Kernels are written on it once.
 //   loads and stores convert from and to float, bfloat16 (round to nearest even) and uint8 (load only);
-//   *_first(n) touch only the first n lanes; max returns its second operand where one is NaN. Vec<double> (one lane) lets fp64 run through the same kernels.
+//   *_first(n) touch only the first n lanes; max returns its second operand where one is NaN.
+// Vec<double> (one lane) lets fp64 run through the same kernels.
 // Everything here sits inside m3ae::M3AE_ISA: a function shared between instruction sets could be linked from the
 // wrong one.
 #pragma once
@@ -119,7 +120,9 @@ struct VecF32 {
   M3AE_INLINE float largest() const { return _mm512_reduce_max_ps(v); }
   M3AE_INLINE VecF32 first_or(int n, VecF32 other) const { return {_mm512_mask_mov_ps(other.v, first(n), v)}; }
 
-  M3AE_INLINE VecF32 rounded() const { return {_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+  M3AE_INLINE VecF32 rounded() const {
+    return {_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  }
   M3AE_INLINE VecF32 times_two_to(VecF32 n) const { return {_mm512_scalef_ps(v, n.v)}; }
   static constexpr float lowest_exponent = -160.0f;  // 2^-160 rounds to 0
 

@@ -32,8 +32,8 @@ int64_t pieces(std::initializer_list<int64_t> counts, Dtype dtype) {
 int64_t workspace_bytes(int64_t width, Dtype dtype) {
   const int64_t lanes = (width + kWidestVector - 1) / kWidestVector * kWidestVector;
   const int64_t keys = kKeyBlock + kWidestVector;
-  return pieces({lanes * keys, keys * lanes, kRowBlock * lanes, kScores + 8 * keys, kQueryBlock * lanes, kQueryBlock,
-                 kQueryBlock, kQueryBlock, kRowBlock * kWidestVector}, dtype);
+  return pieces({lanes * keys, keys * lanes, kRowBlock * lanes, kScores + 8 * keys, kQueryBlock * lanes,
+                 3 * kQueryBlock, kRowBlock * kWidestVector}, dtype);
 }
 
 int64_t backward_workspace_bytes(int64_t width, int64_t longest_key, Dtype dtype) {
@@ -67,13 +67,13 @@ int64_t check_offsets(const char* side, const int32_t* cu, int64_t batch, int64_
   M3AE_CHECK(cu[0] == 0, "cu_seqlens", side, " must start at 0, got cu_seqlens", side, "[0] = ", cu[0]);
   int64_t longest = 0;
   for (int64_t b = 0; b < batch; ++b) {
-    M3AE_CHECK(cu[b] <= cu[b + 1], "cu_seqlens", side, " must ascend, got ", cu[b], ", ", cu[b + 1], " at cu_seqlens", side,
-               "[", b, "]");
+    M3AE_CHECK(cu[b] <= cu[b + 1], "cu_seqlens", side, " must ascend, got ", cu[b], ", ", cu[b + 1], " at cu_seqlens",
+               side, "[", b, "]");
     longest = std::max<int64_t>(longest, cu[b + 1] - cu[b]);
   }
   M3AE_CHECK(cu[batch] <= rows, "cu_seqlens", side, " must end within its ", rows, " rows, got ", cu[batch]);
-  M3AE_CHECK(most < 0 || longest <= most, "max_seqlen", side, " must be at least the longest length, ", longest, ", got ",
-             most);
+  M3AE_CHECK(most < 0 || longest <= most, "max_seqlen", side, " must be at least the longest length, ", longest,
+             ", got ", most);
   return longest;
 }
 
@@ -89,7 +89,8 @@ std::vector<AttentionTask> tasks(const int32_t* cu_q, const int32_t* cu_k, int64
     for (int64_t i = 0; i < blocks; ++i) {
       const Range range = chunk_range(queries, blocks, i);
       for (int64_t h = 0; h < heads; h += heads_each)
-        list.push_back({cu_q[b] + range.begin, range.end - range.begin, cu_k[b], keys, h, std::min(heads_each, heads - h)});
+        list.push_back({cu_q[b] + range.begin, range.end - range.begin, cu_k[b], keys, h,
+                        std::min(heads_each, heads - h)});
     }
   }
   std::stable_sort(list.begin(), list.end(), [](const AttentionTask& x, const AttentionTask& y) {
@@ -98,15 +99,15 @@ std::vector<AttentionTask> tasks(const int32_t* cu_q, const int32_t* cu_k, int64
   return list;
 }
 
-template <class Args>
-void run(void (*kernel)(const Args&, const AttentionTask&, const AttentionTask*, void*), const Args& args,
-         const std::vector<AttentionTask>& list, int64_t bytes) {
+// kernel(task, the task this thread is likely to get next or null, workspace) for each.
+template <class Kernel>
+void run(const std::vector<AttentionTask>& list, int64_t bytes, const Kernel& kernel) {
   bytes = (bytes + 63) / 64 * 64;
   const int64_t count = static_cast<int64_t>(list.size()), threads = max_threads();
   char* memory = workspace(static_cast<size_t>(bytes * threads));
   parallel_for_dynamic(count, [&](int64_t i, int thread) {
     const AttentionTask* task = list.data() + i;
-    kernel(args, *task, i + threads < count ? task + threads : nullptr, memory + thread * bytes);
+    kernel(*task, i + threads < count ? task + threads : nullptr, memory + thread * bytes);
   });
 }
 
@@ -131,7 +132,9 @@ void forward(Strides q, Strides k, Strides v, Address cu_q, Address cu_k, Addres
   const VarlenAttention args{head_rows(q), head_rows(k), head_rows(v), pointer(out), pointer(lse), query_rows, heads,
                              heads / key_heads, width, scale, Dtype(dtype)};
   const auto list = tasks(int32s(cu_q), int32s(cu_k), batch, heads, kQueryBlock);
-  run<VarlenAttention>(M3AE_DISPATCH(varlen_attention), args, list, workspace_bytes(width, args.dtype));
+  const auto kernel = M3AE_DISPATCH(varlen_attention);
+  run(list, workspace_bytes(width, args.dtype),
+      [&](const AttentionTask& task, const AttentionTask* next, void* memory) { kernel(args, task, next, memory); });
 
   const int64_t end = int32s(cu_q)[batch];
   zero_rows({args.out, heads * width, width}, end, query_rows, heads, width, args.dtype);
@@ -151,8 +154,9 @@ void backward(Strides dout, Strides q, Strides k, Strides v, Address out, Addres
                                      pointer(lse), pointer(dlse), head_rows(dq), head_rows(dk), head_rows(dv),
                                      query_rows, heads, heads / key_heads, width, scale, Dtype(dtype)};
   const auto list = tasks(int32s(cu_q), int32s(cu_k), batch, key_heads, 0);
-  run<VarlenAttentionBackward>(M3AE_DISPATCH(varlen_attention_backward), args, list,
-                               backward_workspace_bytes(width, longest_key, args.dtype));
+  const auto kernel = M3AE_DISPATCH(varlen_attention_backward);
+  run(list, backward_workspace_bytes(width, longest_key, args.dtype),
+      [&](const AttentionTask& task, const AttentionTask*, void* memory) { kernel(args, task, memory); });
   zero_rows(args.dq, int32s(cu_q)[batch], query_rows, heads, width, args.dtype);
   zero_rows(args.dk, int32s(cu_k)[batch], key_rows, key_heads, width, args.dtype);
   zero_rows(args.dv, int32s(cu_k)[batch], key_rows, key_heads, width, args.dtype);

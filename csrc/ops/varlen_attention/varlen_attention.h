@@ -57,4 +57,4 @@ int64_t backward_workspace_bytes(int64_t width, int64_t longest_key, Dtype dtype
 M3AE_KERNEL(void varlen_attention(const VarlenAttention& args, const AttentionTask& task, const AttentionTask* next,
                                   void* workspace))
 M3AE_KERNEL(void varlen_attention_backward(const VarlenAttentionBackward& args, const AttentionTask& task,
-                                           const AttentionTask* next, void* workspace))
+                                           void* workspace))

@@ -33,19 +33,21 @@ struct Upcoming {
 };
 
 // A share (part of parts) of rows [first, first + count) of the head to come. A head's rows are too far apart for the
-// hardware to see a pattern, and packing them would wait for memory row by row.
+// hardware to see a pattern, and packing them would wait for memory row by row. (The backward pass works long enough on
+// what it reads that this gains nothing there: measured.)
 template <class T, int write = 0>
 M3AE_INLINE void prefetch(const HeadRows& x, int64_t first, int64_t count, int64_t head, int64_t width, int64_t part,
                           int64_t parts) {
   for (int64_t r = count * part / parts; r < count * (part + 1) / parts; ++r) {
     const char* row = as<char>(x.data) + ((first + r) * x.row + head * x.head) * static_cast<int64_t>(sizeof(T));
-    for (int64_t byte = 0; byte < width * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(row + byte, write, 2);
+    for (int64_t byte = 0; byte < width * static_cast<int64_t>(sizeof(T)); byte += 64)
+      __builtin_prefetch(row + byte, write, 2);
   }
 }
 
 template <class V>
 M3AE_INLINE int64_t lanes_for(int64_t n) { return round_up(n, V::width); }
-// Rows of a matrix that is read down its columns: an odd number of vectors, lest all of a column fall in few cache sets.
+// Rows of a matrix that is read down its columns: an odd number of vectors, lest a column fall in few cache sets.
 template <class V>
 M3AE_INLINE int64_t spread(int64_t lanes) { return (lanes / V::width | 1) * V::width; }
 
@@ -103,7 +105,8 @@ void softmax_rows(Float* scores, int64_t ld, int64_t rows, int64_t keys, Float s
   }
   for_lanes<V>(rows, [&](int64_t r, int n) {
     const V sum = across<V>(state.partial + r * V::width, [](V x, V y) { return x + y; });
-    store_lanes(V::fma(load_lanes<V>(state.total + r, n), load_lanes<V>(state.rescale + r, n), sum), state.total + r, n);
+    const V before = load_lanes<V>(state.total + r, n), rescale = load_lanes<V>(state.rescale + r, n);
+    store_lanes(V::fma(before, rescale, sum), state.total + r, n);
   });
 }
 
@@ -127,7 +130,8 @@ void forward(const VarlenAttention& a, const AttentionTask& t, int64_t head, Upc
   U* queries = arena.take<U>(kRowBlock * row_units);
   Float* scores = arena.take<Float>(kScores + kTileRows * spread<V>(kKeyBlock));
   Float* sums = arena.take<Float>(kQueryBlock * lanes);
-  const Running<Float> all{arena.take<Float>(kQueryBlock), arena.take<Float>(kQueryBlock), arena.take<Float>(kQueryBlock),
+  Float* running = arena.take<Float>(3 * kQueryBlock);
+  const Running<Float> all{running, running + kQueryBlock, running + 2 * kQueryBlock,
                            arena.take<Float>(kRowBlock * V::width)};
 
   if (t.keys == 0) {
@@ -164,9 +168,10 @@ void forward(const VarlenAttention& a, const AttentionTask& t, int64_t head, Upc
       multiply<U>({queries, row_units, 1, keys_t, ld, scores, ld, steps, false}, rows, key_lanes);
       const Running<Float> state{all.largest + row, all.total + row, all.rescale + row, all.partial};
       softmax_rows<U>(scores, ld, rows, keys, scale2, state);
-      for (int64_t i = 0; i < rows && block > 0; ++i) write_row<V>(sum + i * lanes, state.rescale[i], sum + i * lanes, lanes);
-      multiply<U>({reinterpret_cast<U*>(scores), ld, 1, values, lanes, sum, lanes, (keys + depth - 1) / depth, block > 0},
-                  rows, lanes);
+      for (int64_t i = 0; i < rows && block > 0; ++i)
+        write_row<V>(sum + i * lanes, state.rescale[i], sum + i * lanes, lanes);
+      const U* weights = reinterpret_cast<U*>(scores);
+      multiply<U>({weights, ld, 1, values, lanes, sum, lanes, (keys + depth - 1) / depth, block > 0}, rows, lanes);
       if (block + 1 < key_blocks) continue;
       for (int64_t i = 0; i < rows; ++i)
         write_row<V>(sum + i * lanes, 1 / state.total[i], out + (row + i) * a.heads * width, width);
@@ -246,18 +251,7 @@ M3AE_INLINE void score_gradients(Float* scores, Float* dweights, U* pairs, int64
 }
 
 template <class T>
-void prefetch_backward(const VarlenAttentionBackward& a, Upcoming next, int64_t part, int64_t parts) {
-  const AttentionTask& n = *next.task;
-  const int64_t head = next.head * a.groups;
-  for (const HeadRows& x : {a.q, a.dout, HeadRows{const_cast<void*>(a.out), a.heads * a.width, a.width}})
-    prefetch<T>(x, n.query, n.queries, head, a.width, part, parts);
-  for (const HeadRows& x : {a.k, a.v}) prefetch<T>(x, n.key, n.keys, next.head, a.width, part, parts);
-  prefetch<T, 1>(a.dq, n.query, n.queries, head, a.width, part, parts);
-  for (const HeadRows& x : {a.dk, a.dv}) prefetch<T, 1>(x, n.key, n.keys, next.head, a.width, part, parts);
-}
-
-template <class T>
-void backward(const VarlenAttentionBackward& a, const AttentionTask& t, int64_t key_head, Upcoming next, void* workspace) {
+void backward(const VarlenAttentionBackward& a, const AttentionTask& t, int64_t key_head, void* workspace) {
   using U = Unit<T>;
   using V = typename Units<U>::V;
   using Float = typename V::scalar;
@@ -306,18 +300,21 @@ void backward(const VarlenAttentionBackward& a, const AttentionTask& t, int64_t 
         if (depth > 1) pack_steps(k + key * a.k.row, a.k.row, keys, width, k_steps, lanes);
         for (int64_t r = 0; r < keys; r += kGradRowBlock) {
           const int64_t rows = keys - r < kGradRowBlock ? keys - r : kGradRowBlock;
-          if (next.task && query_block == 0) prefetch_backward<T>(a, next, (key + r) / kGradRowBlock, t.keys / kGradRowBlock + key_blocks);
           Float* dscore_rows = depth == 1 ? dscores + r * b.ld : dscores;  // pairs: kept in dscore_pairs instead
-          multiply<U>({k_rows + r * row_units, row_units, 1, b.q_t, b.ld, scores, b.ld, steps, false}, rows, query_lanes);
-          multiply<U>({v_rows + r * row_units, row_units, 1, b.dout_t, b.ld, dscore_rows, b.ld, steps, false}, rows, query_lanes);
+          multiply<U>({k_rows + r * row_units, row_units, 1, b.q_t, b.ld, scores, b.ld, steps, false}, rows,
+                      query_lanes);
+          multiply<U>({v_rows + r * row_units, row_units, 1, b.dout_t, b.ld, dscore_rows, b.ld, steps, false}, rows,
+                      query_lanes);
           score_gradients<U>(scores, dscore_rows, dscore_pairs + r / depth * b.ld, rows, b, scale2);
-          multiply<U>({reinterpret_cast<U*>(scores), b.ld, 1, b.dout, lanes, dv_sum + (key + r) * lanes, lanes, query_steps,
-                       accumulate}, rows, lanes);
-          multiply<U>({reinterpret_cast<U*>(dscore_rows), b.ld, 1, b.q, lanes, dk_sum + (key + r) * lanes, lanes, query_steps,
-                       accumulate}, rows, lanes);
+          Float *dv_rows = dv_sum + (key + r) * lanes, *dk_rows = dk_sum + (key + r) * lanes;
+          multiply<U>({reinterpret_cast<U*>(scores), b.ld, 1, b.dout, lanes, dv_rows, lanes, query_steps, accumulate},
+                      rows, lanes);
+          multiply<U>({reinterpret_cast<U*>(dscore_rows), b.ld, 1, b.q, lanes, dk_rows, lanes, query_steps, accumulate},
+                      rows, lanes);
         }
-        multiply<U>({depth == 1 ? reinterpret_cast<U*>(dscores) : dscore_pairs, 1, b.ld, depth == 1 ? k_rows : k_steps, lanes,
-                     dq_sum, lanes, (keys + depth - 1) / depth, block > 0}, b.count, lanes);
+        const U* along_keys = depth == 1 ? reinterpret_cast<U*>(dscores) : dscore_pairs;
+        multiply<U>({along_keys, 1, b.ld, depth == 1 ? k_rows : k_steps, lanes, dq_sum, lanes,
+                     (keys + depth - 1) / depth, block > 0}, b.count, lanes);
       }
       accumulate = true;
       T* dq = head_rows_out<T>(a.dq, t.query + first, head);
@@ -339,20 +336,19 @@ void backward(const VarlenAttentionBackward& a, const AttentionTask& t, int64_t 
 
 void varlen_attention(const VarlenAttention& a, const AttentionTask& t, const AttentionTask* next, void* workspace) {
   for (int64_t head = t.head; head < t.head + t.heads; ++head) {
-    const Upcoming upcoming = head + 1 < t.head + t.heads ? Upcoming{&t, head + 1} : Upcoming{next, next ? next->head : 0};
+    const bool last = head + 1 == t.head + t.heads;
+    const Upcoming upcoming = last ? Upcoming{next, next ? next->head : 0} : Upcoming{&t, head + 1};
     if (a.dtype == Dtype::f64) forward<double>(a, t, head, upcoming, workspace);
     else if (a.dtype == Dtype::bf16) forward<bfloat16>(a, t, head, upcoming, workspace);
     else forward<float>(a, t, head, upcoming, workspace);
   }
 }
 
-void varlen_attention_backward(const VarlenAttentionBackward& a, const AttentionTask& t, const AttentionTask* next,
-                               void* workspace) {
+void varlen_attention_backward(const VarlenAttentionBackward& a, const AttentionTask& t, void* workspace) {
   for (int64_t head = t.head; head < t.head + t.heads; ++head) {
-    const Upcoming upcoming = head + 1 < t.head + t.heads ? Upcoming{&t, head + 1} : Upcoming{next, next ? next->head : 0};
-    if (a.dtype == Dtype::f64) backward<double>(a, t, head, upcoming, workspace);
-    else if (a.dtype == Dtype::bf16) backward<bfloat16>(a, t, head, upcoming, workspace);
-    else backward<float>(a, t, head, upcoming, workspace);
+    if (a.dtype == Dtype::f64) backward<double>(a, t, head, workspace);
+    else if (a.dtype == Dtype::bf16) backward<bfloat16>(a, t, head, workspace);
+    else backward<float>(a, t, head, workspace);
   }
 }
 

@@ -79,7 +79,7 @@ def varlen_attention(
             f"cu_seqlens_k must hold as many sequences as cu_seqlens_q, {cu_q.shape[0] - 1}, got {cu_k.shape[0] - 1}"
         )
 
-    dtype = _common_dtype(q, k, v)
+    dtype = _backends.product_dtype(q, k, v)
     q, k, v = (_dense_rows(x.to(dtype)) for x in (q, k, v))
     impl = _backends.pick(BACKENDS, impl, q)
     if impl == "reference":
@@ -121,7 +121,7 @@ def varlen_attention_qkvpacked(
     if qkv.shape[2] < 1 or qkv.shape[3] < 1:
         raise ValueError(f"qkv must have at least one head and one channel, got shape {tuple(qkv.shape)}")
     cu, longest = _lengths("", cu_seqlens, max_seqlen, qkv)
-    qkv = _dense_rows(qkv.to(_common_dtype(qkv)))
+    qkv = _dense_rows(qkv.to(_backends.product_dtype(qkv)))
     impl = _backends.pick(BACKENDS, impl, qkv)
     if impl == "reference":
         longest = _known(longest, cu)
@@ -156,17 +156,6 @@ def _known(longest: int | None, cu: Tensor) -> int:
 
 def _scale(softmax_scale: float | None, width: int) -> float:
     return width**-0.5 if softmax_scale is None else softmax_scale
-
-
-def _common_dtype(*tensors: Tensor) -> torch.dtype:
-    """The widest; under autocast its dtype, which leaves float64 alone as autocast does everywhere."""
-    dtype = tensors[0].dtype
-    for each in tensors[1:]:
-        dtype = torch.promote_types(dtype, each.dtype)
-    kind = tensors[0].device.type
-    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return dtype
 
 
 def _dense_rows(x: Tensor) -> Tensor:
