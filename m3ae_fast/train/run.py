@@ -131,6 +131,7 @@ def load_tokenizer(folder: Path, config: RunConfig) -> Tokenizer | None:
 
 
 def refuse_differences(path: Path, saved: RunConfig, wanted: RunConfig) -> None:
+    """ValueError that lists what two runs disagree about, where it changes what is computed."""
     found = checkpoint.differences(saved.identity(), wanted.identity())
     if found:
         raise ValueError(f"{path} is of another configuration: {'; '.join(found)}")
