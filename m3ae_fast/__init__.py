@@ -1,7 +1,10 @@
 """m3ae_fast: custom-kernel performance library for masked multimodal autoencoders (M3AE, MAE, MAMO)."""
 
+import warnings
+
 import torch  # noqa: F401  before _C, so that its OpenMP symbols resolve to torch's own runtime: one thread pool
 
+from m3ae_fast import _backends
 from m3ae_fast._explain import __version__, explain
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.ops import *  # noqa: F403
@@ -14,3 +17,7 @@ class M3AEFastWarning(UserWarning):
 
 
 __all__ = [*_ops, "ImageTextBatch", "M3AEFastWarning", "SeqLens", "__version__", "explain"]
+
+_missing = _backends.LOADED["restore_tokens"].reasons.get("cpp")
+if _missing:
+    warnings.warn(f"every op runs on its slow reference: {_missing}", M3AEFastWarning, stacklevel=2)

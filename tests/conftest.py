@@ -1,10 +1,14 @@
 """Fixtures for all tests."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import m3ae_fast
 from m3ae_fast import _backends, testing
 
 
@@ -43,3 +47,17 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def python(tmp_path):
+    """python(code, **environment): run code in a process of its own, on the very package that is tested here."""
+
+    def run(code, **environment):
+        # in a folder of its own: a source tree in the current one would come before the installed package
+        package = str(Path(m3ae_fast.__file__).parents[1])
+        env = {**os.environ, "PYTHONPATH": package, **environment}
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300)
+
+    return run

@@ -1,6 +1,5 @@
 """What holds for a whole process: environment variables, imports, threads."""
 
-import subprocess
 import sys
 
 import pytest
@@ -12,28 +11,21 @@ from m3ae_fast import testing
 needs_cpp = pytest.mark.skipif(not testing.isas(), reason="the compiled module is missing")
 
 
-def python(code, **environment):
-    import os
-
-    env = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
-
-
 @needs_cpp
 @pytest.mark.parametrize("isa", testing.isas())
-def test_an_instruction_set_can_be_forced(isa):
+def test_an_instruction_set_can_be_forced(isa, python):
     done = python("import m3ae_fast; print(m3ae_fast.explain())", M3AE_FAST_ISA=isa)
     assert f"{isa} (M3AE_FAST_ISA={isa})" in done.stdout, done.stderr
 
 
 @needs_cpp
-def test_an_instruction_set_that_is_not_there_is_refused():
+def test_an_instruction_set_that_is_not_there_is_refused(python):
     done = python("import m3ae_fast", M3AE_FAST_ISA="avx1024")
     assert done.returncode != 0
     assert "M3AE_FAST_ISA must be one of scalar, avx2, avx512, avx512_bf16, got 'avx1024'" in done.stderr
 
 
-def test_a_backend_can_be_forced_for_a_process():
+def test_a_backend_can_be_forced_for_a_process(python):
     code = "import m3ae_fast, torch; print(m3ae_fast.restore_tokens(torch.ones(1, 4), *[torch.zeros(1).int() - 1] * 2))"
     assert python(code, M3AE_FAST_IMPL="reference").returncode == 0
     refused = python(code, M3AE_FAST_IMPL="triton")
@@ -57,7 +49,7 @@ def test_torch_rules_the_threads():
 
 
 @needs_cpp
-def test_one_openmp_runtime_does_the_work():
+def test_one_openmp_runtime_does_the_work(python):
     """_C's parallel regions run on the runtime that torch loaded: no second pool of threads appears."""
     code = """
 import torch, m3ae_fast, os
@@ -81,7 +73,7 @@ def test_explain_names_every_op():
         assert op in text
 
 
-def test_import_needs_no_optional_package():
+def test_import_needs_no_optional_package(python):
     code = """
 import sys
 for name in ("triton", "PIL", "tokenizers", "safetensors", "tqdm", "tensorboard", "matplotlib", "xformers"):
