@@ -16,6 +16,18 @@ def pytest_configure(config):
     measure.SETTINGS.smoke = config.getoption("--smoke", default=False)
 
 
+def pytest_collection_modifyitems(config, items):
+    """A smoke run takes the first case of every benchmark: each provider and dtype runs once, no size twice."""
+    if not measure.SETTINGS.smoke:
+        return
+    first, kept, left = {}, [], []
+    for item in items:
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case", item.callspec.params.get("size"))
+        (kept if first.setdefault(item.originalname, case) == case else left).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
+
+
 def pytest_terminal_summary(terminalreporter):
     if not measure.ROWS:
         return

@@ -26,8 +26,6 @@ def make_batch(config: M3AEConfig, shape: testing.ModelShape, seed: int) -> Imag
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("size", ["m3ae_tiny", "m3ae_small"])
 def bench_m3ae_step(benchmark, size, precision):
-    if measure.SETTINGS.smoke and size != "m3ae_tiny":
-        pytest.skip("smoke run: the tiny model stands for all")
     config, shape = SIZES[size]
     torch.manual_seed(0)
     ours = M3AE(config)
