@@ -1,5 +1,8 @@
 """linear_cross_entropy: what the contract tests do not cover."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,6 +188,31 @@ def test_thread_counts_give_the_same_bits_at_real_sizes(impl, dtype, threads):
         results.append(outputs + gradients)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+MEMORY = """
+import resource, torch
+from m3ae_fast import linear_cross_entropy
+x = torch.randn(1024, 512).to(torch.{dtype}).requires_grad_()
+weight = torch.randn(30522, 512).to(torch.{dtype}).requires_grad_()
+target = torch.arange(1024)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+linear_cross_entropy(x[:2], weight[:64], target[:2]).backward()  # libraries warm, .grad allocated
+x.grad.fill_(0), weight.grad.fill_(0)
+before = peak()
+gradients = torch.autograd.grad(linear_cross_entropy(x, weight, target, impl="cpp"), (x, weight))
+print(peak() - before - sum(g.nbytes for g in gradients) / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+@pytest.mark.skipif(not testing.impls("linear_cross_entropy"), reason="the compiled module is missing")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_beyond_the_gradients(dtype):
+    """MiB at the peak, in a process of its own; the logits alone are 119 in fp32 and eager PyTorch takes three such."""
+    run = subprocess.run([sys.executable, "-c", MEMORY.format(dtype=dtype)], capture_output=True, text=True, check=True)
+    assert float(run.stdout) <= 64
 
 
 @pytest.mark.parametrize("impl", IMPLS)

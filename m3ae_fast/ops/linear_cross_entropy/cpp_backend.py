@@ -6,8 +6,8 @@ from m3ae_fast._backends import address, code
 from m3ae_fast._cpp import _C
 from m3ae_fast.ops.linear.cpp_backend import ONEDNN, column_sums, product
 
-BLOCK_BYTES = 16 << 20  # of logits: more than this, and every block's would be fresh pages of memory
-SLAB = 2048  # classes a product of the weight's gradient, for the same reason
+BLOCK_BYTES = 24 << 20  # of logits. From 32 MiB on malloc gives every block fresh pages; small ones multiply badly
+SLAB = 2048  # classes a product of the weight's gradient, which is added up over blocks: a small temporary
 
 
 def forward(x, weight, bias, target, dloss, ignore_index, label_smoothing, need_x, need_weight, need_bias):
@@ -16,6 +16,7 @@ def forward(x, weight, bias, target, dloss, ignore_index, label_smoothing, need_
     loss, hit = (x.new_zeros(count, dtype=accumulate) for _ in range(2))
     dx = x.new_zeros(count if need_x else 0, width)
     dweight = x.new_empty(vocab if need_weight else 0, width)
+    _C.prefer_huge_pages(address(dweight), dweight.nbytes)
     dbias = x.new_zeros(vocab if need_bias else 0, dtype=accumulate)
     if not (need_x or need_weight or need_bias):
         dloss = None
