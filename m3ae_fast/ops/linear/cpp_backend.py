@@ -7,17 +7,36 @@ from m3ae_fast._backends import address, code
 from m3ae_fast._cpp import _C
 
 ACTIVATION_CODE = {"": 0, "gelu": 1, "gelu_tanh": 2}  # csrc/ops/linear/linear.h
-# F.linear is oneDNN's for bfloat16, but MKL's for float32, and MKL leaves half of an AMD machine's AVX-512 unused.
+# F.linear is oneDNN's for bfloat16, but MKL's for float32, and MKL leaves half of a Zen 5's AVX-512 unused
+# (on a Zen 4 the two are equally fast) and changes its bits with the number of threads.
 # The operator that TorchInductor calls reaches oneDNN; it is private to torch, so it may be missing.
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-LIBRARY = "oneDNN, as torch carries it" if ONEDNN else "torch's F.linear: its private oneDNN operator is missing"
+LIBRARY = (
+    "oneDNN, as torch carries it: the same bits for any thread count"
+    if ONEDNN
+    else "torch's F.linear: its private oneDNN operator is missing"
+)
 
 
-def product(a, b, bias=None):
-    """a [M, K] times b [N, K] transposed, either of them in any strides, plus bias [N]."""
-    if ONEDNN and a.dtype == torch.float32 and a.numel() and b.numel():
+TERMS = 512  # that oneDNN may add up in one chain: MKL, which is eager PyTorch, adds in blocks and rounds less
+
+
+def product(a, b, bias=None, terms=TERMS):
+    """a [M, K] times b [N, K] transposed, each contiguous or the transpose of such, plus bias [N]."""
+    if not (ONEDNN and a.dtype == torch.float32 and a.numel() and b.numel()):
+        return F.linear(a, b, bias)
+    blocks = -(-a.shape[1] // terms)
+    if blocks == 1:
         return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
-    return F.linear(a, b, bias)
+    out = None
+    for i in range(blocks):
+        some = slice(a.shape[1] * i // blocks, a.shape[1] * (i + 1) // blocks)
+        right = b[:, some]
+        if right.stride(1) == 1:  # oneDNN falls to its slow path for rows that are apart
+            right = right.contiguous()
+        part = torch.ops.mkldnn._linear_pointwise(a[:, some], right, bias if i == 0 else None, "none", [], "")
+        out = part if out is None else out.add_(part)
+    return out
 
 
 def forward(x, weight, bias, activation, training):
