@@ -1,6 +1,5 @@
 """linear_cross_entropy: what the contract tests do not cover."""
 
-import subprocess
 import sys
 
 import pytest
@@ -209,9 +208,10 @@ print(peak() - before - sum(g.nbytes for g in gradients) / 2**20)
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
 @pytest.mark.skipif(not testing.impls("linear_cross_entropy"), reason="the compiled module is missing")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_beyond_the_gradients(dtype):
+def test_memory_beyond_the_gradients(dtype, python):
     """MiB at the peak, in a process of its own; the logits alone are 119 in fp32 and eager PyTorch takes three such."""
-    run = subprocess.run([sys.executable, "-c", MEMORY.format(dtype=dtype)], capture_output=True, text=True, check=True)
+    run = python(MEMORY.format(dtype=dtype))
+    assert run.returncode == 0, run.stderr
     assert float(run.stdout) <= 64
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 
 import numpy as np
@@ -160,6 +159,6 @@ def test_the_help_of_pretrain_tells_the_true_defaults(run):
         assert f"({getattr(defaults, name)})" in out
 
 
-def test_python_dash_m():
-    done = subprocess.run([sys.executable, "-m", "m3ae_fast", "--version"], capture_output=True, text=True)
+def test_python_dash_m(python):
+    done = python("import runpy, sys; sys.argv[1:] = ['--version']; runpy.run_module('m3ae_fast', run_name='__main__')")
     assert done.returncode == 0 and done.stdout.startswith("m3ae_fast ")
