@@ -66,6 +66,30 @@ def ids(name: str, value: Tensor, length: int | None = None) -> Tensor:
     """An index vector, int32 or int64, of `length` entries; returned as contiguous int32."""
     shape(name, value, (length,))
     dtype(name, value, INTEGERS)
-    if value.dtype != torch.int32:  # a `.to` that changes nothing still costs a microsecond
-        value = value.to(torch.int32)
+    if value.dtype != torch.int32:  # saturate: what is out of range must stay out of range, on a GPU too
+        value = value.clamp(-(2**31), 2**31 - 1).to(torch.int32)
     return value.contiguous()
+
+
+def offsets(name: str, value: Tensor, rows: int) -> None:
+    """Cumulative offsets: from 0, ascending, at most `rows` at the end. Looked at on the CPU; a GPU would sync."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if value[0] != 0 or (value[1:] < value[:-1]).any() or value[-1] > rows:
+        raise ValueError(f"{name} must ascend from 0 to at most {rows} rows, got {_list(value)}")
+
+
+def within(name: str, value: Tensor, low: int, high: int, count: Tensor | None = None) -> None:
+    """Indices, the first `count` of them, in [low, high). Looked at on the CPU; a GPU would sync."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    value = value if count is None else value[:count]
+    if not value.numel():
+        return
+    if value.min() < low or value.max() >= high:
+        raise ValueError(f"{name} must be in [{low}, {high}), got {_list(value[(value < low) | (value >= high)])}")
+
+
+def _list(value: Tensor) -> str:
+    shown = ", ".join(map(str, value[:8].tolist()))
+    return f"[{shown}{', ...' if len(value) > 8 else ''}]"

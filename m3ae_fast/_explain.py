@@ -60,6 +60,8 @@ def explain() -> str:
         for device, names in _backends.PREFERENCE.items():
             can = [n for n in names if backends.refusal(n, device, torch.float32) is None]
             runs[device] = _backends._FORCED or (can[0] if can else "reference")
+            if runs[device] != "reference" and backends.refusal(runs[device], device, torch.float32):
+                runs[device] = "refused"
         have = ["reference", *backends.modules]
         have += [f"{impl} unavailable: {reason}" for impl, reason in backends.reasons.items()]
         lines.append(f"{op:<24}{runs['cpu']:<12}{runs['cuda']:<12}{'; '.join(have)}")

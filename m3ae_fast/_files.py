@@ -14,9 +14,15 @@ def naming(path: str | Path):
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
+        hidden = error.filename is not None and Path(error.filename) == temporary_name(Path(path))
+        if (error.filename is None or hidden) and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def temporary_name(path: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 @contextlib.contextmanager
@@ -25,7 +31,7 @@ def replacing(path: Path):
 
     A reader sees the old file or the new one, also after a power cut; a failure leaves the old one as it was.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_name(path)
     try:
         with naming(path):
             yield temporary

@@ -43,18 +43,23 @@ class ImageTextBatch:
         if images is not None:
             _checks.shape("images", images, (None, 3, None, None))
             _checks.dtype("images", images, (torch.uint8, *_checks.FLOATS))
+        if text is not None:
+            _checks.tensor("text", text)
+        has_image = None if has_image is None else tuple(map(bool, has_image))
         device = (images if images is not None else text).device
         if (text is None) != (text_lengths is None):
             raise ValueError("text and text_lengths must be given together")
         if text is None:
-            batch = len(tuple(has_image)) if has_image is not None else images.shape[0]
+            batch = len(has_image) if has_image is not None else images.shape[0]
             text = torch.zeros(0, dtype=torch.int32, device=device)
             text_lengths = [0] * batch
         if not isinstance(text_lengths, SeqLens):
             text_lengths = SeqLens(text_lengths)
         batch = len(text_lengths)
         text = _checks.ids("text", text, text_lengths.total)
-        has_image = tuple(map(bool, has_image)) if has_image is not None else (images is not None,) * batch
+        _checks.device("text", text, "images", text if images is None else images)
+        if has_image is None:
+            has_image = (images is not None,) * batch
         if len(has_image) != batch:
             raise ValueError(f"has_image must have {batch} entries, as text_lengths has, got {len(has_image)}")
         stored = 0 if images is None else images.shape[0]
@@ -63,8 +68,11 @@ class ImageTextBatch:
         for i, (image, length) in enumerate(zip(has_image, text_lengths.lengths, strict=True)):
             if not image and length == 0:
                 raise ValueError(f"every sample must have an image or a text, got neither in sample {i}")
-        sample_ids = torch.arange(batch) if sample_ids is None else torch.as_tensor(sample_ids, dtype=torch.int64)
+        sample_ids = torch.arange(batch) if sample_ids is None else torch.as_tensor(sample_ids).cpu()
         _checks.shape("sample_ids", sample_ids, (batch,))
+        if batch:  # an empty list makes a float tensor
+            _checks.dtype("sample_ids", sample_ids, _checks.INTEGERS)
+        sample_ids = sample_ids.to(torch.int64)
         self.images, self.text, self.text_lengths = images, text, text_lengths.to(device)
         self.has_image, self.sample_ids = has_image, sample_ids
 

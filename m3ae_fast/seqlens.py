@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import index
 
 import torch
 from torch import Tensor
@@ -34,7 +35,9 @@ class SeqLens:
             _checks.shape("lengths", lengths, (None,))
             _checks.dtype("lengths", lengths, (torch.int64, torch.int32, torch.int16, torch.uint8))
             lengths = lengths.tolist()
-        self.lengths = tuple(lengths)
+        if not isinstance(lengths, Iterable):
+            raise TypeError(f"lengths must be integers, one a sequence, got {type(lengths).__name__}")
+        self.lengths = tuple(n if isinstance(n, bool) or not hasattr(n, "__index__") else index(n) for n in lengths)
         for length in self.lengths:
             _checks.integer("lengths", length, 0)
         self.max = max(self.lengths, default=0)

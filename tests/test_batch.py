@@ -1,5 +1,6 @@
 """SeqLens and ImageTextBatch: what they hold and what they refuse."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,9 +17,14 @@ def test_seqlens_carries_both_views():
     assert (empty.cu.tolist(), empty.max, empty.total) == ([0], 0, 0)
 
 
+def test_lengths_may_be_numpys():
+    assert SeqLens(np.array([3, 0, 5])) == SeqLens([3, 0, 5])
+
+
 @pytest.mark.parametrize(
     ("lengths", "error", "message"),
     [
+        (5, TypeError, "lengths must be integers, one a sequence, got int"),
         ([1, -1], ValueError, "lengths must be at least 0, got -1"),
         ([1.5], TypeError, "lengths must be an integer, got float"),
         (torch.tensor([1.0]), TypeError, "lengths must be of dtype"),
@@ -48,6 +54,8 @@ IMAGES, TEXT = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(5)
         ((IMAGES, TEXT, [5, 0]), {"has_image": [1]}, ValueError, "has_image must have 2 entries"),
         ((IMAGES, TEXT, [5, 0]), {"sample_ids": [1]}, ValueError, r"sample_ids must have shape \(2,\)"),
         ((None, TEXT, [5, 0]), {}, ValueError, "got neither in sample 1"),
+        ((None, [1, 2], [2]), {}, TypeError, "text must be a tensor, got list"),
+        ((IMAGES,), {"sample_ids": [0.5, 1.7]}, TypeError, "sample_ids must be of dtype int32, int64"),
     ],
 )
 def test_bad_batches(args, options, error, message):
@@ -59,3 +67,7 @@ def test_a_batch_moves_whole():
     batch = ImageTextBatch(IMAGES, TEXT, [2, 3], sample_ids=[8, 9]).to("cpu")
     assert len(batch) == 2 and batch.text.dtype == torch.int32 and batch.sample_ids.tolist() == [8, 9]
     assert repr(batch) == "ImageTextBatch(2 samples, 2 images, 5 words)"
+
+
+def test_has_image_may_be_an_iterator():
+    assert len(ImageTextBatch(IMAGES, has_image=iter([True, True]))) == 2

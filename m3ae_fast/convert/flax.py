@@ -104,6 +104,11 @@ def config_from_flax(tree: Mapping[str, Any], **known: Any) -> dict[str, Any]:
         tree: as `flax_to_torch` takes it. known: fields the tree does not show (heads, image_size) or that override.
     """
     state = flax_to_torch(tree)
+    for path in ("image_embedding/kernel", "decoder_input_projection/kernel"):
+        ours = state.get(_our_name(path))
+        if ours is None or ours.dim() != 2:
+            got = "none" if ours is None else f"shape {tuple(ours.shape)}"
+            raise ValueError(f"tree must hold a two-dimensional {path!r}, got {got}")
 
     def depth(part: str) -> int:
         return 1 + max((int(n.split(".")[2]) for n in state if n.startswith(f"{part}.blocks.")), default=-1)
@@ -149,7 +154,10 @@ def convert_flax_checkpoint(source: str | os.PathLike, target: str | os.PathLike
     from safetensors.torch import save_file
 
     tree = load_flax_checkpoint(source)
-    state, config = flax_to_torch(tree), config_from_flax(tree)
+    try:
+        state, config = flax_to_torch(tree), config_from_flax(tree)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{os.fspath(source)} is not a checkpoint of the public M3AE code: {error}") from error
     with replacing(Path(target)) as temporary:
         save_file(state, temporary, metadata={"format": "pt", "config": json.dumps(config)})
     return config

@@ -76,11 +76,20 @@ class FolderDataset:
         text = self._texts.get(_stem(name))
         if text is None:
             return ()
-        try:
-            lines = (self.path / text).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadSample(text, str(error)) from error
-        return tuple(filter(None, map(str.strip, lines)))
+        return read_captions(self.path / text, text)
+
+
+def read_captions(path: Path, name: str) -> tuple[str, ...]:
+    """The lines of a caption file that are not blank.
+
+    Raises:
+        BadSample: `name`, as the file is called in messages, cannot be read as UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadSample(name, str(error)) from error
+    return tuple(filter(None, map(str.strip, lines)))
 
 
 def _stem(name: str) -> str:

@@ -49,6 +49,8 @@ class M3AEConfig:
 
     def __post_init__(self):
         if not isinstance(self.image_size, int):
+            if not isinstance(self.image_size, list | tuple) or len(self.image_size) != 2:
+                raise ValueError(f"image_size must be pixels a side or (height, width), got {self.image_size!r}")
             self.image_size = tuple(self.image_size)
         self.image_mean, self.image_std = tuple(self.image_mean), tuple(self.image_std)
         for name in ("patch_size", "width", "heads", "decoder_width", "decoder_heads"):
@@ -57,6 +59,13 @@ class M3AEConfig:
             _checks.integer(name, getattr(self, name), 0)
         if any(side < 1 or side % self.patch_size for side in self.image_shape):
             raise ValueError(f"image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size}")
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != 3:
+                raise ValueError(f"{name} must have three values, one a channel, got {getattr(self, name)}")
+        if not all(std > 0 for std in self.image_std):
+            raise ValueError(f"image_std must be positive, got {self.image_std}")
+        if not self.mlp_ratio > 0:
+            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
         for name in ("width", "decoder_width"):
             if getattr(self, name) % 4:
                 raise ValueError(
@@ -71,6 +80,7 @@ class M3AEConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         _checks.choice("masking", self.masking, ("sample", "shared"))
+        _checks.choice("activation", self.activation, ("gelu", "gelu_tanh"))
 
     @property
     def image_shape(self) -> tuple[int, int]:

@@ -161,7 +161,9 @@ class M3AE(nn.Module):
         decoded = self._decode(self._encode(batch, layout, image.keep, text.keep), layout)
         patches = self.image_head(take_rows(decoded, layout.all_image_rows))
         pixels = patches.new_full((len(batch), self.config.patches, self.config.patch_dim), math.nan)
-        pixels[torch.tensor(batch.has_image)] = patches.view(-1, self.config.patches, self.config.patch_dim)
+        pixels[torch.tensor(batch.has_image, dtype=torch.bool)] = patches.view(
+            -1, self.config.patches, self.config.patch_dim
+        )
         logits = decoded.new_zeros(0, 0)
         if self.text_head is not None:
             logits = self.text_head(take_rows(decoded, layout.all_text_rows))

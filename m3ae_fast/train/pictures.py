@@ -14,7 +14,7 @@ from m3ae_fast import M3AEFastWarning
 from m3ae_fast._files import replacing
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader, Sample, Tokenizer, open_dataset
-from m3ae_fast.data.folder import read_image
+from m3ae_fast.data.folder import read_captions, read_image
 from m3ae_fast.models import M3AEConfig
 from m3ae_fast.train import metrics
 from m3ae_fast.train.config import RunConfig
@@ -65,7 +65,7 @@ def batch_of_files(
     samples = []
     for i, path in enumerate(images):
         beside = path.with_suffix(".txt")
-        lines = [captions[i]] if captions else beside.read_text("utf-8").splitlines()[:1] if beside.is_file() else []
+        lines = [captions[i]] if captions else read_captions(beside, str(beside))[:1] if beside.is_file() else []
         samples.append(Sample(read_image(path, str(path)), tuple(lines), str(path)))
     return _first_batch(_InOrder(samples), tokenizer, model_config, len(samples), strict=True)
 

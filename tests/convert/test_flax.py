@@ -202,3 +202,11 @@ def test_unknown_parameters_are_named():
         flax_to_torch({"encoder/Block_0/Rotary_0/kernel": np.ones((2, 2))})
     with pytest.raises(TypeError, match=r"got str at 'a'"):
         flax_to_torch({"a": "b"})
+
+
+def test_an_incomplete_tree_is_named(tmp_path):
+    path = tmp_path / "model.pkl"
+    path.write_bytes(pickle.dumps({"params": {"cls_token": np.zeros((1, 1, 8), "f")}}))
+    with pytest.raises(ValueError, match=r"model\.pkl .*image_embedding/kernel"):
+        convert_flax_checkpoint(path, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()

@@ -132,6 +132,12 @@ def test_images_alone_and_texts_alone(model):
     assert images.text_loss.item() == 0 and images.image_loss > 0
 
 
+def test_an_empty_batch(model):
+    empty = ImageTextBatch(torch.zeros(0, 3, 16, 16, dtype=torch.uint8))
+    assert model(empty, seed=0).loss.item() == 0
+    assert model.reconstruct(empty, seed=0).image.shape == (0, 16, 48) and model.encode(empty).cls.shape == (0, 32)
+
+
 def test_mae_is_m3ae_without_texts(model):
     mae = MAE(CONFIG)
     assert not [name for name in mae.state_dict() if "text" in name]
@@ -174,6 +180,11 @@ def test_sizes_of_the_paper():
         ({"image_mask_ratio": 1.0}, r"image_mask_ratio must be in \[0, 1\), got 1.0"),
         ({"masking": "none"}, "masking must be one of"),
         ({"colour": 1}, "got colour"),
+        ({"image_std": (0, 1, 1)}, "image_std must be positive"),
+        ({"image_mean": (1, 2)}, "image_mean must have three values"),
+        ({"image_size": (16,)}, r"image_size must be pixels a side or \(height, width\), got \(16,\)"),
+        ({"mlp_ratio": -1}, "mlp_ratio must be positive"),
+        ({"activation": "relu"}, "activation must be one of"),
     ],
 )
 def test_bad_configuration(changes, message):

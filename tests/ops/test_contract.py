@@ -159,3 +159,41 @@ def test_an_explicit_impl_is_obeyed_or_refused(op):
         function(op)(*call.args, **call.kwargs, impl="fastest")
     with pytest.raises(ValueError, match=f"impl='cuda' cannot run {op}"):
         function(op)(*call.args, **call.kwargs, impl="cuda")
+
+
+@pytest.mark.parametrize(("op", "impl", "case"), FIRST)
+def test_a_second_derivative_is_refused(op, impl, case):
+    """Gradients are made by kernels, which autograd cannot see into: an error, never a wrong number."""
+    call = testing.cases(op).make(case)
+    if not call.leaves() or impl == "reference":
+        pytest.skip(f"{op} has no gradient of its own here")
+    out = function(op)(*call.args, **call.kwargs, impl=impl)
+    attached = [x for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor) and x.requires_grad]
+    total = sum((x * x).sum() for x in attached)
+    gradients = torch.autograd.grad(total, call.leaves(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(g.square().sum() for g in gradients).backward()
+
+
+BEYOND = 2**32 + 1  # as int32 it would read as 1
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_ids_beyond_int32_do_not_wrap(impl):
+    seqlens, images = m3ae_fast.SeqLens([2]), torch.zeros(1, 3, 8, 8)
+    bad, rows = torch.tensor([BEYOND, 1]), torch.ones(2, 4)
+    with pytest.raises(ValueError, match="target must"):
+        m3ae_fast.linear_cross_entropy(rows, torch.ones(3, 4), bad, impl=impl)
+    with pytest.raises(ValueError, match="ids must"):
+        m3ae_fast.gather_patches(images, bad, seqlens, patch_size=4, impl=impl)
+    with pytest.raises(ValueError, match="rows must"):
+        m3ae_fast.restore_tokens(rows, bad, torch.tensor([-1, -1]), impl=impl)
+
+
+@pytest.mark.parametrize("cu", [[2, 4], [0, 3, 1, 4], [0, 2, 50]])
+def test_offsets_of_a_loss_must_fit(cu):
+    x, target = torch.ones(4, 4), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="cu_seqlens must ascend from 0 to at most 4 rows"):
+        m3ae_fast.linear_cross_entropy(
+            x, torch.ones(3, 4), target, reduction="sample_mean", cu_seqlens=torch.tensor(cu)
+        )

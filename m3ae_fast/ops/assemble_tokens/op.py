@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from m3ae_fast import _backends, _checks
 from m3ae_fast.ops.assemble_tokens import reference
@@ -151,6 +152,7 @@ class _AssembleTokens(torch.autograd.Function):
         return _assemble_tokens(impl, *args)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         (_, image, text, _, _, _, _, cls, embedding, image_position, text_position, image_type, text_type,
          _) = ctx.needs_input_grad  # fmt: skip

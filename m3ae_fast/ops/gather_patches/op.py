@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from m3ae_fast import _backends, _checks
 from m3ae_fast.ops.gather_patches import patches, reference
@@ -64,6 +65,8 @@ def gather_patches(
 
     impl = _backends.pick(BACKENDS, impl, images, dtype)
     if impl == "reference":
+        _checks.offsets("seqlens", cu, ids.shape[0])
+        _checks.within("ids", ids, 0, (images.shape[2] // patch_size) * (images.shape[3] // patch_size), cu[-1])
         return reference.gather_patches(images, ids, cu, patch_size, scale, shift, dtype)
     return _GatherPatches.apply(impl, images, ids, cu, patch_size, scale, shift, dtype)
 
@@ -79,6 +82,7 @@ class _GatherPatches(torch.autograd.Function):
         return _gather_patches(impl, images, ids, cu, patch_size, scale, shift, dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         ids, cu = ctx.saved_tensors
         dimages = _gather_patches_backward(

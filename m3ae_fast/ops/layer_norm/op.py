@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from m3ae_fast import _backends, _checks
 from m3ae_fast.ops.layer_norm import reference
@@ -105,6 +106,7 @@ class _LayerNorm(torch.autograd.Function):
         return y, s
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, ds):
         s, weight, stats = ctx.saved_tensors
         _, need_x, need_residual, need_weight, need_bias, _, _ = ctx.needs_input_grad

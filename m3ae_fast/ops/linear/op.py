@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from m3ae_fast import _backends, _checks
 from m3ae_fast.ops.linear import reference
@@ -78,6 +79,7 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight, z = ctx.saved_tensors
         _, need_x, need_weight, need_bias, _, _ = ctx.needs_input_grad

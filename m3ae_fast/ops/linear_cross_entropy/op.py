@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from m3ae_fast import _backends, _checks
 from m3ae_fast.ops.linear_cross_entropy import reference
@@ -72,6 +73,7 @@ def linear_cross_entropy(
     if cu_seqlens is not None:
         cu_seqlens = offsets("cu_seqlens", cu_seqlens)
         _checks.device("cu_seqlens", cu_seqlens, "x", x)
+        _checks.offsets("cu_seqlens", cu_seqlens, rows)
         within = torch.arange(rows, device=x.device) < cu_seqlens[-1]
         target = torch.where(within, target, ignore_index)
     elif reduction == "sample_mean":
@@ -83,6 +85,7 @@ def linear_cross_entropy(
 
     impl = _backends.pick(BACKENDS, impl, x)
     if impl == "reference":
+        _checks.within("target", target[target != ignore_index], 0, weight.shape[0])
         loss, hit = reference.linear_cross_entropy(x, weight, bias, target, ignore_index, label_smoothing)
         loss = loss if share is None else _total(loss, share)
     else:
@@ -142,6 +145,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss, hit
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss, _):
         if ctx.reduced:
             gradients = ctx.saved_tensors

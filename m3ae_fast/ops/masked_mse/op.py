@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from m3ae_fast import _backends, _checks
 from m3ae_fast.ops.gather_patches import patches
@@ -75,6 +76,10 @@ def masked_mse(
 
     impl = _backends.pick(BACKENDS, impl, pred, images.dtype)
     if impl == "reference":
+        _checks.offsets("cu_mask", cu, ids_mask.shape[0])
+        _checks.within(
+            "ids_mask", ids_mask, 0, (images.shape[2] // patch_size) * (images.shape[3] // patch_size), cu[-1]
+        )
         return reference.masked_mse(pred, *args)
     need_error = pred.requires_grad and torch.is_grad_enabled()
     return _MaskedMse.apply(impl, pred.contiguous(), *args, need_error)
@@ -92,6 +97,7 @@ class _MaskedMse(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         error, cu = ctx.saved_tensors
         dpred = _masked_mse_backward(ctx.impl, dloss.contiguous(), error, cu, ctx.reduction)

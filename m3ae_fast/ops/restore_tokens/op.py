@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from m3ae_fast import _backends, _checks
 from m3ae_fast.ops.restore_tokens import reference
@@ -77,6 +78,9 @@ def restore_tokens(
 
     impl = _backends.pick(BACKENDS, impl, kept)
     if impl == "reference":
+        tables = sum(table.shape[0] for table in (image_position, text_position) if table is not None)
+        _checks.within("rows", rows, -1, kept.shape[0])
+        _checks.within("slots", slots, -1, tables)
         return reference.restore_tokens(kept, rows, slots, *params.values())
     if not (kept.dtype == torch.bfloat16 and out_dtype == torch.float32):  # the one mix the kernels read as it is
         kept = kept.to(out_dtype)
@@ -100,6 +104,7 @@ class _RestoreTokens(torch.autograd.Function):
         return _restore_tokens(impl, kept, rows, slots, *params)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         rows, slots = ctx.saved_tensors
         need_kept, _, _, *need = ctx.needs_input_grad[1:]

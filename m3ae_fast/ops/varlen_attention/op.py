@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from m3ae_fast import _backends, _checks, seqlens
 from m3ae_fast.ops.varlen_attention import reference
@@ -173,6 +174,7 @@ class _VarlenAttention(torch.autograd.Function):
         return (out, lse) if return_lse else out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, dlse=None):
         q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
         gradients = _varlen_attention_backward(
@@ -193,6 +195,7 @@ class _VarlenAttentionPacked(torch.autograd.Function):
         return (out, lse) if return_lse else out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, dlse=None):
         qkv, out, lse, cu = ctx.saved_tensors
         dqkv = _varlen_attention_packed_backward(
