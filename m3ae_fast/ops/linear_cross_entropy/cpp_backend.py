@@ -33,8 +33,8 @@ def forward(x, weight, bias, target, dloss, ignore_index, label_smoothing, need_
         )  # fmt: skip
         dlogits = logits  # where dloss is given
         if need_x:
-            # in one chain over the vocabulary: a row's gradient is all but zero in most of it
-            dx.index_copy_(0, index.long(), product(dlogits, weight.t(), terms=vocab))
+            # in chains of a slab: oneDNN splits longer ones by the number of threads, which changes bits
+            dx.index_copy_(0, index.long(), product(dlogits, weight.t(), terms=SLAB))
         if need_weight:
             _add_product(dweight, dlogits, block, first=index.data_ptr() == rows.data_ptr())
         if need_bias:
