@@ -190,6 +190,22 @@ def test_thread_counts_give_the_same_bits_at_real_sizes(impl, dtype, width, thre
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+MEMORY = """
+import resource, torch
+from m3ae_fast import linear_cross_entropy
+x = torch.randn(1024, 512).to(torch.{dtype}).requires_grad_()
+weight = torch.randn(30522, 512).to(torch.{dtype}).requires_grad_()
+target = torch.arange(1024)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+linear_cross_entropy(x[:2], weight[:64], target[:2]).backward()  # libraries warm, .grad allocated
+x.grad.fill_(0), weight.grad.fill_(0)
+before = peak()
+gradients = torch.autograd.grad(linear_cross_entropy(x, weight, target, impl="cpp"), (x, weight))
+print(peak() - before - sum(g.nbytes for g in gradients) / 2**20)
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
 @pytest.mark.skipif(not testing.impls("linear_cross_entropy"), reason="the compiled module is missing")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
