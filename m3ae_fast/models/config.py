@@ -117,7 +117,7 @@ class M3AEConfig:
     def tiny(cls, **changes: Any) -> M3AEConfig:
         """64-pixel images in 64 patches; learns within minutes on a laptop."""
         sizes = {
-            "image_size": 64, "patch_size": 8, "max_text_length": 32, "width": 192, "depth": 4, "heads": 3,
+            "image_size": 64, "patch_size": 8, "max_text_length": 40, "width": 128, "depth": 2, "heads": 4,
             "decoder_width": 128, "decoder_depth": 2, "decoder_heads": 4,
         }  # fmt: skip
         return cls(**(sizes | changes))
