@@ -3,7 +3,6 @@
 #include <pybind11/stl.h>
 
 #include "cpu/isa.h"
-#include "cpu/pages.h"
 #include "cpu/sum_rows.h"
 #include "cpu/threads.h"
 
@@ -34,9 +33,6 @@ PYBIND11_MODULE(_C, module) {
       },
       pybind11::call_guard<pybind11::gil_scoped_release>(),
       "out[g] = the sum of the rows whose index is first + g");
-  module.def(
-      "prefer_huge_pages", [](Address start, int64_t bytes) { prefer_huge_pages(pointer(start), bytes); },
-      "for a fresh output that something else is about to write");
 #define M3AE_OP(op) bind_##op(module);
 #include "ops.inc"
 #undef M3AE_OP

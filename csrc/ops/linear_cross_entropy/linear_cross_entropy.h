@@ -5,20 +5,48 @@
 
 namespace m3ae {
 
-// Cross entropy of a block of logits, which become their gradient in place. The products around it are oneDNN's: see
-// m3ae_fast/ops/linear_cross_entropy/cpp_backend.py.
+// Linear and cross entropy over a block of rows whose logits stay in a workspace. Each stage is a kernel over tasks that
+// depend on nothing of their own stage, and no sum depends on how they are shared out:
+//   pack       rows of x                    x in the two layouts that products read (csrc/cpu/gemm.h)
+//   logits     panels of classes            x W^T + bias
+//   softmax    rows                         loss and hit; the logits become dloss (softmax - target)
+//   dx         bands of rows x of columns   dlogits W
+//   dweight    panels of classes            (+)= dlogits^T x, and the same for dbias
 struct CrossEntropyBlock {
-  void* logits;           // [rows, vocab]; out: dloss (softmax - target), where dloss is given
-  const int32_t* rows;    // [rows], which row of target, dloss, loss and hit this is
-  const int32_t* target;  // [T], every one named by rows in [0, vocab)
+  const void* x;          // [T, width]
+  const void* weight;     // [vocab, width]
+  const void* bias;       // [vocab]; null: none
+  const int32_t* target;  // [T]
   const void* dloss;      // accumulators [T] (fp32; fp64 for Dtype::f64); null: no gradient
   void* loss;             // accumulators [T]
-  void* hit;              // accumulators [T], 1 where no logit before the target's is as large and none is larger
-  int64_t vocab;
+  void* hit;              // accumulators [T], 1 where the target's is the first of the largest logits
+  void* dx;               // [T, width]; null: not wanted
+  void* dweight;          // [vocab, width]; null: not wanted
+  void* dbias;            // accumulators [vocab]; null: not wanted
+  int64_t width, vocab;
   double label_smoothing;
   Dtype dtype;
+
+  const int32_t* rows;              // the rows of this block, every target of theirs in [0, vocab)
+  int64_t count;                    // how many
+  bool first;                       // dweight and dbias hold nothing yet
+  char *logits, *x_rows, *x_steps;  // workspaces, see CrossEntropySizes
 };
+
+// Bytes of the workspaces, which depend on what the instruction set multiplies.
+struct CrossEntropySizes {
+  int64_t logits_row, x_rows_row, x_steps_row;  // for each row of a block
+  int64_t scratch;                              // for a thread, with blocks of `rows` rows
+};
+
+// A panel of classes and the whole width of it (128 KiB at 512) stay in L2; so do a band's sums and its part of weight.
+constexpr int64_t kClassPanel = 64, kDxRows = 192, kDxColumns = 64;
 
 }  // namespace m3ae
 
-M3AE_KERNEL(void cross_entropy_block(const CrossEntropyBlock& args, int64_t begin, int64_t end))
+M3AE_KERNEL(CrossEntropySizes cross_entropy_sizes(int64_t rows, int64_t width, int64_t vocab, Dtype dtype))
+M3AE_KERNEL(void cross_entropy_pack(const CrossEntropyBlock& args, int64_t begin, int64_t end))
+M3AE_KERNEL(void cross_entropy_logits(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end))
+M3AE_KERNEL(void cross_entropy_softmax(const CrossEntropyBlock& args, int64_t begin, int64_t end))
+M3AE_KERNEL(void cross_entropy_dx(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end))
+M3AE_KERNEL(void cross_entropy_dweight(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end))

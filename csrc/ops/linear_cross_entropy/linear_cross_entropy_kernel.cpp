@@ -1,14 +1,99 @@
-// linear_cross_entropy: rows [begin, end) of a block of logits. Pure: no threads, no allocation.
+// linear_cross_entropy: the stages of a block of rows, tasks [begin, end). Pure: no threads, no allocation.
 #include "ops/linear_cross_entropy/linear_cross_entropy.h"
 
 #include <cmath>
+#include <type_traits>
 
+#include "cpu/gemm.h"
 #include "cpu/vec_math.h"
 
 namespace m3ae::M3AE_ISA {
 namespace {
 
+constexpr int64_t kSteps = 256;  // units that a product adds up before the sum joins its total
 constexpr int64_t kSpan = 1024;  // logits summed in vector lanes before they join a fp64 sum
+
+// Sizes and pointers of a block whose x and weight are of type T.
+template <class T>
+struct Block {
+  using V = Vec<T>;
+  using Accumulator = typename V::scalar;
+  using U = Unit<T>;
+  static constexpr int64_t depth = Units<U>::depth;
+  using Logit = std::conditional_t<depth == 2, bfloat16, Accumulator>;  // what products read without packing
+
+  static int64_t logits_stride(int64_t vocab) { return round_up(vocab, kClassPanel); }  // zeros behind the vocabulary
+  static int64_t row_units(int64_t width) { return round_up((width + depth - 1) / depth, V::width); }
+  static int64_t step_units(int64_t width) { return round_up(width, V::width); }
+  static int64_t steps(int64_t elements) { return (elements + depth - 1) / depth; }
+
+  explicit Block(const CrossEntropyBlock& a)
+      : x(as<T>(a.x)), weight(as<T>(a.weight)), logits(reinterpret_cast<Logit*>(a.logits)),
+        x_rows(reinterpret_cast<U*>(a.x_rows)), x_steps(reinterpret_cast<U*>(a.x_steps)),
+        stride(logits_stride(a.vocab)), row_ld(row_units(a.width)), step_ld(step_units(a.width)) {}
+
+  const T *x, *weight;
+  Logit* logits;          // [count, stride]
+  U *x_rows, *x_steps;    // [count, row_ld], [steps(count), step_ld]
+  int64_t stride, row_ld, step_ld;
+};
+
+template <class T>
+CrossEntropySizes sizes(int64_t rows, int64_t width, int64_t vocab) {
+  using B = Block<T>;
+  constexpr int64_t unit = sizeof(typename B::U), sum = sizeof(typename B::Accumulator);
+  const int64_t logits = unit * B::steps(width) * kClassPanel + sum * rows * kClassPanel;
+  const int64_t dx = unit * kSteps * kDxColumns + sum * kDxRows * kDxColumns;
+  const int64_t dweight = unit * B::steps(rows) * kClassPanel + sum * kClassPanel * B::step_units(width);
+  const int64_t most = logits > dx ? logits : dx;
+  return {static_cast<int64_t>(sizeof(typename B::Logit)) * B::logits_stride(vocab), unit * B::row_units(width),
+          unit * B::step_units(width), most > dweight ? most : dweight};
+}
+
+// Rows; with units of two, the even one packs its neighbour along.
+template <class T>
+void pack(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
+  const Block<T> b(a);
+  for (int64_t s = (begin + b.depth - 1) / b.depth; s * b.depth < end; ++s) {
+    const int64_t i = s * b.depth, here = a.count - i < b.depth ? a.count - i : b.depth;
+    const T* row = b.x + a.rows[i] * a.width;
+    const int64_t next = here > 1 ? (a.rows[i + 1] - a.rows[i]) * a.width : 0;
+    pack_rows(row, next, here, a.width, b.x_rows + i * b.row_ld, b.row_ld);
+    pack_steps(row, next, here, a.width, b.x_steps + s * b.step_ld, b.step_ld);
+  }
+}
+
+template <class T>
+void logits(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t end) {
+  using B = Block<T>;
+  using V = typename B::V;
+  using U = typename B::U;
+  using Accumulator = typename B::Accumulator;
+  const B b(a);
+  const int64_t steps = B::steps(a.width);
+  U* classes = reinterpret_cast<U*>(scratch);  // [steps, kClassPanel]
+  Accumulator* sums = reinterpret_cast<Accumulator*>(classes + steps * kClassPanel);  // [count, kClassPanel]
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t v = panel * kClassPanel, here = a.vocab - v < kClassPanel ? a.vocab - v : kClassPanel;
+    pack_columns(b.weight + v * a.width, a.width, here, a.width, classes, kClassPanel);
+    int64_t s = 0;
+    do {  // once also where width is 0: the sums are then zero
+      const int64_t some = steps - s < kSteps ? steps - s : kSteps;
+      multiply(Product<U>{b.x_rows + s, b.row_ld, 1, classes + s * kClassPanel, kClassPanel, sums, kClassPanel, some, s > 0},
+               a.count, round_up(here, V::width));
+      s += kSteps;
+    } while (s < steps);
+    for (int64_t i = 0; i < a.count; ++i) {
+      typename B::Logit* out = b.logits + i * b.stride + v;
+      for_lanes<V>(here, [&](int64_t d, int n) {
+        V z = load_lanes<V>(sums + i * kClassPanel + d, n);
+        if (a.bias) z = z + load_lanes<V>(as<T>(a.bias) + v + d, n);
+        store_lanes(z, out + d, n);
+      });
+      std::memset(static_cast<void*>(out + here), 0, sizeof(*out) * static_cast<size_t>(kClassPanel - here));
+    }
+  }
+}
 
 // The sum over [0, count) of term(offset, lanes), whose lanes past the first n are zero.
 template <class V, class Term>
@@ -27,15 +112,17 @@ template <class V, class T>
 M3AE_INLINE typename V::scalar at(const T* p) { return V::load_first(p, 1).sum(); }
 
 template <class T>
-void run(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
+void softmax(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
   using V = Vec<T>;
   using Accumulator = typename V::scalar;
+  using Logit = typename Block<T>::Logit;
+  const Block<T> b(a);
   const int64_t vocab = a.vocab;
   const double smoothing = a.label_smoothing;
   for (int64_t i = begin; i < end; ++i) {
-    T* logits = as<T>(a.logits) + i * vocab;
+    Logit* logits = b.logits + i * b.stride;
     const int32_t row = a.rows[i];
-    T* const target = logits + as<int32_t>(a.target)[row];
+    Logit* const target = logits + a.target[row];
 
     const V lowest = V::set(-INFINITY);
     V most = lowest;
@@ -51,7 +138,7 @@ void run(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
       loss += smoothing * (wanted - mean);
     }
     bool hit = wanted == largest;
-    for (const T* earlier = logits; hit && earlier < target; ++earlier) hit = at<V>(earlier) < largest;
+    for (const Logit* earlier = logits; hit && earlier < target; ++earlier) hit = at<V>(earlier) < largest;
     as<Accumulator>(a.loss)[row] = static_cast<Accumulator>(loss);
     as<Accumulator>(a.hit)[row] = hit;
 
@@ -67,12 +154,100 @@ void run(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
   }
 }
 
+// Tasks are bands of rows x bands of columns.
+template <class T>
+void dx(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t end) {
+  using B = Block<T>;
+  using V = typename B::V;
+  using U = typename B::U;
+  using Accumulator = typename B::Accumulator;
+  const B b(a);
+  U* classes = reinterpret_cast<U*>(scratch);  // [kSteps, kDxColumns]
+  Accumulator* sums = reinterpret_cast<Accumulator*>(classes + kSteps * kDxColumns);  // [kDxRows, kDxColumns]
+  const int64_t bands = (a.count + kDxRows - 1) / kDxRows, column_bands = (a.width + kDxColumns - 1) / kDxColumns;
+  const bool packed = !std::is_same_v<T, U> || a.width % V::width != 0;  // whole vectors of the weight itself will do
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t band = task / column_bands, first = a.count * band / bands, rows = a.count * (band + 1) / bands - first;
+    const int64_t d0 = task % column_bands * kDxColumns;
+    const int64_t columns = a.width - d0 < kDxColumns ? a.width - d0 : kDxColumns;
+    for (int64_t v = 0; v < a.vocab; v += kSteps * B::depth) {
+      const int64_t some = a.vocab - v < kSteps * B::depth ? a.vocab - v : kSteps * B::depth;
+      const T* weight = b.weight + v * a.width + d0;
+      if (packed) pack_steps(weight, a.width, some, columns, classes, kDxColumns);
+      const U* right = packed ? classes : reinterpret_cast<const U*>(weight);
+      const U* left = reinterpret_cast<const U*>(b.logits + first * b.stride + v);
+      multiply(Product<U>{left, b.stride / B::depth, 1, right, packed ? kDxColumns : a.width, sums, kDxColumns,
+                          B::steps(some), v > 0},
+               rows, round_up(columns, V::width));
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      T* out = as<T>(a.dx) + a.rows[first + i] * a.width + d0;
+      for_lanes<V>(columns, [&](int64_t d, int n) {
+        store_lanes(load_lanes<V>(sums + i * kDxColumns + d, n), out + d, n);
+      });
+    }
+  }
+}
+
+template <class T>
+void dweight(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t end) {
+  using B = Block<T>;
+  using V = typename B::V;
+  using U = typename B::U;
+  using Accumulator = typename B::Accumulator;
+  const B b(a);
+  const int64_t steps = B::steps(a.count);
+  U* left = reinterpret_cast<U*>(scratch);  // [steps, kClassPanel]
+  Accumulator* sums = reinterpret_cast<Accumulator*>(left + steps * kClassPanel);  // [kClassPanel, step_ld]
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t v = panel * kClassPanel, here = a.vocab - v < kClassPanel ? a.vocab - v : kClassPanel;
+    const typename B::Logit* dlogits = b.logits + v;
+    if (a.dbias) {
+      Accumulator* sum = as<Accumulator>(a.dbias) + v;
+      for_lanes<V>(here, [&](int64_t d, int n) {
+        V total = a.first ? V::zero() : load_lanes<V>(sum + d, n);
+        for (int64_t i = 0; i < a.count; ++i) total = total + load_lanes<V>(dlogits + i * b.stride + d, n);
+        store_lanes(total, sum + d, n);
+      });
+    }
+    if (!a.dweight) continue;
+    pack_steps(dlogits, b.stride, a.count, here, left, kClassPanel);
+    multiply(Product<U>{left, 1, kClassPanel, b.x_steps, b.step_ld, sums, b.step_ld, steps, false}, here, b.step_ld);
+    for (int64_t c = 0; c < here; ++c) {
+      T* out = as<T>(a.dweight) + (v + c) * a.width;
+      for_lanes<V>(a.width, [&](int64_t d, int n) {
+        const V sum = load_lanes<V>(sums + c * b.step_ld + d, n);
+        store_lanes(a.first ? sum : sum + load_lanes<V>(out + d, n), out + d, n);
+      });
+    }
+  }
+}
+
 }  // namespace
 
-void cross_entropy_block(const CrossEntropyBlock& args, int64_t begin, int64_t end) {
-  if (args.dtype == Dtype::f64) return run<double>(args, begin, end);
-  if (args.dtype == Dtype::bf16) return run<bfloat16>(args, begin, end);
-  run<float>(args, begin, end);
+#define M3AE_BY_DTYPE(function, ...)                                            \
+  if (args.dtype == Dtype::f64) return function<double>(__VA_ARGS__);           \
+  if (args.dtype == Dtype::bf16) return function<bfloat16>(__VA_ARGS__);        \
+  return function<float>(__VA_ARGS__);
+
+CrossEntropySizes cross_entropy_sizes(int64_t rows, int64_t width, int64_t vocab, Dtype dtype) {
+  const struct { Dtype dtype; } args{dtype};
+  M3AE_BY_DTYPE(sizes, rows, width, vocab)
+}
+void cross_entropy_pack(const CrossEntropyBlock& args, int64_t begin, int64_t end) {
+  M3AE_BY_DTYPE(pack, args, begin, end)
+}
+void cross_entropy_logits(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end) {
+  M3AE_BY_DTYPE(logits, args, scratch, begin, end)
+}
+void cross_entropy_softmax(const CrossEntropyBlock& args, int64_t begin, int64_t end) {
+  M3AE_BY_DTYPE(softmax, args, begin, end)
+}
+void cross_entropy_dx(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end) {
+  M3AE_BY_DTYPE(dx, args, scratch, begin, end)
+}
+void cross_entropy_dweight(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end) {
+  M3AE_BY_DTYPE(dweight, args, scratch, begin, end)
 }
 
 }  // namespace m3ae::M3AE_ISA

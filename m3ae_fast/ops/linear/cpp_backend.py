@@ -21,11 +21,11 @@ LIBRARY = (
 TERMS = 512  # that oneDNN may add up in one chain: MKL, which is eager PyTorch, adds in blocks and rounds less
 
 
-def product(a, b, bias=None, terms=TERMS):
+def product(a, b, bias=None):
     """a [M, K] times b [N, K] transposed, each contiguous or the transpose of such, plus bias [N]."""
     if not (ONEDNN and a.dtype == torch.float32 and a.numel() and b.numel()):
         return F.linear(a, b, bias)
-    blocks = -(-a.shape[1] // terms)
+    blocks = -(-a.shape[1] // TERMS)
     if blocks == 1:
         return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     out = None
