@@ -65,8 +65,7 @@ def gather_patches(
 
     impl = _backends.pick(BACKENDS, impl, images, dtype)
     if impl == "reference":
-        _checks.offsets("seqlens", cu, ids.shape[0])
-        _checks.within("ids", ids, 0, (images.shape[2] // patch_size) * (images.shape[3] // patch_size), cu[-1])
+        patches.check_ids("ids", ids, "seqlens", cu, images, patch_size)
         return reference.gather_patches(images, ids, cu, patch_size, scale, shift, dtype)
     return _GatherPatches.apply(impl, images, ids, cu, patch_size, scale, shift, dtype)
 

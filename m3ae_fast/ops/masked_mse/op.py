@@ -76,10 +76,7 @@ def masked_mse(
 
     impl = _backends.pick(BACKENDS, impl, pred, images.dtype)
     if impl == "reference":
-        _checks.offsets("cu_mask", cu, ids_mask.shape[0])
-        _checks.within(
-            "ids_mask", ids_mask, 0, (images.shape[2] // patch_size) * (images.shape[3] // patch_size), cu[-1]
-        )
+        patches.check_ids("ids_mask", ids_mask, "cu_mask", cu, images, patch_size)
         return reference.masked_mse(pred, *args)
     need_error = pred.requires_grad and torch.is_grad_enabled()
     return _MaskedMse.apply(impl, pred.contiguous(), *args, need_error)
