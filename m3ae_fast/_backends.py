@@ -13,10 +13,11 @@ from torch import Tensor
 IMPLS = ("reference", "cpp", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}  # best first; the reference closes every list
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.uint8: 3}  # csrc/dtype.h
-_RUNS_ON = {
-    "cpp": ("cpu", (torch.float32, torch.bfloat16, torch.float64)),
-    "triton": ("cuda", (torch.float32, torch.bfloat16, torch.float16)),
-    "cuda": ("cuda", (torch.float32, torch.bfloat16, torch.float16)),
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs on CPU tensors, slowly, to be tested
+_RUNS_ON = {  # devices, floating dtypes
+    "cpp": (("cpu",), (torch.float32, torch.bfloat16, torch.float64)),
+    "triton": (("cpu", "cuda") if INTERPRETED else ("cuda",), (torch.float32, torch.bfloat16, torch.float16)),
+    "cuda": (("cuda",), (torch.float32, torch.bfloat16, torch.float16)),
 }
 _FORCED = os.environ.get("M3AE_FAST_IMPL") or None
 if _FORCED is not None and _FORCED not in IMPLS:
@@ -40,8 +41,8 @@ class Backends:
         if impl not in self.modules:
             return self.reasons.get(impl, "this op has no such backend")
         runs_on, floats = _RUNS_ON[impl]
-        if device != runs_on:
-            return f"it runs on {runs_on} tensors, got {device}"
+        if device not in runs_on:
+            return f"it runs on {' and '.join(runs_on)} tensors, got {device}"
         for dtype in dtypes:
             if dtype.is_floating_point and dtype not in floats:
                 return f"it takes {', '.join(str(d).removeprefix('torch.') for d in floats)}, got {dtype}"
@@ -53,6 +54,9 @@ def load(package: str, *impls: str) -> Backends:
     op = package.rpartition(".")[2]
     modules, reasons = {}, {}
     for impl in impls:
+        if impl == "triton" and torch.version.cuda is None and not INTERPRETED:
+            reasons[impl] = "this torch is built without CUDA"  # and importing Triton takes its time
+            continue
         try:
             modules[impl] = importlib.import_module(f"{package}.{impl}_backend")
         except ImportError as error:
