@@ -41,7 +41,7 @@ def explain() -> str:
         cpu = [f"instruction set   {_C.active_isa()} ({why})"]
         sharing = "OpenMP" if _C.openmp else "built without OpenMP"
         cpu.append(f"threads           {_C.num_threads()} ({sharing}; torch has {torch.get_num_threads()})")
-        cpu.append(f"fp32 products     {_backends.LOADED['linear']['cpp'].LIBRARY}")
+        cpu.append(f"products          {_backends.LOADED['linear']['cpp'].library()}")
     except ImportError as error:
         cpu = [f"compiled module   missing: {error}"]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch sees"

@@ -9,22 +9,32 @@ from m3ae_fast.ops import layer_norm, linear
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` (same parameters) with an optional activation in the product's epilogue.
+    """`torch.nn.Linear` (same parameters) with optional activations on the way into and out of the product.
 
     Args:
-        activation: None, "gelu" (erf) or "gelu_tanh".
+        activation, input_activation: None, "gelu" (erf) or "gelu_tanh"; see `m3ae_fast.linear`.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, activation: str | None = None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        activation: str | None = None,
+        input_activation: str | None = None,
+    ):
         super().__init__(in_features, out_features, bias)
-        self.activation = activation
+        self.activation, self.input_activation = activation, input_activation
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        return linear(x, self.weight, self.bias, activation=self.activation)
+        options = {"activation": self.activation, "input_activation": self.input_activation}
+        return linear(x, self.weight, self.bias, **options)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
+        options = {"activation": self.activation, "input_activation": self.input_activation}
+        return super().extra_repr() + "".join(f", {name}={value!r}" for name, value in options.items() if value)
 
 
 class LayerNorm(nn.LayerNorm):

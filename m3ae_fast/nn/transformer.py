@@ -11,12 +11,13 @@ from m3ae_fast.seqlens import SeqLens
 
 
 class Mlp(nn.Module):
-    """fc2(gelu(fc1(x))). Args: activation: "gelu_tanh" (M3AE) or "gelu" (erf: MAE, timm)."""
+    """fc2(gelu(fc1(x))); of the hidden rows only fc1(x) is stored. Args: activation: "gelu_tanh" (M3AE) or "gelu" (erf:
+    MAE, timm)."""
 
     def __init__(self, width: int, hidden: int, *, activation: str = "gelu_tanh"):
         super().__init__()
-        self.fc1 = Linear(width, hidden, activation=activation)
-        self.fc2 = Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width, input_activation=activation)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.fc1(x))

@@ -2,8 +2,11 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+
 #include "cpu/pages.h"
 #include "cpu/reduce_rows.h"
+#include "cpu/scratch.h"
 #include "cpu/threads.h"
 
 namespace py = pybind11;
@@ -11,16 +14,70 @@ namespace py = pybind11;
 namespace m3ae {
 namespace {
 
-void forward(Address z, Address y, int64_t count, int activation, int dtype) {
-  const LinearActivation args{pointer(z), pointer(y), Activation(activation), Dtype(dtype)};
-  const auto kernel = M3AE_DISPATCH(linear_activation);
-  if (y != z) prefer_huge_pages(pointer(y), count * size_of(args.dtype));
-  parallel_for(count, kGrainElements, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+constexpr int64_t kSerialProducts = int64_t{1} << 18;  // multiplications: fewer are not worth waking a thread
+
+void multiply(LinearProduct& args) {
+  const LinearSizes sizes = M3AE_DISPATCH(linear_sizes)(args);
+  const int64_t panels = (args.n + kPanel - 1) / kPanel, groups = (panels + kGroupPanels - 1) / kGroupPanels;
+  const int64_t blocks = M3AE_DISPATCH(linear_step_blocks)(args);
+  const int64_t bands = (args.m + kBlockRows - 1) / kBlockRows;
+  if (groups == 0 || bands == 0) return;
+  const bool serial = args.m * args.n * (args.k + 1) <= kSerialProducts;
+  const int64_t threads = serial ? 1 : max_threads();
+  const Scratch packed(sizes.packed), scratch(sizes.scratch * threads);
+  args.packed = packed.get();
+  const auto each = [&](int64_t tasks, const auto& body) {
+    if (!serial) return parallel_for_dynamic(tasks, [&](int64_t i, int thread) { body(i, scratch.get() + thread * sizes.scratch); });
+    for (int64_t i = 0; i < tasks; ++i) body(i, scratch.get());
+  };
+  for (int64_t group = 0; group < groups; ++group) {
+    const Range range = chunk_range(panels, groups, group);
+    args.first_panel = range.begin;
+    args.panels = range.end - range.begin;
+    each(args.panels * blocks, [&](int64_t i, char* mine) {
+      M3AE_DISPATCH(linear_pack)(args, mine, args.first_panel + i / blocks, i % blocks);
+    });
+    // Few bands: share out their columns too. No sum depends on it.
+    const int64_t chunks = std::clamp<int64_t>((4 * threads + bands - 1) / bands, 1, (args.panels + 1) / 2);
+    each(bands * chunks, [&](int64_t i, char* mine) {
+      const Range rows = chunk_range(args.m, bands, i / chunks), columns = chunk_range(args.panels, chunks, i % chunks);
+      M3AE_DISPATCH(linear_multiply)(args, mine, rows.begin, rows.end - rows.begin, args.first_panel + columns.begin,
+                                     columns.end - columns.begin);
+    });
+  }
 }
 
-// dbias: [width] accumulators (fp32; fp64 for Dtype::f64), 0: not wanted. dz: 0: not wanted.
-void backward(Address dy, Address z, Address dz, Address dbias, int64_t count, int64_t width, int activation,
-              int dtype) {
+// y = act(f(x) W^T + b), and what act was applied to (before; 0: not wanted).
+void forward(Address x, Address weight, Address bias, Address before, Address y, int64_t rows, int64_t inner,
+             int64_t outer, int input_activation, int activation, int dtype) {
+  LinearProduct args{pointer(x), pointer(weight), pointer(bias), nullptr, pointer(before), pointer(y), rows, outer, inner,
+                     false, true, Activation(input_activation), Activation::none, Activation(activation),
+                     Activation::none, Dtype(dtype), 0, 0, nullptr};
+  multiply(args);
+}
+
+// dx = f'(x) (dz W)
+void backward_x(Address dz, Address weight, Address x, Address dx, int64_t rows, int64_t inner, int64_t outer,
+                int input_activation, int dtype) {
+  LinearProduct args{pointer(dz), pointer(weight), nullptr, input_activation ? pointer(x) : nullptr, nullptr, pointer(dx),
+                     rows, inner, outer, false, false, Activation::none, Activation::none, Activation::none,
+                     Activation(input_activation), Dtype(dtype), 0, 0, nullptr};
+  multiply(args);
+}
+
+// dW = dz^T f(x)
+void backward_weight(Address dz, Address x, Address dweight, int64_t rows, int64_t inner, int64_t outer,
+                     int input_activation, int dtype) {
+  LinearProduct args{pointer(dz), pointer(x), nullptr, nullptr, nullptr, pointer(dweight), outer, inner, rows, true, false,
+                     Activation::none, Activation(input_activation), Activation::none, Activation::none, Dtype(dtype),
+                     0, 0, nullptr};
+  multiply(args);
+}
+
+// dz = act'(z) dy and its column sums. dbias: [width] accumulators (fp32; fp64 for Dtype::f64), 0: not wanted. dz: 0:
+// not wanted.
+void activation_backward(Address dy, Address z, Address dz, Address dbias, int64_t count, int64_t width, int activation,
+                         int dtype) {
   const LinearActivationBackward args{pointer(dy), pointer(z),             pointer(dz),
                                       width,       Activation(activation), Dtype(dtype)};
   const auto kernel = M3AE_DISPATCH(linear_activation_backward);
@@ -33,8 +90,10 @@ void backward(Address dy, Address z, Address dz, Address dbias, int64_t count, i
 
 void bind_linear(py::module_& module) {
   const py::call_guard<py::gil_scoped_release> no_gil;
-  module.def("linear_activation", &forward, no_gil);
-  module.def("linear_activation_backward", &backward, no_gil);
+  module.def("linear", &forward, no_gil);
+  module.def("linear_backward_x", &backward_x, no_gil);
+  module.def("linear_backward_weight", &backward_weight, no_gil);
+  module.def("linear_activation_backward", &activation_backward, no_gil);
 }
 
 }  // namespace m3ae

@@ -1,8 +1,9 @@
-// linear: activations of elements [begin, end) forward, of rows [begin, end) backward. Pure: no threads, no allocation.
+// linear: blocks of a product, and the activation's backward pass over rows. Pure: no threads, no allocation.
 #include "ops/linear/linear.h"
 
 #include <type_traits>
 
+#include "cpu/gemm.h"
 #include "cpu/vec_math.h"
 
 namespace m3ae::M3AE_ISA {
@@ -50,14 +51,6 @@ struct GeluTanh {
 };
 
 template <class T, class Function>
-void forward(const LinearActivation& a, int64_t begin, int64_t end) {
-  using V = Vec<T>;
-  const T* z = as<T>(a.z) + begin;
-  T* y = as<T>(a.y) + begin;
-  for_lanes<V>(end - begin, [&](int64_t d, int n) { store_lanes(Function::value(load_lanes<V>(z + d, n)), y + d, n); });
-}
-
-template <class T, class Function>
 void backward(const LinearActivationBackward& a, void* sums, int64_t begin, int64_t end) {
   using V = Vec<T>;
   using Accumulator = typename V::scalar;
@@ -76,28 +69,185 @@ void backward(const LinearActivationBackward& a, void* sums, int64_t begin, int6
   }
 }
 
-// body(a T, a Function) for the dtype and activation of args.
-template <class Args, class Body>
-M3AE_INLINE void choose(const Args& args, const Body& body) {
-  const auto with = [&](auto element) {
-    if (args.activation == Activation::gelu) return body(element, Gelu{});
-    if (args.activation == Activation::gelu_tanh) return body(element, GeluTanh{});
-    body(element, Identity{});
+// body(a Function) for the activation.
+template <class Body>
+M3AE_INLINE void with_function(Activation activation, const Body& body) {
+  if (activation == Activation::gelu) return body(Gelu{});
+  if (activation == Activation::gelu_tanh) return body(GeluTanh{});
+  body(Identity{});
+}
+
+// body(a T) for the dtype.
+template <class Body>
+M3AE_INLINE auto with_element(Dtype dtype, const Body& body) {
+  if (dtype == Dtype::f64) return body(double{});
+  if (dtype == Dtype::bf16) return body(bfloat16{});
+  return body(float{});
+}
+
+// out[r][d] = act(in[r][d]), zeros from `width` to `ld`.
+template <class T>
+void activate(Activation activation, const T* in, int64_t stride, int64_t count, int64_t width, T* out, int64_t ld) {
+  using V = Vec<T>;
+  with_function(activation, [&](auto function) {
+    for (int64_t r = 0; r < count; ++r) {
+      for_lanes<V>(width, [&](int64_t d, int n) {
+        store_rounded(function.value(load_lanes<V>(in + r * stride + d, n)), out + r * ld + d, n);
+      });
+      std::memset(static_cast<void*>(out + r * ld + width), 0, sizeof(T) * static_cast<size_t>(ld - width));
+    }
+  });
+}
+
+// A product whose operands are of type T: sizes in units (csrc/cpu/gemm.h).
+template <class T>
+struct Block {
+  using V = Vec<T>;
+  using Sum = typename V::scalar;
+  using U = Unit<T>;
+  static constexpr int64_t depth = Units<U>::depth;
+  static constexpr int64_t most = kProductSteps * depth;  // elements along k
+  static constexpr int64_t lanes = (kBlockRows + V::width - 1) / V::width * V::width;
+
+  explicit Block(const LinearProduct& a) : a(a), steps((a.k + depth - 1) / depth), blocks(step_blocks(steps)) {}
+
+  const LinearProduct& a;
+  int64_t steps, blocks;
+
+  struct Steps {
+    int64_t first, count;  // units
+    int64_t k, elements;
   };
-  if (args.dtype == Dtype::f64) return with(double{});
-  if (args.dtype == Dtype::bf16) return with(bfloat16{});
-  with(float{});
+  Steps block(int64_t b) const {
+    const int64_t first = steps * b / blocks, count = steps * (b + 1) / blocks - first, k = first * depth;
+    return {first, count, k, a.k - k < count * depth ? a.k - k : count * depth};
+  }
+  U* packed(int64_t panel, const Steps& s) const {
+    return reinterpret_cast<U*>(a.packed) + ((panel - a.first_panel) * steps + s.first) * kPanel;
+  }
+  int64_t columns(int64_t panel) const { return a.n - panel * kPanel < kPanel ? a.n - panel * kPanel : kPanel; }
+};
+
+template <class T>
+LinearSizes sizes(const LinearProduct& a) {
+  using B = Block<T>;
+  const B b(a);
+  const int64_t left = sizeof(typename B::U) * B::lanes * kProductSteps + sizeof(T) * kBlockRows * B::most;
+  const int64_t sums = sizeof(typename B::Sum) * kBlockRows * kPanel * kGroupPanels;
+  const int64_t right = sizeof(T) * B::most * kPanel;
+  return {static_cast<int64_t>(sizeof(typename B::U)) * b.steps * kPanel * kGroupPanels, left + (sums > right ? sums : right)};
+}
+
+template <class T>
+void pack(const LinearProduct& a, char* scratch, int64_t panel, int64_t block) {
+  const Block<T> b(a);
+  const auto s = b.block(block);
+  const int64_t first = panel * kPanel, here = b.columns(panel);
+  if (a.right_by_rows)
+    return pack_columns(as<T>(a.right) + first * a.k + s.k, a.k, here, s.elements, b.packed(panel, s), kPanel);
+  const T* right = as<T>(a.right) + s.k * a.n + first;
+  if (a.right_activation == Activation::none)
+    return pack_steps(right, a.n, s.elements, here, b.packed(panel, s), kPanel);
+  T* values = reinterpret_cast<T*>(scratch);
+  activate(a.right_activation, right, a.n, s.elements, here, values, kPanel);
+  pack_steps(values, kPanel, s.elements, here, b.packed(panel, s), kPanel);
+}
+
+// The left operand of a block: where products read it.
+template <class T>
+struct Left {
+  const Unit<T>* units;
+  int64_t row, step;
+};
+
+template <class T>
+Left<T> left_of(const Block<T>& b, const typename Block<T>::Steps& s, int64_t row, int64_t rows, char* scratch) {
+  using B = Block<T>;
+  using U = typename B::U;
+  const LinearProduct& a = b.a;
+  U* packed = reinterpret_cast<U*>(scratch);
+  if (a.left_by_columns) {
+    const int64_t ld = round_up(rows, B::V::width);
+    pack_steps(as<T>(a.left) + s.k * a.m + row, a.m, s.elements, rows, packed, ld);
+    return {packed, 1, ld};
+  }
+  const T* left = as<T>(a.left) + row * a.k + s.k;
+  int64_t stride = a.k;
+  if (a.left_activation != Activation::none) {
+    T* values = reinterpret_cast<T*>(scratch + sizeof(U) * B::lanes * kProductSteps);
+    activate(a.left_activation, left, stride, rows, s.elements, values, B::most);
+    left = values;
+    stride = B::most;
+  }
+  if ((std::is_same_v<T, U> || B::depth == 2) && stride % B::depth == 0)  // rows of units as they stand
+    return {reinterpret_cast<const U*>(left), stride / B::depth, 1};
+  pack_rows(left, stride, rows, s.elements, packed, kProductSteps);
+  return {packed, kProductSteps, 1};
+}
+
+template <class T, class Function, class Slope>
+void finish(const LinearProduct& a, const typename Vec<T>::scalar* sums, int64_t row, int64_t rows, int64_t first,
+            int64_t columns, Function function, Slope slope) {
+  using V = Vec<T>;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t at = (row + i) * a.n + first;
+    for_lanes<V>(columns, [&](int64_t d, int n) {
+      V z = load_lanes<V>(sums + i * kPanel + d, n);
+      if (a.bias) z = z + load_lanes<V>(as<T>(a.bias) + first + d, n);
+      if constexpr (!std::is_same_v<Slope, Identity>) z = z * slope.slope(load_lanes<V>(as<T>(a.slope_at) + at + d, n));
+      if (a.before) store_rounded(z, as<T>(a.before) + at + d, n);
+      store_rounded(function.value(z), as<T>(a.out) + at + d, n);
+    });
+  }
+}
+
+template <class T>
+void product(const LinearProduct& a, char* scratch, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
+  using B = Block<T>;
+  using U = typename B::U;
+  const B b(a);
+  auto* sums = reinterpret_cast<typename B::Sum*>(scratch + sizeof(U) * B::lanes * kProductSteps +
+                                                  sizeof(T) * kBlockRows * B::most);  // [panels][rows][kPanel]
+  for (int64_t block = 0; block < b.blocks; ++block) {
+    const auto s = b.block(block);
+    const Left<T> left = left_of(b, s, row, rows, scratch);
+    for (int64_t p = 0; p < panels; ++p)
+      multiply(Product<U>{left.units, left.row, left.step, b.packed(panel + p, s), kPanel, sums + p * rows * kPanel,
+                          kPanel, s.count, block > 0},
+               rows, round_up(b.columns(panel + p), B::V::width));
+  }
+  for (int64_t p = 0; p < panels; ++p) {
+    const auto finish_with = [&](auto function, auto slope) {
+      finish<T>(a, sums + p * rows * kPanel, row, rows, (panel + p) * kPanel, b.columns(panel + p), function, slope);
+    };
+    if (a.slope_at) with_function(a.slope, [&](auto slope) { finish_with(Identity{}, slope); });
+    else with_function(a.activation, [&](auto function) { finish_with(function, Identity{}); });
+  }
 }
 
 }  // namespace
 
-void linear_activation(const LinearActivation& args, int64_t begin, int64_t end) {
-  choose(args, [&](auto element, auto function) { forward<decltype(element), decltype(function)>(args, begin, end); });
+LinearSizes linear_sizes(const LinearProduct& args) {
+  return with_element(args.dtype, [&](auto element) { return sizes<decltype(element)>(args); });
+}
+
+int64_t linear_step_blocks(const LinearProduct& args) {
+  return with_element(args.dtype, [&](auto element) { return Block<decltype(element)>(args).blocks; });
+}
+
+void linear_pack(const LinearProduct& args, char* scratch, int64_t panel, int64_t block) {
+  with_element(args.dtype, [&](auto element) { pack<decltype(element)>(args, scratch, panel, block); });
+}
+
+void linear_multiply(const LinearProduct& args, char* scratch, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
+  with_element(args.dtype, [&](auto element) { product<decltype(element)>(args, scratch, row, rows, panel, panels); });
 }
 
 void linear_activation_backward(const LinearActivationBackward& args, void* sum, int64_t begin, int64_t end) {
-  choose(args, [&](auto element, auto function) {
-    backward<decltype(element), decltype(function)>(args, sum, begin, end);
+  with_element(args.dtype, [&](auto element) {
+    with_function(args.activation, [&](auto function) {
+      backward<decltype(element), decltype(function)>(args, sum, begin, end);
+    });
   });
 }
 

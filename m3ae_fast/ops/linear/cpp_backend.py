@@ -1,4 +1,4 @@
-"""linear on the CPU: products by oneDNN, as torch carries it; activation and bias gradient by csrc/ops/linear."""
+"""linear on the CPU: products of our own (csrc/ops/linear), or torch's where those are the faster ones."""
 
 import torch
 import torch.nn.functional as F
@@ -7,69 +7,67 @@ from m3ae_fast._backends import address, code
 from m3ae_fast._cpp import _C
 
 ACTIVATION_CODE = {"": 0, "gelu": 1, "gelu_tanh": 2}  # csrc/ops/linear/linear.h
-# F.linear is oneDNN's for bfloat16, but MKL's for float32, and MKL leaves half of a Zen 5's AVX-512 unused
-# (on a Zen 4 the two are equally fast) and changes its bits with the number of threads.
-# The operator that TorchInductor calls reaches oneDNN; it is private to torch, so it may be missing.
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-LIBRARY = (
-    "oneDNN, as torch carries it: the same bits for any thread count"
-    if ONEDNN
-    else "torch's F.linear: its private oneDNN operator is missing"
-)
+APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}  # torch's names
+AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # oneDNN, which torch calls for bf16, has it
 
 
-TERMS = 512  # that oneDNN may add up in one chain: MKL, which is eager PyTorch, adds in blocks and rounds less
+def ours(dtype):
+    """Whether products of this dtype are ours: the choice is of the machine and of the dtype, never of a size."""
+    if dtype == torch.float64 or _C.active_isa() == "scalar":
+        return False
+    return not (dtype == torch.bfloat16 and AMX)
 
 
-def product(a, b, bias=None):
-    """a [M, K] times b [N, K] transposed, each contiguous or the transpose of such, plus bias [N]."""
-    if not (ONEDNN and a.dtype == torch.float32 and a.numel() and b.numel()):
-        return F.linear(a, b, bias)
-    blocks = -(-a.shape[1] // TERMS)
-    if blocks == 1:
-        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
-    out = None
-    for i in range(blocks):
-        some = slice(a.shape[1] * i // blocks, a.shape[1] * (i + 1) // blocks)
-        right = b[:, some]
-        if right.stride(1) == 1:  # oneDNN falls to its slow path for rows that are apart
-            right = right.contiguous()
-        part = torch.ops.mkldnn._linear_pointwise(a[:, some], right, bias if i == 0 else None, "none", [], "")
-        out = part if out is None else out.add_(part)
-    return out
-
-
-def forward(x, weight, bias, activation, training):
-    # GELU in the product's epilogue saves nothing that can be measured, and its backward pass needs z.
-    z = product(x, weight, bias)
-    none = z.new_empty(0, z.shape[1])
-    if not activation:
-        return z, none
-    y = torch.empty_like(z) if training else z
-    _C.linear_activation(address(z), address(y), z.numel(), ACTIVATION_CODE[activation], code(z))
-    return y, z if training else none
-
-
-def column_sums(dy):
-    """[N] in fp32 (fp64 for fp64): the sum of rows, the same bits for any thread count."""
-    sums = dy.new_empty(dy.shape[1], dtype=torch.promote_types(dy.dtype, torch.float32))
-    _C.linear_activation_backward(address(dy), 0, 0, address(sums), *dy.shape, 0, code(dy))
-    return sums
-
-
-def backward(dy, x, weight, z, activation, need_x, need_weight, need_bias):
-    dz, dbias = dy, None
-    if activation:
-        dz = torch.empty_like(dy)
-        dbias = dy.new_empty(dy.shape[1], dtype=torch.promote_types(dy.dtype, torch.float32)) if need_bias else None
-        _C.linear_activation_backward(
-            address(dy), address(z), address(dz), address(dbias), *dy.shape, ACTIVATION_CODE[activation], code(dy)
-        )
-    elif need_bias:
-        dbias = column_sums(dy)
-    none = dy.new_empty(0, weight.shape[1])
-    return (
-        product(dz, weight.t()) if need_x else none,
-        product(dz.t(), x.t()) if need_weight else none,
-        dbias.to(dy.dtype) if need_bias else dy.new_empty(0),
+def library():
+    """For explain(): who multiplies."""
+    ours_are = [name for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)) if ours(dtype)]
+    theirs = [name for name in ("fp32", "bf16", "fp64") if name not in ours_are]
+    return "; ".join(
+        f"{' and '.join(names)} by {who}"
+        for names, who in ((ours_are, "m3ae_fast, the same bits for any thread count"), (theirs, "torch's F.linear"))
+        if names
     )
+
+
+def forward(x, weight, bias, activation, input_activation, training):
+    rows, inner = x.shape
+    keep_z = training and bool(activation)
+    if not ours(x.dtype):
+        z = F.linear(activate(x, input_activation), weight, bias)
+        return activate(z, activation), z if keep_z else z.new_empty(0, z.shape[1])
+    y = x.new_empty(rows, weight.shape[0])
+    z = x.new_empty(rows if keep_z else 0, weight.shape[0])
+    _C.linear(
+        *map(address, (x, weight, bias, z, y)), rows, inner, weight.shape[0],
+        ACTIVATION_CODE[input_activation], ACTIVATION_CODE[activation], code(x),
+    )  # fmt: skip
+    return y, z
+
+
+def backward(dy, x, weight, z, activation, input_activation, need_x, need_weight, need_bias):
+    none = dy.new_empty(0, weight.shape[1])
+    dz = torch.empty_like(dy) if activation else dy
+    dbias = dy.new_empty(dy.shape[1] if need_bias else 0, dtype=torch.promote_types(dy.dtype, torch.float32))
+    if activation or need_bias:
+        _C.linear_activation_backward(
+            *map(address, (dy, z, dz if activation else None, dbias if need_bias else None)),
+            *dy.shape, ACTIVATION_CODE[activation], code(dy),
+        )  # fmt: skip
+    if ours(dy.dtype):
+        dx = x.new_empty(x.shape) if need_x else none
+        dweight = weight.new_empty(weight.shape) if need_weight else none
+        sizes = (*x.shape, weight.shape[0], ACTIVATION_CODE[input_activation], code(x))
+        if need_x:
+            _C.linear_backward_x(*map(address, (dz, weight, x, dx)), *sizes)
+        if need_weight:
+            _C.linear_backward_weight(*map(address, (dz, x, dweight)), *sizes)
+    else:
+        dx = dz @ weight if need_x else none
+        if need_x and input_activation:
+            dx = torch.ops.aten.gelu_backward(dx, x, approximate=APPROXIMATE[input_activation])
+        dweight = dz.t() @ activate(x, input_activation) if need_weight else none
+    return dx, dweight, dbias.to(dy.dtype)
+
+
+def activate(x, activation):
+    return F.gelu(x, approximate=APPROXIMATE[activation]) if activation else x

@@ -21,15 +21,18 @@ def linear(
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
+    input_activation: str | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """y = act(x W^T + b), forward and both backward products through the fastest matrix library of the machine.
+    """y = act(f(x) W^T + b), with act and f applied on the way into and out of the product, not in passes of their own.
 
     Args:
         x: [..., K] float32, bfloat16, float16 or float64.
         weight: [N, K]. bias: [N] or None.
-        activation: None, "gelu" (x Phi(x), by erf) or "gelu_tanh" (its tanh approximation). The value before it is
-            kept for the backward pass.
+        activation: act: None, "gelu" (x Phi(x), by erf) or "gelu_tanh" (its tanh approximation). The value before it
+            is kept for the backward pass.
+        input_activation: f, one of the same. Only x is kept: a block's linear(linear(x, W1), W2, input_activation="gelu")
+            never stores the activated hidden rows.
         impl: "reference", "cpp"; None takes the fastest for the device.
 
     Returns:
@@ -44,6 +47,7 @@ def linear(
     _checks.dtype("x", x, _checks.FLOATS)
     _checks.shape("weight", weight, (None, x.shape[-1]))
     _checks.choice("activation", activation, ACTIVATIONS)
+    _checks.choice("input_activation", input_activation, ACTIVATIONS)
     tensors = {"x": x, "weight": weight}
     if bias is not None:
         _checks.shape("bias", bias, (weight.shape[0],))
@@ -57,13 +61,13 @@ def linear(
 
     impl = _backends.pick(BACKENDS, impl, x)
     if impl == "reference":
-        return reference.linear(x, weight, bias, activation)
+        return reference.linear(x, weight, bias, activation, input_activation)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias) if t is not None)
     leading = x.shape[:-1]
     x = x.reshape(math.prod(leading), x.shape[-1]).contiguous()  # not -1: it is ambiguous where K is 0
     y = _Linear.apply(
         impl, x, weight.contiguous(), None if bias is None else bias.contiguous(), activation or "",
-        training,
+        input_activation or "", training,
     )  # fmt: skip
     return y.view(*leading, weight.shape[0])
 
@@ -72,9 +76,9 @@ class _Linear(torch.autograd.Function):
     """One for all backends."""
 
     @staticmethod
-    def forward(ctx, impl, x, weight, bias, activation, training):
-        ctx.impl, ctx.activation = impl, activation
-        y, z = _linear(impl, x, weight, bias, activation, training)
+    def forward(ctx, impl, x, weight, bias, activation, input_activation, training):
+        ctx.impl, ctx.activations = impl, (activation, input_activation)
+        y, z = _linear(impl, x, weight, bias, activation, input_activation, training)
         ctx.save_for_backward(x, weight, z)
         return y
 
@@ -82,26 +86,17 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, z = ctx.saved_tensors
-        _, need_x, need_weight, need_bias, _, _ = ctx.needs_input_grad
-        dx, dweight, dbias = _linear_backward(
-            ctx.impl, dy.contiguous(), x, weight, z, ctx.activation, need_x, need_weight, need_bias
-        )
-        return (
-            None,
-            dx if need_x else None,
-            dweight if need_weight else None,
-            dbias if need_bias else None,
-            None,
-            None,
-        )
+        need = ctx.needs_input_grad[1:4]
+        grads = _linear_backward(ctx.impl, dy.contiguous(), x, weight, z, *ctx.activations, *need)
+        return None, *(grad if needed else None for grad, needed in zip(grads, need, strict=True)), None, None, None
 
 
-def _fake_forward(impl, x, weight, bias, activation, training):
+def _fake_forward(impl, x, weight, bias, activation, input_activation, training):
     rows, width = x.shape[0], weight.shape[0]
     return x.new_empty(rows, width), x.new_empty(rows if training and activation else 0, width)
 
 
-def _fake_backward(impl, dy, x, weight, z, activation, need_x, need_weight, need_bias):
+def _fake_backward(impl, dy, x, weight, z, activation, input_activation, need_x, need_weight, need_bias):
     return (
         dy.new_empty(dy.shape[0] if need_x else 0, weight.shape[1]),
         dy.new_empty(dy.shape[1] if need_weight else 0, weight.shape[1]),
@@ -109,15 +104,16 @@ def _fake_backward(impl, dy, x, weight, z, activation, need_x, need_weight, need
     )
 
 
-# activation "": none. z [M, N], the value before the activation, is empty where no backward pass will ask for it.
+# activations "": none. z [M, N], the value before the activation, is empty where no backward pass will ask for it.
 _linear = _backends.register(
-    "linear(str impl, Tensor x, Tensor weight, Tensor? bias, str activation, bool training) -> (Tensor, Tensor)",
+    "linear(str impl, Tensor x, Tensor weight, Tensor? bias, str activation, str input_activation, bool training) "
+    "-> (Tensor, Tensor)",
     lambda impl, *args: BACKENDS[impl].forward(*args),
     _fake_forward,
 )
 _linear_backward = _backends.register(
-    "linear_backward(str impl, Tensor dy, Tensor x, Tensor weight, Tensor z, str activation, bool need_x, "
-    "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    "linear_backward(str impl, Tensor dy, Tensor x, Tensor weight, Tensor z, str activation, str input_activation, "
+    "bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     lambda impl, *args: BACKENDS[impl].backward(*args),
     _fake_backward,
 )

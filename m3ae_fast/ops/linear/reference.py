@@ -6,9 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """y = act(x W^T + b)."""
-    z = F.linear(x, weight, bias)
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, input_activation: str | None
+) -> Tensor:
+    """y = act(f(x) W^T + b)."""
+    return apply(activation, F.linear(apply(input_activation, x), weight, bias))
+
+
+def apply(activation: str | None, z: Tensor) -> Tensor:
     if activation is None:
         return z
     return F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
