@@ -147,6 +147,28 @@ void multiply(const Product<Unit>& whole, int64_t m, int64_t n) {
   }
 }
 
+// A vector of sums as elements of `a` (contracted along the lanes): stored densely, rounded where units are bf16.
+template <class V, class T>
+M3AE_INLINE void store_rounded(V x, T* p, int n) { store_lanes(x, p, n); }
+M3AE_INLINE void store_unit_elements(VecF32 x, float* p) { x.store(p); }
+M3AE_INLINE void store_unit_elements(Lane<double> x, double* p) { x.store(p); }
+#ifdef M3AE_ISA_avx512_bf16
+M3AE_INLINE __m256i rounded_bf16(VecF32 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)); }
+M3AE_INLINE void store_unit_elements(VecF32 x, Pair* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded_bf16(x));
+}
+// Results, n lanes of them; unlike Vec's own store, subnormals become 0.
+M3AE_INLINE void store_rounded(VecF32 x, bfloat16* p, int n) {
+  _mm256_mask_storeu_epi16(p, VecF32::first(n), rounded_bf16(x));
+}
+// Two rows of sums as one row of pairs: contracted along the rows.
+M3AE_INLINE void store_pairs(VecF32 even, VecF32 odd, Pair* p) {
+  const __m512i low = _mm512_cvtepu16_epi32(rounded_bf16(even));
+  const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded_bf16(odd)), 16);
+  _mm512_storeu_si512(p, _mm512_or_si512(low, high));
+}
+#endif
+
 // ---- packing: from rows of elements ([count][width], `stride` apart) to units, holes filled with zeros ----
 
 // A vector of units from a row, of which `elements` are left; zeros behind them. Pairs are moved as 32 bits.
@@ -217,6 +239,14 @@ void pack_steps(const T* rows, int64_t stride, int64_t count, int64_t width, Uni
   }
 }
 
+// Rows of fp32 parameters as rows of T, rounded.
+template <class T, class Source>
+void round_rows(const Source* rows, int64_t stride, int64_t count, int64_t width, T* out, int64_t ld) {
+  using V = Vec<T>;
+  for (int64_t r = 0; r < count; ++r)
+    for_lanes<V>(width, [&](int64_t d, int n) { store_rounded(load_lanes<V>(rows + r * stride + d, n), out + r * ld + d, n); });
+}
+
 // Down the columns of V::width rows that are V::width apart: lane r of the result combines row r.
 template <class V, class Combine>
 M3AE_INLINE V across(const typename V::scalar* rows, const Combine& combine) {
@@ -227,27 +257,5 @@ M3AE_INLINE V across(const typename V::scalar* rows, const Combine& combine) {
     for (int i = 0; i < half; ++i) block[i] = combine(block[i], block[i + half]);
   return block[0];
 }
-
-// A vector of sums as elements of `a` (contracted along the lanes): stored densely, rounded where units are bf16.
-template <class V, class T>
-M3AE_INLINE void store_rounded(V x, T* p, int n) { store_lanes(x, p, n); }
-M3AE_INLINE void store_unit_elements(VecF32 x, float* p) { x.store(p); }
-M3AE_INLINE void store_unit_elements(Lane<double> x, double* p) { x.store(p); }
-#ifdef M3AE_ISA_avx512_bf16
-M3AE_INLINE __m256i rounded_bf16(VecF32 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)); }
-M3AE_INLINE void store_unit_elements(VecF32 x, Pair* p) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded_bf16(x));
-}
-// Results, n lanes of them; unlike Vec's own store, subnormals become 0.
-M3AE_INLINE void store_rounded(VecF32 x, bfloat16* p, int n) {
-  _mm256_mask_storeu_epi16(p, VecF32::first(n), rounded_bf16(x));
-}
-// Two rows of sums as one row of pairs: contracted along the rows.
-M3AE_INLINE void store_pairs(VecF32 even, VecF32 odd, Pair* p) {
-  const __m512i low = _mm512_cvtepu16_epi32(rounded_bf16(even));
-  const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded_bf16(odd)), 16);
-  _mm512_storeu_si512(p, _mm512_or_si512(low, high));
-}
-#endif
 
 }  // namespace m3ae::M3AE_ISA

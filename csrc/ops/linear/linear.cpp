@@ -19,7 +19,6 @@ constexpr int64_t kSerialProducts = int64_t{1} << 18;  // multiplications: fewer
 void multiply(LinearProduct& args) {
   const LinearSizes sizes = M3AE_DISPATCH(linear_sizes)(args);
   const int64_t panels = (args.n + kPanel - 1) / kPanel, groups = (panels + kGroupPanels - 1) / kGroupPanels;
-  const int64_t blocks = M3AE_DISPATCH(linear_step_blocks)(args);
   const int64_t bands = (args.m + kBlockRows - 1) / kBlockRows;
   if (groups == 0 || bands == 0) return;
   const bool serial = args.m * args.n * (args.k + 1) <= kSerialProducts;
@@ -34,8 +33,8 @@ void multiply(LinearProduct& args) {
     const Range range = chunk_range(panels, groups, group);
     args.first_panel = range.begin;
     args.panels = range.end - range.begin;
-    each(args.panels * blocks, [&](int64_t i, char* mine) {
-      M3AE_DISPATCH(linear_pack)(args, mine, args.first_panel + i / blocks, i % blocks);
+    each(args.panels * sizes.blocks, [&](int64_t i, char* mine) {
+      M3AE_DISPATCH(linear_pack)(args, mine, args.first_panel + i / sizes.blocks, i % sizes.blocks);
     });
     // Few bands: share out their columns too. No sum depends on it.
     const int64_t chunks = std::clamp<int64_t>((4 * threads + bands - 1) / bands, 1, (args.panels + 1) / 2);
@@ -49,28 +48,28 @@ void multiply(LinearProduct& args) {
 
 // y = act(f(x) W^T + b), and what act was applied to (before; 0: not wanted).
 void forward(Address x, Address weight, Address bias, Address before, Address y, int64_t rows, int64_t inner,
-             int64_t outer, int input_activation, int activation, int dtype) {
+             int64_t outer, int input_activation, int activation, int dtype, int parameter_dtype) {
   LinearProduct args{pointer(x), pointer(weight), pointer(bias), nullptr, pointer(before), pointer(y), rows, outer, inner,
                      false, true, Activation(input_activation), Activation::none, Activation(activation),
-                     Activation::none, Dtype(dtype), 0, 0, nullptr};
+                     Activation::none, Dtype(dtype), Dtype(parameter_dtype), 0, 0, nullptr};
   multiply(args);
 }
 
 // dx = f'(x) (dz W)
 void backward_x(Address dz, Address weight, Address x, Address dx, int64_t rows, int64_t inner, int64_t outer,
-                int input_activation, int dtype) {
+                int input_activation, int dtype, int parameter_dtype) {
   LinearProduct args{pointer(dz), pointer(weight), nullptr, input_activation ? pointer(x) : nullptr, nullptr, pointer(dx),
                      rows, inner, outer, false, false, Activation::none, Activation::none, Activation::none,
-                     Activation(input_activation), Dtype(dtype), 0, 0, nullptr};
+                     Activation(input_activation), Dtype(dtype), Dtype(parameter_dtype), 0, 0, nullptr};
   multiply(args);
 }
 
 // dW = dz^T f(x)
 void backward_weight(Address dz, Address x, Address dweight, int64_t rows, int64_t inner, int64_t outer,
-                     int input_activation, int dtype) {
+                     int input_activation, int dtype, int parameter_dtype) {
   LinearProduct args{pointer(dz), pointer(x), nullptr, nullptr, nullptr, pointer(dweight), outer, inner, rows, true, false,
                      Activation::none, Activation(input_activation), Activation::none, Activation::none, Dtype(dtype),
-                     0, 0, nullptr};
+                     Dtype(parameter_dtype), 0, 0, nullptr};
   multiply(args);
 }
 

@@ -10,7 +10,8 @@ enum class Activation : int { none = 0, gelu = 1, gelu_tanh = 2 };  // the codes
 // out[m][n] = finish(sum_k left(m, k) right(k, n)): the three products of a linear layer y = act(f(x) W^T + b).
 //   forward  left x, right W by rows, bias, activation          dx  left dz, right W, slope_at x
 //   dweight  left dz by columns, right x, right_activation f
-// An activation of an operand is applied while it is packed, one of the result while it is stored.
+// An activation of an operand is applied while it is packed, one of the result while it is stored. Parameters (W, b, dW)
+// may be fp32 where rows are bf16: they are rounded while they are packed, and their gradient is not rounded at all.
 struct LinearProduct {
   const void* left;      // [m][k]; by columns: [k][m]
   const void* right;     // [k][n]; by rows: [n][k]
@@ -21,7 +22,7 @@ struct LinearProduct {
   int64_t m, n, k;
   bool left_by_columns, right_by_rows;
   Activation left_activation, right_activation, activation, slope;
-  Dtype dtype;
+  Dtype dtype, parameter_dtype;
 
   int64_t first_panel, panels;  // the group of columns that is being computed
   char* packed;                 // right(:, group), packed: linear_sizes(args).packed bytes
@@ -30,14 +31,13 @@ struct LinearProduct {
 struct LinearSizes {
   int64_t packed;   // bytes, for a group of kGroupPanels
   int64_t scratch;  // bytes, for a thread
+  int64_t blocks;   // of kProductSteps at most, along k
 };
 
 constexpr int64_t kPanel = 64;         // columns of a tile on avx512
 constexpr int64_t kGroupPanels = 16;   // whose right operand is packed at a time
 constexpr int64_t kBlockRows = 96;     // of the result, in one task: 16 tiles
-constexpr int64_t kProductSteps = 256; // units that a product adds up before the sum joins its total
-
-inline int64_t step_blocks(int64_t steps) { return steps <= kProductSteps ? 1 : (steps + kProductSteps - 1) / kProductSteps; }
+constexpr int64_t kProductSteps = 256;  // units that a product adds up before the sum joins its total
 
 // dz = act'(z) dy, and its sum over rows.
 struct LinearActivationBackward {
@@ -52,7 +52,7 @@ struct LinearActivationBackward {
 }  // namespace m3ae
 
 M3AE_KERNEL(LinearSizes linear_sizes(const LinearProduct& args))
-M3AE_KERNEL(int64_t linear_step_blocks(const LinearProduct& args))
 M3AE_KERNEL(void linear_pack(const LinearProduct& args, char* scratch, int64_t panel, int64_t block))
-M3AE_KERNEL(void linear_multiply(const LinearProduct& args, char* scratch, int64_t row, int64_t rows, int64_t panel, int64_t panels))
+M3AE_KERNEL(void linear_multiply(const LinearProduct& args, char* scratch, int64_t row, int64_t rows, int64_t panel,
+                                 int64_t panels))
 M3AE_KERNEL(void linear_activation_backward(const LinearActivationBackward& args, void* sum, int64_t begin, int64_t end))

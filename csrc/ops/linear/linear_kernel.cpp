@@ -85,21 +85,26 @@ M3AE_INLINE auto with_element(Dtype dtype, const Body& body) {
   return body(float{});
 }
 
-// out[r][d] = act(in[r][d]), zeros from `width` to `ld`.
-template <class T>
-void activate(Activation activation, const T* in, int64_t stride, int64_t count, int64_t width, T* out, int64_t ld) {
+// body(a T, a P): the types of rows and of parameters.
+template <class Body>
+M3AE_INLINE void with_elements(const LinearProduct& args, const Body& body) {
+  if (args.dtype == Dtype::bf16 && args.parameter_dtype == Dtype::f32) return body(bfloat16{}, float{});
+  with_element(args.dtype, [&](auto element) { body(element, element); });
+}
+
+// out[r][d] = act(in[r][d]).
+template <class T, class Source>
+void activate(Activation activation, const Source* in, int64_t stride, int64_t count, int64_t width, T* out, int64_t ld) {
   using V = Vec<T>;
   with_function(activation, [&](auto function) {
-    for (int64_t r = 0; r < count; ++r) {
+    for (int64_t r = 0; r < count; ++r)
       for_lanes<V>(width, [&](int64_t d, int n) {
         store_rounded(function.value(load_lanes<V>(in + r * stride + d, n)), out + r * ld + d, n);
       });
-      std::memset(static_cast<void*>(out + r * ld + width), 0, sizeof(T) * static_cast<size_t>(ld - width));
-    }
   });
 }
 
-// A product whose operands are of type T: sizes in units (csrc/cpu/gemm.h).
+// A product of rows of type T: sizes in units (csrc/cpu/gemm.h).
 template <class T>
 struct Block {
   using V = Vec<T>;
@@ -107,9 +112,13 @@ struct Block {
   using U = Unit<T>;
   static constexpr int64_t depth = Units<U>::depth;
   static constexpr int64_t most = kProductSteps * depth;  // elements along k
-  static constexpr int64_t lanes = (kBlockRows + V::width - 1) / V::width * V::width;
+  // Bytes of a thread's scratch: the left operand packed, its values, the sums. The right operand is packed before them.
+  static constexpr int64_t packed_bytes = sizeof(U) * (kBlockRows + V::width) * kProductSteps;
+  static constexpr int64_t value_bytes = sizeof(T) * most * (kBlockRows > kPanel ? kBlockRows : kPanel);
+  static constexpr int64_t sum_bytes = sizeof(Sum) * kBlockRows * kPanel * kGroupPanels;
 
-  explicit Block(const LinearProduct& a) : a(a), steps((a.k + depth - 1) / depth), blocks(step_blocks(steps)) {}
+  explicit Block(const LinearProduct& a)
+      : a(a), steps((a.k + depth - 1) / depth), blocks(steps > kProductSteps ? (steps + kProductSteps - 1) / kProductSteps : 1) {}
 
   const LinearProduct& a;
   int64_t steps, blocks;
@@ -128,29 +137,25 @@ struct Block {
   int64_t columns(int64_t panel) const { return a.n - panel * kPanel < kPanel ? a.n - panel * kPanel : kPanel; }
 };
 
-template <class T>
-LinearSizes sizes(const LinearProduct& a) {
-  using B = Block<T>;
-  const B b(a);
-  const int64_t left = sizeof(typename B::U) * B::lanes * kProductSteps + sizeof(T) * kBlockRows * B::most;
-  const int64_t sums = sizeof(typename B::Sum) * kBlockRows * kPanel * kGroupPanels;
-  const int64_t right = sizeof(T) * B::most * kPanel;
-  return {static_cast<int64_t>(sizeof(typename B::U)) * b.steps * kPanel * kGroupPanels, left + (sums > right ? sums : right)};
-}
-
-template <class T>
+template <class T, class Right>
 void pack(const LinearProduct& a, char* scratch, int64_t panel, int64_t block) {
   const Block<T> b(a);
   const auto s = b.block(block);
   const int64_t first = panel * kPanel, here = b.columns(panel);
-  if (a.right_by_rows)
-    return pack_columns(as<T>(a.right) + first * a.k + s.k, a.k, here, s.elements, b.packed(panel, s), kPanel);
-  const T* right = as<T>(a.right) + s.k * a.n + first;
-  if (a.right_activation == Activation::none)
-    return pack_steps(right, a.n, s.elements, here, b.packed(panel, s), kPanel);
+  const int64_t count = a.right_by_rows ? here : s.elements, width = a.right_by_rows ? s.elements : here;
+  const Right* right = as<Right>(a.right) + (a.right_by_rows ? first * a.k + s.k : s.k * a.n + first);
+  int64_t stride = a.right_by_rows ? a.k : a.n;
+  const auto pack_from = [&](const T* rows) {
+    if (a.right_by_rows) pack_columns(rows, stride, count, width, b.packed(panel, s), kPanel);
+    else pack_steps(rows, stride, count, width, b.packed(panel, s), kPanel);
+  };
+  if constexpr (std::is_same_v<T, Right>)
+    if (a.right_activation == Activation::none) return pack_from(right);
   T* values = reinterpret_cast<T*>(scratch);
-  activate(a.right_activation, right, a.n, s.elements, here, values, kPanel);
-  pack_steps(values, kPanel, s.elements, here, b.packed(panel, s), kPanel);
+  const int64_t ld = a.right_by_rows ? b.most : kPanel;
+  activate(a.right_activation, right, stride, count, width, values, ld);
+  stride = ld;
+  pack_from(values);
 }
 
 // The left operand of a block: where products read it.
@@ -174,18 +179,18 @@ Left<T> left_of(const Block<T>& b, const typename Block<T>::Steps& s, int64_t ro
   const T* left = as<T>(a.left) + row * a.k + s.k;
   int64_t stride = a.k;
   if (a.left_activation != Activation::none) {
-    T* values = reinterpret_cast<T*>(scratch + sizeof(U) * B::lanes * kProductSteps);
+    T* values = reinterpret_cast<T*>(scratch + B::packed_bytes);
     activate(a.left_activation, left, stride, rows, s.elements, values, B::most);
     left = values;
     stride = B::most;
   }
-  if ((std::is_same_v<T, U> || B::depth == 2) && stride % B::depth == 0)  // rows of units as they stand
+  if ((std::is_same_v<T, U> || B::depth == 2) && a.k % B::depth == 0)  // rows of units as they stand
     return {reinterpret_cast<const U*>(left), stride / B::depth, 1};
   pack_rows(left, stride, rows, s.elements, packed, kProductSteps);
   return {packed, kProductSteps, 1};
 }
 
-template <class T, class Function, class Slope>
+template <class T, class Bias, class Out, class Function, class Slope>
 void finish(const LinearProduct& a, const typename Vec<T>::scalar* sums, int64_t row, int64_t rows, int64_t first,
             int64_t columns, Function function, Slope slope) {
   using V = Vec<T>;
@@ -193,21 +198,20 @@ void finish(const LinearProduct& a, const typename Vec<T>::scalar* sums, int64_t
     const int64_t at = (row + i) * a.n + first;
     for_lanes<V>(columns, [&](int64_t d, int n) {
       V z = load_lanes<V>(sums + i * kPanel + d, n);
-      if (a.bias) z = z + load_lanes<V>(as<T>(a.bias) + first + d, n);
+      if (a.bias) z = z + load_lanes<V>(as<Bias>(a.bias) + first + d, n);
       if constexpr (!std::is_same_v<Slope, Identity>) z = z * slope.slope(load_lanes<V>(as<T>(a.slope_at) + at + d, n));
       if (a.before) store_rounded(z, as<T>(a.before) + at + d, n);
-      store_rounded(function.value(z), as<T>(a.out) + at + d, n);
+      store_rounded(function.value(z), as<Out>(a.out) + at + d, n);
     });
   }
 }
 
-template <class T>
+template <class T, class P>
 void product(const LinearProduct& a, char* scratch, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
   using B = Block<T>;
   using U = typename B::U;
   const B b(a);
-  auto* sums = reinterpret_cast<typename B::Sum*>(scratch + sizeof(U) * B::lanes * kProductSteps +
-                                                  sizeof(T) * kBlockRows * B::most);  // [panels][rows][kPanel]
+  auto* sums = reinterpret_cast<typename B::Sum*>(scratch + B::packed_bytes + B::value_bytes);  // [panels][rows][kPanel]
   for (int64_t block = 0; block < b.blocks; ++block) {
     const auto s = b.block(block);
     const Left<T> left = left_of(b, s, row, rows, scratch);
@@ -217,30 +221,39 @@ void product(const LinearProduct& a, char* scratch, int64_t row, int64_t rows, i
                rows, round_up(b.columns(panel + p), B::V::width));
   }
   for (int64_t p = 0; p < panels; ++p) {
-    const auto finish_with = [&](auto function, auto slope) {
-      finish<T>(a, sums + p * rows * kPanel, row, rows, (panel + p) * kPanel, b.columns(panel + p), function, slope);
+    const auto finish_with = [&](auto out, auto function, auto slope) {
+      finish<T, P, decltype(out)>(a, sums + p * rows * kPanel, row, rows, (panel + p) * kPanel, b.columns(panel + p),
+                                  function, slope);
     };
-    if (a.slope_at) with_function(a.slope, [&](auto slope) { finish_with(Identity{}, slope); });
-    else with_function(a.activation, [&](auto function) { finish_with(function, Identity{}); });
+    if (a.left_by_columns) finish_with(P{}, Identity{}, Identity{});  // dweight
+    else if (a.slope_at) with_function(a.slope, [&](auto slope) { finish_with(T{}, Identity{}, slope); });
+    else with_function(a.activation, [&](auto function) { finish_with(T{}, function, Identity{}); });
   }
 }
 
 }  // namespace
 
 LinearSizes linear_sizes(const LinearProduct& args) {
-  return with_element(args.dtype, [&](auto element) { return sizes<decltype(element)>(args); });
-}
-
-int64_t linear_step_blocks(const LinearProduct& args) {
-  return with_element(args.dtype, [&](auto element) { return Block<decltype(element)>(args).blocks; });
+  return with_element(args.dtype, [&](auto element) {
+    using B = Block<decltype(element)>;
+    const B b(args);
+    return LinearSizes{static_cast<int64_t>(sizeof(typename B::U)) * b.steps * kPanel * kGroupPanels,
+                       B::packed_bytes + B::value_bytes + B::sum_bytes, b.blocks};
+  });
 }
 
 void linear_pack(const LinearProduct& args, char* scratch, int64_t panel, int64_t block) {
-  with_element(args.dtype, [&](auto element) { pack<decltype(element)>(args, scratch, panel, block); });
+  with_elements(args, [&](auto element, auto parameter) {
+    using T = decltype(element);
+    if (args.left_by_columns) pack<T, T>(args, scratch, panel, block);  // dweight: x
+    else pack<T, decltype(parameter)>(args, scratch, panel, block);
+  });
 }
 
 void linear_multiply(const LinearProduct& args, char* scratch, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
-  with_element(args.dtype, [&](auto element) { product<decltype(element)>(args, scratch, row, rows, panel, panels); });
+  with_elements(args, [&](auto element, auto parameter) {
+    product<decltype(element), decltype(parameter)>(args, scratch, row, rows, panel, panels);
+  });
 }
 
 void linear_activation_backward(const LinearActivationBackward& args, void* sum, int64_t begin, int64_t end) {

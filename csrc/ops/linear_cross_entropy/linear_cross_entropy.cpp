@@ -31,7 +31,7 @@ std::vector<int32_t> rows_that_count(const int32_t* target, int64_t count, int64
 // Returns how many rows count. loss, hit and dx arrive zeroed; dweight and dbias are written where any row counts.
 int64_t run(Address x, Address weight, Address bias, Address target, Address dloss, Address loss, Address hit,
             Address dx, Address dweight, Address dbias, int64_t count, int64_t width, int64_t vocab,
-            int64_t ignore_index, double label_smoothing, int dtype) {
+            int64_t ignore_index, double label_smoothing, int dtype, int parameter_dtype) {
   const std::vector<int32_t> rows = rows_that_count(int32s(target), count, vocab, ignore_index);
   const int64_t found = static_cast<int64_t>(rows.size());
   if (found == 0) return 0;
@@ -41,11 +41,11 @@ int64_t run(Address x, Address weight, Address bias, Address target, Address dlo
   const CrossEntropySizes sizes = sizes_of(high, width, vocab, Dtype(dtype));
   const Scratch logits(high * sizes.logits_row), x_rows(high * sizes.x_rows_row), x_steps(high * sizes.x_steps_row);
   prefer_huge_pages(logits.get(), high * sizes.logits_row);
-  if (dweight) prefer_huge_pages(pointer(dweight), vocab * width * size_of(Dtype(dtype)));
+  if (dweight) prefer_huge_pages(pointer(dweight), vocab * width * size_of(Dtype(parameter_dtype)));
 
   CrossEntropyBlock args{pointer(x), pointer(weight), pointer(bias), int32s(target), pointer(dloss), pointer(loss),
                          pointer(hit), pointer(dx), pointer(dweight), pointer(dbias), width, vocab, label_smoothing,
-                         Dtype(dtype), nullptr, 0, false, logits.get(), x_rows.get(), x_steps.get()};
+                         Dtype(dtype), Dtype(parameter_dtype), nullptr, 0, false, logits.get(), x_rows.get(), x_steps.get()};
   const auto stage = [&](int64_t tasks, auto kernel) {
     parallel_for(tasks, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   };

@@ -25,7 +25,8 @@ struct CrossEntropyBlock {
   void* dbias;            // accumulators [vocab]; null: not wanted
   int64_t width, vocab;
   double label_smoothing;
-  Dtype dtype;
+  Dtype dtype;            // of x and dx
+  Dtype parameter_dtype;  // of weight, bias and dweight: dtype, or fp32 where that is bf16
 
   const int32_t* rows;              // the rows of this block, every target of theirs in [0, vocab)
   int64_t count;                    // how many

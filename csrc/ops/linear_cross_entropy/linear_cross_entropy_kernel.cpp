@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kSteps = 256;  // units that a product adds up before the sum joins its total
 constexpr int64_t kSpan = 1024;  // logits summed in vector lanes before they join a fp64 sum
 
-// Sizes and pointers of a block whose x and weight are of type T.
+// Sizes and pointers of a block whose x is of type T.
 template <class T>
 struct Block {
   using V = Vec<T>;
@@ -28,22 +28,33 @@ struct Block {
   static int64_t steps(int64_t elements) { return (elements + depth - 1) / depth; }
 
   explicit Block(const CrossEntropyBlock& a)
-      : x(as<T>(a.x)), weight(as<T>(a.weight)), logits(reinterpret_cast<Logit*>(a.logits)),
+      : x(as<T>(a.x)), logits(reinterpret_cast<Logit*>(a.logits)),
         x_rows(reinterpret_cast<U*>(a.x_rows)), x_steps(reinterpret_cast<U*>(a.x_steps)),
         stride(logits_stride(a.vocab)), row_ld(row_units(a.width)), step_ld(step_units(a.width)) {}
 
-  const T *x, *weight;
+  const T* x;
   Logit* logits;          // [count, stride]
   U *x_rows, *x_steps;    // [count, row_ld], [steps(count), step_ld]
   int64_t stride, row_ld, step_ld;
 };
 
+// The rows themselves, or as rows of T in `rounded` (`ld` apart).
+template <class T, class P>
+const T* rows_of(const P* rows, int64_t stride, int64_t count, int64_t width, T* rounded, int64_t ld) {
+  if constexpr (std::is_same_v<T, P>) {
+    return rows;
+  } else {
+    round_rows(rows, stride, count, width, rounded, ld);
+    return rounded;
+  }
+}
+
 template <class T>
 CrossEntropySizes sizes(int64_t rows, int64_t width, int64_t vocab) {
   using B = Block<T>;
   constexpr int64_t unit = sizeof(typename B::U), sum = sizeof(typename B::Accumulator);
-  const int64_t logits = unit * B::steps(width) * kClassPanel + sum * rows * kClassPanel;
-  const int64_t dx = unit * kSteps * kDxColumns + sum * kDxRows * kDxColumns;
+  const int64_t logits = unit * B::steps(width) * kClassPanel + sum * rows * kClassPanel + sizeof(T) * kClassPanel * width;
+  const int64_t dx = unit * kSteps * kDxColumns + sum * kDxRows * kDxColumns + sizeof(T) * kSteps * B::depth * kDxColumns;
   const int64_t dweight = unit * B::steps(rows) * kClassPanel + sum * kClassPanel * B::step_units(width);
   const int64_t most = logits > dx ? logits : dx;
   return {static_cast<int64_t>(sizeof(typename B::Logit)) * B::logits_stride(vocab), unit * B::row_units(width),
@@ -63,7 +74,7 @@ void pack(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
   }
 }
 
-template <class T>
+template <class T, class P>
 void logits(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t end) {
   using B = Block<T>;
   using V = typename B::V;
@@ -73,9 +84,11 @@ void logits(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t en
   const int64_t steps = B::steps(a.width);
   U* classes = reinterpret_cast<U*>(scratch);  // [steps, kClassPanel]
   Accumulator* sums = reinterpret_cast<Accumulator*>(classes + steps * kClassPanel);  // [count, kClassPanel]
+  T* rounded = reinterpret_cast<T*>(sums + a.count * kClassPanel);                    // [kClassPanel, width]
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t v = panel * kClassPanel, here = a.vocab - v < kClassPanel ? a.vocab - v : kClassPanel;
-    pack_columns(b.weight + v * a.width, a.width, here, a.width, classes, kClassPanel);
+    const T* weight = rows_of<T, P>(as<P>(a.weight) + v * a.width, a.width, here, a.width, rounded, a.width);
+    pack_columns(weight, a.width, here, a.width, classes, kClassPanel);
     int64_t s = 0;
     do {  // once also where width is 0: the sums are then zero
       const int64_t some = steps - s < kSteps ? steps - s : kSteps;
@@ -87,7 +100,7 @@ void logits(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t en
       typename B::Logit* out = b.logits + i * b.stride + v;
       for_lanes<V>(here, [&](int64_t d, int n) {
         V z = load_lanes<V>(sums + i * kClassPanel + d, n);
-        if (a.bias) z = z + load_lanes<V>(as<T>(a.bias) + v + d, n);
+        if (a.bias) z = z + load_lanes<V>(as<P>(a.bias) + v + d, n);
         store_lanes(z, out + d, n);
       });
       std::memset(static_cast<void*>(out + here), 0, sizeof(*out) * static_cast<size_t>(kClassPanel - here));
@@ -155,7 +168,7 @@ void softmax(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
 }
 
 // Tasks are bands of rows x bands of columns.
-template <class T>
+template <class T, class P>
 void dx(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t end) {
   using B = Block<T>;
   using V = typename B::V;
@@ -164,6 +177,7 @@ void dx(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t end) {
   const B b(a);
   U* classes = reinterpret_cast<U*>(scratch);  // [kSteps, kDxColumns]
   Accumulator* sums = reinterpret_cast<Accumulator*>(classes + kSteps * kDxColumns);  // [kDxRows, kDxColumns]
+  T* rounded = reinterpret_cast<T*>(sums + kDxRows * kDxColumns);                     // [kSteps * depth, kDxColumns]
   const int64_t bands = (a.count + kDxRows - 1) / kDxRows, column_bands = (a.width + kDxColumns - 1) / kDxColumns;
   const bool packed = !std::is_same_v<T, U> || a.width % V::width != 0;  // whole vectors of the weight itself will do
   for (int64_t task = begin; task < end; ++task) {
@@ -172,8 +186,10 @@ void dx(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t end) {
     const int64_t columns = a.width - d0 < kDxColumns ? a.width - d0 : kDxColumns;
     for (int64_t v = 0; v < a.vocab; v += kSteps * B::depth) {
       const int64_t some = a.vocab - v < kSteps * B::depth ? a.vocab - v : kSteps * B::depth;
-      const T* weight = b.weight + v * a.width + d0;
-      if (packed) pack_steps(weight, a.width, some, columns, classes, kDxColumns);
+      const P* rows_here = as<P>(a.weight) + v * a.width + d0;
+      const T* weight = rows_of<T, P>(rows_here, a.width, some, columns, rounded, kDxColumns);
+      const int64_t stride = std::is_same_v<T, P> ? a.width : kDxColumns;
+      if (packed) pack_steps(weight, stride, some, columns, classes, kDxColumns);
       const U* right = packed ? classes : reinterpret_cast<const U*>(weight);
       const U* left = reinterpret_cast<const U*>(b.logits + first * b.stride + v);
       multiply(Product<U>{left, b.stride / B::depth, 1, right, packed ? kDxColumns : a.width, sums, kDxColumns,
@@ -189,7 +205,7 @@ void dx(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t end) {
   }
 }
 
-template <class T>
+template <class T, class P>
 void dweight(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t end) {
   using B = Block<T>;
   using V = typename B::V;
@@ -214,7 +230,7 @@ void dweight(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t e
     pack_steps(dlogits, b.stride, a.count, here, left, kClassPanel);
     multiply(Product<U>{left, 1, kClassPanel, b.x_steps, b.step_ld, sums, b.step_ld, steps, false}, here, b.step_ld);
     for (int64_t c = 0; c < here; ++c) {
-      T* out = as<T>(a.dweight) + (v + c) * a.width;
+      P* out = as<P>(a.dweight) + (v + c) * a.width;
       for_lanes<V>(a.width, [&](int64_t d, int n) {
         const V sum = load_lanes<V>(sums + c * b.step_ld + d, n);
         store_lanes(a.first ? sum : sum + load_lanes<V>(out + d, n), out + d, n);
@@ -229,6 +245,11 @@ void dweight(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t e
   if (args.dtype == Dtype::f64) return function<double>(__VA_ARGS__);           \
   if (args.dtype == Dtype::bf16) return function<bfloat16>(__VA_ARGS__);        \
   return function<float>(__VA_ARGS__);
+#define M3AE_BY_DTYPES(function, ...)                                                         \
+  if (args.dtype == Dtype::f64) return function<double, double>(__VA_ARGS__);                 \
+  if (args.dtype == Dtype::f32) return function<float, float>(__VA_ARGS__);                   \
+  if (args.parameter_dtype == Dtype::f32) return function<bfloat16, float>(__VA_ARGS__);      \
+  return function<bfloat16, bfloat16>(__VA_ARGS__);
 
 CrossEntropySizes cross_entropy_sizes(int64_t rows, int64_t width, int64_t vocab, Dtype dtype) {
   const struct { Dtype dtype; } args{dtype};
@@ -238,16 +259,16 @@ void cross_entropy_pack(const CrossEntropyBlock& args, int64_t begin, int64_t en
   M3AE_BY_DTYPE(pack, args, begin, end)
 }
 void cross_entropy_logits(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end) {
-  M3AE_BY_DTYPE(logits, args, scratch, begin, end)
+  M3AE_BY_DTYPES(logits, args, scratch, begin, end)
 }
 void cross_entropy_softmax(const CrossEntropyBlock& args, int64_t begin, int64_t end) {
   M3AE_BY_DTYPE(softmax, args, begin, end)
 }
 void cross_entropy_dx(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end) {
-  M3AE_BY_DTYPE(dx, args, scratch, begin, end)
+  M3AE_BY_DTYPES(dx, args, scratch, begin, end)
 }
 void cross_entropy_dweight(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end) {
-  M3AE_BY_DTYPE(dweight, args, scratch, begin, end)
+  M3AE_BY_DTYPES(dweight, args, scratch, begin, end)
 }
 
 }  // namespace m3ae::M3AE_ISA

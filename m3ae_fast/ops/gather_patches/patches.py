@@ -50,7 +50,7 @@ def _per_channel(name: str, values: Sequence[float] | Tensor | None, channels: i
 
 
 def check_ids(name: str, ids: Tensor, cu_name: str, cu: Tensor, images: Tensor, patch_size: int) -> None:
-    """What the C++ kernels check of patch numbers and offsets, for the reference: on the CPU alone, a GPU would sync."""
+    """What the C++ kernels check of patch numbers and offsets, for the reference: on the CPU, a GPU would sync."""
     height, width = images.shape[2:]
     _checks.offsets(cu_name, cu, ids.shape[0])
     _checks.within(name, ids, 0, (height // patch_size) * (width // patch_size), cu[-1])

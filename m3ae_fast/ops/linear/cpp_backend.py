@@ -33,19 +33,20 @@ def forward(x, weight, bias, activation, input_activation, training):
     rows, inner = x.shape
     keep_z = training and bool(activation)
     if not ours(x.dtype):
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         z = F.linear(activate(x, input_activation), weight, bias)
         return activate(z, activation), z if keep_z else z.new_empty(0, z.shape[1])
     y = x.new_empty(rows, weight.shape[0])
     z = x.new_empty(rows if keep_z else 0, weight.shape[0])
     _C.linear(
         *map(address, (x, weight, bias, z, y)), rows, inner, weight.shape[0],
-        ACTIVATION_CODE[input_activation], ACTIVATION_CODE[activation], code(x),
+        ACTIVATION_CODE[input_activation], ACTIVATION_CODE[activation], code(x), code(weight),
     )  # fmt: skip
     return y, z
 
 
 def backward(dy, x, weight, z, activation, input_activation, need_x, need_weight, need_bias):
-    none = dy.new_empty(0, weight.shape[1])
+    dx, dweight = (each.new_empty(0, weight.shape[1]) for each in (dy, weight))
     dz = torch.empty_like(dy) if activation else dy
     dbias = dy.new_empty(dy.shape[1] if need_bias else 0, dtype=torch.promote_types(dy.dtype, torch.float32))
     if activation or need_bias:
@@ -54,19 +55,21 @@ def backward(dy, x, weight, z, activation, input_activation, need_x, need_weight
             *dy.shape, ACTIVATION_CODE[activation], code(dy),
         )  # fmt: skip
     if ours(dy.dtype):
-        dx = x.new_empty(x.shape) if need_x else none
-        dweight = weight.new_empty(weight.shape) if need_weight else none
-        sizes = (*x.shape, weight.shape[0], ACTIVATION_CODE[input_activation], code(x))
+        sizes = (*x.shape, weight.shape[0], ACTIVATION_CODE[input_activation], code(x), code(weight))
         if need_x:
+            dx = x.new_empty(x.shape)
             _C.linear_backward_x(*map(address, (dz, weight, x, dx)), *sizes)
         if need_weight:
+            dweight = weight.new_empty(weight.shape)
             _C.linear_backward_weight(*map(address, (dz, x, dweight)), *sizes)
     else:
-        dx = dz @ weight if need_x else none
-        if need_x and input_activation:
-            dx = torch.ops.aten.gelu_backward(dx, x, approximate=APPROXIMATE[input_activation])
-        dweight = dz.t() @ activate(x, input_activation) if need_weight else none
-    return dx, dweight, dbias.to(dy.dtype)
+        if need_x:
+            dx = dz @ weight.to(dz.dtype)
+            if input_activation:
+                dx = torch.ops.aten.gelu_backward(dx, x, approximate=APPROXIMATE[input_activation])
+        if need_weight:
+            dweight = (dz.t() @ activate(x, input_activation)).to(weight.dtype)
+    return dx, dweight, dbias.to(weight.dtype)
 
 
 def activate(x, activation):

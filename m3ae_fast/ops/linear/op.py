@@ -31,8 +31,8 @@ def linear(
         weight: [N, K]. bias: [N] or None.
         activation: act: None, "gelu" (x Phi(x), by erf) or "gelu_tanh" (its tanh approximation). The value before it
             is kept for the backward pass.
-        input_activation: f, one of the same. Only x is kept: a block's linear(linear(x, W1), W2, input_activation="gelu")
-            never stores the activated hidden rows.
+        input_activation: f, one of the same. Only x is kept: the activated hidden rows of a block,
+            linear(linear(x, W1), W2, input_activation="gelu"), are never stored.
         impl: "reference", "cpp"; None takes the fastest for the device.
 
     Returns:
@@ -56,10 +56,13 @@ def linear(
         _checks.dtype(name, value, _checks.FLOATS)
         _checks.device(name, value, "x", x)
     dtype = _backends.product_dtype(*tensors.values())
-    x, weight = x.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-
+    x = x.to(dtype)
     impl = _backends.pick(BACKENDS, impl, x)
+    if not (
+        impl == "cpp" and dtype == torch.bfloat16 and weight.dtype == torch.float32
+    ):  # autocast: rounded on the way
+        weight = weight.to(dtype)
+    bias = None if bias is None else bias.to(weight.dtype)
     if impl == "reference":
         return reference.linear(x, weight, bias, activation, input_activation)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias) if t is not None)
@@ -99,12 +102,13 @@ def _fake_forward(impl, x, weight, bias, activation, input_activation, training)
 def _fake_backward(impl, dy, x, weight, z, activation, input_activation, need_x, need_weight, need_bias):
     return (
         dy.new_empty(dy.shape[0] if need_x else 0, weight.shape[1]),
-        dy.new_empty(dy.shape[1] if need_weight else 0, weight.shape[1]),
-        dy.new_empty(dy.shape[1] if need_bias else 0),
+        weight.new_empty(dy.shape[1] if need_weight else 0, weight.shape[1]),
+        weight.new_empty(dy.shape[1] if need_bias else 0),
     )
 
 
 # activations "": none. z [M, N], the value before the activation, is empty where no backward pass will ask for it.
+# "cpp" also takes fp32 parameters with bf16 rows; the parameters' gradients are fp32 then.
 _linear = _backends.register(
     "linear(str impl, Tensor x, Tensor weight, Tensor? bias, str activation, str input_activation, bool training) "
     "-> (Tensor, Tensor)",

@@ -79,11 +79,15 @@ def linear_cross_entropy(
     elif reduction == "sample_mean":
         raise ValueError('cu_seqlens must be given for reduction="sample_mean", got None')
     dtype = _backends.product_dtype(*tensors.values())
-    x, weight = x.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+    x = x.to(dtype)
+    impl = _backends.pick(BACKENDS, impl, x)
+    if not (
+        impl == "cpp" and dtype == torch.bfloat16 and weight.dtype == torch.float32
+    ):  # autocast: rounded on the way
+        weight = weight.to(dtype)
+    bias = None if bias is None else bias.to(weight.dtype)
     share = _shares(target != ignore_index, reduction, cu_seqlens)
 
-    impl = _backends.pick(BACKENDS, impl, x)
     if impl == "reference":
         _checks.within("target", target[target != ignore_index], 0, weight.shape[0])
         loss, hit = reference.linear_cross_entropy(x, weight, bias, target, ignore_index, label_smoothing)
@@ -148,15 +152,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss, _):
         if ctx.reduced:
-            gradients = ctx.saved_tensors
-            # One pass over the weight's gradient less where the loss is what .backward() was called on.
-            if torch.compiler.is_compiling() or dloss.device.type != "cpu" or dloss.item() != 1:
-                gradients = [g * dloss.to(g.dtype) for g in gradients]
+            gradients = [scaled(g, dloss) for g in ctx.saved_tensors]
         else:
             impl, *options = ctx.options
             _, _, *gradients = _linear_cross_entropy(impl, *ctx.saved_tensors, dloss.contiguous(), *options, *ctx.need)
         dx, dweight, dbias = (g if n else None for g, n in zip(gradients, ctx.need, strict=True))
         return None, dx, dweight, dbias, None, None, None, None, None
+
+
+# Private to torch, so it may be missing: then every graph is taken to be kept.
+keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
+    """gradient * dloss; in place on the CPU, where the graph goes with this backward pass: the weight's is large."""
+    if torch.compiler.is_compiling() or gradient.device.type != "cpu" or keep_graph():
+        return gradient * dloss.to(gradient.dtype)
+    return gradient if dloss.item() == 1 else gradient.mul_(dloss.to(gradient.dtype))
 
 
 def _fake(impl, x, weight, bias, target, dloss, ignore_index, label_smoothing, need_x, need_weight, need_bias):
@@ -165,13 +177,14 @@ def _fake(impl, x, weight, bias, target, dloss, ignore_index, label_smoothing, n
         rows,
         torch.empty_like(rows),
         x.new_empty(x.shape[0] if need_x else 0, x.shape[1]),
-        x.new_empty(weight.shape[0] if need_weight else 0, x.shape[1]),
-        x.new_empty(weight.shape[0] if need_bias else 0),
+        weight.new_empty(weight.shape[0] if need_weight else 0, x.shape[1]),
+        weight.new_empty(weight.shape[0] if need_bias else 0),
     )
 
 
 # Per row the loss [T] and 1 where the argmax is the target [T]; the gradients asked for of sum(dloss * loss), others
-# empty. Rows with target == ignore_index: 0, 0 and no gradient.
+# empty. Rows with target == ignore_index: 0, 0 and no gradient. "cpp" also takes fp32 parameters with bf16 x; their
+# gradients are fp32 then.
 _linear_cross_entropy = _backends.register(
     "linear_cross_entropy(str impl, Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? dloss, "
     "SymInt ignore_index, float label_smoothing, bool need_x, bool need_weight, bool need_bias"
