@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -53,3 +55,8 @@ class LayerNorm(nn.LayerNorm):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         return layer_norm(x, self.weight, self.bias, residual=residual, eps=self.eps, dtype=dtype)
+
+    def again(self, x: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """A function that normalises x [T, D] once more, without a gradient: the bits of `forward`, in dtype."""
+        x = x.detach()
+        return lambda: layer_norm(x, self.weight, self.bias, eps=self.eps, dtype=dtype)

@@ -1,0 +1,34 @@
+"""recomputed: what autograd would keep for the backward pass, made again there instead."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Private to torch, so it may be missing: then nothing is taken to be nested in hooks of the user's.
+top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
+
+
+def recomputed(y: Tensor, make: Callable[[], Tensor]) -> contextlib.AbstractContextManager:
+    """Operations in this context that save y for their backward pass save `make` instead; make() must give y's bits.
+
+    It does nothing where no gradient is recorded, under torch.compile (whose partitioner decides this itself) and
+    inside other hooks, such as those of gradient checkpointing, which already keep y from being saved.
+    """
+    if not y.numel() or not y.requires_grad or torch.compiler.is_compiling() or top_hooks(True) is not None:
+        return contextlib.nullcontext()
+    address, size = y.data_ptr(), y.numel()
+
+    def pack(x: Tensor) -> Tensor | Callable[[], Tensor]:
+        return make if x.data_ptr() == address and x.numel() == size else x
+
+    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad():
+            return kept()
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
