@@ -1,15 +1,14 @@
 """`pytest benchmarks --benchmark-only`: every op and model against its peers; `--smoke` just proves that they run."""
 
-import platform
+from pathlib import Path
 
 import measure
-import torch
-
-import m3ae_fast
+import report
 
 
 def pytest_addoption(parser):
     parser.addoption("--smoke", action="store_true", help="tiny rounds: proves the benchmarks run, measures nothing")
+    parser.addoption("--table", type=Path, help="write the table there (Markdown), and beside it as JSON")
 
 
 def pytest_configure(config):
@@ -28,21 +27,16 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
     if not measure.ROWS:
         return
-    write = terminalreporter.write_line
     terminalreporter.section("m3ae_fast: medians, interleaved in one process")
-    write("\n".join(line for line in m3ae_fast.explain().splitlines()[:8] if line))
-    write(f"machine           {platform.processor() or platform.machine()}, torch {torch.__version__}")
-    write(f"copy bandwidth    {measure.copy_bandwidth() / 1e6:.1f} GB/s read + written")
+    lines = [f"{name:<18}{value}" for name, value in report.machine().items()]
     if measure.SETTINGS.smoke:
-        write("SMOKE RUN: these times measure nothing")
-    write(f"{'op':<34}{'case':<24}{'provider':<26}{'median ms':>10}{'quartiles':>18}{'x ours':>8}{'copy %':>8}")
-    for row in measure.ROWS:
-        low, high = row.quartiles_ms
-        share = "" if row.bandwidth_share is None else f"{100 * row.bandwidth_share:.0f}"
-        write(
-            f"{row.op:<34}{row.case:<24}{row.provider:<26}{row.median_ms:>10.3f}"
-            f"{f'{low:.3f}-{high:.3f}':>18}{row.ratio:>8.2f}{share:>8}  {row.extra}"
-        )
+        lines.append("SMOKE RUN: these times measure nothing")
+    for line in lines + report.text(measure.ROWS):
+        terminalreporter.write_line(line)
+    table = config.getoption("--table")
+    if table:
+        report.write(table, measure.ROWS, "pytest " + " ".join(config.invocation_params.args))
+        terminalreporter.write_line(f"written: {table}, {table.with_suffix('.json')}")

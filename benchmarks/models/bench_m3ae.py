@@ -1,11 +1,15 @@
 """A whole M3AE training step (forward, backward, AdamW) against the padded PyTorch model, eager and compiled."""
 
+from unittest import mock
+
 import measure
+import memory
 import padded_m3ae
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from m3ae_fast import ImageTextBatch, testing
+from m3ae_fast import ImageTextBatch, _backends, testing
 from m3ae_fast.models import M3AE, M3AEConfig
 
 SIZES = {
@@ -23,39 +27,68 @@ def make_batch(config: M3AEConfig, shape: testing.ModelShape, seed: int) -> Imag
     return ImageTextBatch(images, text, lengths)
 
 
+def make_model(config: M3AEConfig, provider: str, batches: list[ImageTextBatch]):
+    """(model, loss_of): loss_of(i) is the loss of batch i. Models of one config start from the same parameters."""
+    torch.manual_seed(0)
+    ours = M3AE(config)
+    if provider == "m3ae_fast":
+        return ours, lambda i: ours(batches[i], seed=0, step=i).loss
+    with torch.no_grad():
+        masks = [ours(batch, seed=0, step=i) for i, batch in enumerate(batches)]
+    padded = [padded_m3ae.padded_inputs(b, m.image_mask, m.text_mask) for b, m in zip(batches, masks, strict=True)]
+    theirs = padded_m3ae.PaddedM3AE(config)
+    theirs.load_state_dict(ours.state_dict())
+    forward = torch.compile(theirs) if provider == "padded, compiled" else theirs
+    return theirs, lambda i: forward(*padded[i])
+
+
+def make_step(model, loss_of, precision: str):
+    """run(i): forward, backward and AdamW on batch i. The moments exist already."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+
+    def run(i):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = loss_of(i)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    return run
+
+
+def owned(size: str, precision: str, provider: str):
+    """For memory.peak_beyond: a step, and the bytes of its gradients."""
+    config, shape = SIZES[size]
+    model, loss_of = make_model(config, provider, [make_batch(config, shape, 0)])
+    run = make_step(model, loss_of, precision)
+    return lambda: run(0), sum(parameter.nbytes for parameter in model.parameters())
+
+
+def flops_of(loss_of) -> int:
+    """Of the products of a forward and a backward pass; ours are counted on the reference backend."""
+    with mock.patch.object(_backends, "_FORCED", "reference"), FlopCounterMode(display=False) as counter:
+        loss_of(0).backward()
+    return counter.get_total_flops()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("size", ["m3ae_tiny", "m3ae_small"])
 def bench_m3ae_step(benchmark, size, precision):
     config, shape = SIZES[size]
-    torch.manual_seed(0)
-    ours = M3AE(config)
-    theirs = padded_m3ae.PaddedM3AE(config)
-    theirs.load_state_dict(ours.state_dict())
     batches = [make_batch(config, shape, seed) for seed in range(2)]
-    masks = [ours(batch, seed=0, step=i) for i, batch in enumerate(batches)]
-    padded = [padded_m3ae.padded_inputs(b, m.image_mask, m.text_mask) for b, m in zip(batches, masks, strict=True)]
-    torch.testing.assert_close(theirs(*padded[0]), masks[0].loss, rtol=1e-4, atol=1e-5)
-
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-
-    def step(model, loss_of):
-        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
-
-        def run(i):
-            with autocast:
-                loss = loss_of(i)
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-
-        return run
-
-    providers = {
-        "m3ae_fast": step(ours, lambda i: ours(batches[i], seed=0, step=i).loss),
-        "padded eager": step(theirs, lambda i: theirs(*padded[i])),
-    }
-    if not measure.SETTINGS.smoke:
-        compiled = padded_m3ae.PaddedM3AE(config)
-        faster = torch.compile(compiled)
-        providers["padded compiled"] = step(compiled, lambda i: faster(*padded[i]))
-    measure.compare(benchmark, "M3AE step", f"{size} {precision}", providers, inputs=len(batches))
+    providers = ["m3ae_fast", "padded, eager"] + ["padded, compiled"] * (not measure.SETTINGS.smoke)
+    models = {name: make_model(config, name, batches) for name in providers}
+    torch.testing.assert_close(models["padded, eager"][1](0), models["m3ae_fast"][1](0), rtol=1e-4, atol=1e-5)
+    steps = {name: make_step(*model, precision) for name, model in models.items()}
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    rows = measure.compare(benchmark, "M3AE step", f"{size} {precision}", steps, inputs=len(batches))
+    for name, row in rows.items():
+        mebibytes = memory.peak_beyond("bench_m3ae:owned", size, precision, name) / 2**20
+        row.extra = f"{mebibytes:.0f} MiB beyond weights, gradients and moments"
+        if name != "padded, compiled":
+            rate = flops_of(models[name][1]) / row.median_ms
+            row.roof, row.roof_share = "product", rate / measure.product_rate(dtype)

@@ -24,4 +24,5 @@ def bench_linear(benchmark, case, mode, dtype):
     truth = first.to(torch.float64)
     testing.assert_error_rule("y", ours, theirs, eager(*truth.args, **truth.kwargs), 2)
     providers = {"m3ae_fast": linear, "eager": eager}
-    measure.compare_op(benchmark, "linear", f"{case} {str(dtype)[6:]}", calls, mode, providers)
+    flops = 2 * first.args[0].numel() * first.args[1].shape[0]
+    measure.compare_op(benchmark, "linear", f"{case} {str(dtype)[6:]}", calls, mode, providers, flops=flops)

@@ -1,0 +1,53 @@
+"""Peak memory beyond what must be there, each in a process of its own: `peak_beyond("bench_m3ae:owned", ...)`."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+def peak_beyond(function: str, *args) -> int:
+    """Bytes of resident memory that `run` adds at its peak, less `owned`.
+
+    Args:
+        function: "module:name" of benchmarks; name(*args) -> (run, owned): called three times; bytes of what its caller
+            keeps anyway and that did not exist before (gradients).
+
+    Raises:
+        RuntimeError: the process failed, or this is not Linux (whose /proc gives the peak).
+    """
+    command = [sys.executable, str(Path(__file__)), function, json.dumps(args)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {result.stderr}")
+    return int(result.stdout.split()[-1])
+
+
+def resident(field: str) -> int:
+    """VmRSS (now) or VmHWM (the peak) of this process, bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+
+def main(function: str, args: str) -> None:
+    sys.path[:0] = [str(FOLDER), str(FOLDER / "models"), str(FOLDER / "ops")]
+    module, _, name = function.partition(":")
+    run, owned = getattr(importlib.import_module(module), name)(*json.loads(args))
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = resident("VmRSS")
+    for _ in range(3):
+        run()
+    print(resident("VmHWM") - before - owned)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
