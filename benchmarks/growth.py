@@ -4,6 +4,7 @@ Left: a training step of M3AE-S over the tokens of its batch. Right: attention f
 its sequences, 4,096 tokens in all. Ours and the peers, interleaved, medians.
 """
 
+# ruff: noqa: E402  the folders of the benchmarks come first
 from __future__ import annotations
 
 import json

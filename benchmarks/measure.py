@@ -1,9 +1,9 @@
 """The one timing protocol.
 
 Correct first (the caller asserts), then ours and its peers interleaved in one process, inputs rotated past the last
-cache, medians and quartiles of many rounds, ratios of medians. Beside each row: its share of a roof measured in the same
-run, the bandwidth of a copy or the rate of a large matrix product. Machines are shared and noisy: only ratios within one
-run mean anything.
+cache, medians and quartiles of many rounds, ratios of medians. Beside each row its share of a roof measured in the
+same run: the bandwidth of a copy or the rate of a large matrix product. Machines are shared and noisy: only ratios
+within one run mean anything.
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ def write(path: Path, rows: list[measure.Row], command: str) -> None:
     lines = [
         "# Measured on a CPU",
         "",
-        f'Made by `{command}`. Ours and its peers take turns in one process; medians; "x" is the peer\'s median over ours.',
+        f"Made by `{command}`.",
+        'Ours and its peers take turns in one process; medians; "x" is the peer\'s median over ours.',
         "A share of a roof is of the copy bandwidth or of the large matrix product measured in the same run.",
         "",
         *(f"- {name}: {value}" for name, value in about.items()),
