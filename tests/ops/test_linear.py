@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from m3ae_fast import linear, testing
 from m3ae_fast.ops.linear import cases
+from m3ae_fast.ops.linear import op as linear_op
 
 IMPLS = ["reference", *testing.impls("linear")]
 
@@ -111,6 +112,31 @@ def test_autocast(impl):
     torch.testing.assert_close(y.float(), linear(x, weight, bias, activation="gelu"), rtol=0.03, atol=0.03)
     y.sum().backward()
     assert x.grad.dtype == weight.grad.dtype == bias.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("activations", [(None, None), ("gelu", None), (None, "gelu_tanh")])
+def test_autocast_rounds_the_weight_on_its_way_and_its_gradient_not_at_all(isa, amx, activations, monkeypatch):
+    """Where the products are ours; where torch multiplies (scalar, fp64, bf16 on AMX) the same numbers, rounded."""
+    monkeypatch.setattr(linear_op.BACKENDS["cpp"], "AMX", amx)
+    activation, input_activation = activations
+    options = {"activation": activation, "input_activation": input_activation}
+    values = [t.requires_grad_() for t in tensors(rows=50, inner=70, outer=67)]
+    dy = torch.randn(50, 67, generator=torch.Generator().manual_seed(1))
+
+    def run(impl, values, autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = linear(*values, **options, impl=impl)
+        return [y, *torch.autograd.grad(y, values, dy.to(y.dtype))]
+
+    ours, eager = run("cpp", values, True), run("reference", values, True)
+    truth = run("reference", [t.detach().double().requires_grad_() for t in values], False)
+    assert [t.dtype for t in ours] == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
+    for name, factor, *results in zip(("y", "dx", "dweight", "dbias"), (2, 3, 3, 3), ours, eager, truth, strict=True):
+        testing.assert_error_rule(name, *results, factor)
+    if activations == (None, None) and isa != "scalar" and not amx:
+        x, dz = values[0].detach().bfloat16().double(), dy.bfloat16().double()
+        torch.testing.assert_close(ours[2].double(), dz.t() @ x, rtol=1e-5, atol=1e-4)
 
 
 def test_errors():

@@ -278,3 +278,21 @@ def test_errors():
         linear_cross_entropy(x, weight, target, label_smoothing=1.5)
     with pytest.raises(TypeError, match="ignore_index must be an integer, got float"):
         linear_cross_entropy(x, weight, target, ignore_index=1.0)
+
+
+@pytest.mark.skipif("cpp" not in testing.impls("linear_cross_entropy"), reason="the compiled module is missing")
+def test_autocast_leaves_the_gradient_of_an_fp32_weight_in_fp32(isa):
+    x = torch.randn(40, 70, requires_grad=True)
+    weight, bias = torch.randn(133, 70).mul_(0.1).requires_grad_(), torch.randn(133, requires_grad=True)
+    target = torch.randint(0, 133, (40,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(x, weight, target, bias, reduction="sum", impl="cpp")
+    rounded = [t.detach().bfloat16().double().requires_grad_() for t in (x, weight)]
+    rounded.append(bias.detach().double().requires_grad_())
+    truth = linear_cross_entropy(*rounded[:2], target, rounded[2], reduction="sum", impl="reference")
+    ours, true = torch.autograd.grad(2 * loss, (x, weight, bias)), torch.autograd.grad(2 * truth, rounded)
+    eps = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-3, atol=0)
+    for mine, exact in zip(ours, true, strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine.double(), exact, rtol=4 * eps, atol=4 * eps * float(exact.abs().max()))

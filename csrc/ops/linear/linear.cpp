@@ -15,12 +15,12 @@ namespace m3ae {
 namespace {
 
 constexpr int64_t kSerialProducts = int64_t{1} << 18;  // multiplications: fewer are not worth waking a thread
+constexpr int64_t kThinRows = 24;                      // a band of fewer would read more of the right operand than it uses
 
 void multiply(LinearProduct& args) {
   const LinearSizes sizes = M3AE_DISPATCH(linear_sizes)(args);
   const int64_t panels = (args.n + kPanel - 1) / kPanel, groups = (panels + kGroupPanels - 1) / kGroupPanels;
-  const int64_t bands = (args.m + kBlockRows - 1) / kBlockRows;
-  if (groups == 0 || bands == 0) return;
+  if (args.m == 0 || groups == 0) return;
   const bool serial = args.m * args.n * (args.k + 1) <= kSerialProducts;
   const int64_t threads = serial ? 1 : max_threads();
   const Scratch packed(sizes.packed), scratch(sizes.scratch * threads);
@@ -36,8 +36,11 @@ void multiply(LinearProduct& args) {
     each(args.panels * sizes.blocks, [&](int64_t i, char* mine) {
       M3AE_DISPATCH(linear_pack)(args, mine, args.first_panel + i / sizes.blocks, i % sizes.blocks);
     });
-    // Few bands: share out their columns too. No sum depends on it.
-    const int64_t chunks = std::clamp<int64_t>((4 * threads + bands - 1) / bands, 1, (args.panels + 1) / 2);
+    // Bands of rows, and where they are too few to feed the threads evenly, shares of the columns and thinner bands. No
+    // sum depends on it.
+    const int64_t wanted = 4 * threads, least = (args.m + kBlockRows - 1) / kBlockRows;
+    const int64_t chunks = std::clamp<int64_t>((wanted + least - 1) / least, 1, (args.panels + 1) / 2);
+    const int64_t bands = std::max(least, std::min((wanted + chunks - 1) / chunks, (args.m + kThinRows - 1) / kThinRows));
     each(bands * chunks, [&](int64_t i, char* mine) {
       const Range rows = chunk_range(args.m, bands, i / chunks), columns = chunk_range(args.panels, chunks, i % chunks);
       M3AE_DISPATCH(linear_multiply)(args, mine, rows.begin, rows.end - rows.begin, args.first_panel + columns.begin,
