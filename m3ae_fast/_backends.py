@@ -97,6 +97,22 @@ def product_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def for_product(
+    backends: Backends, impl: str | None, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[str, Tensor, Tensor, Tensor | None]:
+    """What runs x W^T + b, and its arguments in the dtypes that it takes.
+
+    "cpp" takes fp32 parameters with bf16 rows, as autocast has them: it rounds them on their way into the product and
+    leaves their gradients in fp32, so nothing is cast in a pass of its own.
+    """
+    dtype = product_dtype(*(t for t in (x, weight, bias) if t is not None))
+    x = x.to(dtype)
+    impl = pick(backends, impl, x)
+    if not (impl == "cpp" and dtype == torch.bfloat16 and weight.dtype == torch.float32):
+        weight = weight.to(dtype)
+    return impl, x, weight, None if bias is None else bias.to(weight.dtype)
+
+
 def register(schema: str, implementation: Callable, fake: Callable):
     """Define `m3ae_fast::<schema>`, one body for every device, with its fake; returns the callable op."""
     name = schema.partition("(")[0]

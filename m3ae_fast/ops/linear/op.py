@@ -55,14 +55,7 @@ def linear(
     for name, value in tensors.items():
         _checks.dtype(name, value, _checks.FLOATS)
         _checks.device(name, value, "x", x)
-    dtype = _backends.product_dtype(*tensors.values())
-    x = x.to(dtype)
-    impl = _backends.pick(BACKENDS, impl, x)
-    if not (
-        impl == "cpp" and dtype == torch.bfloat16 and weight.dtype == torch.float32
-    ):  # autocast: rounded on the way
-        weight = weight.to(dtype)
-    bias = None if bias is None else bias.to(weight.dtype)
+    impl, x, weight, bias = _backends.for_product(BACKENDS, impl, x, weight, bias)
     if impl == "reference":
         return reference.linear(x, weight, bias, activation, input_activation)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias) if t is not None)

@@ -78,14 +78,7 @@ def linear_cross_entropy(
         target = torch.where(within, target, ignore_index)
     elif reduction == "sample_mean":
         raise ValueError('cu_seqlens must be given for reduction="sample_mean", got None')
-    dtype = _backends.product_dtype(*tensors.values())
-    x = x.to(dtype)
-    impl = _backends.pick(BACKENDS, impl, x)
-    if not (
-        impl == "cpp" and dtype == torch.bfloat16 and weight.dtype == torch.float32
-    ):  # autocast: rounded on the way
-        weight = weight.to(dtype)
-    bias = None if bias is None else bias.to(weight.dtype)
+    impl, x, weight, bias = _backends.for_product(BACKENDS, impl, x, weight, bias)
     share = _shares(target != ignore_index, reduction, cu_seqlens)
 
     if impl == "reference":
