@@ -18,7 +18,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 CACHE_BYTES = 64 << 20  # rotate inputs through more than this
-LEAST_ROUNDS, SECONDS = 5, 20.0  # what takes long gets fewer rounds
+LEAST_ROUNDS, SECONDS = 5, 6.0  # what takes long gets fewer rounds
 ROWS: list[Row] = []  # what conftest prints at the end
 
 
