@@ -14,6 +14,7 @@ def linear(
 
 
 def apply(activation: str | None, z: Tensor) -> Tensor:
+    """act(z)."""
     if activation is None:
         return z
     return F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
