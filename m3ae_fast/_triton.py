@@ -39,6 +39,8 @@ class Resource(NamedTuple):
 
 
 if INTERPRETED:
+    import torch
+    from triton import language as tl
     from triton.runtime import interpreter
 
     def _bounds_from_tensors(patch_lang_tensor):
@@ -49,4 +51,15 @@ if INTERPRETED:
 
         return patched
 
+    def _bfloat16_by_rounding(cast_impl):
+        # It cuts the low half of a float32 off to make a bfloat16, where every GPU rounds to nearest even.
+        def patched(self, source, dtype):
+            if source.dtype.scalar.is_floating() and source.dtype.scalar != dtype.scalar == tl.bfloat16:
+                rounded = torch.from_numpy(source.data).to(torch.bfloat16).view(torch.uint16).numpy()
+                return interpreter.TensorHandle(rounded, tl.bfloat16)
+            return cast_impl(self, source, dtype)
+
+        return patched
+
     interpreter._patch_lang_tensor = _bounds_from_tensors(interpreter._patch_lang_tensor)
+    interpreter.InterpreterBuilder.cast_impl = _bfloat16_by_rounding(interpreter.InterpreterBuilder.cast_impl)
