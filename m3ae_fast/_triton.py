@@ -7,8 +7,8 @@ models, exactly as `forward` and `backward` would launch them (take the launch o
         yield Resource(
             "layer_norm m3ae_small bf16",            # the op, the case of cases.py, the dtype
             _forward_kernel,                         # the jit function
-            {"x_ptr": "*bf16", "eps": "fp32", "count": "i64"},   # every argument that is no constexpr, as Triton types it
-            {"residual_ptr": None, "WIDTH": 384, "BLOCK": 512},  # every other one; a pointer that is None is one of them
+            {"x_ptr": "*bf16", "eps": "fp32", "count": "i64"},   # each argument that is no constexpr, as Triton types it
+            {"residual_ptr": None, "WIDTH": 384, "BLOCK": 512},  # each other one; a pointer that is None is one of them
             {"num_warps": 4, "num_stages": 1},       # launch options
             None,                                    # or "mma", "wgmma": the tensor-core instruction that must be there
         )
@@ -85,7 +85,7 @@ def _sum_partials_kernel(partials_ptr, out_ptr, count, size, ROWS: tl.constexpr,
 
 
 def group(ids: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(order, starts): the places of id g in `ids` are order[starts[g] : starts[g + 1]], ascending, for g in 0 .. groups.
+    """(order, starts): id g is at order[starts[g] : starts[g + 1]] in `ids`, ascending, for each g below `groups`.
 
     Other ids are in no group.
     """

@@ -27,16 +27,9 @@ def forward(cu, cu_keep, sample_ids, total, total_keep, max_length, seed, step, 
         return ids_keep, ids_mask
     counters = min(triton.next_power_of_2(triton.cdiv(max_length, 4)), COUNTERS)
     _draw_kernel[(batch, triton.cdiv(max_length, 4 * counters))](
-        cu,
-        sample_ids,
-        words,
-        _word(seed),
-        _word(seed >> 32),
-        _word(step),
-        _word(stream),
-        counters,
+        cu, sample_ids, words, _word(seed), _word(seed >> 32), _word(step), _word(stream), counters,
         **row_options(4 * counters),
-    )
+    )  # fmt: skip
     block = min(triton.next_power_of_2(max_length), BLOCK)
     _select_kernel[(batch,)](cu, cu_keep, words, ids_keep, ids_mask, block, **row_options(block))
     return ids_keep, ids_mask
@@ -117,7 +110,8 @@ def resources():
     draw = offsets | {"sample_ids_ptr": "*i64"} | dict.fromkeys(SCALARS, "i32")
     pointers = dict.fromkeys(("cu_keep_ptr", "ids_keep_ptr", "ids_mask_ptr"), "*i32")
     for block in (32, 256, BLOCK):  # captions, images, anything long
-        counters = {"COUNTERS": min(block // 4, COUNTERS)}
-        options = row_options(block)
-        yield Resource(f"sample_mask draw {block}", _draw_kernel, draw, counters, options)
+        counters, options = min(block // 4, COUNTERS), row_options(block)
+        yield Resource(
+            f"sample_mask draw {block}", _draw_kernel, draw, {"COUNTERS": counters}, row_options(4 * counters)
+        )
         yield Resource(f"sample_mask select {block}", _select_kernel, offsets | pointers, {"BLOCK": block}, options)
