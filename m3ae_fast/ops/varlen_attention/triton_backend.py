@@ -13,20 +13,20 @@ import torch
 import triton
 import triton.language as tl
 
-from m3ae_fast import _backends
+from m3ae_fast import _triton
 
-INTERPRETED = tl.constexpr(_backends.INTERPRETED)
+INTERPRETED = tl.constexpr(_triton.INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-# Below, `x` is (pointer, row stride, head stride) of [rows, heads, WIDTH], a tile is a tuple of one or two pieces,
-# [rows, HEAD] and, where REST is not 0, [rows, REST]; `real` masks the rows that exist.
+# Below, `base` points at a head's first channel in row 0, `stride` leads to the next row, `real` masks the rows that
+# exist. A tile is a tuple of one or two pieces, [rows, HEAD] and, where REST is not 0, [rows, REST].
 
 
 @triton.jit
-def _load(x, head, rows, real, WIDTH: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr):
-    at = x[0] + head.to(tl.int64) * x[2] + rows.to(tl.int64)[:, None] * x[1]
+def _load(base, stride, rows, real, WIDTH: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr):
+    at = base + rows.to(tl.int64)[:, None] * stride
     d = tl.arange(0, HEAD)
     first = tl.load(at + d, mask=real[:, None] & (d < WIDTH), other=0.0)
     if REST == 0:
@@ -37,11 +37,11 @@ def _load(x, head, rows, real, WIDTH: tl.constexpr, HEAD: tl.constexpr, REST: tl
 
 
 @triton.jit
-def _store(x, head, rows, real, tile, WIDTH: tl.constexpr):
-    at = x[0] + head.to(tl.int64) * x[2] + rows.to(tl.int64)[:, None] * x[1]
+def _store(base, stride, rows, real, tile, WIDTH: tl.constexpr):
+    at = base + rows.to(tl.int64)[:, None] * stride
     for i in tl.static_range(len(tile)):
         d = i * tile[0].shape[1] + tl.arange(0, tile[i].shape[1])
-        tl.store(at + d, tile[i].to(x[0].dtype.element_ty), mask=real[:, None] & (d < WIDTH))
+        tl.store(at + d, tile[i].to(base.dtype.element_ty), mask=real[:, None] & (d < WIDTH))
 
 
 @triton.jit
@@ -89,174 +89,195 @@ def _scaled(tile, factor):
 
 @triton.jit
 def _clear(
-    x, head, block, blocks, begin, end,
+    base, stride, block, blocks, begin, end,
     WIDTH: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Zeros in the rows [begin, end), shared by `blocks` programs."""
     for first in range(begin + block * BLOCK, end, blocks * BLOCK):
         rows = first + tl.arange(0, BLOCK)
-        _store(x, head, rows, rows < end, _zeros(BLOCK, HEAD, REST), WIDTH)
+        _store(base, stride, rows, rows < end, _zeros(BLOCK, HEAD, REST), WIDTH)
 
 
 @triton.jit
-def _clear_lse(lse, head, block, blocks, begin, end, BLOCK: tl.constexpr):
+def _clear_lse(lse_ptr, block, blocks, begin, end, BLOCK: tl.constexpr):
     for first in range(begin + block * BLOCK, end, blocks * BLOCK):
         rows = first + tl.arange(0, BLOCK)
-        tl.store(lse + head.to(tl.int64) * end + rows, float("-inf"), mask=rows < end)
+        tl.store(lse_ptr + rows, float("-inf"), mask=rows < end)
 
 
 @triton.jit
 def _program(blocks, HEADS: tl.constexpr):
     """(block, head, sequence): blocks of a head run side by side, so that what they share stays in L2."""
     program = tl.program_id(0)
-    return program % blocks, program // blocks % HEADS, program // blocks // HEADS
+    return program % blocks, (program // blocks % HEADS).to(tl.int64), program // blocks // HEADS
+
+
+@triton.jit
+def _scores(a, b, real, scale):
+    """Scores of two tiles in base 2, -inf where not real."""
+    return tl.where(real, _outer(a, b) * (scale * LOG2E), float("-inf"))
 
 
 @triton.jit(do_not_specialize=["batch", "blocks", "q_rows"])
-def _forward(
-    q, k, v, out, lse, cu_q, cu_k, batch, blocks, q_rows, scale,
+def _forward_kernel(
+    q_ptr, q_row, q_head, k_ptr, k_row, k_head, v_ptr, v_row, v_head, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr,
+    batch, blocks, q_rows, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """WHOLE: all keys of a sequence are one block."""
+    """A block of queries. WHOLE: all keys of a sequence are one block."""
     block, head, sequence = _program(blocks, HEADS)
-    begin = tl.load(cu_q + sequence)
-    if sequence == batch:
-        _clear(out, head, block, blocks, begin, q_rows, WIDTH, HEAD, REST, BLOCK_Q)
-        _clear_lse(lse, head, block, blocks, begin, q_rows, BLOCK_Q)
+    out_ptr += head * WIDTH
+    lse_ptr += head * q_rows
+    begin = tl.load(cu_q_ptr + sequence)
+    if sequence == batch:  # the rows past the last sequence
+        _clear(out_ptr, HEADS * WIDTH, block, blocks, begin, q_rows, WIDTH, HEAD, REST, BLOCK_Q)
+        _clear_lse(lse_ptr, block, blocks, begin, q_rows, BLOCK_Q)
         return
-    rows = begin + block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    end = tl.load(cu_q + sequence + 1)
-    if begin + block * BLOCK_Q >= end:
+    end = tl.load(cu_q_ptr + sequence + 1)
+    begin += block * BLOCK_Q
+    if begin >= end:
         return
-    real = rows < end
-    first, last = tl.load(cu_k + sequence), tl.load(cu_k + sequence + 1)
-    tile = _load(q, head, rows, real, WIDTH, HEAD, REST)
+    first, last = tl.load(cu_k_ptr + sequence), tl.load(cu_k_ptr + sequence + 1)
+    q_ptr += head * q_head
+    k_ptr += head // GROUPS * k_head
+    v_ptr += head // GROUPS * v_head
+    rows = begin + tl.arange(0, BLOCK_Q)
+    q = _load(q_ptr, q_row, rows, rows < end, WIDTH, HEAD, REST)
     sum = _zeros(BLOCK_Q, HEAD, REST)
-    lanes = tl.arange(0, BLOCK_K)
     if WHOLE:
-        keys = first + lanes
-        k_tile = _load(k, head // GROUPS, keys, keys < last, WIDTH, HEAD, REST)
-        v_tile = _load(v, head // GROUPS, keys, keys < last, WIDTH, HEAD, REST)
-        scores = tl.where((keys < last)[None, :], _outer(tile, k_tile) * (scale * LOG2E), float("-inf"))
+        keys = first + tl.arange(0, BLOCK_K)
+        k = _load(k_ptr, k_row, keys, keys < last, WIDTH, HEAD, REST)
+        v = _load(v_ptr, v_row, keys, keys < last, WIDTH, HEAD, REST)
+        scores = _scores(q, k, (keys < last)[None, :], scale)
         most = tl.max(scores, 1)
-        shift = tl.where(most == float("-inf"), 0.0, most)
-        weights = tl.exp2(scores - shift[:, None])
+        weights = tl.exp2(scores - tl.where(most == float("-inf"), 0.0, most)[:, None])
         total = tl.sum(weights, 1)
-        sum = _add(sum, weights, v_tile)
+        sum = _add(sum, weights, v)
     else:
         most = tl.full([BLOCK_Q], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_Q], tl.float32)
         for start in range(first, last, BLOCK_K):
-            keys = start + lanes
-            k_tile = _load(k, head // GROUPS, keys, keys < last, WIDTH, HEAD, REST)
-            v_tile = _load(v, head // GROUPS, keys, keys < last, WIDTH, HEAD, REST)
-            scores = tl.where((keys < last)[None, :], _outer(tile, k_tile) * (scale * LOG2E), float("-inf"))
+            keys = start + tl.arange(0, BLOCK_K)
+            k = _load(k_ptr, k_row, keys, keys < last, WIDTH, HEAD, REST)
+            v = _load(v_ptr, v_row, keys, keys < last, WIDTH, HEAD, REST)
+            scores = _scores(q, k, (keys < last)[None, :], scale)
             higher = tl.maximum(most, tl.max(scores, 1))
             shift = tl.where(higher == float("-inf"), 0.0, higher)
             weights = tl.exp2(scores - shift[:, None])
             shrink = tl.exp2(most - shift)
             total = total * shrink + tl.sum(weights, 1)
-            sum = _add(_scaled(sum, shrink[:, None]), weights, v_tile)
+            sum = _add(_scaled(sum, shrink[:, None]), weights, v)
             most = higher
     sum = _scaled(sum, 1 / tl.where(total == 0.0, 1.0, total)[:, None])
-    _store(out, head, rows, real, sum, WIDTH)
-    tl.store(lse + head.to(tl.int64) * q_rows + rows, (most + tl.log2(total)) * LN2, mask=real)
+    _store(out_ptr, HEADS * WIDTH, rows, rows < end, sum, WIDTH)
+    lse = tl.where(total == 0.0, float("-inf"), most * LN2 + tl.log(tl.where(total == 0.0, 1.0, total)))
+    tl.store(lse_ptr + rows, lse, mask=rows < end)
 
 
 @triton.jit(do_not_specialize=["batch", "blocks", "q_rows", "k_rows"])
-def _backward_keys(
-    q, k, v, dout, lse, dlse, delta, cu_q, cu_k, dq, dk, dv, batch, blocks, q_rows, k_rows, scale,
+def _backward_keys_kernel(
+    q_ptr, q_row, q_head, k_ptr, k_row, k_head, v_ptr, v_row, v_head, dout_ptr, dout_row, dout_head,
+    lse_ptr, dlse_ptr, delta_ptr, cu_q_ptr, cu_k_ptr, dq_ptr, dq_row, dq_head, dk_ptr, dv_ptr, dk_row, dk_head,
+    batch, blocks, q_rows, k_rows, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of keys; where it is all keys (WHOLE), dq too, and delta is made here."""
+    """dk and dv (strides of dk both) of a block of keys; where that is all keys (WHOLE), dq too, and delta is made here.
+
+    delta is what a row of dscores loses to the softmax's normalisation: sum(dout * out) - dlse.
+    """
     block, key_head, sequence = _program(blocks, HEADS // GROUPS)
-    first, begin = tl.load(cu_k + sequence), tl.load(cu_q + sequence)
-    if sequence == batch:
-        _clear(dk, key_head, block, blocks, first, k_rows, WIDTH, HEAD, REST, BLOCK_K)
-        _clear(dv, key_head, block, blocks, first, k_rows, WIDTH, HEAD, REST, BLOCK_K)
+    dk_ptr += key_head * dk_head
+    dv_ptr += key_head * dk_head
+    first, begin = tl.load(cu_k_ptr + sequence), tl.load(cu_q_ptr + sequence)
+    if sequence == batch:  # the rows past the last sequence
+        _clear(dk_ptr, dk_row, block, blocks, first, k_rows, WIDTH, HEAD, REST, BLOCK_K)
+        _clear(dv_ptr, dk_row, block, blocks, first, k_rows, WIDTH, HEAD, REST, BLOCK_K)
         if WHOLE:
-            for head in range(key_head * GROUPS, key_head * GROUPS + GROUPS):
-                _clear(dq, head, block, blocks, begin, q_rows, WIDTH, HEAD, REST, BLOCK_Q)
+            for group in range(GROUPS):
+                at = dq_ptr + (key_head * GROUPS + group) * dq_head
+                _clear(at, dq_row, block, blocks, begin, q_rows, WIDTH, HEAD, REST, BLOCK_Q)
         return
-    last, end = tl.load(cu_k + sequence + 1), tl.load(cu_q + sequence + 1)
-    keys = first + block * BLOCK_K + tl.arange(0, BLOCK_K)
-    if not WHOLE:
-        if first + block * BLOCK_K >= last:
-            return
-    k_tile = _load(k, key_head, keys, keys < last, WIDTH, HEAD, REST)
-    v_tile = _load(v, key_head, keys, keys < last, WIDTH, HEAD, REST)
-    dk_sum = _zeros(BLOCK_K, HEAD, REST)
-    dv_sum = _zeros(BLOCK_K, HEAD, REST)
-    for head in range(key_head * GROUPS, key_head * GROUPS + GROUPS):
+    last, end = tl.load(cu_k_ptr + sequence + 1), tl.load(cu_q_ptr + sequence + 1)
+    first += block * BLOCK_K
+    if first >= last and not WHOLE:  # WHOLE: queries without keys have a dq, zero
+        return
+    keys = first + tl.arange(0, BLOCK_K)
+    k = _load(k_ptr + key_head * k_head, k_row, keys, keys < last, WIDTH, HEAD, REST)
+    v = _load(v_ptr + key_head * v_head, v_row, keys, keys < last, WIDTH, HEAD, REST)
+    dk = _zeros(BLOCK_K, HEAD, REST)
+    dv = _zeros(BLOCK_K, HEAD, REST)
+    for group in range(GROUPS):
+        head = key_head * GROUPS + group
         for start in range(begin, end, BLOCK_Q):
             rows = start + tl.arange(0, BLOCK_Q)
-            real = rows < end
-            q_tile = _load(q, head, rows, real, WIDTH, HEAD, REST)
-            dout_tile = _load(dout, head, rows, real, WIDTH, HEAD, REST)
-            at = head.to(tl.int64) * q_rows + rows
-            # Keys are rows here, so that both products with queries take their weights from registers.
-            exponent = _outer(k_tile, q_tile) * (scale * LOG2E) - tl.load(lse + at, mask=real, other=0.0)[None, :] * LOG2E
-            both = (keys < last)[:, None] & real[None, :]
-            weights = tl.where(both, tl.exp2(exponent), 0.0)
-            dweights = _outer(v_tile, dout_tile)
+            at = head * q_rows + rows
+            q = _load(q_ptr + head * q_head, q_row, rows, rows < end, WIDTH, HEAD, REST)
+            dout = _load(dout_ptr + head * dout_head, dout_row, rows, rows < end, WIDTH, HEAD, REST)
+            lse = tl.load(lse_ptr + at, mask=rows < end, other=0.0)
+            # Keys are the rows here, so that the products for dk and dv take their weights from registers.
+            real = (keys < last)[:, None] & (rows < end)[None, :]
+            weights = tl.exp2(_scores(k, q, real, scale) - tl.where(lse == float("-inf"), 0.0, lse * LOG2E)[None, :])
+            dweights = _outer(v, dout)
             if WHOLE:
-                shift = tl.sum(weights * dweights, 0)
-                if dlse is not None:
-                    shift -= tl.load(dlse + at, mask=real, other=0.0)
+                delta = tl.sum(weights * dweights, 0)
+                if dlse_ptr is not None:
+                    delta -= tl.load(dlse_ptr + at, mask=rows < end, other=0.0)
             else:
-                shift = tl.load(delta + at, mask=real, other=0.0)
-            dscores = tl.where(both, weights * (dweights - shift[None, :]), 0.0)
-            dv_sum = _add(dv_sum, weights, dout_tile)
-            dk_sum = _add(dk_sum, dscores, q_tile)
+                delta = tl.load(delta_ptr + at, mask=rows < end, other=0.0)
+            dscores = weights * (dweights - delta[None, :])
+            dv = _add(dv, weights, dout)
+            dk = _add(dk, dscores, q)
             if WHOLE:
-                dq_tile = _add(_zeros(BLOCK_Q, HEAD, REST), tl.trans(dscores), k_tile)
-                _store(dq, head, rows, real, _scaled(dq_tile, scale), WIDTH)
-    _store(dk, key_head, keys, keys < last, _scaled(dk_sum, scale), WIDTH)
-    _store(dv, key_head, keys, keys < last, dv_sum, WIDTH)
+                dq = _add(_zeros(BLOCK_Q, HEAD, REST), tl.trans(dscores), k)
+                _store(dq_ptr + head * dq_head, dq_row, rows, rows < end, _scaled(dq, scale), WIDTH)
+    _store(dk_ptr, dk_row, keys, keys < last, _scaled(dk, scale), WIDTH)
+    _store(dv_ptr, dk_row, keys, keys < last, dv, WIDTH)
 
 
 @triton.jit(do_not_specialize=["batch", "blocks", "q_rows"])
-def _backward_queries(
-    q, k, v, out, dout, lse, dlse, delta, cu_q, cu_k, dq, batch, blocks, q_rows, scale,
+def _backward_queries_kernel(
+    q_ptr, q_row, q_head, k_ptr, k_row, k_head, v_ptr, v_row, v_head, out_ptr, dout_ptr, dout_row, dout_head,
+    lse_ptr, dlse_ptr, delta_ptr, cu_q_ptr, cu_k_ptr, dq_ptr, dq_row, dq_head, batch, blocks, q_rows, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dq of a block of queries, and for the keys' kernel delta = sum(dout * out) - dlse."""
+    """dq of a block of queries, and delta for the keys' kernel."""
     block, head, sequence = _program(blocks, HEADS)
-    begin = tl.load(cu_q + sequence)
-    if sequence == batch:
-        _clear(dq, head, block, blocks, begin, q_rows, WIDTH, HEAD, REST, BLOCK_Q)
+    dq_ptr += head * dq_head
+    begin = tl.load(cu_q_ptr + sequence)
+    if sequence == batch:  # the rows past the last sequence
+        _clear(dq_ptr, dq_row, block, blocks, begin, q_rows, WIDTH, HEAD, REST, BLOCK_Q)
         return
-    rows = begin + block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    end = tl.load(cu_q + sequence + 1)
-    if begin + block * BLOCK_Q >= end:
+    end = tl.load(cu_q_ptr + sequence + 1)
+    begin += block * BLOCK_Q
+    if begin >= end:
         return
-    real = rows < end
-    first, last = tl.load(cu_k + sequence), tl.load(cu_k + sequence + 1)
-    q_tile = _load(q, head, rows, real, WIDTH, HEAD, REST)
-    dout_tile = _load(dout, head, rows, real, WIDTH, HEAD, REST)
-    out_tile = _load(out, head, rows, real, WIDTH, HEAD, REST)
-    at = head.to(tl.int64) * q_rows + rows
-    shift = tl.sum(dout_tile[0].to(tl.float32) * out_tile[0].to(tl.float32), 1)
+    first, last = tl.load(cu_k_ptr + sequence), tl.load(cu_k_ptr + sequence + 1)
+    k_ptr += head // GROUPS * k_head
+    v_ptr += head // GROUPS * v_head
+    rows = begin + tl.arange(0, BLOCK_Q)
+    at = head * q_rows + rows
+    q = _load(q_ptr + head * q_head, q_row, rows, rows < end, WIDTH, HEAD, REST)
+    dout = _load(dout_ptr + head * dout_head, dout_row, rows, rows < end, WIDTH, HEAD, REST)
+    out = _load(out_ptr + head * WIDTH, HEADS * WIDTH, rows, rows < end, WIDTH, HEAD, REST)
+    delta = tl.sum(dout[0].to(tl.float32) * out[0].to(tl.float32), 1)
     if REST > 0:
-        shift += tl.sum(dout_tile[1].to(tl.float32) * out_tile[1].to(tl.float32), 1)
-    if dlse is not None:
-        shift -= tl.load(dlse + at, mask=real, other=0.0)
-    tl.store(delta + at, shift, mask=real)
-    lse_rows = tl.load(lse + at, mask=real, other=0.0) * LOG2E
-    sum = _zeros(BLOCK_Q, HEAD, REST)
+        delta += tl.sum(dout[1].to(tl.float32) * out[1].to(tl.float32), 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + at, mask=rows < end, other=0.0)
+    tl.store(delta_ptr + at, delta, mask=rows < end)
+    lse = tl.load(lse_ptr + at, mask=rows < end, other=0.0)
+    lse = tl.where(lse == float("-inf"), 0.0, lse * LOG2E)
+    dq = _zeros(BLOCK_Q, HEAD, REST)
     for start in range(first, last, BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
-        k_tile = _load(k, head // GROUPS, keys, keys < last, WIDTH, HEAD, REST)
-        v_tile = _load(v, head // GROUPS, keys, keys < last, WIDTH, HEAD, REST)
-        both = (keys < last)[None, :] & real[:, None]
-        exponent = _outer(q_tile, k_tile) * (scale * LOG2E) - lse_rows[:, None]
-        weights = tl.where(both, tl.exp2(exponent), 0.0)
-        dweights = _outer(dout_tile, v_tile)
-        sum = _add(sum, tl.where(both, weights * (dweights - shift[:, None]), 0.0), k_tile)
-    _store(dq, head, rows, real, _scaled(sum, scale), WIDTH)
+        k = _load(k_ptr, k_row, keys, keys < last, WIDTH, HEAD, REST)
+        v = _load(v_ptr, v_row, keys, keys < last, WIDTH, HEAD, REST)
+        weights = tl.exp2(_scores(q, k, (keys < last)[None, :], scale) - lse[:, None])
+        dq = _add(dq, weights * (_outer(dout, v) - delta[:, None]), k)
+    _store(dq_ptr, dq_row, rows, rows < end, _scaled(dq, scale), WIDTH)
 
 
 # Block sizes and launch options (queries, keys, warps, stages) by kernel and the largest tile width they serve; in the
@@ -300,7 +321,7 @@ def _strided(x):
 
 
 def _longest(cu, longest):
-    """A GPU caller always says; in the interpreter, on the CPU, the offsets may be looked at."""
+    """A caller on a GPU says it; in the interpreter, on the CPU, the offsets may be looked at."""
     if longest is not None or cu.shape[0] == 1:
         return longest or 0
     return int((cu[1:] - cu[:-1]).max())
@@ -310,6 +331,12 @@ def _is_short(max_k, width):
     return max_k <= SHORT and sum(_pieces(width)) <= 128
 
 
+def _grid(length, block, heads, batch):
+    """(blocks of a sequence, grid): one more sequence clears the rows past the last."""
+    blocks = max(1, triton.cdiv(length, block))
+    return blocks, (blocks * heads * (batch + 1),)
+
+
 def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale):
     (rows, heads, width), batch = q.shape, cu_q.shape[0] - 1
     max_q, max_k = _longest(cu_q, max_q), _longest(cu_k, max_k)
@@ -317,9 +344,9 @@ def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale):
     lse = q.new_empty(heads, rows, dtype=torch.float32)
     whole = _is_short(max_k, width)
     tiling = _tiling("forward_whole" if whole else "forward", width, max_q, max_k)
-    blocks = max(1, triton.cdiv(max_q, tiling["BLOCK_Q"]))
-    _forward[(blocks * heads * (batch + 1),)](
-        _strided(q), _strided(k), _strided(v), _strided(out), lse, cu_q, cu_k, batch, blocks, rows, scale,
+    blocks, grid = _grid(max_q, tiling["BLOCK_Q"], heads, batch)
+    _forward_kernel[grid](
+        *_strided(q), *_strided(k), *_strided(v), out, lse, cu_q, cu_k, batch, blocks, rows, scale,
         HEADS=heads, GROUPS=heads // k.shape[1], WHOLE=whole, **tiling,
     )  # fmt: skip
     return out, lse
@@ -330,20 +357,20 @@ def backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, dq,
     key_rows, key_heads = k.shape[:2]
     max_q, max_k = _longest(cu_q, max_q), _longest(cu_k, max_k)
     whole = _is_short(max_k, width)
+    inputs = (*_strided(q), *_strided(k), *_strided(v))
     grouping = dict(HEADS=heads, GROUPS=heads // key_heads)
-    inputs = (_strided(q), _strided(k), _strided(v))
     delta = None
     if not whole:
         delta = torch.empty_like(lse)
         tiling = _tiling("queries", width, max_q, max_k)
-        blocks = max(1, triton.cdiv(max_q, tiling["BLOCK_Q"]))
-        _backward_queries[(blocks * heads * (batch + 1),)](
-            *inputs, _strided(out), _strided(dout), lse, dlse, delta, cu_q, cu_k, _strided(dq), batch, blocks, rows,
-            scale, **grouping, **tiling,
+        blocks, grid = _grid(max_q, tiling["BLOCK_Q"], heads, batch)
+        _backward_queries_kernel[grid](
+            *inputs, out, *_strided(dout), lse, dlse, delta, cu_q, cu_k, *_strided(dq), batch, blocks, rows, scale,
+            **grouping, **tiling,
         )  # fmt: skip
     tiling = _tiling("keys_whole" if whole else "keys", width, max_q, max_k)
-    blocks = 1 if whole else triton.cdiv(max_k, tiling["BLOCK_K"])
-    _backward_keys[(blocks * key_heads * (batch + 1),)](
-        *inputs, _strided(dout), lse, dlse, delta, cu_q, cu_k, _strided(dq), _strided(dk), _strided(dv), batch, blocks,
-        rows, key_rows, scale, WHOLE=whole, **grouping, **tiling,
+    blocks, grid = _grid(max_k, tiling["BLOCK_K"], key_heads, batch)
+    _backward_keys_kernel[grid](
+        *inputs, *_strided(dout), lse, dlse, delta, cu_q, cu_k, *_strided(dq), dk, *_strided(dv), batch, blocks, rows,
+        key_rows, scale, WHOLE=whole, **grouping, **tiling,
     )  # fmt: skip
