@@ -210,7 +210,7 @@ def _backward_keys_kernel(
     dv = _zeros(BLOCK_K, HEAD, REST)
     for group in range(GROUPS):
         head = key_head * GROUPS + group
-        for start in range(begin, end, BLOCK_Q):
+        for start in tl.range(begin, end, BLOCK_Q, disable_licm=True):
             rows = start + tl.arange(0, BLOCK_Q)
             at = head * q_rows + rows
             q = _load(q_ptr + head * q_head, q_row, rows, rows < end, WIDTH, HEAD, REST)
