@@ -97,6 +97,8 @@ def main() -> None:
             sys.exit(f"{op}: triton_backend.py declares no resources()")
         for resource in backend.resources():
             for arch in options.arch.split(","):
+                if resource.architecture not in (None, arch):
+                    continue
                 capability = int(arch.removeprefix("sm_"))
                 compiled = compile_for(resource, capability)
                 used, ptx = usage(compiled.asm["cubin"]), compiled.asm["ptx"]

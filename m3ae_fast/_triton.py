@@ -11,6 +11,7 @@ models, exactly as `forward` and `backward` would launch them (take the launch o
             {"residual_ptr": None, "WIDTH": 384, "BLOCK": 512},  # each other one; a pointer that is None is one of them
             {"num_warps": 4, "num_stages": 1},       # launch options
             None,                                    # or "mma", "wgmma": the tensor-core instruction that must be there
+            None,                                    # or "sm_80", "sm_90": the only architecture that is launched so
         )
 
 `python -m benchmarks.resources` compiles each of them for sm_80 and sm_90 on a machine without a GPU and prints
@@ -40,6 +41,7 @@ class Resource(NamedTuple):
     constexprs: dict[str, Any]
     options: dict[str, Any]
     instruction: str | None = None
+    architecture: str | None = None
 
 
 def element(dtype: torch.dtype) -> str:
