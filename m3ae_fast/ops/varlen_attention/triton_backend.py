@@ -1,13 +1,15 @@
 """varlen_attention in Triton.
 
-A program holds a block of queries (or, backward, of keys) of one sequence and head. Up to SHORT keys, all keys are one
-block: q, k, v are read once, the softmax is taken at once, and one kernel makes all gradients. Beyond, the other side is
-streamed: forward with an online softmax, backward in one kernel for dq and one for dk, dv. Nothing is added up by two
-programs. Rows past the last sequence are cleared by programs of their own.
+A program holds a block of queries (or, backward, of keys) of one sequence and head. Up to SHORT keys, they are all one
+block: q, k, v are read once, the softmax is taken at once, and one kernel makes all gradients. Beyond, the other side
+is streamed: forward with an online softmax, backward in one kernel for dq and one for dk and dv. No two programs add to
+one sum. Rows past the last sequence are cleared by programs of their own.
 
 Vectors of a GPU program are powers of two wide: a head of 80 or 96 channels is read in two pieces, 64 + 16 or 64 + 32,
 so that no product runs over padding (a single piece of 128 would be 37 or 25 % of it).
 """
+
+import functools
 
 import torch
 import triton
@@ -183,7 +185,7 @@ def _backward_keys_kernel(
     HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv (strides of dk both) of a block of keys; where that is all keys (WHOLE), dq too, and delta is made here.
+    """dk and dv (of the same strides) of a block of keys; where that is all keys (WHOLE), dq too, and delta made here.
 
     delta is what a row of dscores loses to the softmax's normalisation: sum(dout * out) - dlse.
     """
@@ -280,16 +282,42 @@ def _backward_queries_kernel(
     _store(dq_ptr, dq_row, rows, rows < end, _scaled(dq, scale), WIDTH)
 
 
-# Block sizes and launch options (queries, keys, warps, stages) by kernel and the largest tile width they serve; in the
-# WHOLE kernels the key block follows the longest sequence. Chosen by offline compilation: no register spills.
+# Per kernel (largest tile width, block of queries, block of keys, warps, pipeline stages); blocks shrink to the longest
+# sequence. Found by `python -m benchmarks.resources`: no register spills, wgmma on sm_90. Untimed. "fp32": products run
+# outside the tensor cores there, and one block of all keys would spill, as it would on sm_80 at 80 channels and more.
 SHORT = 128
+WHOLE_WIDTH = {"sm_90": 128, "sm_80": 64, "fp32": 0}
 TILES = {
-    "forward": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 512: (64, 32, 8, 1)},
-    "forward_whole": {64: (128, SHORT, 8, 1), 128: (128, SHORT, 8, 1)},
-    "queries": {64: (64, 64, 4, 2), 128: (64, 64, 8, 1), 512: (32, 32, 8, 1)},
-    "keys": {64: (64, 64, 4, 2), 128: (64, 64, 8, 1), 512: (32, 32, 8, 1)},
-    "keys_whole": {64: (64, SHORT, 8, 1), 128: (32, SHORT, 8, 1)},
+    "sm_90": {
+        "forward": ((128, 64, 64, 4, 2), (512, 32, 32, 8, 1)),
+        "queries": ((128, 64, 64, 4, 2), (512, 32, 32, 8, 1)),
+        "keys": ((128, 64, 64, 4, 2), (512, 32, 32, 8, 1)),
+        "forward_whole": ((128, 128, SHORT, 8, 1),),
+        "keys_whole": ((96, 64, SHORT, 8, 1), (128, 32, SHORT, 8, 1)),
+    },
+    "sm_80": {
+        "forward": ((128, 128, 64, 8, 2), (512, 32, 32, 8, 1)),
+        "queries": ((64, 64, 64, 4, 2), (80, 64, 64, 4, 2), (512, 32, 32, 8, 1)),
+        "keys": ((80, 32, 64, 4, 2), (128, 32, 32, 4, 1), (512, 32, 32, 8, 1)),
+        "forward_whole": ((64, 128, SHORT, 8, 1),),
+        "keys_whole": ((64, 32, SHORT, 8, 1),),
+    },
+    "fp32": {
+        "forward": ((80, 16, 32, 4, 1), (128, 16, 16, 4, 1), (512, 16, 16, 8, 1)),
+        "queries": ((80, 16, 32, 4, 1), (128, 16, 16, 4, 1), (512, 16, 16, 8, 1)),
+        "keys": ((80, 32, 32, 8, 1), (512, 16, 16, 8, 1)),
+    },
 }
+
+
+@functools.cache
+def _generation(device):
+    """The architecture whose tiles a GPU takes; the interpreter's, which takes any, is sm_90."""
+    return "sm_90" if _triton.INTERPRETED or torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
+
+
+def _architecture(x):
+    return "fp32" if x.dtype == torch.float32 and not _triton.INTERPRETED else _generation(x.device)
 
 
 def _power_of_two(n, low=16):
@@ -305,14 +333,17 @@ def _pieces(width):
     return (head, rest) if rest < head else (2 * head, 0)
 
 
-def _tiling(kernel, width, max_q, max_k):
+def _tiling(kernel, architecture, width, max_q, max_k, whole=False):
     """(constexprs and launch options, block sizes among them)."""
     head, rest = _pieces(width)
-    block_q, block_k, warps, stages = next(v for most, v in TILES[kernel].items() if head + rest <= most)
-    return dict(
-        WIDTH=width, HEAD=head, REST=rest, BLOCK_Q=min(block_q, _power_of_two(max_q)),
-        BLOCK_K=min(block_k, _power_of_two(max_k)), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    rows = TILES[architecture][f"{kernel}_whole" if whole else kernel]
+    _, block_q, block_k, warps, stages = next(row for row in rows if head + rest <= row[0])
+    if whole and max_q > block_q:
+        block_q = min(block_q, 64)  # several blocks: less of the last is padding
+    block_q, block_k = min(block_q, _power_of_two(max_q)), min(block_k, _power_of_two(max_k))
+    if whole and max(block_q, block_k) <= 64:
+        warps = 4
+    return dict(WIDTH=width, HEAD=head, REST=rest, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps, num_stages=stages)
 
 
 def _strided(x):
@@ -327,8 +358,8 @@ def _longest(cu, longest):
     return int((cu[1:] - cu[:-1]).max())
 
 
-def _is_short(max_k, width):
-    return max_k <= SHORT and sum(_pieces(width)) <= 128
+def _is_whole(architecture, width, max_k):
+    return max_k <= SHORT and sum(_pieces(width)) <= WHOLE_WIDTH[architecture]
 
 
 def _grid(length, block, heads, batch):
@@ -342,8 +373,9 @@ def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale):
     max_q, max_k = _longest(cu_q, max_q), _longest(cu_k, max_k)
     out = q.new_empty(q.shape)
     lse = q.new_empty(heads, rows, dtype=torch.float32)
-    whole = _is_short(max_k, width)
-    tiling = _tiling("forward_whole" if whole else "forward", width, max_q, max_k)
+    architecture = _architecture(q)
+    whole = _is_whole(architecture, width, max_k)
+    tiling = _tiling("forward", architecture, width, max_q, max_k, whole)
     blocks, grid = _grid(max_q, tiling["BLOCK_Q"], heads, batch)
     _forward_kernel[grid](
         *_strided(q), *_strided(k), *_strided(v), out, lse, cu_q, cu_k, batch, blocks, rows, scale,
@@ -356,21 +388,68 @@ def backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, dq,
     (rows, heads, width), batch = q.shape, cu_q.shape[0] - 1
     key_rows, key_heads = k.shape[:2]
     max_q, max_k = _longest(cu_q, max_q), _longest(cu_k, max_k)
-    whole = _is_short(max_k, width)
+    architecture = _architecture(q)
+    whole = _is_whole(architecture, width, max_k)
     inputs = (*_strided(q), *_strided(k), *_strided(v))
     grouping = dict(HEADS=heads, GROUPS=heads // key_heads)
     delta = None
     if not whole:
         delta = torch.empty_like(lse)
-        tiling = _tiling("queries", width, max_q, max_k)
+        tiling = _tiling("queries", architecture, width, max_q, max_k)
         blocks, grid = _grid(max_q, tiling["BLOCK_Q"], heads, batch)
         _backward_queries_kernel[grid](
             *inputs, out, *_strided(dout), lse, dlse, delta, cu_q, cu_k, *_strided(dq), batch, blocks, rows, scale,
             **grouping, **tiling,
         )  # fmt: skip
-    tiling = _tiling("keys_whole" if whole else "keys", width, max_q, max_k)
+    tiling = _tiling("keys", architecture, width, max_q, max_k, whole)
     blocks, grid = _grid(max_k, tiling["BLOCK_K"], key_heads, batch)
     _backward_keys_kernel[grid](
         *inputs, *_strided(dout), lse, dlse, delta, cu_q, cu_k, *_strided(dq), dk, *_strided(dv), batch, blocks, rows,
         key_rows, scale, WHOLE=whole, **grouping, **tiling,
     )  # fmt: skip
+
+
+# Real-model calls for resources(): cases.py's and the other head widths. Name, width, longest queries and keys.
+REAL = (
+    ("m3ae_small_encoder", 64, 81, 81),
+    ("m3ae_small_decoder", 32, 297, 297),
+    ("m3ae_huge_encoder", 80, 81, 81),
+    ("mae_base_encoder", 64, 50, 50),
+    ("mae_base_decoder", 32, 197, 197),
+    ("cross_decoder", 32, 147, 50),
+    ("long_512", 64, 512, 512),
+    *((f"width {width}, {length}", width, length, length) for width in (96, 128, 256) for length in (81, 400)),
+    ("width 80, 400", 80, 400, 400),
+)
+
+
+def resources():
+    """What benchmarks/resources.py compiles: see m3ae_fast/_triton.py."""
+    kernels = {"forward": _forward_kernel, "queries": _backward_queries_kernel, "keys": _backward_keys_kernel}
+    for architecture in ("sm_80", "sm_90", "fp32"):
+        kind = "fp32" if architecture == "fp32" else "bf16"
+        for name, width, max_q, max_k in REAL[:4] if architecture == "fp32" else REAL:
+            whole = _is_whole(architecture, width, max_k)
+            for kernel in ("forward", "keys") if whole else ("forward", "queries", "keys"):
+                tiling = _tiling(kernel, architecture, width, max_q, max_k, whole)
+                options = {key: tiling.pop(key) for key in ("num_warps", "num_stages")}
+                constexprs = dict(HEADS=16, GROUPS=1, WHOLE=whole, dlse_ptr=None, **tiling)
+                if whole:
+                    constexprs["delta_ptr"] = None
+                names = kernels[kernel].arg_names
+                yield _triton.Resource(
+                    f"varlen_attention {kernel}{' whole' if whole else ''} {name} {kind}",
+                    kernels[kernel],
+                    {n: _type(n, kind) for n in names if n not in constexprs},
+                    {n: value for n, value in constexprs.items() if n in names},
+                    options,
+                    None if kind == "fp32" else "mma" if tiling["BLOCK_Q"] < 64 or tiling["BLOCK_K"] < 64 else "wgmma",
+                    None if kind == "fp32" else architecture,
+                )
+
+
+def _type(name, kind):
+    """The type of a kernel's argument, as Triton spells it."""
+    if name.endswith("_ptr"):
+        return "*i32" if name.startswith("cu_") else "*fp32" if name in ("lse_ptr", "delta_ptr") else f"*{kind}"
+    return "fp32" if name == "scale" else "i32:16" if name.endswith(("_row", "_head")) else "i32"
