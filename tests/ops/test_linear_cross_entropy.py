@@ -160,9 +160,17 @@ def test_backward_twice(impl):
 
 @pytest.mark.parametrize("impl", testing.impls("linear_cross_entropy"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_many_blocks_of_rows(impl, dtype):
+def test_many_blocks_of_rows(impl, dtype, monkeypatch):
     """A vocabulary so large that the rows run in several blocks agrees with eager PyTorch in fp64."""
-    x, weight, bias, target = tensors(700, 24, 20011, dtype)
+    size = (700, 24, 20011)
+    if impl == "triton":
+        if dtype == torch.float64:
+            pytest.skip("Triton has no fp64")
+        from m3ae_fast.ops.linear_cross_entropy import triton_backend
+
+        monkeypatch.setattr(triton_backend, "LOGITS_BYTES", 1 << 18)
+        size = (70, 24, 5011)  # the interpreter is slow
+    x, weight, bias, target = tensors(*size, dtype)
     truth = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
     want = F.cross_entropy(F.linear(*truth), target)
     eager = F.cross_entropy(F.linear(x, weight, bias).to(torch.promote_types(dtype, torch.float32)), target)
@@ -176,7 +184,7 @@ def test_many_blocks_of_rows(impl, dtype):
             testing.assert_error_rule(name, ours, theirs, true, 3)
 
 
-@pytest.mark.parametrize("impl", testing.impls("linear_cross_entropy"))
+@pytest.mark.parametrize("impl", [i for i in testing.impls("linear_cross_entropy") if i == "cpp"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [384, 512])
 def test_thread_counts_give_the_same_bits_at_real_sizes(impl, dtype, width, threads):
