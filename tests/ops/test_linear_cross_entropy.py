@@ -234,6 +234,20 @@ def test_large_logits(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_a_class_that_the_bias_rules_out(impl):
+    """A bias of -inf, and rows that do not count: no 0 * inf in any gradient."""
+    x, weight, bias, target = tensors()
+    target[target == 5] = 4
+    with torch.no_grad():
+        bias[5] = -torch.inf
+    loss = linear_cross_entropy(x, weight, target, bias, impl=impl)
+    want = F.cross_entropy(F.linear(x, weight, bias), target)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(gradients(loss, x, weight, bias), gradients(want, x, weight, bias), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_autocast(impl):
     x, weight, bias, target = tensors()
     with torch.autocast("cpu", torch.bfloat16):
