@@ -135,8 +135,9 @@ def forward(x, weight, bias, target, dloss, ignore_index, label_smoothing, need_
     # In one chunk, dweight is one product, rounded once; in many, it is added up in fp32.
     added_up = need_weight and chunks > 1
     dweight = weight.new_zeros((vocab, width) if need_weight else (0, width), dtype=torch.float32 if added_up else None)
+    dx = x.new_empty(total if need_x else 0, width)
     if total == 0:
-        return loss, hit, torch.empty_like(x) if need_x else x.new_empty(0, width), dweight, dbias.to(x.dtype)
+        return loss, hit, dx, dweight, dbias.to(x.dtype)
 
     counted = (target != ignore_index).cumsum(0, dtype=torch.int32)
     packed, rows = torch.empty_like(x), torch.empty_like(target)
@@ -164,7 +165,6 @@ def forward(x, weight, bias, target, dloss, ignore_index, label_smoothing, need_
             torch.mm(logits.t(), some, out=dweight)
         if need_x:
             torch.mm(logits, weight, out=some)
-    dx = x.new_empty(total if need_x else 0, width)
     if need_x:
         _unpack_kernel[(total,)](packed, target, counted, dx, ignore_index, **_row_options(width))
     return loss, hit, dx, dweight.to(x.dtype), dbias.to(x.dtype)
