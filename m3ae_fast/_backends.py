@@ -14,7 +14,7 @@ IMPLS = ("reference", "cpp", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}  # best first; the reference closes every list
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.uint8: 3}  # csrc/dtype.h
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs on CPU tensors, slowly, to be tested
-_RUNS_ON = {  # devices, floating dtypes
+RUNS_ON = {  # devices, floating dtypes
     "cpp": (("cpu",), (torch.float32, torch.bfloat16, torch.float64)),
     "triton": (("cpu", "cuda") if INTERPRETED else ("cuda",), (torch.float32, torch.bfloat16, torch.float16)),
     "cuda": (("cuda",), (torch.float32, torch.bfloat16, torch.float16)),
@@ -40,7 +40,7 @@ class Backends:
         """Why `impl` cannot run this op on tensors of these dtypes; None where it can. Integers: the op checks them."""
         if impl not in self.modules:
             return self.reasons.get(impl, "this op has no such backend")
-        runs_on, floats = _RUNS_ON[impl]
+        runs_on, floats = RUNS_ON[impl]
         if device not in runs_on:
             return f"it runs on {' and '.join(runs_on)} tensors, got {device}"
         for dtype in dtypes:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from m3ae_fast import _backends
+from m3ae_fast import _backends, _checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +116,30 @@ def cases(op: str):
 
 
 def impls(op: str, device: str = "cpu") -> list[str]:
-    """The backends of an op that can run here on a device, the reference left out."""
+    """The backends of an op that can run here on a device, the reference left out.
+
+    Under TRITON_INTERPRET=1 the Triton backend alone: another run tests the others, at their speed.
+    """
     backends = _backends.LOADED[op]
-    return [name for name in backends.modules if backends.refusal(name, device, torch.float32) is None]
+    names = [name for name in backends.modules if name == "triton" or not _backends.INTERPRETED]
+    return [name for name in names if backends.refusal(name, device, torch.float32) is None]
+
+
+def dtypes(impl: str) -> tuple[torch.dtype, ...]:
+    """The floating dtypes that a backend takes."""
+    return _backends.RUNS_ON[impl][1] if impl != "reference" else _checks.FLOATS
+
+
+def widest(impl: str) -> torch.dtype:
+    """float64 where the backend takes it, else float32."""
+    return torch.float64 if torch.float64 in dtypes(impl) else torch.float32
 
 
 def isas() -> list[str]:
-    """Instruction sets of this build that this machine runs; [] without the compiled module."""
+    """Instruction sets of this build that this machine runs; [] without the compiled module, or where it is not tested
+    (TRITON_INTERPRET=1)."""
+    if _backends.INTERPRETED:
+        return []
     try:
         from m3ae_fast._cpp import _C
     except ImportError:

@@ -18,8 +18,9 @@ def rows(*size, dtype=FP32, seed=0):
 
 
 def test_values_and_gradients_by_formula(impl):
-    x, residual = rows(7, 33, dtype=torch.float64), rows(7, 33, dtype=torch.float64, seed=1)
-    weight, bias = rows(33, dtype=torch.float64, seed=2), rows(33, dtype=torch.float64, seed=3)
+    dtype = testing.widest(impl)
+    x, residual = rows(7, 33, dtype=dtype), rows(7, 33, dtype=dtype, seed=1)
+    weight, bias = rows(33, dtype=dtype, seed=2), rows(33, dtype=dtype, seed=3)
     leaves = (x, residual, weight, bias)
     y, s = layer_norm(x, weight, bias, residual=residual, eps=1e-3, impl=impl)
     total = x + residual
@@ -146,10 +147,10 @@ def test_element_offsets_past_2_to_the_31(impl):
     assert torch.equal(dbias, torch.full((width,), 5.0)) and torch.equal(dweight, torch.full((width,), 15.0))
 
 
-def test_fp16_runs_on_the_reference(impl):
+def test_fp16_runs_where_the_backend_takes_it(impl):
     x = rows(4, 16, dtype=torch.float16)
-    if impl == "reference":
-        assert layer_norm(x, None, None).dtype == torch.float16
+    if torch.float16 in testing.dtypes(impl):
+        assert layer_norm(x, None, None, impl=impl).dtype == torch.float16
     else:
         with pytest.raises(ValueError, match=f"impl='{impl}' cannot run layer_norm: it takes"):
             layer_norm(x, None, None, impl=impl)

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from m3ae_fast import _backends, _checks
 from m3ae_fast.ops.layer_norm import reference
 
-BACKENDS = _backends.load(__package__, "cpp")
+BACKENDS = _backends.load(__package__, "cpp", "triton")
 
 
 def layer_norm(
@@ -33,7 +33,7 @@ def layer_norm(
         residual: the shape of x, any float dtype; None: s is x.
         eps: added to the variance, which is the biased one.
         dtype: of y; None: s's. Autocast changes nothing: float32 rows stay float32, as PyTorch keeps its norms.
-        impl: "reference", "cpp"; None takes the fastest for the device.
+        impl: "reference", "cpp", "triton"; None takes the fastest for the device.
 
     Returns:
         y [..., D]; with residual (y, s), s in the wider of x's and residual's dtypes: the sum is made in fp32, rounded
@@ -68,14 +68,16 @@ def layer_norm(
         y, s = reference.layer_norm(x, residual, weight, bias, eps, dtype)
         return y if residual is None else (y, s)
 
-    # What the kernels read: rows of fp32 and bf16 in any mix, or fp64 alone; weight and bias in the accumulation dtype.
+    # What the kernels read: rows of fp32 and bf16 (on a GPU fp16 too) in any mix, or fp64 alone; weight and bias in the
+    # accumulation dtype.
     accumulate = torch.float64 if sum_dtype == torch.float64 else torch.float32
-    kernels_write = (torch.float64,) if accumulate == torch.float64 else (torch.float32, torch.bfloat16)
+    half = () if impl == "cpp" else (torch.float16,)
+    kernels_write = (torch.float64,) if accumulate == torch.float64 else (torch.float32, torch.bfloat16, *half)
 
     def rows(value):
         if value is None:
             return None
-        if accumulate == torch.float64 or value.dtype == torch.float16:
+        if value.dtype not in kernels_write:
             value = value.to(accumulate)
         return (value if value.dim() == 2 else value.reshape(-1, width)).contiguous()
 
@@ -110,6 +112,8 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx, dy, ds):
         s, weight, stats = ctx.saved_tensors
         _, need_x, need_residual, need_weight, need_bias, _, _ = ctx.needs_input_grad
+        if ctx.residual_dtype is None:
+            ds = None  # a compiled graph makes one for the s without rows
         dx, dweight, dbias = ds, None, None
         if dy is not None:  # y was used; else only s's own gradient flows on
             dx, dparams = _layer_norm_backward(

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from m3ae_fast import _backends, _checks
 from m3ae_fast.ops.linear import reference
 
-BACKENDS = _backends.load(__package__, "cpp")
+BACKENDS = _backends.load(__package__, "cpp", "triton")
 ACTIVATIONS = (None, "gelu", "gelu_tanh")
 
 
@@ -33,7 +33,7 @@ def linear(
             is kept for the backward pass.
         input_activation: f, one of the same. Only x is kept: the activated hidden rows of a block,
             linear(linear(x, W1), W2, input_activation="gelu"), are never stored.
-        impl: "reference", "cpp"; None takes the fastest for the device.
+        impl: "reference", "cpp", "triton"; None takes the fastest for the device.
 
     Returns:
         [..., N] in the widest of the dtypes given, under autocast in the autocast dtype (float64 stays float64).

@@ -11,7 +11,7 @@ from m3ae_fast.ops.linear_cross_entropy import reference
 from m3ae_fast.seqlens import SeqLens
 from m3ae_fast.seqlens import cu_seqlens as offsets
 
-BACKENDS = _backends.load(__package__, "cpp")
+BACKENDS = _backends.load(__package__, "cpp", "triton")
 REDUCTIONS = ("mean", "sum", "none", "sample_mean")
 
 
@@ -42,7 +42,7 @@ def linear_cross_entropy(
         cu_seqlens: SeqLens or [B + 1] int32 or int64: "sample_mean" needs it; rows past its last entry are ignored.
         label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy.
         return_accuracy: also return argmax == target (the first of equal logits counts), reduced alike, detached.
-        impl: "reference", "cpp"; None takes the fastest for the device.
+        impl: "reference", "cpp", "triton"; None takes the fastest for the device.
 
     Returns:
         The loss, or (loss, accuracy): scalars, [T] for "none"; float32 (float64 for float64). No row that counts

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from m3ae_fast import _backends, _checks, seqlens
 from m3ae_fast.ops.varlen_attention import reference
 
-BACKENDS = _backends.load(__package__, "cpp")
+BACKENDS = _backends.load(__package__, "cpp", "triton")
 
 
 def varlen_attention(
@@ -39,7 +39,7 @@ def varlen_attention(
             they must be given on a GPU (to look would be a sync); the CPU looks.
         softmax_scale: None is D ** -0.5.
         return_lse: return (out, lse).
-        impl: "reference", "cpp"; None takes the fastest for the device. float16 on the CPU: the reference.
+        impl: "reference", "cpp", "triton"; None takes the fastest for the device. float16 on the CPU: the reference.
 
     q, k and v of different dtypes meet in the widest; under autocast, in autocast's. Products are summed and the
     softmax is taken in fp32 (fp64 for fp64). Differentiable, through lse too, and the same bits on every run.

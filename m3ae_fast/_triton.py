@@ -1,0 +1,196 @@
+"""What the Triton backends share: what each declares for the offline check of resources, and kernels with two callers.
+
+A `triton_backend.py` has, beside `forward` and `backward`, a function that names its kernels at the sizes of real
+models, exactly as `forward` and `backward` would launch them (take the launch options from the same table):
+
+    def resources():
+        yield Resource(
+            "layer_norm m3ae_small bf16",            # the op, the case of cases.py, the dtype
+            _forward_kernel,                         # the jit function
+            {"x_ptr": "*bf16", "eps": "fp32", "count": "i64"},   # each argument that is no constexpr, as Triton types it
+            {"residual_ptr": None, "WIDTH": 384, "BLOCK": 512},  # each other one; a pointer that is None is one of them
+            {"num_warps": 4, "num_stages": 1},       # launch options
+            None,                                    # or "mma", "wgmma": the tensor-core instruction that must be there
+            None,                                    # or "sm_80", "sm_90": the only architecture that is launched so
+        )
+
+`python -m benchmarks.resources` compiles each of them for sm_80 and sm_90 on a machine without a GPU and prints
+registers, spills, shared memory and instructions. It fails on a spill, on "mma" without `mma.sync` (or, on sm_90,
+`wgmma`), on "wgmma" without `wgmma` on sm_90 (or `mma.sync` on sm_80), and where `enable_fp_fusion` is False and a
+fused multiply-add is there all the same. Pointers count as aligned to 16 bytes, as torch allocates; an integer that is
+always a multiple of 16 says so: "i32:16".
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from m3ae_fast._backends import INTERPRETED
+
+
+class Resource(NamedTuple):
+    """One kernel at one real size: see above."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    options: dict[str, Any]
+    instruction: str | None = None
+    architecture: str | None = None
+
+
+def element(dtype: torch.dtype) -> str:
+    """What Triton's signatures call a pointer to such elements."""
+    return {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}[dtype]
+
+
+def row_options(block: int) -> dict[str, int]:
+    """Launch options of a program that holds `block` values of a row: 16 a thread."""
+    return {"num_warps": min(max(block // 512, 1), 16), "num_stages": 1}
+
+
+# Sums over rows: chunks of rows, each summed by tiles of ROWS x COLUMNS into a partial sum, then the partial sums.
+ROWS, COLUMNS = 16, 128
+TILE_OPTIONS = {"num_warps": 4, "num_stages": 2}
+
+
+def chunks(count: int) -> tuple[int, int]:
+    """(number of chunks, rows of each): the same for the same count, whatever the machine."""
+    number = min(triton.cdiv(count, 2 * ROWS), 256)
+    return number, triton.cdiv(count, max(number, 1))
+
+
+def sum_partials(partials: torch.Tensor) -> torch.Tensor:
+    """partials.sum(0) of a contiguous fp32 [chunks, ...], always in the same order."""
+    out = partials.new_empty(partials.shape[1:])
+    size = out.numel()
+    _sum_partials_kernel[(triton.cdiv(size, COLUMNS),)](
+        partials, out, partials.shape[0], size, ROWS, COLUMNS, **TILE_OPTIONS
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["count", "size"])
+def _sum_partials_kernel(partials_ptr, out_ptr, count, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, count, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < count)[:, None] & (d < size)[None, :]
+        total += tl.load(partials_ptr + row.to(tl.int64)[:, None] * size + d[None, :], mask=inside, other=0)
+    tl.store(out_ptr + d, tl.sum(total, 0), mask=d < size)
+
+
+def group(ids: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order, starts): id g is at order[starts[g] : starts[g + 1]] in `ids`, ascending, for each g below `groups`.
+
+    Other ids are in no group.
+    """
+    ids, order = torch.sort(ids, stable=True)
+    starts = torch.searchsorted(ids, torch.arange(groups + 1, dtype=ids.dtype, device=ids.device), out_int32=True)
+    return order, starts
+
+
+GROUP_TILE, GROUP_COLUMNS = 2048, 512
+
+
+def sum_groups(rows: torch.Tensor, order: torch.Tensor, starts: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out[g] = sum of rows[order[i]] for i in starts[g] .. starts[g + 1], in fp32; without any it is zero."""
+    groups, width = out.shape
+    block = min(triton.next_power_of_2(width), GROUP_COLUMNS)
+    _sum_groups_kernel[(groups, triton.cdiv(width, block))](
+        rows, order, starts, out, width, GROUP_TILE // block, block, **TILE_OPTIONS
+    )
+    return out
+
+
+@triton.jit
+def _sum_groups_kernel(
+    rows_ptr, order_ptr, starts_ptr, out_ptr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    group = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    end = tl.load(starts_ptr + group + 1)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(tl.load(starts_ptr + group), end, ROWS):
+        i = start + tl.arange(0, ROWS)
+        row = tl.load(order_ptr + i, mask=i < end, other=0).to(tl.int64)
+        inside = (i < end)[:, None] & (d < WIDTH)[None, :]
+        total += tl.load(rows_ptr + row[:, None] * WIDTH + d[None, :], mask=inside, other=0).to(tl.float32)
+    tl.store(out_ptr + group * WIDTH + d, tl.sum(total, 0), mask=d < WIDTH)
+
+
+def sum_resources(width: int, dtype: torch.dtype):
+    """The kernels above for rows of this width and dtype: sums of three partials, and sums of groups."""
+    block = min(triton.next_power_of_2(width), GROUP_COLUMNS)
+    pointers = {"rows_ptr": element(dtype), "order_ptr": "*i64", "starts_ptr": "*i32", "out_ptr": element(dtype)}
+    constants = {"WIDTH": width, "ROWS": GROUP_TILE // block, "BLOCK": block}
+    yield Resource(
+        f"sum_groups {width} {str(dtype).removeprefix('torch.')}", _sum_groups_kernel, pointers, constants, TILE_OPTIONS
+    )
+    pointers = {"partials_ptr": "*fp32", "out_ptr": "*fp32", "count": "i32", "size": "i32"}
+    constants = {"ROWS": ROWS, "COLUMNS": COLUMNS}
+    yield Resource("sum_partials", _sum_partials_kernel, pointers, constants, TILE_OPTIONS)
+
+
+@triton.jit
+def load_or_zero(ptr, offsets, mask):
+    """fp32 values; zeros where the mask is off, and everywhere for a pointer that is None."""
+    if ptr is None:
+        return tl.zeros(mask.shape, tl.float32)
+    else:
+        return tl.load(ptr + offsets, mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
+def sequence_of(cu_ptr, count, row, BLOCK: tl.constexpr = 128):
+    """The sequence that `row` belongs to: as many as end at or before it; `count` for rows past the last."""
+    ended = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        ended += (tl.load(cu_ptr + 1 + at, mask=at < count, other=2147483647) <= row).to(tl.int32)
+    return tl.sum(ended, 0)
+
+
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    def _bounds_from_tensors(patch_lang_tensor):
+        # Triton 3.6's interpreter makes a loop's bound by int(array of one element), which NumPy 2.4 refuses.
+        def patched(tensor, scope):
+            patch_lang_tensor(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+        return patched
+
+    def _bfloat16_by_rounding(cast_impl):
+        # It cuts the low half of a float32 off to make a bfloat16, where every GPU rounds to nearest even.
+        def patched(self, source, dtype):
+            if source.dtype.scalar.is_floating() and source.dtype.scalar != dtype.scalar == tl.bfloat16:
+                rounded = torch.from_numpy(source.data).to(torch.bfloat16).view(torch.uint16).numpy()
+                return interpreter.TensorHandle(rounded, tl.bfloat16)
+            return cast_impl(self, source, dtype)
+
+        return patched
+
+    def _patched_once(call):
+        # For every call inside a kernel it patches triton.language again, as the kernel's launch has: milliseconds.
+        seen = set()
+
+        def patched(self, *args, **kwargs):
+            module = id(self.fn.__globals__)
+            if module in seen:
+                return self.rewrite()(*args, **kwargs)
+            seen.add(module)
+            return call(self, *args, **kwargs)
+
+        return patched
+
+    interpreter._patch_lang_tensor = _bounds_from_tensors(interpreter._patch_lang_tensor)
+    interpreter.InterpreterBuilder.cast_impl = _bfloat16_by_rounding(interpreter.InterpreterBuilder.cast_impl)
+    interpreter.InterpretedFunction.__call__ = _patched_once(interpreter.InterpretedFunction.__call__)

@@ -1,0 +1,193 @@
+"""linear_cross_entropy on a GPU: the products through torch (cuBLAS), the rest in Triton.
+
+The rows that count are packed to the front. How many they are stays on the device, or the host would wait for it: so
+products run over all T rows in chunks of a byte budget, the surplus ones zero, and the other kernels skip the surplus.
+The softmax turns a chunk's logits into their gradients in place; dx takes the place of the packed x.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from m3ae_fast._triton import Resource
+
+LOGITS_BYTES = 128 << 20  # of a chunk: each one reads and adds to the whole of dweight, in fp32
+ALIGNMENT = (
+    64  # elements of a row of logits: a vocabulary of 30,522 has rows that vector loads and cuBLAS would trip over
+)
+SOFTMAX = dict(BLOCK=4096, num_warps=8)
+COLUMNS = dict(BLOCK_ROWS=64, BLOCK=64, num_warps=4)
+
+
+@triton.jit(do_not_specialize=["total", "ignore_index"])
+def _pack_kernel(
+    x_ptr, target_ptr, counted_ptr, packed_ptr, rows_ptr, total, ignore_index, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """counted[t]: the rows that count among the first t + 1. packed[i], rows[i]: the i-th of them, or zeros and -1."""
+    t = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    if tl.load(target_ptr + t) != ignore_index:
+        i = tl.load(counted_ptr + t).to(tl.int64) - 1
+        tl.store(rows_ptr + i, t)
+        tl.store(packed_ptr + i * WIDTH + d, tl.load(x_ptr + t * WIDTH + d, mask=d < WIDTH), mask=d < WIDTH)
+    if t >= tl.load(counted_ptr + total - 1):
+        tl.store(rows_ptr + t, -1)
+        tl.store(packed_ptr + t * WIDTH + d, tl.zeros([BLOCK], packed_ptr.dtype.element_ty), mask=d < WIDTH)
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _unpack_kernel(packed_ptr, target_ptr, counted_ptr, dx_ptr, ignore_index, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    mask = (tl.load(target_ptr + t) != ignore_index) & (d < WIDTH)
+    i = tl.load(counted_ptr + t).to(tl.int64) - 1
+    tl.store(dx_ptr + t * WIDTH + d, tl.load(packed_ptr + i * WIDTH + d, mask=mask, other=0.0), mask=d < WIDTH)
+
+
+@triton.jit
+def _softmax_kernel(
+    logits_ptr, rows_ptr, target_ptr, dloss_ptr, loss_ptr, hit_ptr, stride, label_smoothing,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, SMOOTHED: tl.constexpr, GRADIENT: tl.constexpr, CLEAR: tl.constexpr,
+):  # fmt: skip
+    """A row's loss and hit; GRADIENT: its logits become dlogits. CLEAR: a surplus row's logits become zero."""
+    logits_ptr += tl.program_id(0).to(tl.int64) * stride
+    row = tl.load(rows_ptr + tl.program_id(0))
+    lanes = tl.arange(0, BLOCK)
+    if row < 0:
+        if CLEAR:
+            for start in range(0, VOCAB, BLOCK):
+                zeros = tl.zeros([BLOCK], logits_ptr.dtype.element_ty)
+                tl.store(logits_ptr + start + lanes, zeros, mask=start + lanes < VOCAB)
+        return
+    target = tl.load(target_ptr + row)
+    wanted = tl.load(logits_ptr + target, mask=(target >= 0) & (target < VOCAB), other=0.0).to(tl.float32)
+    most = wanted
+    total = tl.zeros([BLOCK], tl.float32)
+    plain = tl.zeros([BLOCK], tl.float32)
+    beaten = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, VOCAB, BLOCK):
+        v = start + lanes
+        logits = tl.load(logits_ptr + v, mask=v < VOCAB, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(most, tl.max(logits, 0))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(most - shift) + tl.exp(logits - shift)
+        most = higher
+        beaten |= ((logits > wanted) | ((logits == wanted) & (v < target))).to(tl.int32)
+        if SMOOTHED:
+            plain += tl.where(v < VOCAB, logits, 0.0)
+    sum = tl.sum(total, 0)
+    loss = tl.log(sum) + (most - wanted)
+    if SMOOTHED:
+        loss += label_smoothing * (wanted - tl.sum(plain, 0) / VOCAB)
+    tl.store(loss_ptr + row, loss)
+    tl.store(hit_ptr + row, 1.0 - tl.max(beaten, 0))
+    if GRADIENT:
+        dloss = tl.load(dloss_ptr + row)
+        scale = dloss / sum
+        spread = dloss * label_smoothing / VOCAB
+        for start in range(0, VOCAB, BLOCK):
+            v = start + lanes
+            logits = tl.load(logits_ptr + v, mask=v < VOCAB, other=float("-inf")).to(tl.float32)
+            dlogits = tl.exp(logits - most) * scale - tl.where(v == target, dloss * (1 - label_smoothing), 0.0) - spread
+            tl.store(logits_ptr + v, dlogits.to(logits_ptr.dtype.element_ty), mask=v < VOCAB)
+
+
+@triton.jit(do_not_specialize=["first", "rows", "total"])
+def _dbias_kernel(
+    dlogits_ptr, counted_ptr, dbias_ptr, first, rows, total, stride,
+    VOCAB: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dbias += the sums of a chunk's columns, [first, first + rows) of the packed rows."""
+    v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = tl.minimum(tl.load(counted_ptr + total - 1) - first, rows)
+    sum = tl.zeros([BLOCK_ROWS, BLOCK], tl.float32)
+    for start in range(0, here, BLOCK_ROWS):
+        i = start + tl.arange(0, BLOCK_ROWS)
+        at = dlogits_ptr + i.to(tl.int64)[:, None] * stride + v[None, :]
+        sum += tl.load(at, mask=(i < here)[:, None] & (v < VOCAB)[None, :], other=0.0).to(tl.float32)
+    before = tl.load(dbias_ptr + v, mask=v < VOCAB)
+    tl.store(dbias_ptr + v, before + tl.sum(sum, 0), mask=v < VOCAB)
+
+
+def _add_product(sum, a, b):
+    """sum += a b, in sum's fp32."""
+    if a.dtype == sum.dtype:
+        sum.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(sum, a, b, out_dtype=sum.dtype, out=sum)
+    else:  # the interpreter's tensors: PyTorch's CPU products have no out_dtype
+        sum.addmm_(a.to(sum.dtype), b.to(sum.dtype))
+
+
+def _row_options(width):
+    block = triton.next_power_of_2(width)
+    return dict(WIDTH=width, BLOCK=block, num_warps=min(8, max(1, block // 256)))
+
+
+def forward(x, weight, bias, target, dloss, ignore_index, label_smoothing, need_x, need_weight, need_bias):
+    (total, width), vocab = x.shape, weight.shape[0]
+    loss, hit = (x.new_zeros(total, dtype=torch.float32) for _ in range(2))
+    dbias = x.new_zeros(vocab if need_bias else 0, dtype=torch.float32)
+    gradient = need_x or need_weight or need_bias
+    stride = triton.cdiv(vocab, ALIGNMENT) * ALIGNMENT
+    chunks = max(1, triton.cdiv(total * stride * x.element_size(), LOGITS_BYTES))
+    rows_each = triton.cdiv(total, chunks)
+    # In one chunk, dweight is one product, rounded once; in many, it is added up in fp32.
+    added_up = need_weight and chunks > 1
+    dweight = weight.new_zeros((vocab, width) if need_weight else (0, width), dtype=torch.float32 if added_up else None)
+    dx = x.new_empty(total if need_x else 0, width)
+    if total == 0:
+        return loss, hit, dx, dweight, dbias.to(x.dtype)
+
+    counted = (target != ignore_index).cumsum(0, dtype=torch.int32)
+    packed, rows = torch.empty_like(x), torch.empty_like(target)
+    _pack_kernel[(total,)](x, target, counted, packed, rows, total, ignore_index, **_row_options(width))
+    buffer = x.new_empty(rows_each, stride)
+    for first in range(0, total, rows_each):
+        some = packed[first : first + rows_each]
+        logits = buffer[: some.shape[0], :vocab]
+        if bias is None:
+            torch.mm(some, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, some, weight.t(), out=logits)
+        _softmax_kernel[(some.shape[0],)](
+            logits, rows[first:], target, dloss, loss, hit, stride, label_smoothing,
+            VOCAB=vocab, SMOOTHED=label_smoothing > 0, GRADIENT=gradient, CLEAR=gradient and bias is not None,
+            **SOFTMAX,
+        )  # fmt: skip
+        if need_bias:
+            _dbias_kernel[(triton.cdiv(vocab, COLUMNS["BLOCK"]),)](
+                logits, counted, dbias, first, some.shape[0], total, stride, VOCAB=vocab, **COLUMNS
+            )
+        if added_up:
+            _add_product(dweight, logits.t(), some)
+        elif need_weight:
+            torch.mm(logits.t(), some, out=dweight)
+        if need_x:
+            torch.mm(logits, weight, out=some)
+    if need_x:
+        _unpack_kernel[(total,)](packed, target, counted, dx, ignore_index, **_row_options(width))
+    return loss, hit, dx, dweight.to(x.dtype), dbias.to(x.dtype)
+
+
+def resources():
+    """What benchmarks/resources.py compiles: see m3ae_fast/_triton.py."""
+    vocab, width = 30522, 512
+    integers = dict.fromkeys(("target_ptr", "counted_ptr", "rows_ptr"), "*i32")
+    sizes = dict.fromkeys(("total", "ignore_index", "first", "rows"), "i32") | {"stride": "i32:16"}
+    rest = {"label_smoothing": "fp32"} | dict.fromkeys(("dloss_ptr", "loss_ptr", "hit_ptr", "dbias_ptr"), "*fp32")
+    flags = dict(VOCAB=vocab, SMOOTHED=False, GRADIENT=True, CLEAR=False)
+    for kind in ("bf16", "fp32"):
+        values = dict.fromkeys(("x_ptr", "packed_ptr", "dx_ptr", "logits_ptr", "dlogits_ptr"), f"*{kind}")
+        types = integers | sizes | rest | values
+        for name, kernel, launch in (
+            ("pack", _pack_kernel, _row_options(width)),
+            ("unpack", _unpack_kernel, _row_options(width)),
+            ("softmax", _softmax_kernel, flags | SOFTMAX),
+            ("softmax smoothed bias", _softmax_kernel, flags | SOFTMAX | dict(SMOOTHED=True, CLEAR=True)),
+            ("dbias", _dbias_kernel, dict(VOCAB=vocab) | COLUMNS),
+        ):
+            constexprs = {n: value for n, value in launch.items() if n != "num_warps"}
+            signature = {n: types[n] for n in kernel.arg_names if n not in constexprs}
+            options = {"num_warps": launch["num_warps"]}
+            yield Resource(f"linear_cross_entropy {name} m3ae_small {kind}", kernel, signature, constexprs, options)

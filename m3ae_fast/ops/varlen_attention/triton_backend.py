@@ -1,0 +1,456 @@
+"""varlen_attention in Triton.
+
+A program holds a block of queries (or, backward, of keys) of one sequence and head. Up to SHORT keys, they are all one
+block: q, k, v are read once, the softmax is taken at once, and one kernel makes all gradients. Beyond, the other side
+is streamed: forward with an online softmax, backward in one kernel for dq and one for dk and dv. No two programs add to
+one sum. Rows past the last sequence are cleared by programs of their own.
+
+Vectors of a GPU program are powers of two wide: a head of 80 or 96 channels is read in two pieces, 64 + 16 or 64 + 32,
+so that no product runs over padding (a single piece of 128 would be 37 or 25 % of it).
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from m3ae_fast import _triton
+
+INTERPRETED = tl.constexpr(_triton.INTERPRETED)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+# Below, `base` points at a head's first channel in row 0, `stride` leads to the next row, `real` masks the rows that
+# exist. A tile is a tuple of one or two pieces, [rows, HEAD] and, where REST is not 0, [rows, REST].
+
+
+@triton.jit
+def _load(base, stride, rows, real, WIDTH: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr):
+    at = base + rows.to(tl.int64)[:, None] * stride
+    d = tl.arange(0, HEAD)
+    first = tl.load(at + d, mask=real[:, None] & (d < WIDTH), other=0.0)
+    if REST == 0:
+        return (first,)
+    else:
+        e = HEAD + tl.arange(0, REST)
+        return first, tl.load(at + e, mask=real[:, None] & (e < WIDTH), other=0.0)
+
+
+@triton.jit
+def _store(base, stride, rows, real, tile, WIDTH: tl.constexpr):
+    at = base + rows.to(tl.int64)[:, None] * stride
+    for i in tl.static_range(len(tile)):
+        d = i * tile[0].shape[1] + tl.arange(0, tile[i].shape[1])
+        tl.store(at + d, tile[i].to(base.dtype.element_ty), mask=real[:, None] & (d < WIDTH))
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr):
+    first = tl.zeros([ROWS, HEAD], tl.float32)
+    if REST == 0:
+        return (first,)
+    else:
+        return first, tl.zeros([ROWS, REST], tl.float32)
+
+
+@triton.jit
+def _dot(a, b, sum):
+    if INTERPRETED:  # Triton's interpreter multiplies the bits of bfloat16 as integers, and says nothing
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sum, input_precision="ieee")
+    return tl.dot(a, b, sum, input_precision="ieee")
+
+
+@triton.jit
+def _outer(a, b):
+    """a b^T of two tiles."""
+    sum = _dot(a[0], tl.trans(b[0]), None)
+    if len(a) == 2:
+        sum = _dot(a[1], tl.trans(b[1]), sum)
+    return sum
+
+
+@triton.jit
+def _add(sum, weights, tile):
+    """sum + weights tile, the weights rounded to the tile's dtype."""
+    weights = weights.to(tile[0].dtype)
+    if len(tile) == 1:
+        return (_dot(weights, tile[0], sum[0]),)
+    else:
+        return _dot(weights, tile[0], sum[0]), _dot(weights, tile[1], sum[1])
+
+
+@triton.jit
+def _scaled(tile, factor):
+    if len(tile) == 1:
+        return (tile[0] * factor,)
+    else:
+        return tile[0] * factor, tile[1] * factor
+
+
+@triton.jit
+def _clear(
+    base, stride, block, blocks, begin, end,
+    WIDTH: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Zeros in the rows [begin, end), shared by `blocks` programs."""
+    for first in range(begin + block * BLOCK, end, blocks * BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        _store(base, stride, rows, rows < end, _zeros(BLOCK, HEAD, REST), WIDTH)
+
+
+@triton.jit
+def _clear_lse(lse_ptr, block, blocks, begin, end, BLOCK: tl.constexpr):
+    for first in range(begin + block * BLOCK, end, blocks * BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        tl.store(lse_ptr + rows, float("-inf"), mask=rows < end)
+
+
+@triton.jit
+def _program(blocks, HEADS: tl.constexpr):
+    """(block, head, sequence): blocks of a head run side by side, so that what they share stays in L2."""
+    program = tl.program_id(0)
+    return program % blocks, (program // blocks % HEADS).to(tl.int64), program // blocks // HEADS
+
+
+@triton.jit
+def _scores(a, b, real, scale):
+    """Scores of two tiles in base 2, -inf where not real."""
+    return tl.where(real, _outer(a, b) * (scale * LOG2E), float("-inf"))
+
+
+@triton.jit(do_not_specialize=["batch", "blocks", "q_rows"])
+def _forward_kernel(
+    q_ptr, q_row, q_head, k_ptr, k_row, k_head, v_ptr, v_row, v_head, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr,
+    batch, blocks, q_rows, scale,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """A block of queries. WHOLE: all keys of a sequence are one block."""
+    block, head, sequence = _program(blocks, HEADS)
+    out_ptr += head * WIDTH
+    lse_ptr += head * q_rows
+    begin = tl.load(cu_q_ptr + sequence)
+    if sequence == batch:  # the rows past the last sequence
+        _clear(out_ptr, HEADS * WIDTH, block, blocks, begin, q_rows, WIDTH, HEAD, REST, BLOCK_Q)
+        _clear_lse(lse_ptr, block, blocks, begin, q_rows, BLOCK_Q)
+        return
+    end = tl.load(cu_q_ptr + sequence + 1)
+    begin += block * BLOCK_Q
+    if begin >= end:
+        return
+    first, last = tl.load(cu_k_ptr + sequence), tl.load(cu_k_ptr + sequence + 1)
+    q_ptr += head * q_head
+    k_ptr += head // GROUPS * k_head
+    v_ptr += head // GROUPS * v_head
+    rows = begin + tl.arange(0, BLOCK_Q)
+    q = _load(q_ptr, q_row, rows, rows < end, WIDTH, HEAD, REST)
+    sum = _zeros(BLOCK_Q, HEAD, REST)
+    if WHOLE:
+        keys = first + tl.arange(0, BLOCK_K)
+        k = _load(k_ptr, k_row, keys, keys < last, WIDTH, HEAD, REST)
+        v = _load(v_ptr, v_row, keys, keys < last, WIDTH, HEAD, REST)
+        scores = _scores(q, k, (keys < last)[None, :], scale)
+        most = tl.max(scores, 1)
+        weights = tl.exp2(scores - tl.where(most == float("-inf"), 0.0, most)[:, None])
+        total = tl.sum(weights, 1)
+        sum = _add(sum, weights, v)
+    else:
+        most = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_Q], tl.float32)
+        for start in range(first, last, BLOCK_K):
+            keys = start + tl.arange(0, BLOCK_K)
+            k = _load(k_ptr, k_row, keys, keys < last, WIDTH, HEAD, REST)
+            v = _load(v_ptr, v_row, keys, keys < last, WIDTH, HEAD, REST)
+            scores = _scores(q, k, (keys < last)[None, :], scale)
+            higher = tl.maximum(most, tl.max(scores, 1))
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
+            weights = tl.exp2(scores - shift[:, None])
+            shrink = tl.exp2(most - shift)
+            total = total * shrink + tl.sum(weights, 1)
+            sum = _add(_scaled(sum, shrink[:, None]), weights, v)
+            most = higher
+    sum = _scaled(sum, 1 / tl.where(total == 0.0, 1.0, total)[:, None])
+    _store(out_ptr, HEADS * WIDTH, rows, rows < end, sum, WIDTH)
+    lse = tl.where(total == 0.0, float("-inf"), most * LN2 + tl.log(tl.where(total == 0.0, 1.0, total)))
+    tl.store(lse_ptr + rows, lse, mask=rows < end)
+
+
+@triton.jit(do_not_specialize=["batch", "blocks", "q_rows", "k_rows"])
+def _backward_keys_kernel(
+    q_ptr, q_row, q_head, k_ptr, k_row, k_head, v_ptr, v_row, v_head, dout_ptr, dout_row, dout_head,
+    lse_ptr, dlse_ptr, delta_ptr, cu_q_ptr, cu_k_ptr, dq_ptr, dq_row, dq_head, dk_ptr, dv_ptr, dk_row, dk_head,
+    batch, blocks, q_rows, k_rows, scale,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """dk and dv (of the same strides) of a block of keys; where that is all keys (WHOLE), dq too, and delta made here.
+
+    delta is what a row of dscores loses to the softmax's normalisation: sum(dout * out) - dlse.
+    """
+    block, key_head, sequence = _program(blocks, HEADS // GROUPS)
+    dk_ptr += key_head * dk_head
+    dv_ptr += key_head * dk_head
+    first, begin = tl.load(cu_k_ptr + sequence), tl.load(cu_q_ptr + sequence)
+    if sequence == batch:  # the rows past the last sequence
+        _clear(dk_ptr, dk_row, block, blocks, first, k_rows, WIDTH, HEAD, REST, BLOCK_K)
+        _clear(dv_ptr, dk_row, block, blocks, first, k_rows, WIDTH, HEAD, REST, BLOCK_K)
+        if WHOLE:
+            for group in range(GROUPS):
+                at = dq_ptr + (key_head * GROUPS + group) * dq_head
+                _clear(at, dq_row, block, blocks, begin, q_rows, WIDTH, HEAD, REST, BLOCK_Q)
+        return
+    last, end = tl.load(cu_k_ptr + sequence + 1), tl.load(cu_q_ptr + sequence + 1)
+    first += block * BLOCK_K
+    if first >= last and not WHOLE:  # WHOLE: queries without keys have a dq, zero
+        return
+    keys = first + tl.arange(0, BLOCK_K)
+    k = _load(k_ptr + key_head * k_head, k_row, keys, keys < last, WIDTH, HEAD, REST)
+    v = _load(v_ptr + key_head * v_head, v_row, keys, keys < last, WIDTH, HEAD, REST)
+    dk = _zeros(BLOCK_K, HEAD, REST)
+    dv = _zeros(BLOCK_K, HEAD, REST)
+    for group in range(GROUPS):
+        head = key_head * GROUPS + group
+        for start in tl.range(begin, end, BLOCK_Q, disable_licm=True):
+            rows = start + tl.arange(0, BLOCK_Q)
+            at = head * q_rows + rows
+            q = _load(q_ptr + head * q_head, q_row, rows, rows < end, WIDTH, HEAD, REST)
+            dout = _load(dout_ptr + head * dout_head, dout_row, rows, rows < end, WIDTH, HEAD, REST)
+            lse = tl.load(lse_ptr + at, mask=rows < end, other=0.0)
+            # Keys are the rows here, so that the products for dk and dv take their weights from registers.
+            real = (keys < last)[:, None] & (rows < end)[None, :]
+            weights = tl.exp2(_scores(k, q, real, scale) - tl.where(lse == float("-inf"), 0.0, lse * LOG2E)[None, :])
+            dweights = _outer(v, dout)
+            if WHOLE:
+                total = tl.sum(weights, 0)  # 1, but for lse's rounding, which would not cancel in dweights - delta
+                delta = tl.sum(weights * dweights, 0) / tl.where(total == 0.0, 1.0, total)
+                if dlse_ptr is not None:
+                    delta -= tl.load(dlse_ptr + at, mask=rows < end, other=0.0)
+            else:
+                delta = tl.load(delta_ptr + at, mask=rows < end, other=0.0)
+            dscores = weights * (dweights - delta[None, :])
+            dv = _add(dv, weights, dout)
+            dk = _add(dk, dscores, q)
+            if WHOLE:
+                dq = _add(_zeros(BLOCK_Q, HEAD, REST), tl.trans(dscores), k)
+                _store(dq_ptr + head * dq_head, dq_row, rows, rows < end, _scaled(dq, scale), WIDTH)
+    _store(dk_ptr, dk_row, keys, keys < last, _scaled(dk, scale), WIDTH)
+    _store(dv_ptr, dk_row, keys, keys < last, dv, WIDTH)
+
+
+@triton.jit(do_not_specialize=["batch", "blocks", "q_rows"])
+def _backward_queries_kernel(
+    q_ptr, q_row, q_head, k_ptr, k_row, k_head, v_ptr, v_row, v_head, out_ptr, dout_ptr, dout_row, dout_head,
+    lse_ptr, dlse_ptr, delta_ptr, cu_q_ptr, cu_k_ptr, dq_ptr, dq_row, dq_head, batch, blocks, q_rows, scale,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dq of a block of queries, and delta for the keys' kernel."""
+    block, head, sequence = _program(blocks, HEADS)
+    dq_ptr += head * dq_head
+    begin = tl.load(cu_q_ptr + sequence)
+    if sequence == batch:  # the rows past the last sequence
+        _clear(dq_ptr, dq_row, block, blocks, begin, q_rows, WIDTH, HEAD, REST, BLOCK_Q)
+        return
+    end = tl.load(cu_q_ptr + sequence + 1)
+    begin += block * BLOCK_Q
+    if begin >= end:
+        return
+    first, last = tl.load(cu_k_ptr + sequence), tl.load(cu_k_ptr + sequence + 1)
+    k_ptr += head // GROUPS * k_head
+    v_ptr += head // GROUPS * v_head
+    rows = begin + tl.arange(0, BLOCK_Q)
+    at = head * q_rows + rows
+    q = _load(q_ptr + head * q_head, q_row, rows, rows < end, WIDTH, HEAD, REST)
+    dout = _load(dout_ptr + head * dout_head, dout_row, rows, rows < end, WIDTH, HEAD, REST)
+    out = _load(out_ptr + head * WIDTH, HEADS * WIDTH, rows, rows < end, WIDTH, HEAD, REST)
+    delta = tl.sum(dout[0].to(tl.float32) * out[0].to(tl.float32), 1)
+    if REST > 0:
+        delta += tl.sum(dout[1].to(tl.float32) * out[1].to(tl.float32), 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + at, mask=rows < end, other=0.0)
+    tl.store(delta_ptr + at, delta, mask=rows < end)
+    lse = tl.load(lse_ptr + at, mask=rows < end, other=0.0)
+    lse = tl.where(lse == float("-inf"), 0.0, lse * LOG2E)
+    dq = _zeros(BLOCK_Q, HEAD, REST)
+    for start in range(first, last, BLOCK_K):
+        keys = start + tl.arange(0, BLOCK_K)
+        k = _load(k_ptr, k_row, keys, keys < last, WIDTH, HEAD, REST)
+        v = _load(v_ptr, v_row, keys, keys < last, WIDTH, HEAD, REST)
+        weights = tl.exp2(_scores(q, k, (keys < last)[None, :], scale) - lse[:, None])
+        dq = _add(dq, weights * (_outer(dout, v) - delta[:, None]), k)
+    _store(dq_ptr, dq_row, rows, rows < end, _scaled(dq, scale), WIDTH)
+
+
+# Per kernel (largest tile width, block of queries, block of keys, warps, pipeline stages); blocks shrink to the longest
+# sequence. Found by `python -m benchmarks.resources`: no register spills, wgmma on sm_90. Untimed. "fp32": products run
+# outside the tensor cores there, and one block of all keys would spill, as it would on sm_80 at 80 channels and more.
+SHORT = 128
+WHOLE_WIDTH = {"sm_90": 128, "sm_80": 64, "fp32": 0}
+TILES = {
+    "sm_90": {
+        "forward": ((128, 64, 64, 4, 2), (512, 32, 32, 8, 1)),
+        "queries": ((128, 64, 64, 4, 2), (512, 32, 32, 8, 1)),
+        "keys": ((128, 64, 64, 4, 2), (512, 32, 32, 8, 1)),
+        "forward_whole": ((128, 128, SHORT, 8, 1),),
+        "keys_whole": ((96, 64, SHORT, 8, 1), (128, 32, SHORT, 8, 1)),
+    },
+    "sm_80": {
+        "forward": ((128, 128, 64, 8, 2), (512, 32, 32, 8, 1)),
+        "queries": ((64, 64, 64, 4, 2), (80, 64, 64, 4, 2), (512, 32, 32, 8, 1)),
+        "keys": ((80, 32, 64, 4, 2), (128, 32, 32, 4, 1), (512, 32, 32, 8, 1)),
+        "forward_whole": ((64, 128, SHORT, 8, 1),),
+        "keys_whole": ((64, 16, SHORT, 8, 1),),
+    },
+    "fp32": {
+        "forward": ((80, 16, 32, 4, 1), (128, 16, 16, 4, 1), (512, 16, 16, 8, 1)),
+        "queries": ((80, 16, 32, 4, 1), (128, 16, 16, 4, 1), (512, 16, 16, 8, 1)),
+        "keys": ((80, 32, 32, 8, 1), (512, 16, 16, 8, 1)),
+    },
+}
+
+
+@functools.cache
+def _generation(device):
+    """The architecture whose tiles a GPU takes; the interpreter's, which takes any, is sm_90."""
+    return "sm_90" if _triton.INTERPRETED or torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
+
+
+def _architecture(x):
+    return "fp32" if x.dtype == torch.float32 and not _triton.INTERPRETED else _generation(x.device)
+
+
+def _power_of_two(n, low=16):
+    return max(low, triton.next_power_of_2(n))
+
+
+def _pieces(width):
+    """(HEAD, REST): powers of two, at least 16 for the products, that cover the width."""
+    if width <= 16 or width == _power_of_two(width):
+        return _power_of_two(width), 0
+    head = _power_of_two(width) // 2
+    rest = _power_of_two(width - head)
+    return (head, rest) if rest < head else (2 * head, 0)
+
+
+def _tiling(kernel, architecture, width, max_q, max_k, whole=False):
+    """(constexprs and launch options, block sizes among them)."""
+    head, rest = _pieces(width)
+    rows = TILES[architecture][f"{kernel}_whole" if whole else kernel]
+    _, block_q, block_k, warps, stages = next(row for row in rows if head + rest <= row[0])
+    if whole and max_q > block_q:
+        block_q = min(block_q, 64)  # several blocks: less of the last is padding
+    block_q, block_k = min(block_q, _power_of_two(max_q)), min(block_k, _power_of_two(max_k))
+    if whole and max(block_q, block_k) <= 64:
+        warps = 4
+    return dict(WIDTH=width, HEAD=head, REST=rest, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps, num_stages=stages)
+
+
+def _strided(x):
+    """What the kernels take for [rows, heads, width] with a dense last dimension: pointer, row and head strides."""
+    return x, x.stride(0), x.stride(1)
+
+
+def _longest(cu, longest):
+    """A caller on a GPU says it; in the interpreter, on the CPU, the offsets may be looked at."""
+    if longest is not None or cu.shape[0] == 1:
+        return longest or 0
+    return int((cu[1:] - cu[:-1]).max())
+
+
+def _is_whole(architecture, width, max_k):
+    return max_k <= SHORT and sum(_pieces(width)) <= WHOLE_WIDTH[architecture]
+
+
+def _grid(length, block, heads, batch):
+    """(blocks of a sequence, grid): one more sequence clears the rows past the last."""
+    blocks = max(1, triton.cdiv(length, block))
+    return blocks, (blocks * heads * (batch + 1),)
+
+
+def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale):
+    (rows, heads, width), batch = q.shape, cu_q.shape[0] - 1
+    max_q, max_k = _longest(cu_q, max_q), _longest(cu_k, max_k)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(heads, rows, dtype=torch.float32)
+    architecture = _architecture(q)
+    whole = _is_whole(architecture, width, max_k)
+    tiling = _tiling("forward", architecture, width, max_q, max_k, whole)
+    blocks, grid = _grid(max_q, tiling["BLOCK_Q"], heads, batch)
+    _forward_kernel[grid](
+        *_strided(q), *_strided(k), *_strided(v), out, lse, cu_q, cu_k, batch, blocks, rows, scale,
+        HEADS=heads, GROUPS=heads // k.shape[1], WHOLE=whole, **tiling,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, dq, dk, dv):
+    (rows, heads, width), batch = q.shape, cu_q.shape[0] - 1
+    key_rows, key_heads = k.shape[:2]
+    max_q, max_k = _longest(cu_q, max_q), _longest(cu_k, max_k)
+    architecture = _architecture(q)
+    whole = _is_whole(architecture, width, max_k)
+    inputs = (*_strided(q), *_strided(k), *_strided(v))
+    grouping = dict(HEADS=heads, GROUPS=heads // key_heads)
+    delta = None
+    if not whole:
+        delta = torch.empty_like(lse)
+        tiling = _tiling("queries", architecture, width, max_q, max_k)
+        blocks, grid = _grid(max_q, tiling["BLOCK_Q"], heads, batch)
+        _backward_queries_kernel[grid](
+            *inputs, out, *_strided(dout), lse, dlse, delta, cu_q, cu_k, *_strided(dq), batch, blocks, rows, scale,
+            **grouping, **tiling,
+        )  # fmt: skip
+    tiling = _tiling("keys", architecture, width, max_q, max_k, whole)
+    blocks, grid = _grid(max_k, tiling["BLOCK_K"], key_heads, batch)
+    _backward_keys_kernel[grid](
+        *inputs, *_strided(dout), lse, dlse, delta, cu_q, cu_k, *_strided(dq), dk, *_strided(dv), batch, blocks, rows,
+        key_rows, scale, WHOLE=whole, **grouping, **tiling,
+    )  # fmt: skip
+
+
+# Real-model calls for resources(): cases.py's and the other head widths. Name, width, longest queries and keys.
+REAL = (
+    ("m3ae_small_encoder", 64, 81, 81),
+    ("m3ae_small_decoder", 32, 297, 297),
+    ("m3ae_huge_encoder", 80, 81, 81),
+    ("mae_base_encoder", 64, 50, 50),
+    ("mae_base_decoder", 32, 197, 197),
+    ("cross_decoder", 32, 147, 50),
+    ("long_512", 64, 512, 512),
+    *((f"width {width}, {length}", width, length, length) for width in (96, 128, 256) for length in (81, 400)),
+    ("width 80, 400", 80, 400, 400),
+)
+
+
+def resources():
+    """What benchmarks/resources.py compiles: see m3ae_fast/_triton.py."""
+    kernels = {"forward": _forward_kernel, "queries": _backward_queries_kernel, "keys": _backward_keys_kernel}
+    for architecture in ("sm_80", "sm_90", "fp32"):
+        kind = "fp32" if architecture == "fp32" else "bf16"
+        for name, width, max_q, max_k in REAL[:4] if architecture == "fp32" else REAL:
+            whole = _is_whole(architecture, width, max_k)
+            for kernel in ("forward", "keys") if whole else ("forward", "queries", "keys"):
+                tiling = _tiling(kernel, architecture, width, max_q, max_k, whole)
+                options = {key: tiling.pop(key) for key in ("num_warps", "num_stages")}
+                constexprs = dict(HEADS=16, GROUPS=1, WHOLE=whole, dlse_ptr=None, **tiling)
+                if whole:
+                    constexprs["delta_ptr"] = None
+                names = kernels[kernel].arg_names
+                yield _triton.Resource(
+                    f"varlen_attention {kernel}{' whole' if whole else ''} {name} {kind}",
+                    kernels[kernel],
+                    {n: _type(n, kind) for n in names if n not in constexprs},
+                    {n: value for n, value in constexprs.items() if n in names},
+                    options,
+                    None if kind == "fp32" else "mma" if tiling["BLOCK_Q"] < 64 or tiling["BLOCK_K"] < 64 else "wgmma",
+                    None if kind == "fp32" else architecture,
+                )
+
+
+def _type(name, kind):
+    """The type of a kernel's argument, as Triton spells it."""
+    if name.endswith("_ptr"):
+        return "*i32" if name.startswith("cu_") else "*fp32" if name in ("lse_ptr", "delta_ptr") else f"*{kind}"
+    return "fp32" if name == "scale" else "i32:16" if name.endswith(("_row", "_head")) else "i32"
