@@ -7,8 +7,8 @@ models, exactly as `forward` and `backward` would launch them (take the launch o
         yield Resource(
             "layer_norm m3ae_small bf16",            # the op, the case of cases.py, the dtype
             _forward_kernel,                         # the jit function
-            {"x_ptr": "*bf16", "eps": "fp32", "count": "i64"},   # each argument that is no constexpr, as Triton types it
-            {"residual_ptr": None, "WIDTH": 384, "BLOCK": 512},  # each other one; a pointer that is None is one of them
+            {"x_ptr": "*bf16", "eps": "fp32", "count": "i64"},   # arguments that are no constexpr, typed as Triton does
+            {"residual_ptr": None, "WIDTH": 384, "BLOCK": 512},  # the others; a pointer that is None is one of them
             {"num_warps": 4, "num_stages": 1},       # launch options
             None,                                    # or "mma", "wgmma": the tensor-core instruction that must be there
             None,                                    # or "sm_80", "sm_90": the only architecture that is launched so

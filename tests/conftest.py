@@ -20,6 +20,15 @@ def pytest_configure(config):
             raise pytest.UsageError(f"M3AE_FAST_REQUIRE={impl}: not available: {missing or 'no op has it'}")
 
 
+def pytest_collection_modifyitems(config, items):
+    """TRITON_INTERPRET=1 is a run for the Triton backends: what does not concern them runs without it, faster."""
+    if not _backends.INTERPRETED:
+        return
+    triton = [i for i in items if hasattr(i, "callspec") and i.callspec.params.get("impl") == "triton"]
+    config.hook.pytest_deselected(items=[i for i in items if i not in triton])
+    items[:] = triton
+
+
 @pytest.fixture(params=["interpreter"] if _backends.INTERPRETED else testing.isas() or ["none"])
 def isa(request):
     """Run the test once per instruction set this build and machine have; in Triton's interpreter just once."""

@@ -61,7 +61,7 @@ def bit_cases():
             yield from ((impl, case, pixel, out) for case in (*cases.SMALL, *real) for out in testing.dtypes(impl))
 
 
-@pytest.mark.parametrize(("impl", "case", "pixel", "out"), bit_cases())
+@pytest.mark.parametrize(("impl", "case", "pixel", "out"), list(bit_cases()))
 def test_the_same_bits_as_the_reference(impl, case, pixel, out, isa, poison):
     call = cases.make(case)
     images, options = call.args[0].detach(), call.kwargs | {"dtype": out}

@@ -137,6 +137,8 @@ def test_element_offsets_past_2_to_the_31(impl):
     """Rows that start past 2**31 elements, in the one pass that only reads: the gradients of weight and bias."""
     if impl == "reference":
         pytest.skip("the reference would write copies of 8 GB")
+    if impl == "triton":
+        pytest.skip("Triton's interpreter would take minutes over 2**18 rows")
     torch.use_deterministic_algorithms(False)  # or torch.empty would fill all of it
     width, count = 8192, 2**18 + 2
     s, dy = (torch.empty(count, width, dtype=BF16) for _ in range(2))  # fresh pages read as zeros and take no memory

@@ -1,4 +1,4 @@
-"""assemble_tokens in Triton: a program a row forward; backward, chunks of rows in tiles, and groups by id for tables."""
+"""assemble_tokens in Triton: a program a row forward; backward, chunks of rows in tiles, and groups by table row."""
 
 import torch
 import triton
@@ -71,7 +71,7 @@ def backward(
 def _place(t, cu_image_ptr, cu_text_ptr, batch, image_rows, HAS_CLS: tl.constexpr, BLOCK: tl.constexpr = 128):
     """(source, inside): output row t is row `source` of [image_tokens; text_tokens], or -1 for a class token.
 
-    Past the last sample, where inside is False, the rows follow that belong to no sample: each of them has a source too.
+    Past the last sample, where inside is False, those rows follow that belong to no sample: they have a source too.
     """
     sample = t * 0
     for start in range(0, batch, BLOCK):
@@ -131,7 +131,7 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["batch", "image_rows"])
 def _places_kernel(source_ptr, target_ptr, cu_image_ptr, cu_text_ptr, batch, image_rows, HAS_CLS: tl.constexpr):
-    """source[t]: the token row of output row t, -1 for a class token. target: the way back, -1 for rows of no sample."""
+    """source[t]: the token row of output row t, -1 for a class token. target: the way back, -1 where in no sample."""
     t = tl.program_id(0)
     row, inside = _place(t, cu_image_ptr, cu_text_ptr, batch, image_rows, HAS_CLS)
     tl.store(source_ptr + t, row)
