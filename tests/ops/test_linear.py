@@ -140,6 +140,27 @@ def test_autocast_rounds_the_weight_on_its_way_and_its_gradient_not_at_all(isa, 
         torch.testing.assert_close(ours[2].double(), dz.t() @ x, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("impl", testing.impls("linear"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(40_000, 300, 70), (50, 70, 1300), (7, 1300, 1100)])
+def test_products_of_several_column_groups(impl, dtype, sizes):
+    """A long contraction and a wide result are computed some columns at a time."""
+    if impl == "triton":
+        pytest.skip("its products are torch's")
+    call = testing.Call(tuple(t.requires_grad_() for t in tensors(*sizes, dtype)))
+    truth = call.to(torch.float64).run(linear, impl="reference")
+    for kind, factor, *results in zip(
+        ("output", "gradient"),
+        (2, 3),
+        call.run(linear, impl=impl),
+        call.run(linear, impl="reference"),
+        truth,
+        strict=True,
+    ):
+        for i, each in enumerate(zip(*results, strict=True)):
+            testing.assert_error_rule(f"{kind} {i}", *each, factor)
+
+
 def test_errors():
     x, weight, _ = tensors()
     with pytest.raises(TypeError, match="x must be a tensor, got list"):

@@ -15,15 +15,19 @@ namespace m3ae {
 namespace {
 
 constexpr int64_t kSerialProducts = int64_t{1} << 18;  // multiplications: fewer are not worth waking a thread
+constexpr int64_t kPackedBytes = int64_t{16} << 20, kLeastPanels = 4;
 constexpr int64_t kThinRows = 24;                      // a band of fewer would read more of the right operand than it uses
 
 void multiply(LinearProduct& args) {
   const LinearSizes sizes = M3AE_DISPATCH(linear_sizes)(args);
-  const int64_t panels = (args.n + kPanel - 1) / kPanel, groups = (panels + kGroupPanels - 1) / kGroupPanels;
-  if (args.m == 0 || groups == 0) return;
+  const int64_t panels = (args.n + kPanel - 1) / kPanel;
+  if (args.m == 0 || panels == 0) return;
+  // A long contraction (dW of a large batch) packs fewer columns at a time.
+  const int64_t most = std::clamp<int64_t>(kPackedBytes / std::max<int64_t>(sizes.panel, 1), kLeastPanels, kGroupPanels);
+  const int64_t groups = (panels + most - 1) / most;
   const bool serial = args.m * args.n * (args.k + 1) <= kSerialProducts;
   const int64_t threads = serial ? 1 : max_threads();
-  const Scratch packed(sizes.packed), scratch(sizes.scratch * threads);
+  const Scratch packed(sizes.panel * std::min(panels, most)), scratch(sizes.scratch * threads);
   args.packed = packed.get();
   const auto each = [&](int64_t tasks, const auto& body) {
     if (!serial) return parallel_for_dynamic(tasks, [&](int64_t i, int thread) { body(i, scratch.get() + thread * sizes.scratch); });

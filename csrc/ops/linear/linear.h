@@ -25,17 +25,17 @@ struct LinearProduct {
   Dtype dtype, parameter_dtype;
 
   int64_t first_panel, panels;  // the group of columns that is being computed
-  char* packed;                 // right(:, group), packed: linear_sizes(args).packed bytes
+  char* packed;                 // right(:, group), packed: LinearSizes::panel bytes each
 };
 
 struct LinearSizes {
-  int64_t packed;   // bytes, for a group of kGroupPanels
+  int64_t panel;    // bytes of a packed panel
   int64_t scratch;  // bytes, for a thread
   int64_t blocks;   // of kProductSteps at most, along k
 };
 
 constexpr int64_t kPanel = 64;         // columns of a tile on avx512
-constexpr int64_t kGroupPanels = 16;   // whose right operand is packed at a time
+constexpr int64_t kGroupPanels = 16;   // at most, whose right operand is packed at a time
 constexpr int64_t kBlockRows = 96;     // of the result, in one task: 16 tiles
 constexpr int64_t kProductSteps = 256;  // units that a product adds up before the sum joins its total
 

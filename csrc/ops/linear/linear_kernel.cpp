@@ -237,7 +237,7 @@ LinearSizes linear_sizes(const LinearProduct& args) {
   return with_element(args.dtype, [&](auto element) {
     using B = Block<decltype(element)>;
     const B b(args);
-    return LinearSizes{static_cast<int64_t>(sizeof(typename B::U)) * b.steps * kPanel * kGroupPanels,
+    return LinearSizes{static_cast<int64_t>(sizeof(typename B::U)) * b.steps * kPanel,
                        B::packed_bytes + B::value_bytes + B::sum_bytes, b.blocks};
   });
 }
