@@ -26,6 +26,7 @@ run = jit.JITFunction.run
 def compile_alone(self, *args, grid, warmup, **options):
     compiled.add(run(self, *args, grid=grid, warmup=True, **options).hash)
 driver.set_active(Stub())
+torch.cuda.get_device_capability = lambda device=None: (9, 0)
 jit.JITFunction.run = compile_alone
 
 import m3ae_fast
