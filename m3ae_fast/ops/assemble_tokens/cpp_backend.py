@@ -1,9 +1,8 @@
 """assemble_tokens on the CPU: csrc/ops/assemble_tokens."""
 
-import torch
-
 from m3ae_fast._backends import address, code
 from m3ae_fast._cpp import _C
+from m3ae_fast.ops.assemble_tokens.gradients import empty_gradients
 
 
 def _rows(tensor):
@@ -32,16 +31,11 @@ def backward(
     words, image_dtype, text_dtype, need,
 ):  # fmt: skip
     count, width = dout.shape
-    accumulate = torch.float64 if dout.dtype == torch.float64 else torch.float32
-    sizes = (image_rows, text_rows, 3, vocabulary, patches, words)
-    dtypes = (image_dtype, text_dtype, accumulate, text_dtype, dout.dtype, dout.dtype)
-    grads = tuple(
-        dout.new_empty(rows if needed else 0, width, dtype=dtype)
-        for rows, dtype, needed in zip(sizes, dtypes, need, strict=True)
-    )
+    sizes = (image_rows, text_rows, vocabulary, patches, words)
+    grads = empty_gradients(dout, *sizes, image_dtype, text_dtype, need)
     _C.assemble_tokens_backward(
         address(dout), *map(address, (text_tokens, image_ids, text_ids, cu_image, cu_text)), *map(address, grads),
-        (cu_text if cu_image is None else cu_image).shape[0] - 1, count, *sizes[:2], *sizes[3:], width, has_cls,
+        (cu_text if cu_image is None else cu_image).shape[0] - 1, count, *sizes, width, has_cls,
         code(grads[0]), code(grads[1]), code(grads[3]), code(dout),
     )  # fmt: skip
     return grads

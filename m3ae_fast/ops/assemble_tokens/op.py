@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from m3ae_fast import _backends, _checks
 from m3ae_fast.ops.assemble_tokens import reference
+from m3ae_fast.ops.assemble_tokens.gradients import empty_gradients
 from m3ae_fast.seqlens import SeqLens, cu_seqlens
 
 BACKENDS = _backends.load(__package__, "cpp", "triton")
@@ -175,13 +176,7 @@ def _fake_forward(impl, image_tokens, text_tokens, image_ids, text_ids, cu_image
 
 def _fake_backward(impl, dout, text_tokens, image_ids, text_ids, cu_image, cu_text, has_cls, image_rows, text_rows,
                    vocabulary, patches, words, image_dtype, text_dtype, need):  # fmt: skip
-    accumulate = torch.float64 if dout.dtype == torch.float64 else torch.float32
-    sizes = (image_rows, text_rows, 3, vocabulary, patches, words)
-    dtypes = (image_dtype, text_dtype, accumulate, text_dtype, dout.dtype, dout.dtype)
-    return tuple(
-        dout.new_empty(rows if needed else 0, dout.shape[1], dtype=dtype)
-        for rows, dtype, needed in zip(sizes, dtypes, need, strict=True)
-    )
+    return empty_gradients(dout, image_rows, text_rows, vocabulary, patches, words, image_dtype, text_dtype, need)
 
 
 _assemble_tokens = _backends.register(

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from m3ae_fast import _triton
 from m3ae_fast._triton import Resource, element, load_or_zero
+from m3ae_fast.ops.assemble_tokens.gradients import empty_gradients
 
 BLOCK = 2048  # values of a row in one program, at most
 
@@ -32,12 +33,9 @@ def backward(
     words, image_dtype, text_dtype, need,
 ):  # fmt: skip
     count, width = dout.shape
-    dtypes = (image_dtype, text_dtype, None, text_dtype, dout.dtype, dout.dtype)
-    sizes = (image_rows, text_rows, 0, vocabulary, patches, words)
-    grads = [
-        dout.new_empty(rows if needed else 0, width, dtype=dtype)
-        for rows, dtype, needed in zip(sizes, dtypes, need, strict=True)
-    ]
+    grads = list(
+        empty_gradients(dout, image_rows, text_rows, vocabulary, patches, words, image_dtype, text_dtype, need)
+    )
     need_image, need_text, need_parts, need_embedding, need_image_position, need_text_position = need
     # text_tokens are the looked-up ids, or None: then image_rows + text_rows float rows
     tokens = image_rows + (text_rows if text_tokens is None else text_tokens.shape[0])
@@ -53,7 +51,8 @@ def backward(
             dout, source, target, grads[0] if need_image else None, grads[1] if need_text else None, partials, count,
             per_chunk, image_rows, width, _triton.ROWS, _triton.COLUMNS, **_triton.TILE_OPTIONS,
         )  # fmt: skip
-    grads[2] = _triton.sum_partials(partials) if need_parts else dout.new_empty(0, width, dtype=torch.float32)
+    if need_parts:
+        grads[2] = _triton.sum_partials(partials)
     image_target, text_target = target[:image_rows], target[image_rows:]
     tables = (
         (need_embedding, text_tokens, text_target, grads[3]),
