@@ -239,12 +239,15 @@ void pack_steps(const T* rows, int64_t stride, int64_t count, int64_t width, Uni
   }
 }
 
-// Rows of fp32 parameters as rows of T, rounded.
-template <class T, class Source>
-void round_rows(const Source* rows, int64_t stride, int64_t count, int64_t width, T* out, int64_t ld) {
+// out[r][d] = function(rows[r][d]), rounded to T.
+template <class T, class Source, class Function>
+void map_rows(const Source* rows, int64_t stride, int64_t count, int64_t width, T* out, int64_t ld,
+              const Function& function) {
   using V = Vec<T>;
   for (int64_t r = 0; r < count; ++r)
-    for_lanes<V>(width, [&](int64_t d, int n) { store_rounded(load_lanes<V>(rows + r * stride + d, n), out + r * ld + d, n); });
+    for_lanes<V>(width, [&](int64_t d, int n) {
+      store_rounded(function(load_lanes<V>(rows + r * stride + d, n)), out + r * ld + d, n);
+    });
 }
 
 // Down the columns of V::width rows that are V::width apart: lane r of the result combines row r.

@@ -53,30 +53,40 @@ void multiply(LinearProduct& args) {
   }
 }
 
+// out [m][n] of a contraction over k.
+LinearProduct product(Address left, Address right, Address out, int64_t m, int64_t n, int64_t k, int dtype,
+                      int parameter_dtype) {
+  LinearProduct args;
+  args.left = pointer(left), args.right = pointer(right), args.out = pointer(out);
+  args.m = m, args.n = n, args.k = k;
+  args.dtype = Dtype(dtype), args.parameter_dtype = Dtype(parameter_dtype);
+  return args;
+}
+
 // y = act(f(x) W^T + b), and what act was applied to (before; 0: not wanted).
 void forward(Address x, Address weight, Address bias, Address before, Address y, int64_t rows, int64_t inner,
              int64_t outer, int input_activation, int activation, int dtype, int parameter_dtype) {
-  LinearProduct args{pointer(x), pointer(weight), pointer(bias), nullptr, pointer(before), pointer(y), rows, outer, inner,
-                     false, true, Activation(input_activation), Activation::none, Activation(activation),
-                     Activation::none, Dtype(dtype), Dtype(parameter_dtype), 0, 0, nullptr};
+  LinearProduct args = product(x, weight, y, rows, outer, inner, dtype, parameter_dtype);
+  args.right_by_rows = true;
+  args.bias = pointer(bias), args.before = pointer(before);
+  args.left_activation = Activation(input_activation), args.activation = Activation(activation);
   multiply(args);
 }
 
 // dx = f'(x) (dz W)
 void backward_x(Address dz, Address weight, Address x, Address dx, int64_t rows, int64_t inner, int64_t outer,
                 int input_activation, int dtype, int parameter_dtype) {
-  LinearProduct args{pointer(dz), pointer(weight), nullptr, input_activation ? pointer(x) : nullptr, nullptr, pointer(dx),
-                     rows, inner, outer, false, false, Activation::none, Activation::none, Activation::none,
-                     Activation(input_activation), Dtype(dtype), Dtype(parameter_dtype), 0, 0, nullptr};
+  LinearProduct args = product(dz, weight, dx, rows, inner, outer, dtype, parameter_dtype);
+  if (input_activation) args.slope_at = pointer(x), args.slope = Activation(input_activation);
   multiply(args);
 }
 
 // dW = dz^T f(x)
 void backward_weight(Address dz, Address x, Address dweight, int64_t rows, int64_t inner, int64_t outer,
                      int input_activation, int dtype, int parameter_dtype) {
-  LinearProduct args{pointer(dz), pointer(x), nullptr, nullptr, nullptr, pointer(dweight), outer, inner, rows, true, false,
-                     Activation::none, Activation(input_activation), Activation::none, Activation::none, Dtype(dtype),
-                     Dtype(parameter_dtype), 0, 0, nullptr};
+  LinearProduct args = product(dz, x, dweight, outer, inner, rows, dtype, parameter_dtype);
+  args.left_by_columns = true;
+  args.right_activation = Activation(input_activation);
   multiply(args);
 }
 

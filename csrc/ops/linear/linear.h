@@ -13,19 +13,20 @@ enum class Activation : int { none = 0, gelu = 1, gelu_tanh = 2 };  // the codes
 // An activation of an operand is applied while it is packed, one of the result while it is stored. Parameters (W, b, dW)
 // may be fp32 where rows are bf16: they are rounded while they are packed, and their gradient is not rounded at all.
 struct LinearProduct {
-  const void* left;      // [m][k]; by columns: [k][m]
-  const void* right;     // [k][n]; by rows: [n][k]
-  const void* bias;      // [n]; null: none
-  const void* slope_at;  // [m][n]: the sum is multiplied by slope's derivative there; null: it is not
-  void* before;          // [m][n]: what the activation was applied to; null: not wanted
-  void* out;             // [m][n]
-  int64_t m, n, k;
-  bool left_by_columns, right_by_rows;
-  Activation left_activation, right_activation, activation, slope;
-  Dtype dtype, parameter_dtype;
+  const void* left = nullptr;      // [m][k]; by columns: [k][m]
+  const void* right = nullptr;     // [k][n]; by rows: [n][k]
+  const void* bias = nullptr;      // [n]; null: none
+  const void* slope_at = nullptr;  // [m][n]: the sum is multiplied by slope's derivative there; null: it is not
+  void* before = nullptr;          // [m][n]: what the activation was applied to; null: not wanted
+  void* out = nullptr;             // [m][n]
+  int64_t m = 0, n = 0, k = 0;
+  bool left_by_columns = false, right_by_rows = false;
+  Activation left_activation = Activation::none, right_activation = Activation::none;
+  Activation activation = Activation::none, slope = Activation::none;
+  Dtype dtype = Dtype::f32, parameter_dtype = Dtype::f32;
 
-  int64_t first_panel, panels;  // the group of columns that is being computed
-  char* packed;                 // right(:, group), packed: LinearSizes::panel bytes each
+  int64_t first_panel = 0, panels = 0;  // the group of columns that is being computed
+  char* packed = nullptr;               // right(:, group), packed: LinearSizes::panel bytes each
 };
 
 struct LinearSizes {

@@ -95,12 +95,8 @@ M3AE_INLINE void with_elements(const LinearProduct& args, const Body& body) {
 // out[r][d] = act(in[r][d]).
 template <class T, class Source>
 void activate(Activation activation, const Source* in, int64_t stride, int64_t count, int64_t width, T* out, int64_t ld) {
-  using V = Vec<T>;
   with_function(activation, [&](auto function) {
-    for (int64_t r = 0; r < count; ++r)
-      for_lanes<V>(width, [&](int64_t d, int n) {
-        store_rounded(function.value(load_lanes<V>(in + r * stride + d, n)), out + r * ld + d, n);
-      });
+    map_rows(in, stride, count, width, out, ld, [&](Vec<T> x) { return function.value(x); });
   });
 }
 

@@ -44,7 +44,7 @@ const T* rows_of(const P* rows, int64_t stride, int64_t count, int64_t width, T*
   if constexpr (std::is_same_v<T, P>) {
     return rows;
   } else {
-    round_rows(rows, stride, count, width, rounded, ld);
+    map_rows(rows, stride, count, width, rounded, ld, [](Vec<T> x) { return x; });
     return rounded;
   }
 }
