@@ -7,6 +7,7 @@ its sequences, 4,096 tokens in all (3,200 at 1,600). Ours and the peers, interle
 # ruff: noqa: E402  the folders of the benchmarks come first
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -32,7 +33,7 @@ def over_tokens() -> list[dict]:
     config, shape = M3AEConfig.small(), testing.SHAPES["m3ae_small"]
     points = []
     for size in (1, 2, 4, 8):
-        batch = bench_m3ae.make_batch(config, testing.dataclasses.replace(shape, batch=size), seed=0)
+        batch = bench_m3ae.make_batch(config, dataclasses.replace(shape, batch=size), seed=0)
         steps = {}
         for provider in ("m3ae_fast", "padded, eager"):
             model, loss_of = bench_m3ae.make_model(config, provider, [batch])

@@ -21,7 +21,6 @@ def machine() -> dict[str, object]:
         ["git", "describe", "--always", "--dirty", "--exclude=*"],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    ours = dict(line.split(maxsplit=1) for line in m3ae_fast.explain().splitlines() if line.startswith("threads"))
     from m3ae_fast._cpp import _C
 
     return {
@@ -31,7 +30,7 @@ def machine() -> dict[str, object]:
         "torch": torch.__version__,
         "CPU": processor(),
         "instruction set": _C.active_isa(),
-        "threads": ours["threads"],
+        "threads": _C.num_threads(),
         "copy bandwidth": f"{measure.copy_bandwidth() / 1e6:.1f} GB/s, read + written",
         "product, fp32": f"{measure.product_rate(torch.float32) / 1e6:.0f} GFLOP/s",
         "product, bf16": f"{measure.product_rate(torch.bfloat16) / 1e6:.0f} GFLOP/s",
