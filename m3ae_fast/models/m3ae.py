@@ -16,7 +16,7 @@ from m3ae_fast import nn as fast
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.models import masking
 from m3ae_fast.models.config import M3AEConfig
-from m3ae_fast.models.masking import Masked, TokenLayout
+from m3ae_fast.models.masking import Plan, TokenLayout
 from m3ae_fast.nn import take_rows
 from m3ae_fast.ops import assemble_tokens, linear_cross_entropy, masked_mse, restore_tokens
 from m3ae_fast.seqlens import SeqLens
@@ -108,6 +108,7 @@ class M3AE(nn.Module):
         step: int = 0,
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
+        plan: Plan | None = None,
     ) -> M3AEOutput:
         """Losses of one step.
 
@@ -116,13 +117,20 @@ class M3AE(nn.Module):
             seed, step: key the random masks together with batch.sample_ids: the same masks on every device, for any
                 split of a batch.
             image_mask, text_mask: instead of drawing: [B, P] and [B, L] bool, True = removed.
+            plan: instead of all four: what `plan` made of them for this batch.
 
         Raises:
-            ValueError: neither a seed nor masks; images or texts of another size than the configuration's.
+            ValueError: neither a seed nor masks; images or texts of another size than the configuration's; a plan of
+                another batch.
         """
-        image, text = self._masks(batch, seed, step, image_mask, text_mask)
-        layout = TokenLayout.make(image, text, self.config.patches, batch.device)
-        encoded = self._encode(batch, layout, image.keep, text.keep)
+        if plan is None:
+            plan = self.plan(batch, seed=seed, step=step, image_mask=image_mask, text_mask=text_mask)
+        else:
+            if seed is not None or image_mask is not None or text_mask is not None:
+                raise ValueError("plan must be given instead of seed, image_mask and text_mask, not beside them")
+            self._check_plan(batch, plan)
+        image, text, layout = plan.image, plan.text, plan.layout
+        encoded = self._encode(batch, layout)
         decoded = self._decode(encoded, layout, layout.masked_rows, layout.masked)
 
         rows = torch.cat([layout.image_rows, layout.text_rows])
@@ -130,7 +138,7 @@ class M3AE(nn.Module):
         image_loss = text_loss = text_accuracy = decoded.new_zeros((), dtype=torch.float32)
         if batch.images is not None:
             image_loss = masked_mse(
-                self.image_head(for_image), batch.images, layout.image_ids_mask, _of_images(batch, image.mask),
+                self.image_head(for_image), batch.images, layout.image_ids_mask, layout.images_mask,
                 patch_size=self.config.patch_size, norm_pix=self.config.norm_pix,
                 **self.patch_embed.normalisation(batch.images),
             )  # fmt: skip
@@ -140,13 +148,13 @@ class M3AE(nn.Module):
             target = batch.text.index_select(0, layout.words_mask)
             text_loss, text_accuracy = linear_cross_entropy(
                 for_text, self.text_head.weight, target, self.text_head.bias,
-                reduction="sample_mean", cu_seqlens=text.mask.to(batch.device), return_accuracy=True,
+                reduction="sample_mean", cu_seqlens=layout.text_mask, return_accuracy=True,
             )  # fmt: skip
         loss = self.config.image_loss_weight * image_loss + self.config.text_loss_weight * text_loss
         masks = image.as_bool(self.config.patches), text.as_bool(batch.text_lengths.max)
         return M3AEOutput(loss, image_loss, text_loss, text_accuracy, *masks)
 
-    def reconstruct(
+    def plan(
         self,
         batch: ImageTextBatch,
         *,
@@ -154,66 +162,12 @@ class M3AE(nn.Module):
         step: int = 0,
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
-    ) -> Reconstruction:
-        """Predictions for every patch and every word, masked or not; arguments as `forward`'s."""
-        image, text = self._masks(batch, seed, step, image_mask, text_mask)
-        layout = TokenLayout.make(image, text, self.config.patches, batch.device)
-        decoded = self._decode(self._encode(batch, layout, image.keep, text.keep), layout)
-        patches = self.image_head(take_rows(decoded, layout.all_image_rows))
-        pixels = patches.new_full((len(batch), self.config.patches, self.config.patch_dim), math.nan)
-        pixels[torch.tensor(batch.has_image, dtype=torch.bool)] = patches.view(
-            -1, self.config.patches, self.config.patch_dim
-        )
-        logits = decoded.new_zeros(0, 0)
-        if self.text_head is not None:
-            logits = self.text_head(take_rows(decoded, layout.all_text_rows))
-        masks = image.as_bool(self.config.patches), text.as_bool(batch.text_lengths.max)
-        return Reconstruction(pixels, logits, *masks)
+    ) -> Plan:
+        """Everything that `forward` makes on the host before it computes; arguments and errors as `forward`'s.
 
-    def encode(self, batch: ImageTextBatch) -> Encoded:
-        """The encoder on whole samples: CLS features for probing and fine-tuning, and every token."""
-        self._check(batch)
-        image = masking.keep_all([self.config.patches if has else 0 for has in batch.has_image])
-        text = masking.keep_all(batch.text_lengths.lengths)
-        layout = TokenLayout.make(image, text, self.config.patches, batch.device)
-        tokens = self._encode(batch, layout, image.keep, text.keep)
-        return Encoded(take_rows(tokens, layout.cls_rows), tokens, layout.kept)
-
-    # -- the two halves ----------------------------------------------------------------------------------------------
-
-    def _encode(self, batch: ImageTextBatch, layout: TokenLayout, image: SeqLens, text: SeqLens) -> Tensor:
-        """Kept patches and kept words -> [layout.kept.total, D]."""
-        patches = words = None
-        inputs = {}
-        if batch.images is not None:
-            patches = self.patch_embed(batch.images, layout.image_ids_keep, _of_images(batch, image))
-            inputs = {
-                "image_ids": layout.image_ids_keep, "cu_image": image.to(batch.device),
-                "image_position": self.image_position, "image_type": self.image_type,
-            }  # fmt: skip
-        if self.text_embedding is not None:
-            words = batch.text.index_select(0, layout.words_keep)
-            inputs |= {
-                "text_ids": layout.text_ids_keep, "cu_text": text.to(batch.device),
-                "text_embedding": self.text_embedding.weight,
-                "text_position": self.text_position, "text_type": self.text_type,
-            }  # fmt: skip
-        tokens = assemble_tokens(patches, words, cls_token=self.cls_token, **inputs)
-        return self.encoder(tokens, layout.kept)
-
-    def _decode(self, encoded: Tensor, layout: TokenLayout, *rows: Tensor | SeqLens) -> Tensor:
-        """[layout.kept.total, D] -> [layout.full.total, decoder width], or of `rows` alone (see Transformer)."""
-        tokens = restore_tokens(
-            self.decoder_embed(encoded), layout.rows, layout.slots,
-            image_mask_token=self.image_mask_token, text_mask_token=self.text_mask_token,
-            image_position=self.decoder_image_position, text_position=self.decoder_text_position,
-            image_type=self.decoder_image_type, text_type=self.decoder_text_type,
-        )  # fmt: skip
-        return self.decoder(tokens, layout.full, *rows)
-
-    def _masks(
-        self, batch: ImageTextBatch, seed: int | None, step: int, image_mask: Tensor | None, text_mask: Tensor | None
-    ) -> tuple[Masked, Masked]:
+        Making it ahead, in a loader for instance, takes it off the step's path; a step to be captured in a CUDA graph
+        must be given one.
+        """
         self._check(batch)
         c = self.config
         lengths = {"image": [c.patches if has else 0 for has in batch.has_image], "text": batch.text_lengths.lengths}
@@ -233,7 +187,78 @@ class M3AE(nn.Module):
                 shared = slots[name] if c.masking == "shared" else None
                 keys = {"seed": seed, "step": step, "sample_ids": batch.sample_ids, "stream": streams[name]}
                 masked.append(masking.draw(lengths[name], ratios[name], shared=shared, **keys))
-        return masked[0], masked[1]
+        return Plan.make(masked[0], masked[1], c.patches, batch.has_image, batch.device)
+
+    def reconstruct(
+        self,
+        batch: ImageTextBatch,
+        *,
+        seed: int | None = None,
+        step: int = 0,
+        image_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> Reconstruction:
+        """Predictions for every patch and every word, masked or not; arguments as `forward`'s."""
+        plan = self.plan(batch, seed=seed, step=step, image_mask=image_mask, text_mask=text_mask)
+        image, text, layout = plan.image, plan.text, plan.layout
+        decoded = self._decode(self._encode(batch, layout), layout)
+        patches = self.image_head(take_rows(decoded, layout.all_image_rows))
+        pixels = patches.new_full((len(batch), self.config.patches, self.config.patch_dim), math.nan)
+        pixels[torch.tensor(batch.has_image, dtype=torch.bool)] = patches.view(
+            -1, self.config.patches, self.config.patch_dim
+        )
+        logits = decoded.new_zeros(0, 0)
+        if self.text_head is not None:
+            logits = self.text_head(take_rows(decoded, layout.all_text_rows))
+        masks = image.as_bool(self.config.patches), text.as_bool(batch.text_lengths.max)
+        return Reconstruction(pixels, logits, *masks)
+
+    def encode(self, batch: ImageTextBatch) -> Encoded:
+        """The encoder on whole samples: CLS features for probing and fine-tuning, and every token."""
+        self._check(batch)
+        image = masking.keep_all([self.config.patches if has else 0 for has in batch.has_image])
+        text = masking.keep_all(batch.text_lengths.lengths)
+        layout = TokenLayout.make(image, text, self.config.patches, batch.has_image, batch.device)
+        tokens = self._encode(batch, layout)
+        return Encoded(take_rows(tokens, layout.cls_rows), tokens, layout.kept)
+
+    # -- the two halves ----------------------------------------------------------------------------------------------
+
+    def _encode(self, batch: ImageTextBatch, layout: TokenLayout) -> Tensor:
+        """Kept patches and kept words -> [layout.kept.total, D]."""
+        patches = words = None
+        inputs = {}
+        if batch.images is not None:
+            patches = self.patch_embed(batch.images, layout.image_ids_keep, layout.images_keep)
+            inputs = {
+                "image_ids": layout.image_ids_keep, "cu_image": layout.image_keep,
+                "image_position": self.image_position, "image_type": self.image_type,
+            }  # fmt: skip
+        if self.text_embedding is not None:
+            words = batch.text.index_select(0, layout.words_keep)
+            inputs |= {
+                "text_ids": layout.text_ids_keep, "cu_text": layout.text_keep,
+                "text_embedding": self.text_embedding.weight,
+                "text_position": self.text_position, "text_type": self.text_type,
+            }  # fmt: skip
+        tokens = assemble_tokens(patches, words, cls_token=self.cls_token, **inputs)
+        return self.encoder(tokens, layout.kept)
+
+    def _decode(self, encoded: Tensor, layout: TokenLayout, *rows: Tensor | SeqLens) -> Tensor:
+        """[layout.kept.total, D] -> [layout.full.total, decoder width], or of `rows` alone (see Transformer)."""
+        tokens = restore_tokens(
+            self.decoder_embed(encoded), layout.rows, layout.slots,
+            image_mask_token=self.image_mask_token, text_mask_token=self.text_mask_token,
+            image_position=self.decoder_image_position, text_position=self.decoder_text_position,
+            image_type=self.decoder_image_type, text_type=self.decoder_text_type,
+        )  # fmt: skip
+        return self.decoder(tokens, layout.full, *rows)
+
+    def _check_plan(self, batch: ImageTextBatch, plan: Plan) -> None:
+        self._check(batch)
+        images = [self.config.patches if has else 0 for has in batch.has_image]
+        if plan.image.lengths != images or plan.text.lengths != list(batch.text_lengths.lengths):
+            raise ValueError("plan must be of this batch, got one of a batch with other images or text lengths")
 
     def _check(self, batch: ImageTextBatch) -> None:
         c = self.config
@@ -250,11 +275,3 @@ class M3AE(nn.Module):
             raise ValueError(
                 f"batch.text_lengths must be at most max_text_length {c.max_text_length}, got {batch.text_lengths.max}"
             )
-
-
-def _of_images(batch: ImageTextBatch, lengths: SeqLens) -> SeqLens:
-    """Lengths over the B samples -> over the N samples that have an image."""
-    if all(batch.has_image):
-        return lengths.to(batch.device)
-    kept = [n for n, has in zip(lengths.lengths, batch.has_image, strict=True) if has]
-    return SeqLens(kept, device=batch.device)

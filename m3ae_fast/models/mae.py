@@ -12,6 +12,7 @@ from torch import Tensor
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.models.config import M3AEConfig
 from m3ae_fast.models.m3ae import M3AE, Encoded, M3AEOutput, Reconstruction
+from m3ae_fast.models.masking import Plan
 
 
 class MAE(M3AE):
@@ -32,9 +33,14 @@ class MAE(M3AE):
         seed: int | None = None,
         step: int = 0,
         image_mask: Tensor | None = None,
+        plan: Plan | None = None,
     ) -> M3AEOutput:
         """As M3AE.forward; text_loss and text_accuracy are 0."""
-        return super().forward(_images(batch), seed=seed, step=step, image_mask=image_mask)
+        return super().forward(_images(batch), seed=seed, step=step, image_mask=image_mask, plan=plan)
+
+    def plan(self, batch: ImageTextBatch | Tensor, **options) -> Plan:
+        """As M3AE.plan."""
+        return super().plan(_images(batch), **options)
 
     def reconstruct(
         self,

@@ -104,6 +104,12 @@ class TokenLayout:
     kept: SeqLens  # the encoder's sequences
     full: SeqLens  # the decoder's sequences
     masked: SeqLens  # masked tokens of each sequence
+    image_keep: SeqLens  # kept patches of each sample
+    text_keep: SeqLens  # kept words of each sample
+    text_mask: SeqLens  # masked words of each sample
+    images_keep: SeqLens  # kept patches of each image
+    images_mask: SeqLens  # masked patches of each image
+    index: Tensor  # all that follows, in one piece
     rows: Tensor  # [full.total] for restore_tokens: the encoder row that stands there, -1 where masked
     slots: Tensor  # [full.total] for restore_tokens: patch number, or patches + word number, or -1 (CLS)
     cls_rows: Tensor  # [B] of the encoder's rows
@@ -119,7 +125,7 @@ class TokenLayout:
     words_mask: Tensor  # places of the masked words in the batch's packed text
 
     @staticmethod
-    def make(image: Masked, text: Masked, patches: int, device: torch.device) -> TokenLayout:
+    def make(image: Masked, text: Masked, patches: int, has_image: Sequence[bool], device: torch.device) -> TokenLayout:
         image_lengths, text_lengths = SeqLens(image.lengths), SeqLens(text.lengths)
         batch = range(len(image.keep))
         kept = SeqLens([1 + image.keep.lengths[b] + text.keep.lengths[b] for b in batch])
@@ -154,5 +160,45 @@ class TokenLayout:
             words[sample_of(text.keep)] + text.ids_keep, words[sample_of(text.mask)] + text.ids_mask,
         )  # fmt: skip
         on_device = torch.cat(index).to(device, non_blocking=True)  # one transfer
-        sequences = (seqlens.to(device) for seqlens in (kept, full, masked))
-        return TokenLayout(*sequences, *on_device.split([x.numel() for x in index]))
+        of_images = (SeqLens(_of_images(counts, has_image)) for counts in (image.keep, image.mask))
+        sequences = (x.to(device) for x in (kept, full, masked, image.keep, text.keep, text.mask, *of_images))
+        return TokenLayout(*sequences, on_device, *on_device.split([x.numel() for x in index]))
+
+
+def _of_images(counts: SeqLens, has_image: Sequence[bool]) -> list[int]:
+    return [n for n, has in zip(counts.lengths, has_image, strict=True) if has]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that a forward pass needs to know of a batch beyond its pixels and words.
+
+    It is made on the host, where lengths live. A pass that is given one copies nothing to the device and waits for
+    nothing, so that a CUDA graph can capture it; `copy_` then brings the next masks into the captured one.
+    """
+
+    image: Masked
+    text: Masked
+    layout: TokenLayout
+
+    @staticmethod
+    def make(image: Masked, text: Masked, patches: int, has_image: Sequence[bool], device: torch.device) -> Plan:
+        return Plan(image, text, TokenLayout.make(image, text, patches, has_image, device))
+
+    def copy_(self, other: Plan) -> None:
+        """Take over another plan's masks, in place on the device and on the host.
+
+        Raises:
+            ValueError: other counts of kept or masked tokens in some sample: a captured graph has its sizes built in.
+        """
+        pairs = [
+            (getattr(getattr(self, modality), part), getattr(getattr(other, modality), part))
+            for modality in ("image", "text")
+            for part in ("keep", "mask")
+        ]
+        if any(ours.lengths != theirs.lengths for ours, theirs in pairs):
+            raise ValueError("other must be a plan of the same numbers of kept and masked tokens in every sample")
+        for ours, theirs in ((self.image, other.image), (self.text, other.text)):
+            ours.ids_keep.copy_(theirs.ids_keep)
+            ours.ids_mask.copy_(theirs.ids_mask)
+        self.layout.index.copy_(other.layout.index, non_blocking=True)

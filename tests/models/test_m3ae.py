@@ -61,6 +61,34 @@ def test_a_mixed_batch_is_the_mean_of_its_samples(model):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 + 1e-5 * b.abs().max().item())
 
 
+def test_a_plan_made_ahead_gives_the_same_bits(model):
+    batch = make_batch(**MIXED)
+    drawn, planned = model(batch, seed=5, step=11), model(batch, plan=model.plan(batch, seed=5, step=11))
+    for name in ("loss", "image_loss", "text_loss", "image_mask", "text_mask"):
+        assert torch.equal(getattr(drawn, name), getattr(planned, name))
+
+
+def test_a_plan_takes_over_the_masks_of_another(model):
+    batch = make_batch(**MIXED)
+    plan, other = (model.plan(batch, seed=5, step=step) for step in (0, 1))
+    before = plan.layout.rows.data_ptr()
+    plan.copy_(other)
+    assert plan.layout.rows.data_ptr() == before
+    out, wanted = model(batch, plan=plan), model(batch, seed=5, step=1)
+    assert torch.equal(out.loss, wanted.loss) and torch.equal(out.text_mask, wanted.text_mask)
+    with pytest.raises(ValueError, match="same numbers of kept and masked tokens"):
+        plan.copy_(model.plan(make_batch(), seed=5))
+
+
+def test_a_plan_is_of_its_batch_and_stands_alone(model):
+    batch = make_batch()
+    plan = model.plan(batch, seed=0)
+    with pytest.raises(ValueError, match="plan must be given instead of seed"):
+        model(batch, seed=0, plan=plan)
+    with pytest.raises(ValueError, match="plan must be of this batch"):
+        model(make_batch(lengths=(5, 3, 7)), plan=plan)
+
+
 def test_reconstruct_predicts_every_token_and_agrees_with_the_losses(model):
     batch = make_batch(**MIXED)
     out, whole = model.reconstruct(batch, seed=1), model(batch, seed=1)

@@ -41,7 +41,7 @@ def test_layout_against_a_loop(seed):
     ids = torch.arange(5) + 5 * seed
     image = masking.draw(images, 0.75, seed=seed, step=3, sample_ids=ids, stream=0, shared=None)
     text = masking.draw(lengths, 0.5, seed=seed, step=3, sample_ids=ids, stream=1, shared=None)
-    layout = masking.TokenLayout.make(image, text, patches, torch.device("cpu"))
+    layout = masking.TokenLayout.make(image, text, patches, [n > 0 for n in images], torch.device("cpu"))
     rows, slots, image_rows, text_rows = loop_layout(image, text, patches)
     assert layout.rows.tolist() == rows
     assert layout.slots.tolist() == slots
