@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from m3ae_fast.data.seeds import choose
 
 if TYPE_CHECKING:
     from m3ae_fast.data.shapes import SceneObject
@@ -27,10 +30,8 @@ def describe(
         rng: draws the wording.
     """
 
-    def pick(options: Sequence[str]) -> str:
-        return options[rng.integers(len(options))]
-
-    ground = f"{_a(background)} background"
+    pick = functools.partial(choose, rng)
+    ground = f"{named(background)} background"
 
     def sentence(text: str) -> str:
         opening = pick(("we see", "this shows", "a picture of"))
@@ -40,13 +41,13 @@ def describe(
 
     order = rng.permutation(len(objects))
     objects, boxes = [objects[i] for i in order], boxes[order].tolist()
-    names = [_a(item.size, item.color, item.shape) for item in objects]
+    names = [named(item.size, item.color, item.shape) for item in objects]
     placed = [f"{name} {_place(box)}" for name, box in zip(names, boxes, strict=True)]
     pairs = [
         f"{names[i]} {_relation(boxes[i], boxes[i + 1], pick)} {names[i + 1]}" for i in range(0, len(names) - 1, 2)
     ]
 
-    short = [_a(objects[0].color, objects[0].shape), _count(objects), _groups(objects)]
+    short = [named(objects[0].color, objects[0].shape), _count(objects), _groups(objects)]
     medium = [placed[0], *pairs[:1]]
     everything = [_series(names)]
     if len(names) <= 3:  # four places make a caption of over thirty words
@@ -56,7 +57,8 @@ def describe(
     return sentence(pick(short)), sentence(pick(medium)), sentence(pick(everything))
 
 
-def _a(*words: str) -> str:
+def named(*words: str) -> str:
+    """Words behind "a" or "an": "an orange star"."""
     return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
 
 
@@ -73,7 +75,7 @@ def _groups(objects: Sequence[SceneObject]) -> str:
     counts = Counter(item.shape for item in objects)
     return _series(
         [
-            _a(shape) if n == 1 else f"{NUMBERS[n]} {shape}{'es' if shape[-1] == 's' else 's'}"
+            named(shape) if n == 1 else f"{NUMBERS[n]} {shape}{'es' if shape[-1] == 's' else 's'}"
             for shape, n in counts.items()
         ]
     )

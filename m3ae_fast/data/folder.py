@@ -72,6 +72,10 @@ class FolderDataset:
             except BadSample:
                 continue
 
+    def captions_of(self, name: str) -> tuple[str, ...]:
+        """Those of one of `names`, no image read; BadSample: its caption file cannot be read."""
+        return self._captions(name)
+
     def _captions(self, name: str) -> tuple[str, ...]:
         text = self._texts.get(_stem(name))
         if text is None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import numpy as np
 
 from m3ae_fast import _checks
 
+T = TypeVar("T")
+
 # Streams: two that must not share numbers never do, whatever the seed.
-SCENE, ORDER, SAMPLE = range(3)
+SCENE, ORDER, SAMPLE, QUESTION, STATEMENT, PHRASE = range(6)
 
 
 def check_seed(seed: int) -> int:
@@ -19,3 +24,8 @@ def check_seed(seed: int) -> int:
 def generator(seed: int, stream: int, epoch: int = 0, index: int = 0) -> np.random.Generator:
     """The generator of one item: Philox4x64 keyed by (seed, stream), its counter starting at (epoch, index)."""
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, index, epoch]))
+
+
+def choose(rng: np.random.Generator, options: Sequence[T]) -> T:
+    """One of the options, all equally likely."""
+    return options[rng.integers(len(options))]

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from m3ae_fast import _checks
 from m3ae_fast.data.captions import describe
 from m3ae_fast.data.sample import Sample
-from m3ae_fast.data.seeds import SCENE, check_seed, generator
+from m3ae_fast.data.seeds import SCENE, check_seed, choose, generator
 
 COLORS = {
     "red": (214, 40, 40),
@@ -96,19 +96,15 @@ class ShapesDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"index must be in [0, {len(self)}), got {index}")
         rng = generator(self.seed, SCENE, index=index)
-        background = _choose(rng, list(COLORS))
+        background = choose(rng, list(COLORS))
         colors = [color for color in COLORS if color != background]
-        sizes = [_choose(rng, list(SIZES)) for _ in range(rng.integers(1, MAX_OBJECTS + 1))]
+        sizes = [choose(rng, list(SIZES)) for _ in range(rng.integers(1, MAX_OBJECTS + 1))]
         boxes = _layout(rng, np.array([rng.uniform(*SIZES[size]) for size in sizes]))
         objects = []
         for size, (x, y, side) in zip(sizes, np.rint(boxes * self.size).astype(int).tolist(), strict=True):
             box = (x, y, x + side, y + side)
-            objects.append(SceneObject(_choose(rng, list(SHAPES)), _choose(rng, colors), size, box))
+            objects.append(SceneObject(choose(rng, list(SHAPES)), choose(rng, colors), size, box))
         return Scene(background, tuple(objects), describe(background, objects, boxes, rng))
-
-
-def _choose(rng: np.random.Generator, options: list[str]) -> str:
-    return options[rng.integers(len(options))]
 
 
 def _layout(rng: np.random.Generator, sides: np.ndarray) -> np.ndarray:
