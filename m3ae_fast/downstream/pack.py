@@ -1,0 +1,99 @@
+"""From images and sentences to the batch that a model reads."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3ae_fast import ImageTextBatch, M3AEFastWarning, _checks
+from m3ae_fast.data import Tokenizer
+from m3ae_fast.data.transforms import center_crop
+
+
+def pack(
+    images: Sequence[np.ndarray] | None,
+    texts: Sequence[str] | None,
+    tokenizer: Tokenizer | None,
+    *,
+    image_size: int,
+    max_text_length: int,
+    sample_ids: Sequence[int] | Tensor | None = None,
+) -> ImageTextBatch:
+    """B samples: image i with text i, or images alone, or texts alone.
+
+    Args:
+        images: B of [H, W, 3] uint8, of any size: the square in the middle is taken; or None.
+        texts: B sentences, or None. Longer ones than `max_text_length` are cut, with a warning.
+        tokenizer: of the model; None is enough for images alone.
+        image_size: pixels a side of the model's images.
+        max_text_length: words (vocabulary entries) that the model reads.
+        sample_ids: as in ImageTextBatch.
+    Returns:
+        On the CPU: images uint8 [B, 3, image_size, image_size] in channels-last memory, text int32.
+    Raises:
+        ValueError, TypeError: naming the entry that is no such image, or a text without a word; lengths differ.
+    """
+    _checks.integer("image_size", image_size, 1)
+    _checks.integer("max_text_length", max_text_length, 1)
+    if images is None and texts is None:
+        raise ValueError("images and texts must not both be None: a batch needs one of them")
+    if images is not None and texts is not None and len(images) != len(texts):
+        raise ValueError(f"texts must be as many as the {len(images)} images, got {len(texts)}")
+    if not len(images if texts is None else texts):
+        raise ValueError(f"{'images' if texts is None else 'texts'} must hold at least one, got none")
+    ids = None if texts is None else _encode(texts, tokenizer, max_text_length)
+    return ImageTextBatch(
+        None if images is None else _stack(images, image_size),
+        None if ids is None else torch.tensor([i for text in ids for i in text], dtype=torch.int32),
+        None if ids is None else [len(text) for text in ids],
+        sample_ids=sample_ids,
+    )
+
+
+def crop_box(
+    box: tuple[int, int, int, int], height: int, width: int, size: int
+) -> tuple[float, float, float, float] | None:
+    """Where a box of an image lies in what `pack` makes of the image, in its pixels; None: all of it was cut off.
+
+    Args:
+        box: (x0, y0, x1, y1) in pixels of the image.
+        height, width: of the image.
+        size: pixels a side of the square.
+    """
+    side = min(height, width)
+    offset = np.array([(width - side) // 2, (height - side) // 2] * 2)  # as center_crop takes it
+    x0, y0, x1, y1 = (np.clip((np.array(box) - offset) / side, 0, 1) * size).tolist()
+    return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
+
+
+def _stack(images: Sequence[np.ndarray], size: int) -> Tensor:
+    for i, image in enumerate(images):
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+            got = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
+            raise TypeError(f"images[{i}] must be an array of uint8, got {got}")
+        if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(f"images[{i}] must have shape (height, width, 3), got {image.shape}")
+    return torch.from_numpy(np.stack([center_crop(image, size) for image in images])).permute(0, 3, 1, 2)
+
+
+def _encode(texts: Sequence[str], tokenizer: Tokenizer | None, longest: int) -> list[list[int]]:
+    if tokenizer is None:
+        raise TypeError("tokenizer must be given with texts, got None")
+    if isinstance(texts, str):  # a sequence of letters, else
+        raise TypeError("texts must be a list of strings, got one string")
+    encoded = []
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts[{i}] must be a string, got {type(text).__name__}")
+        encoded.append(tokenizer.encode(text))
+        if not encoded[-1]:
+            raise ValueError(f"texts[{i}] must hold a word, got {text!r}")
+    cut = sum(len(ids) > longest for ids in encoded)
+    if cut:
+        message = f"{cut} of {len(texts)} texts are longer than {longest} words: the rest of them is cut off"
+        warnings.warn(message, M3AEFastWarning, stacklevel=3)
+    return [ids[:longest] for ids in encoded]
