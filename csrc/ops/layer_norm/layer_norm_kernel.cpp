@@ -2,36 +2,13 @@
 // in the first cache.
 #include "ops/layer_norm/layer_norm.h"
 
-#include "cpu/vec.h"
+#include "cpu/sum_lanes.h"
 
 namespace m3ae::M3AE_ISA {
 namespace {
 
 M3AE_INLINE float root(float x) { return __builtin_sqrtf(x); }
 M3AE_INLINE double root(double x) { return __builtin_sqrt(x); }
-
-// sums[i] = the sum over a row of what terms(d, n, sum) adds to sum[i]. In four independent chains: one would wait for
-// the adder's latency at every step.
-template <class V, int count, class Terms>
-M3AE_INLINE void sum_lanes(int64_t width, typename V::scalar (&sums)[count], Terms&& terms) {
-  V chain[4][count];
-  for (auto& sum : chain)
-    for (V& each : sum) each = V::zero();
-  int64_t d = 0;
-  for (; d + 4 * V::width <= width; d += 4 * V::width)
-    for (int j = 0; j < 4; ++j) terms(d + j * V::width, V::width, chain[j]);
-  for_lanes<V>(width - d, [&](int64_t e, int n) { terms(d + e, n, chain[0]); });
-  for (int i = 0; i < count; ++i) sums[i] = ((chain[0][i] + chain[1][i]) + (chain[2][i] + chain[3][i])).sum();
-}
-
-// Lanes from n on become zero, so that they add nothing to a sum.
-template <class V>
-M3AE_INLINE V only_first(V x, int n) {
-  if (n == V::width) return x;
-  typename V::scalar lanes[V::width];
-  x.store(lanes);
-  return V::load_first(lanes, n);
-}
 
 template <class X, class R, class S, class Y>
 void forward(const LayerNorm& a, int64_t begin, int64_t end) {

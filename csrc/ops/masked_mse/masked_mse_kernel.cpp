@@ -3,26 +3,11 @@
 
 #include <cstring>
 
+#include "cpu/sum_lanes.h"
 #include "ops/gather_patches/patch_rows.h"
 
 namespace m3ae::M3AE_ISA {
 namespace {
-
-// sum = add(sum, offset, n) over [0, count), n <= V::width values at a time: enough partial sums to hide latencies and,
-// on one-lane vectors, to stay as exact as wide ones. Lanes past n must add nothing.
-template <class V, class Add>
-M3AE_INLINE double sum_up(int64_t count, Add&& add) {
-  constexpr int parts = V::width >= 4 ? 4 : 16;
-  V part[parts];
-  for (V& each : part) each = V::zero();
-  int64_t i = 0;
-  for (; i + parts * V::width <= count; i += parts * V::width)
-    for (int k = 0; k < parts; ++k) part[k] = add(part[k], i + k * V::width, V::width);
-  for_lanes<V>(count - i, [&](int64_t d, int n) { part[0] = add(part[0], i + d, n); });
-  for (int half = parts / 2; half > 0; half /= 2)
-    for (int k = 0; k < half; ++k) part[k] = part[k] + part[k + half];
-  return static_cast<double>(part[0].sum());
-}
 
 // A row of targets in scratch, (value - mean) * scale when it is used.
 template <class V>
@@ -41,15 +26,16 @@ struct Target {
   M3AE_INLINE void normalise() {
     const Scalar first = values[0];
     pad(first);
-    const double sum = sum_up<V>(count, [&](V sum, int64_t d, int) { return sum + (V::load(values + d) - V::set(first)); });
-    const Scalar centre = static_cast<Scalar>(first + sum / count);
+    Scalar sum[1], squares[1];
+    sum_lanes<V>(count, sum, [&](int64_t d, int, V* sum) { sum[0] = sum[0] + (V::load(values + d) - V::set(first)); });
+    const Scalar centre = static_cast<Scalar>(first + double(sum[0]) / count);
     mean = V::set(centre);
     pad(centre);
-    const double squares = sum_up<V>(count, [&](V sum, int64_t d, int) {
+    sum_lanes<V>(count, squares, [&](int64_t d, int, V* sum) {
       const V difference = V::load(values + d) - mean;
-      return V::fma(difference, difference, sum);
+      sum[0] = V::fma(difference, difference, sum[0]);
     });
-    minus_scale = V::set(static_cast<Scalar>(-1 / __builtin_sqrt(squares / (count - 1) + 1e-6)));
+    minus_scale = V::set(static_cast<Scalar>(-1 / __builtin_sqrt(double(squares[0]) / (count - 1) + 1e-6)));
   }
 };
 
@@ -82,12 +68,13 @@ void forward(const MaskedMse& a, void* scratch, int64_t begin, int64_t end) {
       continue;
     }
     const Target<V> target = read_target<V, Pixel>(a, image, t, scratch);
-    const double squares = sum_up<V>(width, [&](V sum, int64_t d, int n) {
+    typename V::scalar squares[1];
+    sum_lanes<V>(width, squares, [&](int64_t d, int n, V* sum) {
       const V difference = target.subtract_from(load_lanes<V>(pred + d, n), d);
       if (error) store_lanes(difference, error + d, n);
-      return V::fma(difference, difference, sum);
+      sum[0] = V::fma(difference, difference, sum[0]);
     });
-    a.row_loss[t] = squares / width;
+    a.row_loss[t] = double(squares[0]) / width;
   }
 }
 

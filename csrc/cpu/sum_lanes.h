@@ -1,0 +1,33 @@
+// Sums over a row, a vector at a time.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace m3ae::M3AE_ISA {
+
+// Lanes from n on become zero, so that they add nothing to a sum.
+template <class V>
+M3AE_INLINE V only_first(V x, int n) { return n == V::width ? x : x.first_or(n, V::zero()); }
+
+// sums[i] = the sum over [0, width) of what terms(d, n, sum) adds to sum[i], n <= V::width values from d on. In
+// independent chains: one would wait for the adder's latency at every step. Vectors of one lane take more of them, to
+// stay as exact as wide ones.
+template <class V, int count, class Terms>
+M3AE_INLINE void sum_lanes(int64_t width, typename V::scalar (&sums)[count], Terms&& terms) {
+  constexpr int chains = V::width >= 4 ? 4 : 16;
+  V chain[chains][count];
+  for (auto& sum : chain)
+    for (V& each : sum) each = V::zero();
+  int64_t d = 0;
+  for (; d + chains * V::width <= width; d += chains * V::width)
+    for (int k = 0; k < chains; ++k) terms(d + k * V::width, V::width, chain[k]);
+  for_lanes<V>(width - d, [&](int64_t e, int n) { terms(d + e, n, chain[0]); });
+  for (int i = 0; i < count; ++i) {
+    for (int k = 0; k < chains; k += 4)
+      chain[k][i] = (chain[k][i] + chain[k + 1][i]) + (chain[k + 2][i] + chain[k + 3][i]);
+    for (int k = 4; k < chains; k += 4) chain[0][i] = chain[0][i] + chain[k][i];
+    sums[i] = chain[0][i].sum();
+  }
+}
+
+}  // namespace m3ae::M3AE_ISA
