@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from m3ae_fast import _backends, _checks
+from m3ae_fast._autograd import scaled
 from m3ae_fast.ops.linear_cross_entropy import reference
 from m3ae_fast.seqlens import SeqLens
 from m3ae_fast.seqlens import cu_seqlens as offsets
@@ -151,17 +152,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             _, _, *gradients = _linear_cross_entropy(impl, *ctx.saved_tensors, dloss.contiguous(), *options, *ctx.need)
         dx, dweight, dbias = (g if n else None for g, n in zip(gradients, ctx.need, strict=True))
         return None, dx, dweight, dbias, None, None, None, None, None
-
-
-# Private to torch, so it may be missing: then every graph is taken to be kept.
-keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-
-
-def scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
-    """gradient * dloss; in place on the CPU, where the graph goes with this backward pass: the weight's is large."""
-    if torch.compiler.is_compiling() or gradient.device.type != "cpu" or keep_graph():
-        return gradient * dloss.to(gradient.dtype)
-    return gradient if dloss.item() == 1 else gradient.mul_(dloss.to(gradient.dtype))
 
 
 def _fake(impl, x, weight, bias, target, dloss, ignore_index, label_smoothing, need_x, need_weight, need_bias):
