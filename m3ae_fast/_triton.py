@@ -86,6 +86,31 @@ def _sum_partials_kernel(partials_ptr, out_ptr, count, size, ROWS: tl.constexpr,
     tl.store(out_ptr + d, tl.sum(total, 0), mask=d < size)
 
 
+VALUES, VALUES_OPTIONS = 4096, {"num_warps": 8, "num_stages": 1}
+
+
+def sum_values(values: torch.Tensor) -> torch.Tensor:
+    """values.sum() of a contiguous fp64 vector as one fp32 number, always in the same order."""
+    out = values.new_empty((), dtype=torch.float32)
+    _sum_values_kernel[(1,)](values, out, values.shape[0], VALUES, **VALUES_OPTIONS)
+    return out
+
+
+@triton.jit(do_not_specialize=["count"])
+def _sum_values_kernel(values_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, count, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total += tl.load(values_ptr + i, mask=i < count, other=0)
+    tl.store(out_ptr, tl.sum(total, 0).to(tl.float32))
+
+
+def sum_values_resources():
+    """The kernel above."""
+    pointers = {"values_ptr": "*fp64", "out_ptr": "*fp32", "count": "i32"}
+    yield Resource("sum_values", _sum_values_kernel, pointers, {"BLOCK": VALUES}, VALUES_OPTIONS)
+
+
 def group(ids: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(order, starts): id g is at order[starts[g] : starts[g + 1]] in `ids`, ascending, for each g below `groups`.
 

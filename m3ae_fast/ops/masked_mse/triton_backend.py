@@ -9,7 +9,6 @@ from m3ae_fast._triton import Resource, element, sequence_of
 from m3ae_fast.ops.gather_patches.triton_backend import EXACT, load_patch, source_signature
 
 REDUCTIONS = {"none": 0, "sum": 0, "mean": 1, "sample_mean": 2}  # how a row is weighted: not, by all rows, by its image
-SUM_BLOCK, SUM_OPTIONS = 4096, {"num_warps": 8, "num_stages": 1}
 
 
 def forward(pred, images, ids_mask, cu_mask, patch_size, norm_pix, scale, shift, reduction, need_error):
@@ -25,9 +24,7 @@ def forward(pred, images, ids_mask, cu_mask, patch_size, norm_pix, scale, shift,
     )  # fmt: skip
     if reduction == "none":
         return row_loss, error
-    loss = pred.new_empty((), dtype=torch.float32)
-    _sum_kernel[(1,)](row_loss, loss, rows, SUM_BLOCK, **SUM_OPTIONS)
-    return loss, error
+    return _triton.sum_values(row_loss), error
 
 
 def backward(dloss, error, cu_mask, reduction):
@@ -85,15 +82,6 @@ def _forward_kernel(
     tl.store(row_loss_ptr + t, loss * _row_weight(cu_ptr, count, image, REDUCTION))
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _sum_kernel(row_loss_ptr, loss_ptr, rows, BLOCK: tl.constexpr):
-    total = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, rows, BLOCK):
-        t = start + tl.arange(0, BLOCK)
-        total += tl.load(row_loss_ptr + t, mask=t < rows, other=0)
-    tl.store(loss_ptr, tl.sum(total, 0).to(tl.float32))
-
-
 @triton.jit(do_not_specialize=["count"])
 def _backward_kernel(
     dloss_ptr, error_ptr, cu_ptr, dpred_ptr, count, WIDTH: tl.constexpr, REDUCTION: tl.constexpr,
@@ -132,5 +120,4 @@ def resources():
             {"WIDTH": 768, "REDUCTION": 2, "A_LOSS_EACH": False, "BLOCK": 1024},
             _triton.row_options(1024),
         )
-    pointers = {"row_loss_ptr": "*fp64", "loss_ptr": "*fp32", "rows": "i32"}
-    yield Resource("masked_mse sum", _sum_kernel, pointers, {"BLOCK": SUM_BLOCK}, SUM_OPTIONS)
+    yield from _triton.sum_values_resources()
