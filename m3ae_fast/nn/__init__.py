@@ -2,7 +2,7 @@
 
 from m3ae_fast.nn.attention import Attention, CrossAttention
 from m3ae_fast.nn.linear import LayerNorm, Linear
-from m3ae_fast.nn.losses import LinearCrossEntropyLoss, MaskedMSELoss
+from m3ae_fast.nn.losses import FeatureRegressionLoss, LinearCrossEntropyLoss, MaskedMSELoss
 from m3ae_fast.nn.patch_embed import PatchEmbed
 from m3ae_fast.nn.positions import sincos_1d, sincos_2d
 from m3ae_fast.nn.rows import take_rows
@@ -12,6 +12,7 @@ __all__ = [
     "Attention",
     "Block",
     "CrossAttention",
+    "FeatureRegressionLoss",
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",

@@ -1,4 +1,4 @@
-"""The two losses of a masked multimodal autoencoder as modules."""
+"""The losses of masked multimodal autoencoders as modules."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from m3ae_fast.ops import linear_cross_entropy, masked_mse
+from m3ae_fast.ops import feature_regression, linear_cross_entropy, masked_mse
 from m3ae_fast.seqlens import SeqLens
 
 
@@ -30,6 +30,20 @@ class MaskedMSELoss(nn.Module):
     def forward(self, pred: Tensor, images: Tensor, ids_mask: Tensor, cu_mask: SeqLens | Tensor) -> Tensor:
         """pred [M, patch_dim] for the masked patches `ids_mask` [M] of images [N, C, H, W] -> loss."""
         return masked_mse(pred, images, ids_mask, cu_mask, **self.settings)
+
+
+class FeatureRegressionLoss(nn.Module):
+    """`feature_regression` with its settings kept: predicted features against those of another network."""
+
+    def __init__(self, *, distance: str = "l2", normalize: bool = True, eps: float = 1e-6, reduction: str = "mean"):
+        super().__init__()
+        self.settings = {"distance": distance, "normalize": normalize, "eps": eps, "reduction": reduction}
+
+    def forward(
+        self, pred: Tensor, target: Tensor, rows: Tensor | None = None, cu_seqlens: SeqLens | Tensor | None = None
+    ) -> Tensor:
+        """pred [R, D] for the rows `rows` [R] of target [T, D] -> loss (reduction "sample_mean" needs cu_seqlens)."""
+        return feature_regression(pred, target, rows, cu_seqlens=cu_seqlens, **self.settings)
 
 
 class LinearCrossEntropyLoss(nn.Module):

@@ -1,6 +1,7 @@
 """The ops. A folder each: op.py (public function, validation, autograd), reference.py (the definition), backends."""
 
 from m3ae_fast.ops.assemble_tokens import assemble_tokens
+from m3ae_fast.ops.feature_regression import feature_regression
 from m3ae_fast.ops.gather_patches import gather_patches
 from m3ae_fast.ops.layer_norm import layer_norm
 from m3ae_fast.ops.linear import linear
@@ -13,6 +14,7 @@ from m3ae_fast.ops.varlen_attention import varlen_attention, varlen_attention_qk
 __all__ = [
     "SampledMask",
     "assemble_tokens",
+    "feature_regression",
     "gather_patches",
     "layer_norm",
     "linear",

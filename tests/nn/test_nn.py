@@ -142,6 +142,10 @@ def test_losses():
     images, pred, ids = torch.rand(1, 3, 4, 8), torch.randn(1, 48), torch.tensor([1])
     loss = nn.MaskedMSELoss(4)(pred, images, ids, SeqLens([1]))
     torch.testing.assert_close(loss, F.mse_loss(pred[0], images[0, :, :, 4:].permute(1, 2, 0).flatten()))
+    features, rows = torch.randn(7, 8), torch.tensor([6, 0, 0, 3, 2])
+    loss = nn.FeatureRegressionLoss(distance="l1", normalize=False, reduction="sample_mean")(x, features, rows, seqlens)
+    each = (x - features[rows]).abs().mean(1)
+    torch.testing.assert_close(loss, (each[:3].mean() + each[3:].mean()) / 2)
 
 
 def test_positions_against_the_formula():

@@ -1,0 +1,96 @@
+"""feature_regression in Triton: a program a row, both of its rows read once; one program adds the losses up."""
+
+import torch
+import triton
+import triton.language as tl
+
+from m3ae_fast import _triton
+from m3ae_fast._triton import Resource, element, sequence_of
+from m3ae_fast.ops.masked_mse.triton_backend import REDUCTIONS
+
+DISTANCES = {"l2": 0, "l1": 1, "cosine": 2}
+
+
+def forward(pred, target, rows, cu, distance, normalize, eps, reduction, dpred_dtype):
+    count, width = pred.shape
+    row_loss = pred.new_empty(count, dtype=torch.float32 if reduction == "none" else torch.float64)
+    dpred = pred.new_empty((0, 0) if dpred_dtype is None else pred.shape, dtype=dpred_dtype)
+    block = triton.next_power_of_2(width)
+    _forward_kernel[(count,)](
+        pred, target, rows, cu, row_loss, None if dpred_dtype is None else dpred, eps, count,
+        0 if cu is None else cu.shape[0] - 1, width, DISTANCES[distance], normalize, REDUCTIONS[reduction], block,
+        **_triton.row_options(block),
+    )  # fmt: skip
+    if reduction == "none":
+        return row_loss, dpred
+    return _triton.sum_values(row_loss), dpred
+
+
+@triton.jit
+def _row_weight(cu_ptr, count, samples, r, REDUCTION: tl.constexpr):
+    """(fp64, what the loss of row r is multiplied with before all are added up; does the row count at all?)"""
+    named = count
+    if cu_ptr is not None:
+        named = tl.load(cu_ptr + samples)
+    weight = tl.full([], 1, tl.float64)
+    if REDUCTION == 1:
+        weight /= tl.maximum(named, 1)
+    elif REDUCTION == 2:
+        sample = sequence_of(cu_ptr, samples, r)
+        rows = tl.load(cu_ptr + sample + 1, mask=sample < samples, other=1) - tl.load(cu_ptr + sample)
+        weight /= tl.maximum(rows, 1).to(tl.float64) * tl.maximum(samples, 1)
+    return weight, r < named
+
+
+@triton.jit(do_not_specialize=["eps", "count", "samples"])
+def _forward_kernel(
+    pred_ptr, target_ptr, rows_ptr, cu_ptr, row_loss_ptr, dpred_ptr, eps, count, samples, WIDTH: tl.constexpr,
+    DISTANCE: tl.constexpr, NORMALIZE: tl.constexpr, REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0)
+    d = tl.arange(0, BLOCK)
+    weight, named = _row_weight(cu_ptr, count, samples, r, REDUCTION)
+    inside = (d < WIDTH) & named  # rows past the last sample: loss and gradient 0
+    at = r.to(tl.int64) * WIDTH + d
+    row = r
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + r)
+    p = tl.load(pred_ptr + at, mask=inside, other=0).to(tl.float32)
+    t = tl.load(target_ptr + row.to(tl.int64) * WIDTH + d, mask=inside, other=0).to(tl.float32)
+    if NORMALIZE:  # of differences from the first value, so that flat rows come out flat
+        first = tl.sum(tl.where(d == 0, t, 0.0), 0)
+        offset = tl.where(inside, t - first, 0.0)
+        offset = tl.where(inside, offset - tl.sum(offset, 0) / WIDTH, 0.0)
+        t = offset * tl.rsqrt(tl.sum(offset * offset, 0) / WIDTH + eps)
+    if DISTANCE == 2:
+        norm = tl.sqrt(tl.sum(p * p, 0))
+        bounded = tl.maximum(norm, 1e-8)
+        by_target = 1.0 / (bounded * tl.maximum(tl.sqrt(tl.sum(t * t, 0)), 1e-8))
+        cos = tl.sum(p * t, 0) * by_target
+        loss = tl.where(named, 1.0 - cos, 0.0)
+        slope = p * cos / (bounded * tl.where(norm > 0, norm, 1.0)) - t * by_target
+    elif DISTANCE == 1:
+        loss = tl.sum(tl.abs(p - t), 0) / WIDTH
+        slope = tl.where(p > t, 1.0, tl.where(p < t, -1.0, 0.0)) / WIDTH
+    else:
+        loss = tl.sum((p - t) * (p - t), 0) / WIDTH
+        slope = 2.0 * (p - t) / WIDTH
+    if dpred_ptr is not None:
+        tl.store(dpred_ptr + at, slope * weight.to(tl.float32), mask=d < WIDTH)
+    tl.store(row_loss_ptr + r, loss.to(tl.float64) * weight)
+
+
+def resources():
+    for pred, target in ((torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2):
+        for distance, code in DISTANCES.items():
+            types = {
+                "pred_ptr": element(pred), "target_ptr": element(target), "rows_ptr": "*i32", "cu_ptr": "*i32",
+                "row_loss_ptr": "*fp64", "dpred_ptr": element(pred), "eps": "fp32", "count": "i32", "samples": "i32",
+            }  # fmt: skip
+            yield Resource(
+                f"feature_regression {distance} {element(pred)[1:]} to {element(target)[1:]}",
+                _forward_kernel,
+                types,
+                {"WIDTH": 768, "DISTANCE": code, "NORMALIZE": True, "REDUCTION": 2, "BLOCK": 1024},
+                _triton.row_options(1024),
+            )
