@@ -22,12 +22,13 @@ class ImageTextBatch:
         has_image: B bools, None: every sample has an image (or none, where images is None).
         sample_ids: [B] the samples' numbers in the whole data set, in [0, 2**56): what masks are keyed by, so that they
             do not depend on how samples are grouped into batches or ranks. None: 0 .. B-1.
+        labels: [B, classes] bool, which classes a sample shows; None: not known.
 
     Raises:
         ValueError: sizes disagree, or a sample has neither an image nor a text. TypeError: dtypes.
     """
 
-    __slots__ = ("has_image", "images", "sample_ids", "text", "text_lengths")
+    __slots__ = ("has_image", "images", "labels", "sample_ids", "text", "text_lengths")
 
     def __init__(
         self,
@@ -37,6 +38,7 @@ class ImageTextBatch:
         *,
         has_image: Iterable[bool] | None = None,
         sample_ids: Sequence[int] | Tensor | None = None,
+        labels: Tensor | None = None,
     ):
         if images is None and text is None:
             raise ValueError("images and text must not both be None: a batch needs one of them")
@@ -73,7 +75,11 @@ class ImageTextBatch:
         if batch:  # an empty list makes a float tensor
             _checks.dtype("sample_ids", sample_ids, _checks.INTEGERS)
         sample_ids = sample_ids.to(torch.int64)
-        self.images, self.text, self.text_lengths = images, text, text_lengths.to(device)
+        if labels is not None:
+            _checks.shape("labels", labels, (batch, None))
+            _checks.dtype("labels", labels, (torch.bool,))
+            _checks.device("labels", labels, "text", text)
+        self.images, self.text, self.text_lengths, self.labels = images, text, text_lengths.to(device), labels
         self.has_image, self.sample_ids = has_image, sample_ids
 
     def __len__(self) -> int:
@@ -90,6 +96,7 @@ class ImageTextBatch:
         moved = object.__new__(ImageTextBatch)
         moved.images = None if self.images is None else function(self.images)
         moved.text = function(self.text)
+        moved.labels = None if self.labels is None else function(self.labels)
         moved.text_lengths = self.text_lengths.to(moved.text.device)
         moved.has_image, moved.sample_ids = self.has_image, self.sample_ids
         return moved

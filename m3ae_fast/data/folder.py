@@ -25,6 +25,7 @@ class FolderDataset:
     Args:
         path: the folder.
     Attributes:
+        classes: the names of its subfolders, where every file lies in one and there are two or more; else ().
         names: the files, relative to the folder, in the order of the indices: images, and texts alone.
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such folder.
@@ -50,6 +51,8 @@ class FolderDataset:
         self.names = sorted([*images, *(self._texts[stem] for stem in alone)])
         if not self.names:
             raise ValueError(f"path must hold {', '.join(f'name{e}' for e in (*IMAGES, CAPTIONS))}, got none in {path}")
+        folders = [name.split("/")[0] if "/" in name else None for name in self.names]
+        self.classes = () if None in folders or len(set(folders)) < 2 else tuple(sorted(set(folders)))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -58,11 +61,12 @@ class FolderDataset:
         """Raises BadSample: the file cannot be read, or holds nothing."""
         name = self.names[index]
         captions = self._captions(name)
+        labels = (self.classes.index(name.split("/")[0]),) if self.classes else ()
         if name.lower().endswith(IMAGES):
-            return Sample(read_image(self.path / name, name), captions, name)
+            return Sample(read_image(self.path / name, name), captions, name, labels)
         if not captions:
             raise BadSample(name, "there is no caption in it, and no image beside it")
-        return Sample(None, captions, name)
+        return Sample(None, captions, name, labels)
 
     def captions(self) -> Iterator[str]:
         """All captions, no image read; files that cannot be read are left out here, and named where they are used."""

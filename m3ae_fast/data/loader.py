@@ -40,7 +40,7 @@ class Loader:
         dataset: a sequence of `Sample`s, whose `__getitem__` may raise BadSample. Optional attributes: `flip_safe`
             (default True: images may be mirrored), `crop_scale` (default (0.2, 1): shares of the area that random
             crops keep; None: no random crops), `endless` (default False: True keeps the data set's own order, so
-            that no permutation of it is ever in memory).
+            that no permutation of it is ever in memory), `classes` (names, default none: what `labels` count).
         tokenizer: a `Tokenizer`, or any object with its `encode`; None: images alone, captions are left out.
         image_size: pixels a side of the images that come out.
         batch_size: samples in a batch.
@@ -50,6 +50,7 @@ class Loader:
         workers: processes that read ahead; 0 reads in this one.
         strict: raise BadSample where a sample cannot be read, instead of replacing it.
         augment: random crops and mirroring; False: the square in the middle, for evaluation.
+        pairs_only: what is not an image with a caption counts as a sample that cannot be read.
 
     Yields:
         step, and a batch whose images are uint8 [N, 3, image_size, image_size] in channels-last memory, texts int32.
@@ -77,6 +78,7 @@ class Loader:
         workers: int = 0,
         strict: bool = False,
         augment: bool = True,
+        pairs_only: bool = False,
     ):
         _checks.integer("image_size", image_size, 1)
         _checks.integer("batch_size", batch_size, 1)
@@ -86,7 +88,7 @@ class Loader:
         if not len(dataset):
             raise ValueError("dataset must hold at least one sample, got an empty one")
         batches = _Batches(
-            dataset, tokenizer, image_size, batch_size, check_seed(seed), max_text_length, strict, augment
+            dataset, tokenizer, image_size, batch_size, check_seed(seed), max_text_length, strict, augment, pairs_only
         )
         self._loader = DataLoader(
             batches,
@@ -139,6 +141,7 @@ class _Loaded(NamedTuple):
 class _Prepared(NamedTuple):
     image: np.ndarray | None  # [image_size, image_size, 3] uint8
     ids: list[int]
+    labels: tuple[int, ...]
 
 
 class _Steps(Sampler):
@@ -170,12 +173,14 @@ class _Batches(Dataset):
     max_text_length: int
     strict: bool
     augment: bool
+    pairs_only: bool
     _epoch: tuple[int, np.ndarray] | None = None  # the last epoch asked for, and its permutation
 
     def __post_init__(self):
         self.flip = getattr(self.dataset, "flip_safe", True)
         self.crop_scale = getattr(self.dataset, "crop_scale", (0.2, 1.0))
         self.endless = getattr(self.dataset, "endless", False)
+        self.classes = len(getattr(self.dataset, "classes", ()))
 
     def __getitem__(self, step: int) -> _Loaded | Exception:
         """An error is returned, to be raised by the loader: on the way out of a worker, one raised becomes another."""
@@ -193,8 +198,17 @@ class _Batches(Dataset):
             [len(sample.ids) for sample in prepared],
             has_image=[sample.image is not None for sample in prepared],
             sample_ids=positions,
+            labels=self._labels(prepared),
         )
         return _Loaded(step, batch, counters, skipped)
+
+    def _labels(self, prepared: list[_Prepared]) -> torch.Tensor | None:
+        if not self.classes:
+            return None
+        labels = torch.zeros(len(prepared), self.classes, dtype=torch.bool)
+        for row, sample in zip(labels, prepared, strict=True):
+            row[list(sample.labels)] = True
+        return labels
 
     def _at(self, position: int, counters: Counter, skipped: list[BadSample]) -> _Prepared:
         """The sample at a position of the endless order, or the next good one of its epoch."""
@@ -230,8 +244,10 @@ class _Batches(Dataset):
             image = augment(sample.image, self.image_size, rng, scale=self.crop_scale, flip=self.flip)
         else:
             image = center_crop(sample.image, self.image_size)
+        if self.pairs_only and (image is None or not ids):
+            raise BadSample(sample.name, f"pairs are wanted, there is no {'caption' if image is not None else 'image'}")
         counters.update(texts_cut=len(ids) > self.max_text_length, captions_empty=captioned and not ids)
-        return _Prepared(image, ids[: self.max_text_length])
+        return _Prepared(image, ids[: self.max_text_length], sample.labels)
 
 
 class _NoGoodSample(ValueError):

@@ -14,12 +14,14 @@ class Sample:
     Attributes:
         image: [H, W, 3] uint8, or None.
         captions: any number, of which training draws one at a time.
+        labels: numbers of the classes it shows, in the data set's `classes`.
         name: what errors and warnings call it, a file's path within its folder for instance.
     """
 
     image: np.ndarray | None
     captions: tuple[str, ...]
     name: str
+    labels: tuple[int, ...] = ()
 
 
 class BadSample(Exception):

@@ -69,6 +69,8 @@ class ShapesDataset:
     Args:
         size: pixels a side, at least 32.
         seed: of the scenes, in [0, 2**63).
+    Attributes:
+        classes: shapes, then colours; a scene's labels are those of its objects.
     """
 
     flip_safe = False
@@ -77,6 +79,7 @@ class ShapesDataset:
 
     def __init__(self, size: int = 256, seed: int = 0):
         _checks.integer("size", size, MIN_SIZE)
+        self.classes = (*SHAPES, *COLORS)
         self.size, self.seed = size, check_seed(seed)
 
     def __len__(self) -> int:
@@ -84,7 +87,9 @@ class ShapesDataset:
 
     def __getitem__(self, index: int) -> Sample:
         scene = self.scene(index)
-        return Sample(draw(scene, self.size), scene.captions, f"shapes/{index}")
+        shown = {word for item in scene.objects for word in (item.shape, item.color)}
+        labels = tuple(i for i, word in enumerate(self.classes) if word in shown)
+        return Sample(draw(scene, self.size), scene.captions, f"shapes/{index}", labels)
 
     def captions(self) -> Iterator[str]:
         """The captions of the first two thousand scenes: more than enough to meet every word."""
