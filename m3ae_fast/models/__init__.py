@@ -1,7 +1,37 @@
-"""The models: M3AE and its images-only special case MAE."""
+"""The models: M3AE and its images-only special case MAE, MAMO, and the baselines of their papers' tables."""
 
-from m3ae_fast.models.config import M3AEConfig
+from m3ae_fast.models.clip import CLIP, CLIPOutput
+from m3ae_fast.models.config import EncodersConfig, M3AEConfig, MAMOConfig, ModelConfig, SupervisedConfig
 from m3ae_fast.models.m3ae import M3AE, Encoded, M3AEOutput, Reconstruction
 from m3ae_fast.models.mae import MAE
+from m3ae_fast.models.mamo import MAMO, MAMOOutput
+from m3ae_fast.models.supervised import Supervised, SupervisedOutput
 
-__all__ = ["M3AE", "MAE", "Encoded", "M3AEConfig", "M3AEOutput", "Reconstruction"]
+# What `m3ae-fast pretrain --objective` knows: the model, and its configuration.
+OBJECTIVES = {
+    "m3ae": (M3AE, M3AEConfig),
+    "mae": (MAE, M3AEConfig),
+    "mamo": (MAMO, MAMOConfig),
+    "clip": (CLIP, EncodersConfig),
+    "supervised": (Supervised, SupervisedConfig),
+}
+
+__all__ = [
+    "CLIP",
+    "M3AE",
+    "MAE",
+    "MAMO",
+    "OBJECTIVES",
+    "CLIPOutput",
+    "Encoded",
+    "EncodersConfig",
+    "M3AEConfig",
+    "M3AEOutput",
+    "MAMOConfig",
+    "MAMOOutput",
+    "ModelConfig",
+    "Reconstruction",
+    "Supervised",
+    "SupervisedConfig",
+    "SupervisedOutput",
+]

@@ -1,28 +1,41 @@
-"""M3AEConfig: the sizes of a model and how it masks."""
+"""The sizes of the models and how they mask: ModelConfig, what all have, and one class a model."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from m3ae_fast import _checks
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 CC12M_MEAN, CC12M_STD = (0.5762, 0.5503, 0.5213), (0.3207, 0.3169, 0.3307)
+
+# Of the image encoder: `depth` and `image_depth` are one thing under the names of two models.
+SIZES = {
+    "tiny": {
+        "image_size": 64, "patch_size": 8, "max_text_length": 40, "width": 128, "depth": 2, "heads": 4,
+        "decoder_width": 128, "decoder_depth": 2, "decoder_heads": 4, "image_depth": 2, "text_depth": 2,
+        "fusion_depth": 2, "projection": 128,
+    },
+    "small": {},
+    "base": {"width": 768, "depth": 12, "image_depth": 12, "heads": 12},
+    "large": {"width": 1024, "depth": 24, "image_depth": 24, "heads": 16},
+    "huge": {"width": 1280, "depth": 32, "image_depth": 32, "heads": 16},
+}  # fmt: skip
 
 
 @dataclasses.dataclass
-class M3AEConfig:
-    """Sizes of an M3AE (arXiv:2205.14204). The defaults are the paper's ViT-S: width 384, depth 12, 6 heads.
+class ModelConfig:
+    """What every model has. The defaults are a ViT-S at 256 pixels.
 
     Attributes:
         image_size: pixels a side, or (height, width); a multiple of patch_size.
-        vocab_size: 0 makes a model of images alone, without any text parameter.
+        vocab_size: entries of the vocabulary.
         max_text_length: rows of the text position table; a longer text is refused.
-        image_mask_ratio, text_mask_ratio: share of tokens removed, in [0, 1).
-        masking: "sample": every sample has masks of its own, drawn over its real tokens, at least one kept and one
-            masked (a text of one word is masked whole). "shared": as the paper's public code: one image mask and one
-            text mask for the whole batch, the text mask drawn over max_text_length slots, padding included.
-        norm_pix: normalise the target pixels of every patch (MAE's option; M3AE does not).
+        width, heads: of the Transformers. mlp_ratio: hidden rows of their MLPs, as a multiple of the width.
+        activation: of the MLPs, "gelu" (erf) or "gelu_tanh".
         image_mean, image_std: of uint8 pixels scaled to [0, 1]. Float images are taken as normalised already.
     """
 
@@ -31,18 +44,8 @@ class M3AEConfig:
     vocab_size: int = 30522
     max_text_length: int = 64
     width: int = 384
-    depth: int = 12
     heads: int = 6
-    decoder_width: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
     mlp_ratio: float = 4.0
-    image_mask_ratio: float = 0.75
-    text_mask_ratio: float = 0.75
-    image_loss_weight: float = 1.0
-    text_loss_weight: float = 0.5
-    masking: str = "sample"
-    norm_pix: bool = False
     activation: str = "gelu_tanh"
     image_mean: tuple[float, float, float] = CC12M_MEAN
     image_std: tuple[float, float, float] = CC12M_STD
@@ -53,10 +56,8 @@ class M3AEConfig:
                 raise ValueError(f"image_size must be pixels a side or (height, width), got {self.image_size!r}")
             self.image_size = tuple(self.image_size)
         self.image_mean, self.image_std = tuple(self.image_mean), tuple(self.image_std)
-        for name in ("patch_size", "width", "heads", "decoder_width", "decoder_heads"):
-            _checks.integer(name, getattr(self, name), 1)
-        for name in ("vocab_size", "max_text_length", "depth", "decoder_depth"):
-            _checks.integer(name, getattr(self, name), 0)
+        self._integers(1, "patch_size", "width", "heads")
+        self._integers(0, "vocab_size", "max_text_length")
         if any(side < 1 or side % self.patch_size for side in self.image_shape):
             raise ValueError(f"image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size}")
         for name in ("image_mean", "image_std"):
@@ -66,21 +67,24 @@ class M3AEConfig:
             raise ValueError(f"image_std must be positive, got {self.image_std}")
         if not self.mlp_ratio > 0:
             raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
-        for name in ("width", "decoder_width"):
-            if getattr(self, name) % 4:
-                raise ValueError(
-                    f"{name} must be a multiple of 4 (2-D sine-cosine positions), got {getattr(self, name)}"
-                )
-        for width, heads in (("width", "heads"), ("decoder_width", "decoder_heads")):
-            if getattr(self, width) % getattr(self, heads):
-                raise ValueError(
-                    f"{width} must be a multiple of {heads}, got {getattr(self, width)} and {getattr(self, heads)}"
-                )
-        for name in ("image_mask_ratio", "text_mask_ratio"):
+        self._heads("width", "heads")
+        _checks.choice("activation", self.activation, ("gelu", "gelu_tanh"))
+
+    def _integers(self, low: int, *names: str) -> None:
+        for name in names:
+            _checks.integer(name, getattr(self, name), low)
+
+    def _heads(self, width: str, heads: str) -> None:
+        wide, many = getattr(self, width), getattr(self, heads)
+        if wide % 4:
+            raise ValueError(f"{width} must be a multiple of 4 (2-D sine-cosine positions), got {wide}")
+        if wide % many:
+            raise ValueError(f"{width} must be a multiple of {heads}, got {wide} and {many}")
+
+    def _shares(self, *names: str) -> None:
+        for name in names:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        _checks.choice("masking", self.masking, ("sample", "shared"))
-        _checks.choice("activation", self.activation, ("gelu", "gelu_tanh"))
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -105,7 +109,40 @@ class M3AEConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> M3AEConfig:
+    def preset(cls, size: str, **changes: Any) -> Self:
+        """The sizes named "tiny", "small", "base", "large" or "huge", with changes."""
+        _checks.choice("size", size, SIZES)
+        fields = {field.name for field in dataclasses.fields(cls)}
+        sizes = {name: value for name, value in SIZES[size].items() if name in fields}
+        return cls(**(sizes | changes))
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> Self:
+        """64-pixel images in 64 patches; learns within minutes on a laptop."""
+        return cls.preset("tiny", **changes)
+
+    @classmethod
+    def small(cls, **changes: Any) -> Self:
+        """ViT-S/16 at 256 pixels."""
+        return cls.preset("small", **changes)
+
+    @classmethod
+    def base(cls, **changes: Any) -> Self:
+        """ViT-B/16 at 256 pixels."""
+        return cls.preset("base", **changes)
+
+    @classmethod
+    def large(cls, **changes: Any) -> Self:
+        """ViT-L/16 at 256 pixels."""
+        return cls.preset("large", **changes)
+
+    @classmethod
+    def huge(cls, **changes: Any) -> Self:
+        """ViT-H/16 at 256 pixels: head dimension 80."""
+        return cls.preset("huge", **changes)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """Raises ValueError for a field it does not know."""
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
@@ -113,31 +150,120 @@ class M3AEConfig:
             raise ValueError(f"the configuration must have fields of {cls.__name__} only, got {', '.join(unknown)}")
         return cls(**values)
 
-    @classmethod
-    def tiny(cls, **changes: Any) -> M3AEConfig:
-        """64-pixel images in 64 patches; learns within minutes on a laptop."""
-        sizes = {
-            "image_size": 64, "patch_size": 8, "max_text_length": 40, "width": 128, "depth": 2, "heads": 4,
-            "decoder_width": 128, "decoder_depth": 2, "decoder_heads": 4,
-        }  # fmt: skip
-        return cls(**(sizes | changes))
 
-    @classmethod
-    def small(cls, **changes: Any) -> M3AEConfig:
-        """ViT-S/16 at 256 pixels."""
-        return cls(**changes)
+@dataclasses.dataclass
+class M3AEConfig(ModelConfig):
+    """Sizes of an M3AE (arXiv:2205.14204). The defaults are the paper's ViT-S: width 384, depth 12, 6 heads.
 
-    @classmethod
-    def base(cls, **changes: Any) -> M3AEConfig:
-        """ViT-B/16 at 256 pixels."""
-        return cls(**({"width": 768, "depth": 12, "heads": 12} | changes))
+    Attributes, beside ModelConfig's (vocab_size 0 makes a model of images alone, without any text parameter):
+        image_mask_ratio, text_mask_ratio: share of tokens removed, in [0, 1).
+        masking: "sample": every sample has masks of its own, drawn over its real tokens, at least one kept and one
+            masked (a text of one word is masked whole). "shared": as the paper's public code: one image mask and one
+            text mask for the whole batch, the text mask drawn over max_text_length slots, padding included.
+        norm_pix: normalise the target pixels of every patch (MAE's option; M3AE does not).
+    """
 
-    @classmethod
-    def large(cls, **changes: Any) -> M3AEConfig:
-        """ViT-L/16 at 256 pixels."""
-        return cls(**({"width": 1024, "depth": 24, "heads": 16} | changes))
+    depth: int = 12
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    image_mask_ratio: float = 0.75
+    text_mask_ratio: float = 0.75
+    image_loss_weight: float = 1.0
+    text_loss_weight: float = 0.5
+    masking: str = "sample"
+    norm_pix: bool = False
 
-    @classmethod
-    def huge(cls, **changes: Any) -> M3AEConfig:
-        """ViT-H/16 at 256 pixels: head dimension 80."""
-        return cls(**({"width": 1280, "depth": 32, "heads": 16} | changes))
+    def __post_init__(self):
+        super().__post_init__()
+        self._integers(1, "decoder_width", "decoder_heads")
+        self._integers(0, "depth", "decoder_depth")
+        self._heads("decoder_width", "decoder_heads")
+        self._shares("image_mask_ratio", "text_mask_ratio")
+        _checks.choice("masking", self.masking, ("sample", "shared"))
+
+
+@dataclasses.dataclass
+class EncodersConfig(ModelConfig):
+    """An image encoder and a text encoder that meet in an embedding: a CLIP-style model, and the first half of a MAMO.
+
+    Attributes, beside ModelConfig's:
+        image_depth, text_depth: blocks of the encoders.
+        projection: width of the embedding that images and texts share.
+        temperature: of the contrastive loss, at the start; it is learned, within [0.001, 0.5].
+    """
+
+    activation: str = "gelu"
+    image_depth: int = 12
+    text_depth: int = 6
+    projection: int = 256
+    temperature: float = 0.07
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._integers(1, "vocab_size", "projection")
+        self._integers(0, "image_depth", "text_depth")
+        if not 0.001 <= self.temperature <= 0.5:
+            raise ValueError(f"temperature must be in [0.001, 0.5], got {self.temperature}")
+
+
+@dataclasses.dataclass
+class MAMOConfig(EncodersConfig):
+    """Sizes and losses of a MAMO (arXiv:2210.04183); `MAMOConfig.base()` is the paper's.
+
+    Attributes, beside EncodersConfig's:
+        fusion_depth: blocks of the fusion encoder.
+        image_mask_ratio, text_mask_ratio: share of tokens masked, in [0, 1); at least one token of each kind is.
+        masking: "two_pass": the image is masked beside the whole text, then the text beside the whole image (the
+            paper's figure). "simultaneous": both at once, in one pass (its abstract, to the letter).
+        momentum: of the target network, in [0, 1].
+        mrm_weight, mim_weight, mlm_weight, itc_weight, itm_weight: of the losses; what has weight 0 is not computed.
+        queue_size: entries of the momentum queue that ITC compares with besides the batch; 0: none, and ITC compares
+            within the batch alone.
+        soft_targets: share of the momentum network's own similarities in ITC's targets, in [0, 1], once
+            soft_targets_steps steps are taken; it grows to that from 0 (ALBEF: 0.4, over the first epoch).
+    """
+
+    fusion_depth: int = 6
+    image_mask_ratio: float = 0.75
+    text_mask_ratio: float = 0.25
+    masking: str = "two_pass"
+    momentum: float = 0.995
+    mrm_weight: float = 1.0
+    mim_weight: float = 1.0
+    mlm_weight: float = 1.0
+    itc_weight: float = 1.0
+    itm_weight: float = 1.0
+    queue_size: int = 0
+    soft_targets: float = 0.0
+    soft_targets_steps: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._integers(0, "fusion_depth", "queue_size", "soft_targets_steps")
+        self._shares("image_mask_ratio", "text_mask_ratio")
+        _checks.choice("masking", self.masking, ("two_pass", "simultaneous"))
+        for name in ("momentum", "soft_targets"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        weights = [f"{name}_weight" for name in ("mrm", "mim", "mlm", "itc", "itm")]
+        for name in weights:
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        if not any(getattr(self, name) for name in weights):
+            raise ValueError(f"one of {', '.join(weights)} must be positive, got 0 for all")
+
+
+@dataclasses.dataclass
+class SupervisedConfig(ModelConfig):
+    """Sizes of a supervised ViT. Attributes, beside ModelConfig's: depth: blocks. classes: how many there are."""
+
+    vocab_size: int = 0
+    activation: str = "gelu"
+    depth: int = 12
+    classes: int = 1000
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._integers(0, "depth")
+        self._integers(1, "classes")

@@ -16,6 +16,7 @@ from m3ae_fast import nn as fast
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.models import masking
 from m3ae_fast.models.config import M3AEConfig
+from m3ae_fast.models.encoders import check_sizes
 from m3ae_fast.models.masking import Plan, TokenLayout
 from m3ae_fast.nn import take_rows
 from m3ae_fast.ops import assemble_tokens, linear_cross_entropy, masked_mse, restore_tokens
@@ -56,6 +57,8 @@ class Encoded:
 
 class M3AE(nn.Module):
     """Args: config: see `M3AEConfig`; with vocab_size 0 the model is of images alone."""
+
+    METRICS = ("loss", "image_loss", "text_loss", "text_accuracy")  # of M3AEOutput, for a training log
 
     def __init__(self, config: M3AEConfig):
         super().__init__()
@@ -264,14 +267,6 @@ class M3AE(nn.Module):
         c = self.config
         if not isinstance(batch, ImageTextBatch):
             raise TypeError(f"batch must be an ImageTextBatch, got {type(batch).__name__}")
-        if batch.images is not None and tuple(batch.images.shape[2:]) != c.image_shape:
-            raise ValueError(
-                f"batch.images must be of {c.image_shape[0]} x {c.image_shape[1]} pixels, as the configuration says, "
-                f"got {batch.images.shape[2]} x {batch.images.shape[3]}"
-            )
         if batch.text_lengths.total and c.vocab_size == 0:
             raise ValueError("batch.text must be None: this model is of images alone (vocab_size 0)")
-        if batch.text_lengths.max > c.max_text_length:
-            raise ValueError(
-                f"batch.text_lengths must be at most max_text_length {c.max_text_length}, got {batch.text_lengths.max}"
-            )
+        check_sizes(batch, c)

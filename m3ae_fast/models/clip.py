@@ -1,0 +1,73 @@
+"""A CLIP-style model: two encoders and contrast alone, on our packed encoders. A baseline of the papers' tables."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from m3ae_fast.batch import ImageTextBatch
+from m3ae_fast.models.config import EncodersConfig
+from m3ae_fast.models.contrastive import ContrastiveLoss, same_pairs
+from m3ae_fast.models.encoders import DualEncoder, EncodedView, check_batch, reset_parameters
+from m3ae_fast.seqlens import SeqLens
+
+
+@dataclasses.dataclass
+class CLIPOutput:
+    """fp32 scalars."""
+
+    loss: Tensor
+    image_accuracy: Tensor  # share of texts whose image is found among the batch's; no gradient
+    text_accuracy: Tensor  # share of images whose text is
+
+
+class CLIP(nn.Module):
+    """Args: config: see `EncodersConfig`. Source: arXiv:2103.00020, with the temperature bounded as ALBEF's."""
+
+    METRICS = ("loss", "image_accuracy", "text_accuracy")
+
+    def __init__(self, config: EncodersConfig):
+        super().__init__()
+        self.config = config
+        self.encoders = DualEncoder(config)
+        self.contrast = ContrastiveLoss(config.projection, temperature=config.temperature)
+        reset_parameters(self)
+
+    def forward(
+        self,
+        batch: ImageTextBatch,
+        *,
+        seed: int | None = None,
+        step: int = 0,
+        image_ids: Tensor | None = None,
+    ) -> CLIPOutput:
+        """The loss of a batch of at least two pairs.
+
+        Args:
+            seed, step: not needed: nothing is drawn. They are taken for the sake of trainers.
+            image_ids: [B] integers, equal where two samples show the same image; None: its bytes tell.
+
+        Raises:
+            ValueError: a sample without an image or a word, fewer than two, sizes other than the configuration's.
+        """
+        check_batch(batch, self.config)
+        if len(batch) < 2:
+            raise ValueError(f"batch must hold at least 2 pairs, since they are compared, got {len(batch)}")
+        image, text = self.encode_images(batch.images).embedding, self.encode_texts(batch.text, batch.text_lengths)
+        text, same = text.embedding, same_pairs(batch, image_ids)
+        loss = self.contrast(image, text, same)
+        with torch.no_grad():
+            best = image @ text.T
+            right = same.gather(1, best.argmax(1)[:, None]), same.gather(0, best.argmax(0)[None])
+            text_accuracy, image_accuracy = (x.float().mean() for x in right)
+        return CLIPOutput(loss, image_accuracy, text_accuracy)
+
+    def encode_images(self, images: Tensor) -> EncodedView:
+        """Whole images [N, 3, H, W] -> their tokens and embeddings."""
+        return self.encoders.encode_images(images)
+
+    def encode_texts(self, text: Tensor, text_lengths: SeqLens) -> EncodedView:
+        """Packed words [sum of text_lengths] -> their tokens and embeddings."""
+        return self.encoders.encode_texts(text, text_lengths)

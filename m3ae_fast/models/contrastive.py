@@ -1,0 +1,130 @@
+"""Image-text contrast (ITC): InfoNCE both ways, with ALBEF's momentum queue and soft targets where asked for."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m3ae_fast.batch import ImageTextBatch
+from m3ae_fast.models.masking import sample_of
+
+LOWEST, HIGHEST = 0.001, 0.5  # temperature
+
+
+class ContrastiveLoss(nn.Module):
+    """Cross-entropy of each image against all texts and of each text against all images, halved.
+
+        loss = (CE(image text^T / temperature, same) + CE(text image^T / temperature, same^T)) / 2
+
+    A row of `same` is spread evenly over the entries that are the same pair: one, where nothing is there twice.
+
+    Args:
+        width: of the embeddings.
+        temperature: at the start; it is learned, and kept within [0.001, 0.5].
+        queue_size: past embeddings of the momentum network to compare with besides the batch's; 0: none.
+
+    Source: InfoNCE as in CLIP (arXiv:2103.00020); queue and soft targets: ALBEF (arXiv:2107.07651), section 3.2.
+    """
+
+    def __init__(self, width: int, *, temperature: float = 0.07, queue_size: int = 0):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(temperature))
+        self.queue_size = queue_size
+        if queue_size:
+            self.register_buffer("image_queue", torch.zeros(queue_size, width))
+            self.register_buffer("text_queue", torch.zeros(queue_size, width))
+            self.register_buffer("queued", torch.zeros((), dtype=torch.int64))  # pairs ever put there
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        same: Tensor | None = None,
+        *,
+        momentum: tuple[Tensor, Tensor] | None = None,
+        soft: float = 0.0,
+    ) -> Tensor:
+        """The loss, an fp32 scalar.
+
+        Args:
+            image, text: [B, E] embeddings of unit length.
+            same: [B, B] bool, image i and text j belong together; None: the diagonal.
+            momentum: image and text embeddings of the momentum network, [B, E]: what the others are compared with
+                then, together with the queue's. They are put into the queue in training.
+            soft: share of the momentum network's own similarities in the targets.
+        """
+        with torch.no_grad():
+            self.temperature.clamp_(LOWEST, HIGHEST)
+        with torch.autocast(image.device.type, enabled=False):
+            image, text = image.float(), text.float()
+            if same is None:
+                same = torch.eye(len(image), dtype=torch.bool, device=image.device)
+            of_images, of_texts = (image, text) if momentum is None else map(Tensor.float, momentum)
+            images, texts, real = of_images, of_texts, None
+            if self.queue_size:
+                images = torch.cat([of_images, self.image_queue])
+                texts = torch.cat([of_texts, self.text_queue])
+                waiting = torch.arange(self.queue_size, device=image.device) < self.queued
+                real = torch.cat([torch.ones_like(same[0]), waiting])
+            loss = (
+                self._one_way(image, texts, same, real, of_images if momentum is not None else None, soft)
+                + self._one_way(text, images, same.T, real, of_texts if momentum is not None else None, soft)
+            ) / 2
+            if self.queue_size and self.training:
+                self._enqueue(of_images, of_texts)
+        return loss
+
+    def _one_way(
+        self, asking: Tensor, answers: Tensor, same: Tensor, real: Tensor | None, teacher: Tensor | None, soft: float
+    ) -> Tensor:
+        def logits(x: Tensor) -> Tensor:
+            scores = x @ answers.T / self.temperature
+            return scores if real is None else scores.masked_fill(~real, -torch.inf)
+
+        target = F.pad(same.float(), (0, len(answers) - same.shape[1]))
+        target = target / target.sum(1, keepdim=True)
+        if soft:
+            with torch.no_grad():
+                target = soft * logits(teacher).softmax(1) + (1 - soft) * target
+        log_p = logits(asking).log_softmax(1)
+        return -(target * log_p.masked_fill(target == 0, 0)).sum(1).mean()  # 0 * -inf is not 0
+
+    @torch.no_grad()
+    def _enqueue(self, image: Tensor, text: Tensor) -> None:
+        count = min(len(image), self.queue_size)
+        place = (self.queued + torch.arange(count, device=image.device)) % self.queue_size
+        self.image_queue.index_copy_(0, place, image[:count].to(self.image_queue.dtype))
+        self.text_queue.index_copy_(0, place, text[:count].to(self.text_queue.dtype))
+        self.queued += count
+
+
+def same_pairs(batch: ImageTextBatch, image_ids: Tensor | None = None) -> Tensor:
+    """[B, B] bool: image i belongs to text j: their own pair, or one whose image or text is the very same.
+
+    Images are compared by a 64-bit fingerprint of their bytes, or by `image_ids` [B]; texts by one of their words.
+    """
+    B = len(batch)
+    if image_ids is None:
+        image_ids = _fingerprints(batch.images.permute(0, 2, 3, 1).reshape(B, -1))
+    image_ids = image_ids.to(batch.device)
+    lengths = batch.text_lengths
+    sample = sample_of(lengths).to(batch.device)
+    place = torch.arange(lengths.total, device=batch.device) - lengths.cu[:-1][sample]
+    words = torch.zeros(B, dtype=torch.int64, device=batch.device)
+    words.index_add_(0, sample, (batch.text.long() + 1) * _weights(lengths.max, batch.device)[place])
+    return (image_ids[:, None] == image_ids) | (words[:, None] == words)
+
+
+def _fingerprints(rows: Tensor) -> Tensor:
+    """[N] int64, of the bytes of each row."""
+    data = rows.contiguous().view(torch.uint8)
+    data = F.pad(data, (0, -data.shape[1] % 8)).view(torch.int64)
+    return (data * _weights(data.shape[1], rows.device)).sum(1)
+
+
+def _weights(count: int, device: torch.device) -> Tensor:
+    """[count] odd numbers that look random: every bit of place k counts, and no two places count alike."""
+    k = torch.arange(1, count + 1, device=device) * -7046029254386353131
+    k = (k ^ (k >> 29)) * -4658895280553007687
+    return (k ^ (k >> 32)) | 1

@@ -1,0 +1,206 @@
+"""The encoders of one modality each, over packed views: what MAMO, the CLIP-style and the supervised model share.
+
+A view is a sample's image or text as one pass sees it: whole, or with some tokens gone. All views of all samples go
+through an encoder in one packed call. Shapes: T packed rows, D width, P patches, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m3ae_fast import nn as fast
+from m3ae_fast.batch import ImageTextBatch
+from m3ae_fast.models.config import EncodersConfig, ModelConfig
+from m3ae_fast.models.masking import Masked, keep_all, sample_of, within
+from m3ae_fast.nn.rows import take_rows
+from m3ae_fast.ops import assemble_tokens
+from m3ae_fast.seqlens import SeqLens
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """Which tokens each view keeps, and where they stand: views of a sample side by side, sample after sample.
+
+    Index tensors are on the host but for `ids` and `places`.
+    """
+
+    ids: Tensor  # [K] int32, the token's number in its sample
+    places: Tensor  # [K] int32, the token's number in the whole batch, + view * (tokens of the batch)
+    samples: SeqLens  # tokens of each sample, all its views together
+    views: SeqLens  # tokens of each view
+    sequences: SeqLens  # the same, with a class token each: what comes out of an encoder
+    kept: tuple[Masked, ...]  # by view
+
+    @staticmethod
+    def make(kept: Sequence[Masked], device: torch.device) -> Views:
+        """Views of the same samples; each keeps `ids_keep`."""
+        count, batch = len(kept), len(kept[0].keep)
+        lengths = [view.keep.lengths[b] for b in range(batch) for view in kept]
+        sequence = torch.cat([sample_of(view.keep) * count + number for number, view in enumerate(kept)])
+        order = torch.argsort(sequence, stable=True)
+        ids = torch.cat([view.ids_keep for view in kept])[order]
+        tokens, sequence = SeqLens(kept[0].lengths), sequence[order]
+        places = tokens.cu[sequence // count] + ids + (sequence % count * tokens.total).int()
+        ids, places = torch.stack([ids, places]).to(device, non_blocking=True)
+        seqlens = (
+            SeqLens([sum(lengths[b * count : (b + 1) * count]) for b in range(batch)]),
+            SeqLens(lengths),
+            SeqLens([1 + n for n in lengths]),
+        )
+        return Views(ids, places, *(x.to(device) for x in seqlens), tuple(kept))
+
+    def cls_rows(self, view: int) -> Tensor:
+        """[B] int64: where the class tokens of a view stand in the encoder's output."""
+        return torch.tensor(offsets(self.sequences))[view :: len(self.kept)]
+
+    def rows(self, view: int, columns: int) -> Tensor:
+        """[B, columns] int64: where a view's tokens stand in the encoder's output; -1 for those it has not."""
+        kept = self.kept[view]
+        sample = sample_of(kept.keep)
+        out = torch.full((len(kept.keep), columns), -1, dtype=torch.int64)
+        out[sample, kept.ids_keep.long()] = self.cls_rows(view)[sample] + 1 + within(kept.keep, sample)
+        return out
+
+
+def offsets(seqlens: SeqLens) -> list[int]:
+    """Where each sequence starts."""
+    starts, total = [], 0
+    for length in seqlens.lengths:
+        starts.append(total)
+        total += length
+    return starts
+
+
+def whole(lengths: Sequence[int], device: torch.device) -> Views:
+    """One view of each sample, nothing masked."""
+    return Views.make([keep_all(lengths)], device)
+
+
+class ImageEncoder(nn.Module):
+    """A ViT over kept patches: [CLS; patches] of every view, fixed sine-cosine positions, a LayerNorm at the end."""
+
+    def __init__(self, config: ModelConfig, depth: int):
+        super().__init__()
+        c = config
+        self.patch_embed = fast.PatchEmbed(c.patch_size, c.width, mean=c.image_mean, std=c.image_std)
+        self.cls_token = nn.Parameter(torch.empty(c.width))
+        self.transformer = fast.Transformer(c.width, depth, c.heads, mlp_ratio=c.mlp_ratio, activation=c.activation)
+        self.register_buffer("position", fast.sincos_2d(*c.grid, c.width), persistent=False)
+
+    def forward(self, images: Tensor, views: Views) -> Tensor:
+        """images [N, 3, H, W] -> [views.sequences.total, D]; dropped patches are never read."""
+        patches = self.patch_embed(images, views.ids, views.samples)
+        tokens = assemble_tokens(
+            patches, None, cls_token=self.cls_token, image_ids=views.ids, cu_image=views.views,
+            image_position=self.position,
+        )  # fmt: skip
+        return self.transformer(tokens, views.sequences)
+
+
+class TextEncoder(nn.Module):
+    """A Transformer over [CLS; words] of every view. Its last word, number V, is [MASK]."""
+
+    def __init__(self, config: ModelConfig, depth: int):
+        super().__init__()
+        c = config
+        self.embedding = nn.Embedding(c.vocab_size + 1, c.width)
+        self.cls_token = nn.Parameter(torch.empty(c.width))
+        self.transformer = fast.Transformer(c.width, depth, c.heads, mlp_ratio=c.mlp_ratio, activation=c.activation)
+        positions = torch.arange(c.max_text_length)
+        self.register_buffer("position", fast.sincos_1d(positions, c.width), persistent=False)
+
+    @property
+    def mask_id(self) -> int:
+        return self.embedding.num_embeddings - 1
+
+    def forward(self, words: Tensor, views: Views) -> Tensor:
+        """words [views.views.total] ids -> [views.sequences.total, D]."""
+        tokens = assemble_tokens(
+            None, words, cls_token=self.cls_token, text_ids=views.ids, cu_text=views.views,
+            text_embedding=self.embedding.weight, text_position=self.position,
+        )  # fmt: skip
+        return self.transformer(tokens, views.sequences)
+
+
+@dataclasses.dataclass
+class EncodedView:
+    """Whole images or whole texts, encoded."""
+
+    tokens: Tensor  # [T, D], [CLS; tokens] of each, packed
+    views: Views
+    embedding: Tensor  # [B, E] fp32, of unit length: what contrast compares
+
+
+class DualEncoder(nn.Module):
+    """An image encoder and a text encoder, and where they meet: a projection each. Initialised by its owner."""
+
+    def __init__(self, config: EncodersConfig):
+        super().__init__()
+        c = config
+        self.patches = c.patches
+        self.image, self.text = ImageEncoder(c, c.image_depth), TextEncoder(c, c.text_depth)
+        self.image_projection = fast.Linear(c.width, c.projection)
+        self.text_projection = fast.Linear(c.width, c.projection)
+
+    def project(self, image_cls: Tensor, text_cls: Tensor) -> tuple[Tensor, Tensor]:
+        """Class tokens [B, D] each -> embeddings [B, E], fp32, of unit length."""
+        image, text = self.image_projection(image_cls), self.text_projection(text_cls)
+        return F.normalize(image.float(), dim=1), F.normalize(text.float(), dim=1)
+
+    def encode_images(self, images: Tensor) -> EncodedView:
+        """Whole images [N, 3, H, W] -> their tokens and embeddings."""
+        views = whole([self.patches] * len(images), images.device)
+        tokens = self.image(images, views)
+        embedding = self.image_projection(take_rows(tokens, views.cls_rows(0).to(images.device)))
+        return EncodedView(tokens, views, F.normalize(embedding.float(), dim=1))
+
+    def encode_texts(self, text: Tensor, text_lengths: SeqLens) -> EncodedView:
+        """Packed words [sum of text_lengths] -> their tokens and embeddings."""
+        views = whole(text_lengths.lengths, text.device)
+        tokens = self.text(text, views)
+        embedding = self.text_projection(take_rows(tokens, views.cls_rows(0).to(text.device)))
+        return EncodedView(tokens, views, F.normalize(embedding.float(), dim=1))
+
+
+def check_batch(batch: ImageTextBatch, config: ModelConfig) -> None:
+    """ValueError unless every sample is an image of the configured size and a text of at least one word."""
+    if not isinstance(batch, ImageTextBatch):
+        raise TypeError(f"batch must be an ImageTextBatch, got {type(batch).__name__}")
+    for b, (image, words) in enumerate(zip(batch.has_image, batch.text_lengths.lengths, strict=True)):
+        if not image or not words:
+            missing = "an empty text" if image else "no image"
+            raise ValueError(f"batch must hold pairs of an image and a text, got {missing} in sample {b}")
+    check_sizes(batch, config)
+
+
+def check_sizes(batch: ImageTextBatch, config: ModelConfig) -> None:
+    """ValueError unless images and texts are of the configuration's sizes."""
+    if batch.images is not None and tuple(batch.images.shape[2:]) != config.image_shape:
+        raise ValueError(
+            f"batch.images must be of {config.image_shape[0]} x {config.image_shape[1]} pixels, as the configuration "
+            f"says, got {batch.images.shape[2]} x {batch.images.shape[3]}"
+        )
+    if batch.text_lengths.max > config.max_text_length:
+        raise ValueError(
+            f"batch.text_lengths must be at most max_text_length {config.max_text_length}, got {batch.text_lengths.max}"
+        )
+
+
+def reset_parameters(module: nn.Module) -> None:
+    """Xavier-uniform kernels, zero biases, N(0, .02) words and tokens: the initial weights of every model here."""
+    for each in module.modules():
+        if isinstance(each, nn.Linear):
+            nn.init.xavier_uniform_(each.weight)
+            nn.init.zeros_(each.bias)
+        elif isinstance(each, nn.LayerNorm):
+            each.reset_parameters()
+        elif isinstance(each, nn.Embedding):
+            nn.init.normal_(each.weight, std=0.02)
+        for parameter in each.parameters(recurse=False):
+            if parameter.dim() == 1 and not isinstance(each, nn.Linear | nn.LayerNorm):
+                nn.init.normal_(parameter, std=0.02)

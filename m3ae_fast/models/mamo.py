@@ -1,0 +1,387 @@
+"""MAMO: joint masked modelling of images and texts, with a momentum network for the targets.
+
+Shapes: B pairs; P patches; D width; E projection; V vocabulary; packed rows [T, D].
+Source: arXiv:2210.04183; what it leaves open follows ALBEF (arXiv:2107.07651).
+
+A step is six packed calls, whatever it computes: the image encoder over masked and whole images, the text encoder over
+masked and whole texts, the fusion encoder over all pairs that any loss asks for, and the same three of the momentum
+network over the whole pairs.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m3ae_fast import nn as fast
+from m3ae_fast.batch import ImageTextBatch
+from m3ae_fast.models import masking
+from m3ae_fast.models.config import MAMOConfig
+from m3ae_fast.models.contrastive import ContrastiveLoss, same_pairs
+from m3ae_fast.models.encoders import DualEncoder, EncodedView, Views, check_batch, reset_parameters, whole
+from m3ae_fast.models.fusion import FusionLayout, Pairs
+from m3ae_fast.models.masking import Masked, sample_of
+from m3ae_fast.nn.rows import repeat_rows, take_rows
+from m3ae_fast.ops import feature_regression, linear_cross_entropy, restore_tokens
+from m3ae_fast.seqlens import SeqLens
+
+LOSSES = ("mrm", "mim", "mlm", "itc", "itm")
+
+
+@dataclasses.dataclass
+class MAMOOutput:
+    """What a training step needs: fp32 scalars, 0 for a loss of weight 0. All but the losses carry no gradient."""
+
+    loss: Tensor  # the weighted sum
+    mrm_loss: Tensor  # masked representations against the momentum network's fusion; mean of the two passes' means
+    mim_loss: Tensor  # masked patches against the momentum network's image encoder
+    mlm_loss: Tensor  # masked words
+    itc_loss: Tensor
+    itm_loss: Tensor
+    mlm_accuracy: Tensor  # share of masked words guessed
+    itm_accuracy: Tensor  # share of pairs told right
+    target_std: Tensor  # of MRM's targets over the masked tokens, mean over features: near 0 means collapse
+    prediction_std: Tensor  # of MRM's predictions likewise
+    image_mask: Tensor  # [B, P] bool on the host, True = masked
+    text_mask: Tensor  # [B, longest text] bool on the host, True = masked
+
+
+class Encoders(DualEncoder):
+    """What the momentum network is a copy of: the three encoders, and the projections of ITC."""
+
+    def __init__(self, config: MAMOConfig):
+        super().__init__(config)
+        c = config
+        options = {"mlp_ratio": c.mlp_ratio, "activation": c.activation}
+        self.fusion = fast.Transformer(c.width, c.fusion_depth, c.heads, **options)
+        self.image_mask_token = nn.Parameter(torch.empty(c.width))
+        self.image_type, self.text_type = nn.Parameter(torch.empty(c.width)), nn.Parameter(torch.empty(c.width))
+
+    def assemble(self, rows: Tensor, layout: FusionLayout) -> Tensor:
+        """Rows of both encoders [*, D] -> [CLS; patches; words] of each pair, mask tokens where patches are gone."""
+        return restore_tokens(
+            repeat_rows(rows, layout.source), layout.rows, layout.slots,
+            image_mask_token=self.image_mask_token, image_position=self.image.position,
+            text_position=self.text.position, image_type=self.image_type, text_type=self.text_type,
+        )  # fmt: skip
+
+    def fuse(self, rows: Tensor, layout: FusionLayout) -> Tensor:
+        """Rows of both encoders [*, D] -> [len(layout.wanted), D]."""
+        return self.fusion(self.assemble(rows, layout), layout.seqlens, layout.wanted, layout.wanted_seqlens)
+
+
+class MAMO(nn.Module):
+    """Args: config: see `MAMOConfig`. `update_target()` moves the momentum network: call it before every step."""
+
+    METRICS = (
+        "loss", "mrm_loss", "mim_loss", "mlm_loss", "itc_loss", "itm_loss", "mlm_accuracy", "itm_accuracy",
+        "target_std", "prediction_std",
+    )  # fmt: skip
+
+    def __init__(self, config: MAMOConfig):
+        super().__init__()
+        self.config = c = config
+        self.online = Encoders(c)
+        self.predictor = _mlp(c)  # of MRM, on this side only
+        self.regressor = _mlp(c)  # of MIM
+        self.word_head = fast.Linear(c.width, c.vocab_size)
+        self.match_head = fast.Linear(c.width, 2)
+        self.contrast = ContrastiveLoss(c.projection, temperature=c.temperature, queue_size=c.queue_size)
+        reset_parameters(self)
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+
+    @torch.no_grad()
+    def update_target(self) -> None:
+        """target = momentum * target + (1 - momentum) * online, all tensors in one call."""
+        target, online = list(self.target.parameters()), list(self.online.parameters())
+        torch._foreach_lerp_(target, online, 1 - self.config.momentum)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        batch: ImageTextBatch,
+        *,
+        seed: int | None = None,
+        step: int = 0,
+        image_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        image_ids: Tensor | None = None,
+    ) -> MAMOOutput:
+        """Losses of one step.
+
+        Args:
+            batch: pairs of an image and a text of at least one word; two or more where ITC or ITM counts.
+            seed, step: key the random masks (with batch.sample_ids) and the draw of ITM's negatives.
+            image_mask, text_mask: instead of drawing: [B, P] and [B, L] bool, True = masked.
+            image_ids: [B] integers, equal where two samples show the same image; None: its bytes tell. A sample is
+                never the negative of another with the same image or the same text, and ITC takes both for right.
+
+        On a GPU ITM waits for the [B, B] similarities: which pairs it reads, and so the sizes of all that follows,
+        depends on them.
+
+        Raises:
+            ValueError: a sample without an image or a word, too few samples, neither a seed nor masks, sizes other than
+                the configuration's.
+        """
+        c, online, P = self.config, self.online, self.config.patches
+        self._check(batch)
+        # The passes through the fusion encoder, and the views of images and texts that they read.
+        both, pairs = c.masking == "simultaneous", bool(c.itc_weight or c.itm_weight)
+        image_pass = bool(c.mim_weight or c.mrm_weight or (both and c.mlm_weight))  # masked image, whole text (or both)
+        text_pass = not both and bool(c.mlm_weight or c.mrm_weight)  # whole image, masked text
+        if image_pass or text_pass:
+            image, text = self._masks(batch, seed, step, image_mask, text_mask)
+        else:
+            image, text = (masking.keep_all(lengths) for lengths in ([P] * len(batch), batch.text_lengths.lengths))
+        gone = image.as_bool(P), text.as_bool(batch.text_lengths.max)
+        losses = dict.fromkeys(self.METRICS, torch.zeros((), device=batch.device))
+
+        images = _views({"whole": text_pass or pairs, "masked": image_pass}, masking.keep_all(image.lengths), image)
+        texts = _views(
+            {"whole": pairs or (image_pass and not both), "masked": text_pass or (image_pass and both)},
+            *[masking.keep_all(text.lengths)] * 2,  # a masked word stands there as [MASK]
+        )
+
+        words = {"whole": batch.text, "masked": self._hide(batch.text, text)}
+        image_views, text_views = (Views.make(list(v.values()), batch.device) for v in (images, texts))
+        words = torch.cat([words[name] for name in texts]).index_select(0, text_views.places)
+        image_tokens, text_tokens = online.image(batch.images, image_views), online.text(words, text_views)
+        rows = torch.cat([image_tokens, text_tokens])
+        target = self._encode_target(batch)
+
+        lengths = torch.tensor(batch.text_lengths.lengths)
+        image_rows = {name: image_views.rows(number, P) for number, name in enumerate(images)}
+        text_rows = {name: len(image_tokens) + text_views.cls_rows(number) for number, name in enumerate(texts)}
+        groups = []
+        if image_pass:
+            hidden_words = gone[1] if both else None
+            beside = text_rows["masked" if both else "whole"]
+            groups.append(Pairs(image_rows["masked"], beside, lengths, patches=gone[0], words=hidden_words))
+        if text_pass:
+            groups.append(Pairs(image_rows["whole"], text_rows["masked"], lengths, words=gone[1]))
+        if pairs:
+            cls = torch.cat([image_views.cls_rows(list(images).index("whole")), text_rows["whole"]]).to(batch.device)
+            embeddings = online.project(*take_rows(rows, cls).chunk(2))
+            same = same_pairs(batch, image_ids)
+            if c.itc_weight:
+                soft = c.soft_targets * min(1.0, (step + 1) / max(c.soft_targets_steps, 1))
+                losses["itc_loss"] = self.contrast(*embeddings, same, momentum=target.embeddings, soft=soft)
+            if c.itm_weight:
+                of_image, of_text = self._pairs_to_tell(embeddings, same, seed, step)
+                of_images, of_texts = image_rows["whole"][of_image], text_rows["whole"][of_text]
+                groups.append(Pairs(of_images, of_texts, lengths[of_text], cls=True))
+
+        if groups:
+            layout = FusionLayout.make(groups, P, batch.device)
+            fused = online.fuse(rows, layout)
+            losses |= self._masked_losses(batch, fused, layout, target, image, text)
+            if c.itm_weight:
+                losses |= self._itm(take_rows(fused, layout.cls), len(batch))
+        losses["loss"] = sum(getattr(c, f"{name}_weight") * losses[f"{name}_loss"] for name in LOSSES)
+        return MAMOOutput(**losses, image_mask=gone[0], text_mask=gone[1])
+
+    def _masked_losses(
+        self, batch: ImageTextBatch, fused: Tensor, layout: FusionLayout, target: _Target, image: Masked, text: Masked
+    ) -> dict[str, Tensor]:
+        """MRM, MIM and MLM, of the masked patches and words."""
+        c, found = self.config, {}
+        masked = take_rows(fused, layout.masked)
+        counts = [len(layout.patches), len(layout.words)]
+        patches, words = masked.split(counts)
+        if c.mrm_weight:
+            theirs, at = self._fuse_target(target, image, text)
+            predicted = self.predictor(masked)
+            losses = [
+                feature_regression(part, theirs, rows, distance="l2")
+                for part, rows in zip(predicted.split(counts), (at.patches, at.words), strict=True)
+            ]
+            found["mrm_loss"] = sum(losses) / len(losses)
+            found["target_std"], found["prediction_std"] = (_spread(x.detach()) for x in (theirs, predicted))
+        if c.mim_weight:
+            rows = target.images.rows(0, c.patches)[sample_of(image.mask), image.ids_mask.long()].to(batch.device)
+            found["mim_loss"] = feature_regression(
+                self.regressor(patches), target.image_tokens, rows, distance="l1", normalize=False
+            )
+        if c.mlm_weight:
+            wanted = batch.text.index_select(0, _places(text).to(batch.device))
+            head = self.word_head
+            found["mlm_loss"], found["mlm_accuracy"] = linear_cross_entropy(
+                words, head.weight, wanted, head.bias, return_accuracy=True
+            )
+        return found
+
+    def _itm(self, cls: Tensor, positives: int) -> dict[str, Tensor]:
+        """Whether image and text belong together; the first `positives` pairs do."""
+        logits = self.match_head(cls).float()
+        label = (torch.arange(len(logits), device=logits.device) < positives).long()
+        accuracy = (logits.detach().argmax(1) == label).float().mean()
+        return {"itm_loss": F.cross_entropy(logits, label), "itm_accuracy": accuracy}
+
+    @torch.no_grad()
+    def _pairs_to_tell(
+        self, embeddings: tuple[Tensor, Tensor], same: Tensor, seed: int | None, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """(image, text) of ITM's pairs, on the host: all right ones, then a wrong image for each text and a wrong text
+        for each image, drawn as similar as ITC finds them. A sample that is the same as all others gets none."""
+        if seed is None:
+            raise ValueError("seed must be given to draw ITM's negatives, got None (or set itm_weight to 0)")
+        similarity = embeddings[0] @ embeddings[1].T / self.contrast.temperature
+        similarity, same = torch.stack([similarity, same.float()]).cpu()  # the one wait
+        every = torch.arange(len(same))
+        generator = torch.Generator().manual_seed((seed << 32) + step)
+        images, texts = [every], [every]
+        for scores, wrong, given in ((similarity.T, images, texts), (similarity, texts, images)):
+            chances = scores.masked_fill((same if wrong is texts else same.T) > 0, -torch.inf)
+            possible = chances.isfinite().any(1)
+            if possible.any():
+                drawn = torch.multinomial(chances[possible].softmax(1), 1, generator=generator)[:, 0]
+                wrong.append(drawn)
+                given.append(every[possible])
+        return torch.cat(images), torch.cat(texts)
+
+    @torch.no_grad()
+    def _encode_target(self, batch: ImageTextBatch) -> _Target | None:
+        """The momentum network's encoders on whole pairs, as far as the losses ask."""
+        c, target = self.config, self.target
+        contrast = bool(c.itc_weight and (c.queue_size or c.soft_targets))
+        if not (c.mrm_weight or c.mim_weight or contrast):
+            return _Target()
+        images = whole([c.patches] * len(batch), batch.device)
+        found = _Target(images, target.image(batch.images, images))
+        if c.mrm_weight or contrast:
+            found.texts = whole(batch.text_lengths.lengths, batch.device)
+            found.text_tokens = target.text(batch.text, found.texts)
+        if contrast:
+            cls = (take_rows(x, v.cls_rows(0).to(x.device)) for x, v in found.both)
+            found.embeddings = target.project(*cls)
+        return found
+
+    @torch.no_grad()
+    def _fuse_target(self, target: _Target, image: Masked, text: Masked) -> tuple[Tensor, FusionLayout]:
+        """The momentum network's fusion of whole pairs, of the masked tokens alone."""
+        P, gone = self.config.patches, (image.as_bool(self.config.patches), text.as_bool(max(text.lengths)))
+        text_rows = len(target.image_tokens) + target.texts.cls_rows(0)
+        pairs = Pairs(target.images.rows(0, P), text_rows, torch.tensor(text.lengths), patches=gone[0], words=gone[1])
+        layout = FusionLayout.make([pairs], P, target.image_tokens.device)
+        return self.target.fuse(torch.cat([target.image_tokens, target.text_tokens]), layout), layout
+
+    def _hide(self, words: Tensor, text: Masked) -> Tensor:
+        """The batch's words with [MASK] in the place of the masked ones."""
+        return words.index_fill(0, _places(text).to(words.device), self.online.text.mask_id)
+
+    def _masks(
+        self, batch: ImageTextBatch, seed: int | None, step: int, image_mask: Tensor | None, text_mask: Tensor | None
+    ) -> tuple[Masked, Masked]:
+        c = self.config
+        kinds = (
+            ("image", image_mask, [c.patches] * len(batch), c.image_mask_ratio, masking.IMAGE_STREAM),
+            ("text", text_mask, batch.text_lengths.lengths, c.text_mask_ratio, masking.TEXT_STREAM),
+        )
+        masked = []
+        for name, given, lengths, ratio, stream in kinds:
+            if given is not None:
+                masked.append(masking.from_bool(f"{name}_mask", given, lengths))
+            elif seed is None:
+                raise ValueError(f"seed must be given to draw masks, or {name}_mask must be, got neither")
+            else:
+                keys = {"seed": seed, "step": step, "sample_ids": batch.sample_ids, "stream": stream}
+                masked.append(masking.draw(lengths, ratio, shared=None, **keys))
+        return masked[0], masked[1]
+
+    def _check(self, batch: ImageTextBatch) -> None:
+        c = self.config
+        check_batch(batch, c)
+        if c.itc_weight + c.itm_weight > 0 and len(batch) < 2:
+            raise ValueError(
+                f"batch must hold at least 2 pairs, since ITC and ITM compare them, got {len(batch)}: "
+                "one is enough with itc_weight and itm_weight 0"
+            )
+
+    # -- use ---------------------------------------------------------------------------------------------------------
+
+    def encode_images(self, images: Tensor) -> EncodedView:
+        """Whole images [N, 3, H, W] -> their tokens and embeddings."""
+        return self.online.encode_images(images)
+
+    def encode_texts(self, text: Tensor, text_lengths: SeqLens) -> EncodedView:
+        """Packed words [sum of text_lengths] -> their tokens and embeddings."""
+        return self.online.encode_texts(text, text_lengths)
+
+    def fill_words(
+        self, batch: ImageTextBatch, *, seed: int | None = None, step: int = 0, text_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What MLM's head makes of every word, masked or not, beside the whole image.
+
+        Returns:
+            ([sum of text lengths, V] logits, [B, longest text] bool: True = was masked).
+        """
+        check_batch(batch, self.config)
+        _, text = self._masks(
+            batch, seed, step, torch.zeros(len(batch), self.config.patches, dtype=torch.bool), text_mask
+        )
+        images = self.encode_images(batch.images)
+        texts = self.encode_texts(self._hide(batch.text, text), batch.text_lengths)
+        every = torch.arange(len(batch))
+        rows, layout = self.pair(images, texts, every, every, every=True)
+        words = take_rows(self.online.fuse(rows, layout), layout.words)
+        return self.word_head(words), text.as_bool(batch.text_lengths.max)
+
+    def pair(self, images: EncodedView, texts: EncodedView, of_image: Tensor, of_text: Tensor, *, every: bool = False):
+        """(rows, layout) for `online.fuse`: image of_image[i] beside text of_text[i], on the host.
+
+        Args:
+            every: all tokens are wanted; False: CLS alone.
+        """
+        P = self.config.patches
+        lengths = torch.tensor(texts.views.views.lengths)[of_text]
+        text_rows = (len(images.tokens) + texts.views.cls_rows(0))[of_text]
+        patches = words = None
+        if every:
+            patches = torch.ones(len(of_image), P, dtype=torch.bool)
+            words = torch.ones(len(of_image), int(lengths.max()), dtype=torch.bool)
+        pairs = Pairs(images.views.rows(0, P)[of_image], text_rows, lengths, True, patches, words)
+        rows = torch.cat([images.tokens, texts.tokens])
+        return rows, FusionLayout.make([pairs], P, rows.device)
+
+    def match(self, images: EncodedView, texts: EncodedView, of_image: Tensor, of_text: Tensor) -> Tensor:
+        """[n] fp32: how sure ITM is that image of_image[i] and text of_text[i] belong together (a log-odds)."""
+        logits = self.match_head(self.online.fuse(*self.pair(images, texts, of_image, of_text))).float()
+        return logits[:, 1] - logits[:, 0]
+
+
+@dataclasses.dataclass
+class _Target:
+    """The momentum network's view of a batch."""
+
+    images: Views | None = None
+    image_tokens: Tensor | None = None
+    texts: Views | None = None
+    text_tokens: Tensor | None = None
+    embeddings: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def both(self):
+        return (self.image_tokens, self.images), (self.text_tokens, self.texts)
+
+
+def _mlp(c: MAMOConfig) -> nn.Sequential:
+    return nn.Sequential(fast.Linear(c.width, c.width), fast.Linear(c.width, c.width, input_activation=c.activation))
+
+
+def _views(needed: dict[str, bool], *kept: Masked) -> dict[str, Masked]:
+    return {name: each for (name, is_needed), each in zip(needed.items(), kept, strict=True) if is_needed}
+
+
+def _places(text: Masked) -> Tensor:
+    """[M] int64: the masked words' places among the batch's words."""
+    return SeqLens(text.lengths).cu[sample_of(text.mask)].long() + text.ids_mask
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """The standard deviation over the rows, mean over the features."""
+    return rows.float().std(0, correction=0).mean() if len(rows) else rows.new_zeros((), dtype=torch.float32)
