@@ -9,9 +9,10 @@ from pathlib import Path
 
 from m3ae_fast import _checks
 from m3ae_fast._files import read_json, write_json
+from m3ae_fast.models import OBJECTIVES
+from m3ae_fast.models.config import SIZES
 
-MODELS = ("tiny", "small", "base", "large", "huge")
-# What None stands for, by model. tiny is set to show learning within two minutes on two cores; the others follow
+# What None stands for, by size. tiny is set to show learning within two minutes on two cores; the others follow
 # arXiv:2205.14204: lr 1.5e-4 for every 256 samples of a step.
 DEFAULTS = {
     "tiny": {"steps": 1200, "batch_size": 32, "lr": 2e-3},
@@ -21,6 +22,7 @@ DEFAULTS = {
     "huge": {"steps": 100_000, "batch_size": 64},
 }
 LR_PER_256 = 1.5e-4
+TINY_LR = {"mamo": 1e-3, "clip": 1e-3, "supervised": 1e-3}  # of other objectives
 # These change where and how a run is computed and watched, not what it computes: free to differ when resuming.
 FREE = ("device", "workers", "strict", "checkpoint_every", "picture_every")
 
@@ -31,24 +33,27 @@ class RunConfig:
 
     Attributes:
         data: "shapes" (drawn scenes, built in) or a folder of name.jpg + name.txt.
-        model: a preset of M3AEConfig: tiny, small, base, large, huge.
+        objective: what is trained: m3ae, mae, mamo, clip, supervised (m3ae_fast.models.OBJECTIVES).
+        model: its size: tiny, small, base, large, huge.
         steps: optimiser steps. batch_size: samples of a forward pass. accumulate: passes of a step.
         seed: of the weights, the data order and the masks.
         precision: "fp32", or "bf16": autocast, with weights and moments in fp32.
         lr: peak learning rate. warmup: steps of linear warm-up (default: a tenth of all), then a cosine to 0.
         weight_decay: AdamW's, on weight matrices only. grad_clip: largest gradient norm; 0: no clipping.
         image_size: pixels a side; image_mask_ratio, text_mask_ratio: in [0, 1). None: the model's own.
+        options: other fields of the model's configuration, by name: {"mim_weight": 0}.
         text_vocab: vocab.txt or tokenizer.json; None: WordPiece trained on the data's captions.
         device: None: cuda if there is one, else cpu. workers: processes that load data.
         strict: stop at an image that cannot be read, instead of skipping and counting it.
         checkpoint_every, picture_every: steps between them; 0: only at the end.
-        model_config: the M3AEConfig's fields; filled in when the run is made.
+        model_config: all fields of the model's configuration; filled in when the run is made.
 
     Raises:
         ValueError: a value out of its range, naming it. TypeError: not a number.
     """
 
     data: str = "shapes"
+    objective: str = "m3ae"
     model: str = "tiny"
     steps: int | None = None
     batch_size: int | None = None
@@ -62,6 +67,7 @@ class RunConfig:
     image_size: int | None = None
     image_mask_ratio: float | None = None
     text_mask_ratio: float | None = None
+    options: dict | None = None
     text_vocab: str | None = None
     device: str | None = None
     workers: int = 0
@@ -71,7 +77,8 @@ class RunConfig:
     model_config: dict | None = None
 
     def __post_init__(self):
-        _checks.choice("model", self.model, MODELS)
+        _checks.choice("objective", self.objective, OBJECTIVES)
+        _checks.choice("model", self.model, SIZES)
         _checks.choice("precision", self.precision, ("fp32", "bf16"))
         for name, low in {"steps": 1, "batch_size": 1, "warmup": 0, "image_size": 1, "picture_every": 0}.items():
             if getattr(self, name) is not None:
@@ -93,7 +100,10 @@ class RunConfig:
     def resolved(self) -> RunConfig:
         """The same run with every None that stands for a default filled in, and absolute paths."""
         values = dataclasses.asdict(self)
-        for name, value in DEFAULTS[self.model].items():
+        defaults = dict(DEFAULTS[self.model])
+        if self.model == "tiny" and self.objective in TINY_LR:
+            defaults["lr"] = TINY_LR[self.objective]
+        for name, value in defaults.items():
             if values[name] is None:
                 values[name] = value
         if values["lr"] is None:

@@ -45,7 +45,7 @@ class Summary:
 def pretrain(
     config: RunConfig, out: str | Path, *, resume: bool = False, stop_after: int | None = None, progress: bool = True
 ) -> Summary:
-    """Train an M3AE, writing into the folder `out` (see `m3ae_fast.train.run`).
+    """Train a model, writing into the folder `out` (see `m3ae_fast.train.run`).
 
     Ctrl-C and SIGTERM end it after the step in hand, with a checkpoint; a second one ends it at once.
 
@@ -65,7 +65,7 @@ def pretrain(
     config, dataset, tokenizer = run.reopen(folder, config) if resume else run.create(folder, config)
     device = run.pick_device(config.device)
     model = run.build_model(config).to(device)
-    optimiser = make_optimiser(model, config)
+    optimiser = make_optimiser(model, lr=config.lr, weight_decay=config.weight_decay)
     checkpoints = folder / "checkpoints"
     done = 0
     if resume:
@@ -94,7 +94,7 @@ def pretrain(
     loader = Loader(
         dataset, tokenizer, image_size=model.config.image_size, batch_size=config.batch_size, seed=config.seed,
         max_text_length=model.config.max_text_length, start_step=done * config.accumulate, workers=config.workers,
-        strict=config.strict,
+        strict=config.strict, pairs_only=config.objective in ("mamo", "clip"),
     )  # fmt: skip
     start = clock = time.perf_counter()
     with _StopRequest() as request, metrics.Metrics(folder, done) as rows, _Progress(config, done, progress) as bar:
@@ -140,9 +140,11 @@ def train_step(
     lr: float,
     device: torch.device,
 ) -> dict[str, float]:
-    """One optimiser step over the mean loss of the micro-batches; returns the means of losses and accuracy."""
+    """One optimiser step over the mean loss of the micro-batches; returns the means of the model's METRICS."""
     torch.manual_seed((config.seed << 32) + step)
-    names = ("loss", "image_loss", "text_loss", "text_accuracy")
+    names = model.METRICS
+    if hasattr(model, "update_target"):  # the momentum network moves once a step, before it is used
+        model.update_target()
     totals = torch.zeros(len(names), device=device)
     for batch in micro_batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -164,14 +166,14 @@ def train_step(
     return dict(zip(names, values, strict=True))
 
 
-def make_optimiser(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
+def make_optimiser(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW (.9, .95); weight decay on matrices only: not on biases, norms, embeddings, CLS, type and mask tokens."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.dim() >= 2 and id(p) not in embeddings]
     others = [p for p in parameters if p.dim() < 2 or id(p) in embeddings]
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
 
 
 def count_tokens(batch: ImageTextBatch, patches: int) -> int:

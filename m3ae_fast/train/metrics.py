@@ -9,8 +9,6 @@ from pathlib import Path
 
 from m3ae_fast._files import naming, replacing
 
-FIELDS = ("step", "loss", "image_loss", "text_loss", "text_accuracy", "lr", "tokens_per_second")
-
 
 class Metrics:
     """Appends a row a step to `<folder>/metrics.jsonl` and to TensorBoard (`<folder>/tensorboard`).
@@ -42,10 +40,11 @@ class Metrics:
 
     def write(self, row: dict) -> None:
         with naming(self.path):
-            self._file.write(json.dumps({name: row[name] for name in FIELDS}) + "\n")
+            self._file.write(json.dumps(row) + "\n")
         with naming(self._board_path):
-            for name in FIELDS[1:]:
-                self._board.add_scalar(name, row[name], row["step"])
+            for name, value in row.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, row["step"])
 
     def flush(self) -> None:
         """Everything written so far is on the disk: called before a checkpoint that counts on it."""

@@ -24,20 +24,42 @@ SAMPLES = 6  # of a picture
 SIDE, GAP, MARGIN, LINE, COLUMNS = 192, 10, 28, 21, 2
 PAPER, CARD, INK, FAINT = "#f4f5f7", "#ffffff", "#1f2430", "#8a91a0"
 MASKED_WORD, RIGHT, WRONG = "#e4e7ee", "#178a4c", "#c8452f"
+IMAGE, TEXT, PAIR, RIGHT_SHARE, WATCH = "#2f6fde", "#d9632b", "#7a4fc0", "#178a4c", "#6b7280"
+PANELS = {  # of losses.png, by the name of the metric: title, colour, what it is
+    "image_loss": ("image loss", IMAGE, "squared error of masked patches"),
+    "text_loss": ("text loss", TEXT, "cross-entropy of masked words"),
+    "text_accuracy": ("text accuracy", RIGHT_SHARE, "share of masked words guessed"),
+    "mrm_loss": ("MRM", PAIR, "masked representations, squared error"),
+    "mim_loss": ("MIM", IMAGE, "masked patches, absolute error"),
+    "mlm_loss": ("MLM", TEXT, "cross-entropy of masked words"),
+    "itc_loss": ("ITC", PAIR, "images against texts"),
+    "itm_loss": ("ITM", PAIR, "does the pair belong together?"),
+    "mlm_accuracy": ("MLM accuracy", RIGHT_SHARE, "share of masked words guessed"),
+    "itm_accuracy": ("ITM accuracy", RIGHT_SHARE, "share of pairs told right"),
+    "target_std": ("spread of MRM's targets", WATCH, "to 0: collapse"),
+    "prediction_std": ("spread of MRM's predictions", WATCH, "to 0: collapse"),
+    "image_accuracy": ("image accuracy", RIGHT_SHARE, "texts whose image is found in the batch"),
+    "accuracy": ("accuracy", RIGHT_SHARE, "share of shown classes named"),
+    "lr": ("learning rate", WATCH, ""),
+}
 STRIPES = ((223, 226, 232), (240, 242, 245))  # a masked patch: unlike any plain patch of an image
 
 
 def draw_pictures(
     folder: Path, model: nn.Module, tokenizer: Tokenizer | None, config: RunConfig, step: int, device: torch.device
 ) -> None:
-    """Write pictures/losses.png and pictures/reconstruction-<step>.png of a run."""
+    """Write pictures/losses.png of a run and, of models that rebuild what they cannot see, a picture of it:
+    pictures/reconstruction-<step>.png (M3AE, MAE), pictures/words-<step>.png (MAMO)."""
     (folder / "pictures").mkdir(exist_ok=True)
     draw_losses(metrics.read(folder / "metrics.jsonl"), folder / "pictures" / "losses.png")
+    if config.objective not in ("m3ae", "mae", "mamo"):
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", M3AEFastWarning)  # the training loader has told of files it cannot read
         batch = held_out(model.config, tokenizer, config)
-    path = folder / "pictures" / f"reconstruction-{step:08d}.png"
-    draw_reconstruction(model, tokenizer, batch, path, seed=config.seed, device=device)
+    draw, name = (draw_words, "words") if config.objective == "mamo" else (draw_reconstruction, "reconstruction")
+    path = folder / "pictures" / f"{name}-{step:08d}.png"
+    draw(model, tokenizer, batch, path, seed=config.seed, device=device)
 
 
 def held_out(
@@ -102,16 +124,19 @@ def draw_losses(rows: list[dict], path: Path) -> None:
 
     if not rows:
         return
-    panels = (
-        ("image loss", "#2f6fde", "image_loss", "squared error of masked patches"),
-        ("text loss", "#d9632b", "text_loss", "cross-entropy of masked words"),
-        ("text accuracy", "#178a4c", "text_accuracy", "share of masked words guessed"),
-        ("learning rate", "#6b7280", "lr", ""),
-    )
-    figure = Figure(figsize=(10, 6), dpi=110, facecolor="white", layout="constrained")
+    shown = [name for name in rows[0] if name in PANELS and (name == "lr" or any(row[name] for row in rows))]
+    if len(shown) == 1:  # a model of one loss
+        shown = ["loss", *shown]
+    columns = 2 if len(shown) <= 4 else 3
+    lines = -(-len(shown) // columns)
+    figure = Figure(figsize=(5 * columns, 3 * lines), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     steps = np.array([row["step"] for row in rows])
-    for axes, (title, color, name, subtitle) in zip(figure.subplots(2, 2, sharex=True).flat, panels, strict=True):
+    grid = figure.subplots(lines, columns, sharex=True, squeeze=False).ravel()
+    for axes in grid[len(shown) :]:
+        axes.set_visible(False)
+    for axes, name in zip(grid, shown, strict=False):
+        title, color, subtitle = PANELS.get(name, (name, IMAGE, ""))
         values = np.array([row[name] for row in rows])
         mean = running_mean(values, max(len(values) // 50, 1))
         if name != "lr":
@@ -125,14 +150,14 @@ def draw_losses(rows: list[dict], path: Path) -> None:
         axes.spines[["left", "bottom"]].set_color("#c9cdd6")
         axes.tick_params(colors="#5b6270", labelsize=9)
         axes.set_xlim(0, 1.16 * steps[-1])  # room for the last value
-        low = 0.0 if name in ("lr", "text_accuracy") else None
+        low = 0.0 if name == "lr" or name.endswith(("accuracy", "std")) else None
         axes.set_ylim(bottom=low, top=np.quantile(values, 0.995) * 1.05 if len(values) > 100 and low is None else None)
         if name != "lr":
             axes.annotate(
                 f"{mean[-1]:.3f}", (steps[-1], mean[-1]), xytext=(7, -4), textcoords="offset points",
                 fontsize=10, fontweight="bold", color=color,
             )  # fmt: skip
-    for axes in figure.axes[2:]:
+    for axes in grid[-columns:]:
         axes.set_xlabel("step", fontsize=9, color="#5b6270")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
@@ -171,8 +196,7 @@ def draw_reconstruction(
     image_mask, text_mask = result.image_mask.cpu(), result.text_mask.cpu()
     predicted = unpatchify(result.image.float().cpu(), config)
     images = iter(() if batch.images is None else batch.images.cpu().permute(0, 2, 3, 1).numpy())
-    words = iter(batch.text.cpu().split(batch.text_lengths.lengths))
-    guesses = iter(result.text_logits.argmax(-1).cpu().split(batch.text_lengths.lengths) if tokenizer else ())
+    captions = iter(_captions(batch, tokenizer, result.text_logits, text_mask) if tokenizer else ())
     stripes = striped(*config.image_shape)
     cards = []
     for i, has_image in enumerate(batch.has_image):
@@ -181,15 +205,57 @@ def draw_reconstruction(
             image = next(images)
             hidden = pixel_mask(image_mask[i], config)[..., None].numpy()
             panels = [image, np.where(hidden, stripes, image), np.where(hidden, predicted[i].numpy(), image)]
-        text, length = [], batch.text_lengths.lengths[i]
-        if tokenizer:
-            ids, guessed = next(words).tolist(), next(guesses).tolist()
-            masked = text_mask[i, :length].tolist()
-            text = list(zip(tokenizer.tokens(ids), tokenizer.tokens(guessed), masked, strict=True))
-        cards.append((panels, text))
-    canvas = _Canvas(cards)
-    with replacing(path) as temporary:
-        canvas.image.save(temporary, format="PNG")
+        cards.append((panels, next(captions, [])))
+    Cards(cards, ("original", "masked", "reconstruction")).save(path)
+
+
+@torch.no_grad()
+def draw_words(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    batch: ImageTextBatch,
+    path: Path,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> None:
+    """A MAMO's view of pairs: the image, where in it the caption is found (`downstream.ground`), and the guesses of
+    masked words, green where right.
+
+    Args:
+        batch: pairs, images as uint8. seed: of the masked words.
+    """
+    from m3ae_fast.downstream.ground import ground, to_pixels
+
+    training = model.training
+    model.eval()
+    batch = batch.to(device)
+    logits, text_mask = model.fill_words(batch, seed=seed)
+    maps = to_pixels(ground(model, batch), model.config).cpu()
+    model.train(training)
+    images = batch.images.cpu().permute(0, 2, 3, 1).numpy()
+    captions = _captions(batch, tokenizer, logits, text_mask)
+    cards = [([image, heat(image, map)], text) for image, map, text in zip(images, maps, captions, strict=True)]
+    Cards(cards, ("original", "where the caption is found")).save(path)
+
+
+def _captions(
+    batch: ImageTextBatch, tokenizer: Tokenizer, logits: Tensor, text_mask: Tensor
+) -> list[list[tuple[str, str, bool]]]:
+    """(word, guess, whether it was masked) of each word of each sample."""
+    lengths, found = batch.text_lengths.lengths, []
+    parts = zip(batch.text.cpu().split(lengths), logits.argmax(-1).cpu().split(lengths), text_mask, strict=True)
+    for words, guesses, masked in parts:
+        ids = (words.tolist(), guesses.tolist())
+        found.append(list(zip(*map(tokenizer.tokens, ids), masked[: len(words)].tolist(), strict=True)))
+    return found
+
+
+def heat(image: np.ndarray, map: Tensor) -> np.ndarray:
+    """[H, W, 3] uint8 with a map [H, W] laid over it: gray where it is lowest, in its colours where highest."""
+    share = ((map - map.min()) / (map.max() - map.min()).clamp(min=1e-12)).numpy()[..., None]
+    gray = image.mean(2, keepdims=True) * 0.35 + 150
+    return np.uint8(np.clip(share * image + (1 - share) * gray, 0, 255))
 
 
 def unpatchify(patches: Tensor, config: M3AEConfig) -> Tensor:
@@ -211,10 +277,20 @@ def striped(height: int, width: int) -> np.ndarray:
     return np.uint8(STRIPES)[diagonal // max(width // 64, 1) // 2 % 2]
 
 
-class _Canvas:
-    """Lays cards (three panels, a caption) out in columns; `image` is the picture."""
+class Cards:
+    """Lays cards out in columns; `image` is the picture.
 
-    def __init__(self, cards: list[tuple[list[np.ndarray], list[tuple[str, str, bool]]]]):
+    Args:
+        cards: of each, its panels ([H, W, 3] uint8) and its words (word, guess, whether it was masked).
+        titles: of the panels. note: at the foot, where a word was masked.
+    """
+
+    def __init__(
+        self,
+        cards: list[tuple[list[np.ndarray], list[tuple[str, str, bool]]]],
+        titles: tuple[str, ...],
+        note: str = "gray words were masked, the model's guess is below them: green where it is right",
+    ):
         import matplotlib
         from PIL import Image, ImageDraw, ImageFont
 
@@ -222,8 +298,9 @@ class _Canvas:
         self._font = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 15)
         self._bold = ImageFont.truetype(str(fonts / "DejaVuSans-Bold.ttf"), 13)
         self._small = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 13)
+        self._titles = titles
         columns = min(COLUMNS, len(cards))
-        inner = 3 * SIDE + 2 * GAP
+        inner = len(titles) * (SIDE + GAP) - GAP
         width = inner + 2 * GAP
         placed = [(panels, self._lay_out(text, inner)) for panels, text in cards]
         heights = [self._height(*card) for card in placed]
@@ -231,14 +308,17 @@ class _Canvas:
         size = (columns * (width + GAP) - GAP + 2 * MARGIN, sum(rows) + (len(rows) - 1) * GAP + 2 * MARGIN + LINE)
         self.image = Image.new("RGB", size, PAPER)
         self._pen = ImageDraw.Draw(self.image)
-        if any(text for _, text in cards):
-            note = "gray words were masked, the model's guess is below them: green where it is right"
+        if any(masked for _, text in cards for _, _, masked in text):
             self._pen.text((MARGIN, size[1] - MARGIN - 8), note, font=self._small, fill=FAINT)
         for i, card in enumerate(placed):
             row, column = divmod(i, columns)
             x, y = MARGIN + column * (width + GAP), MARGIN + sum(rows[:row]) + row * GAP
             self._pen.rounded_rectangle((x, y, x + width - 1, y + rows[row] - 1), 8, fill=CARD)
             self._card(x + GAP, y + GAP, *card)
+
+    def save(self, path: Path) -> None:
+        with replacing(path) as temporary:
+            self.image.save(temporary, format="PNG")
 
     def _height(self, panels, words) -> int:
         height = LINE + SIDE if panels else 0
@@ -265,7 +345,7 @@ class _Canvas:
     def _card(self, x: int, y: int, panels, words) -> None:
         from PIL import Image
 
-        for i, (panel, title) in enumerate(zip(panels, ("original", "masked", "reconstruction"), strict=bool(panels))):
+        for i, (panel, title) in enumerate(zip(panels, self._titles, strict=bool(panels))):
             left = x + i * (SIDE + GAP)
             self._pen.text((left, y - 3), title, font=self._bold, fill=FAINT)
             enlarged = panel.shape[0] < SIDE

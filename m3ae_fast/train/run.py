@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from m3ae_fast._files import naming
 from m3ae_fast.data import Tokenizer, open_dataset
-from m3ae_fast.models import M3AE, M3AEConfig
+from m3ae_fast.models import OBJECTIVES
 from m3ae_fast.train import checkpoint
 from m3ae_fast.train.config import RunConfig
 
@@ -31,7 +32,7 @@ class Run(NamedTuple):
     """A run read back from its folder."""
 
     config: RunConfig
-    model: M3AE
+    model: nn.Module  # of OBJECTIVES[config.objective]
     tokenizer: Tokenizer | None  # None: a model of images alone
     step: int  # steps taken by the checkpoint
 
@@ -65,10 +66,11 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def build_model(config: RunConfig) -> M3AE:
+def build_model(config: RunConfig) -> nn.Module:
     """With weights drawn from the run's seed, the same on every device."""
     torch.manual_seed(config.seed)
-    return M3AE(M3AEConfig.from_dict(config.model_config))
+    model, model_config = OBJECTIVES[config.objective]
+    return model(model_config.from_dict(config.model_config))
 
 
 def create(folder: Path, config: RunConfig):
@@ -78,17 +80,42 @@ def create(folder: Path, config: RunConfig):
     config = config.resolved()
     names = ("image_size", "image_mask_ratio", "text_mask_ratio")
     changes = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    model_config = getattr(M3AEConfig, config.model)(**changes)
+    changes |= config.options or {}
+    model_config = _model_config(config, changes)
     dataset = open_dataset(config.data, image_size=model_config.image_size, seed=config.seed)
-    if config.text_vocab is not None:
-        tokenizer = Tokenizer.from_vocab(config.text_vocab)
-    else:
-        captions = list(itertools.islice(dataset.captions(), LEARN_WORDS_FROM))
-        tokenizer = Tokenizer.train(captions, vocab_size=VOCAB_SIZE) if captions else None
-    model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size if tokenizer else 0)
-    chosen = {name: getattr(model_config, name) for name in names}
+    tokenizer = None
+    if config.objective == "supervised":
+        if not dataset.classes:
+            raise ValueError(
+                f"data must have classes, a subfolder for each, to train a supervised model, got {config.data}"
+            )
+        changes["classes"] = len(dataset.classes)
+    elif config.objective != "mae":
+        tokenizer = make_tokenizer(dataset, config)
+        if tokenizer is None and config.objective != "m3ae":
+            raise ValueError(f"data must have captions to train {config.objective}, got {config.data} without any")
+    changes["vocab_size"] = tokenizer.vocab_size if tokenizer else 0
+    model_config = _model_config(config, changes)
+    chosen = {name: getattr(model_config, name, None) for name in names}
     as_json = json.loads(json.dumps(model_config.to_dict()))  # tuples become lists, as they will be when read back
     return dataclasses.replace(config, **chosen, model_config=as_json), dataset, tokenizer
+
+
+def _model_config(config: RunConfig, changes: dict):
+    """The preset with changes; ValueError for one that this model has not."""
+    kind = OBJECTIVES[config.objective][1]
+    unknown = sorted(set(changes) - {field.name for field in dataclasses.fields(kind)})
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: the configuration of {config.objective} has no such field")
+    return kind.preset(config.model, **changes)
+
+
+def make_tokenizer(dataset, config: RunConfig) -> Tokenizer | None:
+    """The vocabulary that the run names, or one made from the captions; None where there are none."""
+    if config.text_vocab is not None:
+        return Tokenizer.from_vocab(config.text_vocab)
+    captions = list(itertools.islice(dataset.captions(), LEARN_WORDS_FROM))
+    return Tokenizer.train(captions, vocab_size=VOCAB_SIZE) if captions else None
 
 
 def prepare_folder(folder: Path, tokenizer: Tokenizer | None) -> None:

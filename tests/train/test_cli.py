@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from m3ae_fast import cli
+from m3ae_fast.models import OBJECTIVES
+from m3ae_fast.models.config import SIZES
 from m3ae_fast.train import RunConfig, loop
-from m3ae_fast.train.config import DEFAULTS, LR_PER_256
+from m3ae_fast.train.config import DEFAULTS, LR_PER_256, TINY_LR
 
 SMALL = ["--steps", "3", "--batch-size", "2", "--image-size", "32", "--device", "cpu"]
 
@@ -153,7 +155,9 @@ def test_the_help_of_pretrain_tells_the_true_defaults(run):
     for name in ("steps", "batch_size"):
         values = [DEFAULTS[model][name] for model in ("tiny", "small")]
         assert "default: tiny {:,}, others {:,}".format(*values) in " ".join(out.split())
-    assert f"default: tiny {DEFAULTS['tiny']['lr']:g}, others {LR_PER_256:g} for 256 samples" in " ".join(out.split())
+    tiny = f"tiny {DEFAULTS['tiny']['lr']:g} (M3AE, MAE) or {TINY_LR['mamo']:g}"
+    assert f"default: {tiny}, others {LR_PER_256:g} for 256 samples" in " ".join(out.split())
+    assert "{" + ",".join(OBJECTIVES) + "}" in out and "{" + ",".join(SIZES) + "}" in out
     defaults = RunConfig()
     for name in ("accumulate", "seed", "weight_decay", "grad_clip", "workers"):
         assert f"({getattr(defaults, name)})" in out

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from m3ae_fast.data import BadSample
-from m3ae_fast.models import M3AE
-from m3ae_fast.train import RunConfig, checkpoint, load_run, loop, pretrain
+from m3ae_fast.models import M3AE, M3AEConfig
+from m3ae_fast.train import checkpoint, load_run, loop, pretrain
 
 
 @pytest.fixture
@@ -196,8 +196,8 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_run(train, tmp_path):
 
 
 def test_decay_is_for_matrices_alone(config):
-    model = M3AE(loop.run.M3AEConfig.tiny(vocab_size=50))
-    optimiser = loop.make_optimiser(model, RunConfig().resolved())
+    model = M3AE(M3AEConfig.tiny(vocab_size=50))
+    optimiser = loop.make_optimiser(model, lr=1e-3, weight_decay=0.05)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, others = ({names[id(p)] for p in group["params"]} for group in optimiser.param_groups)
     assert [group["weight_decay"] for group in optimiser.param_groups] == [0.05, 0.0]

@@ -3,7 +3,9 @@
 import pytest
 
 from m3ae_fast import M3AEFastWarning
-from m3ae_fast.train.metrics import FIELDS, Metrics, read
+from m3ae_fast.train.metrics import Metrics, read
+
+FIELDS = ("step", "loss", "image_loss", "text_loss", "text_accuracy", "lr", "tokens_per_second")
 
 
 def row(step):
