@@ -6,12 +6,14 @@ Exit status: 0 done; 2 a mistake in the call, the data or a file, told in one li
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 import warnings
 from pathlib import Path
 
 from m3ae_fast import M3AEFastWarning, __version__, explain
+from m3ae_fast.downstream.commands import add_commands
 
 INTERRUPTED = 130  # as shells say it: 128 + SIGINT
 
@@ -62,12 +64,18 @@ def _pretrain(args: argparse.Namespace) -> int:
 
     fields = {field.name for field in dataclasses.fields(RunConfig)}
     given = {name: value for name, value in vars(args).items() if name in fields}
+    if "options" in given:
+        given["options"] = dict(given["options"])
     config = RunConfig(**given)
     data = "shapes" if config.data == "shapes" else Path(config.data).resolve().name
-    out = getattr(args, "out", Path("runs") / f"{data}-{config.model}")
+    parts = (data, *([] if config.objective == "m3ae" else [config.objective]), config.model)
+    out = getattr(args, "out", Path("runs") / "-".join(parts))
     if args.resume and (out / "run.json").is_file():
         config = dataclasses.replace(RunConfig.load(out), **given)
-    print(f"training {config.model} on {config.data} into {out} (Ctrl-C saves and stops)", file=sys.stderr)
+    print(
+        f"training {config.objective} {config.model} on {config.data} into {out} (Ctrl-C saves and stops)",
+        file=sys.stderr,
+    )
     summary = pretrain(config, out, resume=args.resume, stop_after=getattr(args, "stop_after", None))
     _print_summary(summary)
     return INTERRUPTED if summary.interrupted else 0
@@ -83,8 +91,8 @@ def _print_summary(summary) -> None:
         f"\n{summary.step:,} of {summary.steps:,} steps; {summary.seconds:,.1f} s, "
         f"of which {summary.wait_seconds:,.1f} s waiting for data; {rate:,.0f} tokens/s"
     )
-    names = ("loss", "image_loss", "text_loss", "text_accuracy")
-    print("last step: " + ", ".join(f"{name} {summary.last[name]:.4f}" for name in names))
+    losses = {name: value for name, value in summary.last.items() if name not in ("step", "lr", "tokens_per_second")}
+    print("last step: " + ", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
     counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in summary.counters.items())
     print(f"samples: {counts}")
     if summary.step < summary.steps:
@@ -152,7 +160,8 @@ def _parser() -> argparse.ArgumentParser:
 
     # SUPPRESS: what was not given is not there, so that --resume can tell it from a default
     pretrain = add(
-        "pretrain", _pretrain, "Train an M3AE. With no option: drawn scenes, a tiny model, two minutes on two cores.",
+        "pretrain", _pretrain,
+        "Train an M3AE, or another model. With no option: drawn scenes, a tiny model, two minutes on two cores.",
         argument_default=argparse.SUPPRESS,
     )  # fmt: skip
     _add_run_options(pretrain)
@@ -167,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("--seed", type=_natural, metavar="S", help="of the masks (default: the run's)")
     reconstruct.add_argument("--device", default="cpu", help="%(default)s")
 
+    add_commands(add, _natural, _positive)
     add("info", _info, "Say what runs here and why: versions, instruction set, backends.")
 
     convert = add("convert", _convert, "Turn a checkpoint of the paper's public code into safetensors.")
@@ -179,6 +189,7 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     """One option for each setting of RunConfig, named alike."""
     run = command.add_argument_group("the run")
     run.add_argument("--data", metavar="shapes|DIR", help="drawn scenes (default), or a folder of NAME.jpg + NAME.txt")
+    run.add_argument("--objective", choices=("m3ae", "mae", "mamo", "clip", "supervised"), help="default: m3ae")
     run.add_argument("--model", choices=("tiny", "small", "base", "large", "huge"), help="default: tiny")
     run.add_argument("--steps", type=_positive, metavar="N", help="default: tiny 1,200, others 100,000")
     run.add_argument("--batch-size", type=_positive, metavar="B", help="of a pass; default: tiny 32, others 64")
@@ -189,11 +200,17 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     run.add_argument("--image-mask-ratio", type=float, metavar="R", help="share of patches removed (0.75)")
     run.add_argument("--text-mask-ratio", type=float, metavar="R", help="share of words removed (0.75)")
     run.add_argument(
+        "--set", dest="options", action="append", type=_setting, metavar="NAME=VALUE",
+        help="another field of the model's configuration, e.g. mim_weight=0; as often as needed",
+    )  # fmt: skip
+    run.add_argument(
         "--text-vocab", metavar="FILE", help="vocab.txt or tokenizer.json; default: made from the captions"
     )
     optimiser = command.add_argument_group("the optimiser (AdamW .9, .95; warm-up, then a cosine to 0)")
     optimiser.add_argument(
-        "--lr", type=float, help="peak; default: tiny 0.002, others 0.00015 for 256 samples of a step"
+        "--lr",
+        type=float,
+        help="peak; default: tiny 0.002 (M3AE, MAE) or 0.001, others 0.00015 for 256 samples of a step",
     )
     optimiser.add_argument("--warmup", type=_natural, metavar="STEPS", help="default: a tenth of all")
     optimiser.add_argument("--weight-decay", type=float, metavar="W", help="of weight matrices (0.05)")
@@ -210,6 +227,17 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     machine.add_argument("--device", help="default: cuda if there is one, else cpu")
     machine.add_argument("--workers", type=_natural, metavar="N", help="processes that load data (0)")
     machine.add_argument("--strict", action="store_true", help="stop at an image that cannot be read; default: skip it")
+
+
+def _setting(text: str) -> tuple[str, object]:
+    """NAME=VALUE, the value a number, a JSON value or a plain word."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def _natural(text: str, low: int = 0) -> int:

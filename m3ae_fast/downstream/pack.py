@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from m3ae_fast import ImageTextBatch, M3AEFastWarning, _checks
 from m3ae_fast.data import Tokenizer
@@ -52,6 +52,16 @@ def pack(
         None if ids is None else [len(text) for text in ids],
         sample_ids=sample_ids,
     )
+
+
+def pack_for(
+    model: nn.Module, images: Sequence[np.ndarray] | None, texts: Sequence[str] | None, tokenizer: Tokenizer | None
+) -> ImageTextBatch:
+    """`pack` at the sizes of a model's configuration."""
+    height, width = model.config.image_shape
+    if height != width:
+        raise ValueError(f"model must take square images, since they are cropped to squares, got {height} x {width}")
+    return pack(images, texts, tokenizer, image_size=height, max_text_length=model.config.max_text_length)
 
 
 def crop_box(

@@ -1,0 +1,62 @@
+"""finetune: a few steps of AdamW on examples, for the downstream tasks."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from m3ae_fast.data.seeds import ORDER, generator
+from m3ae_fast.train.loop import make_optimiser
+from m3ae_fast.train.schedule import learning_rate
+
+
+def finetune(
+    model: nn.Module,
+    examples: Sequence,
+    loss_of: Callable[[list, int], Tensor],
+    *,
+    steps: int,
+    batch_size: int = 32,
+    lr: float = 5e-4,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[float]:
+    """Train all of `model` that is trained at all; returns the loss of every step.
+
+    Args:
+        examples: read one at a time, each once an epoch in an order drawn from the seed.
+        loss_of: loss_of(list of examples, step) -> scalar.
+        lr: peak; a tenth of the steps warm up, then a cosine to 0.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    from tqdm import trange
+
+    optimiser = make_optimiser(model, lr=lr, weight_decay=0.05)
+    batch_size, losses, order = min(batch_size, len(examples)), [], []
+    epoch = 0
+    model.train()
+    interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants fewer lines
+    for step in trange(steps, disable=not progress, desc="fine-tuning", leave=False, mininterval=interval):
+        while len(order) < batch_size:
+            order += generator(seed, ORDER, epoch).permutation(len(examples)).tolist()
+            epoch += 1
+        chosen, order = order[:batch_size], order[batch_size:]
+        loss = loss_of([examples[i] for i in chosen], step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(
+                f"the loss of step {step + 1} is not finite, got {losses[-1]}: a lower lr may help"
+            )
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, steps=steps, warmup=steps // 10, peak=lr)
+        optimiser.step()
+        optimiser.zero_grad()
+    model.eval()
+    return losses

@@ -1,0 +1,51 @@
+"""Reasoning: is a sentence true of two images?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3ae_fast.data import Tokenizer
+from m3ae_fast.downstream.accuracy import accuracies
+from m3ae_fast.downstream.examples import Statement
+from m3ae_fast.downstream.finetune import finetune
+from m3ae_fast.downstream.pack import pack_for
+from m3ae_fast.downstream.report import Result
+from m3ae_fast.models.reason import Reason
+
+
+def train_reason(
+    model: Reason, statements: Sequence[Statement], tokenizer: Tokenizer, *, steps: int, **options
+) -> list[float]:
+    """Train a Reason model on statements; returns the losses. options: as `finetune`'s."""
+
+    def loss_of(examples: list[Statement], step: int) -> Tensor:
+        label = torch.tensor([float(s.label) for s in examples])
+        logits = _logits(model, examples, tokenizer)
+        return F.binary_cross_entropy_with_logits(logits, label.to(logits.device))
+
+    return finetune(model, statements, loss_of, steps=steps, **options)
+
+
+@torch.no_grad()
+def score_reason(
+    model: Reason, statements: Sequence[Statement], tokenizer: Tokenizer, *, batch_size: int = 64
+) -> list[Result]:
+    """Accuracy, of all and by kind."""
+    kinds, truths, guesses = [], [], []
+    for start in range(0, len(statements), batch_size):
+        chunk = [statements[i] for i in range(start, min(start + batch_size, len(statements)))]
+        guesses += (_logits(model, chunk, tokenizer) > 0).tolist()
+        kinds += [s.kind for s in chunk]
+        truths += [s.label for s in chunk]
+    return accuracies(kinds, truths, guesses)
+
+
+def _logits(model: Reason, statements: Sequence[Statement], tokenizer: Tokenizer) -> Tensor:
+    device = next(model.parameters()).device
+    left = pack_for(model.mamo, [s.left for s in statements], None, tokenizer).to(device).images
+    sentences = [s.sentence for s in statements]
+    return model(left, pack_for(model.mamo, [s.right for s in statements], sentences, tokenizer).to(device))

@@ -1,0 +1,69 @@
+"""VQA: questions about images, answers ranked over a fixed list."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from m3ae_fast import M3AEFastWarning
+from m3ae_fast.data import Tokenizer
+from m3ae_fast.downstream.accuracy import accuracies
+from m3ae_fast.downstream.examples import Question
+from m3ae_fast.downstream.finetune import finetune
+from m3ae_fast.downstream.pack import pack_for
+from m3ae_fast.downstream.report import Result
+from m3ae_fast.models.vqa import VQA
+
+
+def train_vqa(model: VQA, questions: Sequence[Question], tokenizer: Tokenizer, *, steps: int, **options) -> list[float]:
+    """Train a VQA model on questions with their answers; returns the losses. options: as `finetune`'s."""
+    device = next(model.parameters()).device
+
+    def loss_of(examples: list[Question], step: int) -> Tensor:
+        answers = [tokenizer.encode(q.answer) for q in examples]
+        return model(_batch(model, examples, tokenizer).to(device), answers)
+
+    return finetune(model, questions, loss_of, steps=steps, **options)
+
+
+@torch.no_grad()
+def answer(
+    model: VQA, questions: Sequence[Question], answers: Sequence[str], tokenizer: Tokenizer, *, batch_size: int = 64
+) -> list[str]:
+    """The likeliest answer of a list to each question.
+
+    Raises:
+        ValueError: an empty list, or an answer without a word.
+    """
+    if not len(answers):
+        raise ValueError("answers must hold at least one, got none")
+    encoded = [tokenizer.encode(text) for text in answers]
+    for text, ids in zip(answers, encoded, strict=True):
+        if not ids:
+            raise ValueError(f"answers must hold words, got {text!r}")
+    device, found = next(model.parameters()).device, []
+    for start in range(0, len(questions), batch_size):
+        chunk = [questions[i] for i in range(start, min(start + batch_size, len(questions)))]
+        ranks = model.rank(_batch(model, chunk, tokenizer).to(device), encoded)
+        found += [answers[i] for i in ranks.argmax(1).tolist()]
+    return found
+
+
+def score_vqa(
+    model: VQA, questions: Sequence[Question], answers: Sequence[str], tokenizer: Tokenizer, **options
+) -> list[Result]:
+    """Accuracy, of all and by kind. A question whose answer is not in the list counts as wrong, with a warning."""
+    examples = [questions[i] for i in range(len(questions))]
+    missing = sum(q.answer not in set(answers) for q in examples)
+    if missing:
+        message = f"{missing} of {len(examples)} questions have an answer that is not in the list: they count as wrong"
+        warnings.warn(message, M3AEFastWarning, stacklevel=2)
+    guesses = answer(model, examples, answers, tokenizer, **options)
+    return accuracies([q.kind for q in examples], [q.answer for q in examples], guesses)
+
+
+def _batch(model: VQA, questions: Sequence[Question], tokenizer: Tokenizer):
+    return pack_for(model.mamo, [q.image for q in questions], [q.question for q in questions], tokenizer)
