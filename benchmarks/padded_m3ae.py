@@ -30,19 +30,20 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, approximate: str):
         super().__init__()
+        self.approximate = approximate
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, hidden: int):
+    def __init__(self, width: int, heads: int, hidden: int, approximate: str):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn, self.mlp = Attention(width, heads), Mlp(width, hidden)
+        self.attn, self.mlp = Attention(width, heads), Mlp(width, hidden, approximate)
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
         x = x + self.attn(self.norm1(x), keys)
@@ -50,9 +51,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width: int, depth: int, heads: int, mlp_ratio: float):
+    def __init__(self, width: int, depth: int, heads: int, mlp_ratio: float, approximate: str = "tanh"):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads, int(width * mlp_ratio)) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, int(width * mlp_ratio), approximate) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
