@@ -109,7 +109,7 @@ class PaddedMAMO(nn.Module):
 
         P = image_mask.shape[1]
         patches = online.fuse(masked_image, words, real)[:, 1 : 1 + P][image_mask]
-        hidden = online.fuse(whole[:, 1:], masked_words, real)[:, 1 + P :][text_mask]
+        read = online.fuse(whole[:, 1:], masked_words, real)[:, 1 + P :]
 
         def regression(rows: Tensor, theirs: Tensor) -> Tensor:
             return F.mse_loss(
@@ -117,9 +117,10 @@ class PaddedMAMO(nn.Module):
             )
 
         mrm = regression(patches, target_fused[:, 1 : 1 + P][image_mask])
-        mrm = (mrm + regression(hidden, target_fused[:, 1 + P :][text_mask])) / 2
+        mrm = (mrm + regression(read[text_mask], target_fused[:, 1 + P :][text_mask])) / 2
         mim = F.l1_loss(self.mlp(self.regressor, patches).float(), target_image[image_mask].float())
-        mlm = F.cross_entropy(self.word_head(hidden).float(), text[text_mask])
+        logits = self.word_head(read).float()  # of every word, as BERT's head does
+        mlm = F.cross_entropy(logits.flatten(0, 1), torch.where(text_mask, text, -100).flatten())
         embeddings = online.image_projection(whole[:, 0]).float(), online.text_projection(words[:, 0]).float()
         a, b = (F.normalize(x, dim=1) for x in embeddings)
         scores = a @ b.T / self.contrast.temperature
