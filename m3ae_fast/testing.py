@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from m3ae_fast import _backends, _checks
+from m3ae_fast.seqlens import SeqLens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,19 @@ class Call:
     def to(self, dtype: torch.dtype) -> Call:
         return self.map(lambda x: x.to(dtype))
 
+    def on(self, device: torch.device | str) -> Call:
+        """A copy of the same call on a device: its tensors and the offsets of its SeqLens; leaves stay leaves."""
+
+        def each(x):
+            if isinstance(x, SeqLens):
+                return x.to(device)
+            if not isinstance(x, Tensor):
+                return x
+            return x.detach().to(device, copy=True).requires_grad_(x.requires_grad)
+
+        args, kwargs = pytree.tree_map(each, (self.args, self.kwargs))
+        return Call(args, kwargs)
+
     def run(self, function: Callable, **options) -> tuple[list[Tensor], list[Tensor]]:
         """(outputs, gradients): gradients of a fixed random functional of all floating outputs, for every leaf."""
         outputs = [
@@ -113,6 +127,11 @@ def cotangent(x: Tensor) -> Tensor:
 def cases(op: str):
     """The op's cases module: `SMALL` and `REAL` (names), `make(name, dtype, seed) -> Call`."""
     return importlib.import_module(f"m3ae_fast.ops.{op}.cases")
+
+
+def devices() -> list[str]:
+    """Where every backend is tested: the CPU and, where torch sees one, a GPU. Triton's interpreter runs on the CPU."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() and not _backends.INTERPRETED else ["cpu"]
 
 
 def impls(op: str, device: str = "cpu") -> list[str]:

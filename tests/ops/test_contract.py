@@ -1,4 +1,7 @@
-"""What every op owes, on every backend x instruction set x case x dtype. An op is here because it is loaded."""
+"""What every op owes, on every backend x instruction set x case x dtype. An op is here because it is loaded.
+
+Where torch sees a GPU, the backends that run there are tested on it too, at real sizes as well: `-k cuda`.
+"""
 
 import contextlib
 
@@ -12,10 +15,11 @@ import m3ae_fast
 from m3ae_fast import _backends, testing
 
 OPS = sorted(_backends.LOADED)
-PAIRS = [(op, impl) for op in OPS for impl in testing.impls(op)]
+PAIRS = [(op, impl, device) for device in testing.devices() for op in OPS for impl in testing.impls(op, device)]
 MIXES = 6 if _backends.INTERPRETED else 50  # of lengths: the interpreter takes a second for each
-CASES = [(op, impl, case) for op, impl in PAIRS for case in testing.cases(op).SMALL]
-FIRST = [(op, impl, testing.cases(op).SMALL[0]) for op, impl in PAIRS]
+CASES = [(*pair, case) for pair in PAIRS for case in testing.cases(pair[0]).SMALL]
+FIRST = [(*pair, testing.cases(pair[0]).SMALL[0]) for pair in PAIRS]
+REAL = [(*pair, case) for pair in PAIRS if pair[2] == "cuda" for case in testing.cases(pair[0]).REAL]
 WITH_FP64 = [each for each in FIRST if torch.float64 in testing.dtypes(each[1])]
 THREADED = [each for each in CASES if each[1] == "cpp"]
 
@@ -36,12 +40,12 @@ def assert_same_bits(a, b):
 
 
 @pytest.mark.parametrize(
-    ("op", "impl", "case", "dtype"),
-    [(*each, dtype) for each in CASES for dtype in testing.dtypes(each[1])],
+    ("op", "impl", "device", "case", "dtype"),
+    [(*each, dtype) for each in CASES + REAL for dtype in testing.dtypes(each[1])],
     ids=lambda value: str(value).removeprefix("torch."),
 )
-def test_error_rule(op, impl, case, dtype, isa):
-    call = testing.cases(op).make(case, dtype)
+def test_error_rule(op, impl, device, case, dtype, isa):
+    call = testing.cases(op).make(case, dtype).on(device)
     outputs, gradients = call.run(function(op), impl=impl)
     # There is no truth beyond fp64 to measure fp64 eager PyTorch against: its error is that of fp32, scaled.
     eager = call.to(torch.float32) if dtype == torch.float64 else call
@@ -53,9 +57,9 @@ def test_error_rule(op, impl, case, dtype, isa):
         testing.assert_error_rule(f"gradient {i}", *results, factor=3)
 
 
-@pytest.mark.parametrize(("op", "impl", "case"), WITH_FP64)
-def test_gradcheck(op, impl, case, isa):
-    call = testing.cases(op).make(case, torch.float64)
+@pytest.mark.parametrize(("op", "impl", "device", "case"), WITH_FP64)
+def test_gradcheck(op, impl, device, case, isa):
+    call = testing.cases(op).make(case, torch.float64).on(device)
     leaves = call.leaves()
     if not leaves:
         pytest.skip(f"{op} has no gradient")
@@ -82,9 +86,9 @@ class _Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("op", "impl", "case"), FIRST if _backends.INTERPRETED else CASES)
-def test_opcheck(op, impl, case):
-    call = testing.cases(op).make(case)
+@pytest.mark.parametrize(("op", "impl", "device", "case"), FIRST if _backends.INTERPRETED else CASES)
+def test_opcheck(op, impl, device, case):
+    call = testing.cases(op).make(case).on(device)
     with _Record() as record:
         call.run(function(op), impl=impl)
     assert record.calls, f"{op} called no registered operator"
@@ -93,9 +97,9 @@ def test_opcheck(op, impl, case):
         torch.library.opcheck(func, args, kwargs)
 
 
-@pytest.mark.parametrize(("op", "impl", "case"), THREADED)
-def test_thread_counts_give_the_same_bits(op, impl, case, threads):
-    call = testing.cases(op).make(case)
+@pytest.mark.parametrize(("op", "impl", "device", "case"), THREADED)
+def test_thread_counts_give_the_same_bits(op, impl, device, case, threads):
+    call = testing.cases(op).make(case).on(device)
     results = []
     for count in (1, 2, 3):
         threads(count)
@@ -104,21 +108,27 @@ def test_thread_counts_give_the_same_bits(op, impl, case, threads):
     assert_same_bits(results[0], results[2])
 
 
-@pytest.mark.parametrize(("op", "impl", "case"), CASES)
-def test_strided_inputs(op, impl, case):
+@pytest.mark.parametrize(("op", "impl", "device", "case"), FIRST if _backends.INTERPRETED else CASES + REAL)
+def test_two_runs_give_the_same_bits(op, impl, device, case):
+    call = testing.cases(op).make(case).on(device)
+    assert_same_bits(call.run(function(op), impl=impl), call.run(function(op), impl=impl))
+
+
+@pytest.mark.parametrize(("op", "impl", "device", "case"), CASES)
+def test_strided_inputs(op, impl, device, case):
     """Every second element of a tensor full of NaN gives the same bits as the tensor itself."""
 
     def strided(x):
         return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
 
-    call = testing.cases(op).make(case)
+    call = testing.cases(op).make(case).on(device)
     assert_same_bits(call.run(function(op), impl=impl), call.map(strided).run(function(op), impl=impl))
 
 
-@pytest.mark.parametrize(("op", "impl", "case"), CASES)
-def test_strided_and_expanded_grad_outputs(op, impl, case):
+@pytest.mark.parametrize(("op", "impl", "device", "case"), CASES)
+def test_strided_and_expanded_grad_outputs(op, impl, device, case):
     """autograd hands over gradients of any strides, zero ones among them; gradcheck never does."""
-    call = testing.cases(op).make(case)
+    call = testing.cases(op).make(case).on(device)
     if not call.leaves():
         pytest.skip(f"{op} has no gradient")
 
@@ -134,15 +144,15 @@ def test_strided_and_expanded_grad_outputs(op, impl, case):
     assert_same_bits(plain, with_holes)
 
 
-@pytest.mark.parametrize(("op", "impl", "case"), FIRST)
-def test_compiles_whole_and_at_most_twice(op, impl, case):
+@pytest.mark.parametrize(("op", "impl", "device", "case"), FIRST)
+def test_compiles_whole_and_at_most_twice(op, impl, device, case):
     """fullgraph, dynamic, forward and backward: at most two compilations over all length mixes, the same bits."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function(op), backend=counter, fullgraph=True, dynamic=True)
     with deterministic_off():
         for seed in range(MIXES):
-            call = testing.cases(op).make(case, seed=seed)
+            call = testing.cases(op).make(case, seed=seed).on(device)
             assert_same_bits(call.run(compiled, impl=impl), call.run(function(op), impl=impl))
     assert counter.frame_count <= 2
 
@@ -150,11 +160,12 @@ def test_compiles_whole_and_at_most_twice(op, impl, case):
 @contextlib.contextmanager
 def deterministic_off():
     """NaN-filled torch.empty would be traced into the graph as a fill: not what users compile."""
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -166,10 +177,10 @@ def test_an_explicit_impl_is_obeyed_or_refused(op):
         function(op)(*call.args, **call.kwargs, impl="cuda")
 
 
-@pytest.mark.parametrize(("op", "impl", "case"), FIRST)
-def test_a_second_derivative_is_refused(op, impl, case):
+@pytest.mark.parametrize(("op", "impl", "device", "case"), FIRST)
+def test_a_second_derivative_is_refused(op, impl, device, case):
     """Gradients are made by kernels, which autograd cannot see into: an error, never a wrong number."""
-    call = testing.cases(op).make(case)
+    call = testing.cases(op).make(case).on(device)
     if not call.leaves() or impl == "reference":
         pytest.skip(f"{op} has no gradient of its own here")
     out = function(op)(*call.args, **call.kwargs, impl=impl)
