@@ -1,4 +1,4 @@
-"""Peak memory beyond what must be there, each in a process of its own: `peak_beyond("bench_m3ae:owned", ...)`."""
+"""Peak memory beyond what must be there: the host's in a process of its own, a GPU's by the allocator's account."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 FOLDER = Path(__file__).parent
 
@@ -28,6 +31,18 @@ def peak_beyond(function: str, *args) -> int:
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}: {result.stderr}")
     return int(result.stdout.split()[-1])
+
+
+def peak_on_gpu(run: Callable[[], object], owned: int) -> int:
+    """Bytes of GPU memory that `run` adds at its peak, less `owned`, as torch's allocator counts them."""
+    run()  # what is allocated once is there
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - owned
 
 
 def resident(field: str) -> int:

@@ -81,32 +81,34 @@ class PaddedM3AE(nn.Module):
         self.load_state_dict(ours.state_dict())
         for name, table in ours.named_buffers():
             self.register_buffer(name, table, persistent=False)
+        for name in ("image_mean", "image_std"):
+            self.register_buffer(name, torch.tensor(getattr(c, name)).view(1, 3, 1, 1), persistent=False)
 
     def patchify(self, images: Tensor) -> Tensor:
         c = self.config
-        mean, std = (images.new_tensor(x, dtype=torch.float32).view(1, 3, 1, 1) for x in (c.image_mean, c.image_std))
-        x = (images.float() / 255 - mean) / std
+        x = (images.float() / 255 - self.image_mean) / self.image_std
         p, (h, w) = c.patch_size, c.grid
         return x.view(-1, 3, h, p, w, p).permute(0, 2, 4, 3, 5, 1).reshape(-1, h * w, c.patch_dim)
 
     def forward(
-        self, images: Tensor, text: Tensor, text_padding: Tensor, image_mask: Tensor, text_mask: Tensor
-    ) -> Tensor:
-        """images [B,3,H,W] uint8, text [B,L] padded, text_padding [B,L] True = padding, masks True = removed."""
+        self, images: Tensor, text: Tensor, text_padding: Tensor, image_mask: Tensor, text_mask: Tensor,
+        image_keep: int, text_keep: int,
+    ) -> Tensor:  # fmt: skip
+        """images [B,3,H,W] uint8, text [B,L] padded, text_padding [B,L] True = padding, masks True = removed; how many
+        patches each image keeps, and how many words the text that keeps the most."""
         target = self.patchify(images)
         B, P, L = images.shape[0], target.shape[1], text.shape[1]
+        always = torch.ones(B, 1 + P, dtype=torch.bool, device=text.device)
         image = self.patch_embed["proj"](target) + self.image_position + self.image_type
         words = self.text_embedding(text) + self.text_position[:L] + self.text_type
 
         image_order = image_mask.to(torch.uint8).argsort(dim=1, stable=True)  # kept first
-        image_keep = int((~image_mask[0]).sum())
         removed = text_mask | text_padding
         text_order = removed.to(torch.uint8).argsort(dim=1, stable=True)
-        text_keep = int((~removed).sum(1).max())
         image = gather(image, image_order[:, :image_keep])
         words = gather(words, text_order[:, :text_keep])
-        valid = torch.ones(B, 1 + image_keep + text_keep, dtype=torch.bool)
-        valid[:, 1 + image_keep :] = torch.arange(text_keep) < (~removed).sum(1)[:, None]
+        words_here = torch.arange(text_keep, device=text.device) < (~removed).sum(1)[:, None]
+        valid = torch.cat([always[:, : 1 + image_keep], words_here], dim=1)
         x = torch.cat([self.cls_token.expand(B, 1, -1), image, words], dim=1)
         x = self.decoder_embed(self.encoder(x, valid[:, None, None]))
 
@@ -117,7 +119,7 @@ class PaddedM3AE(nn.Module):
         words = torch.where(removed[..., None], self.text_mask_token.to(words.dtype), words)
         image = image + self.decoder_image_position + self.decoder_image_type
         words = words + self.decoder_text_position[:L] + self.decoder_text_type
-        valid = torch.cat([torch.ones(B, 1 + P, dtype=torch.bool), ~text_padding], dim=1)
+        valid = torch.cat([always, ~text_padding], dim=1)
         x = self.decoder(torch.cat([cls, image, words], dim=1), valid[:, None, None])
 
         pixels = self.image_head(x[:, 1 : 1 + P])
@@ -139,10 +141,11 @@ def unshuffle(kept: Tensor, mask_token: Tensor, order: Tensor) -> Tensor:
     return gather(torch.cat([kept, holes], dim=1), order.argsort(dim=1))
 
 
-def padded_inputs(batch: ImageTextBatch, image_mask: Tensor, text_mask: Tensor) -> tuple[Tensor, ...]:
+def padded_inputs(batch: ImageTextBatch, image_mask: Tensor, text_mask: Tensor) -> tuple[Tensor | int, ...]:
     """What PaddedM3AE takes, from one of our batches with the masks that our model drew for it."""
     longest = batch.text_lengths.max
     real = torch.arange(longest) < torch.tensor(batch.text_lengths.lengths)[:, None]
     text = torch.zeros(len(batch), longest, dtype=torch.int64)
-    text[real] = batch.text.long()
-    return batch.images, text, ~real, image_mask, text_mask
+    text[real] = batch.text.long().cpu()
+    kept = int((~image_mask[0]).sum()), int((real & ~text_mask).sum(1).max())
+    return batch.images, *(x.to(batch.device) for x in (text, ~real, image_mask, text_mask)), *kept

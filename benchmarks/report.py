@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -17,24 +19,63 @@ import m3ae_fast
 
 def machine() -> dict[str, object]:
     """Everything that a number depends on."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    from m3ae_fast._cpp import _C
-
-    return {
+    about = {
         "date": datetime.date.today().isoformat(),
-        "commit": git.stdout.strip() or "unknown",
+        "commit": os.environ.get("COMMIT") or said_by("git", "describe", "--always", "--dirty", "--exclude=*"),
         "m3ae_fast": m3ae_fast.__version__,
         "torch": torch.__version__,
-        "CPU": processor(),
-        "instruction set": _C.active_isa(),
-        "threads": _C.num_threads(),
+    }
+    if measure.SETTINGS.gpu:
+        about |= gpu()
+    else:
+        from m3ae_fast._cpp import _C
+
+        about |= {"CPU": processor(), "instruction set": _C.active_isa(), "threads": _C.num_threads()}
+    return about | {
         "copy bandwidth": f"{measure.copy_bandwidth() / 1e6:.1f} GB/s, read + written",
         "product, fp32": f"{measure.product_rate(torch.float32) / 1e6:.0f} GFLOP/s",
         "product, bf16": f"{measure.product_rate(torch.bfloat16) / 1e6:.0f} GFLOP/s",
     }
+
+
+def said_by(*command: str) -> str:
+    """What a command prints, in this folder; "unknown" where it cannot."""
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return (done.returncode == 0 and done.stdout.strip()) or "unknown"
+
+
+def gpu() -> dict[str, object]:
+    """The GPU, its software and the peers that are installed. Its clocks are as they were found."""
+    card = torch.cuda.get_device_properties(0)
+    return {
+        "Triton": version("triton"),
+        "CUDA": torch.version.cuda,
+        "driver": said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+        "GPU": f"{card.name}, sm_{card.major}{card.minor}, {card.multi_processor_count} multiprocessors, "
+        f"{card.total_memory / 2**30:.0f} GiB",
+        "CPU": processor(),
+        **{peer: version(peer) for peer in ("xformers", "flash-attn", "flash-attn-3", "liger-kernel")},
+        "batches": f"{measure.SETTINGS.batches} times those of a CPU run, where a case does not say its own",
+    }
+
+
+def version(package: str) -> str:
+    """Of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def missing() -> list[str]:
+    """A line for each peer and reason why it could not run."""
+    return [
+        f"not measured: {peer}: {reason} ({len(where)}: {', '.join(where[:3])}{', ...' if len(where) > 3 else ''})"
+        for (peer, reason), where in measure.MISSING.items()
+    ]
 
 
 def processor() -> str:
@@ -66,18 +107,22 @@ def text(rows: list[measure.Row]) -> list[str]:
 def write(path: Path, rows: list[measure.Row], command: str) -> None:
     """path (Markdown) and, beside it, the same as JSON."""
     about = machine()
-    path.with_suffix(".json").write_text(
-        json.dumps({"machine": about, "command": command, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1)
-        + "\n"
-    )
+    result = {"machine": about, "command": command, "rows": [dataclasses.asdict(row) for row in rows]}
+    if measure.SETTINGS.gpu:
+        result["missing"] = [
+            {"peer": peer, "reason": reason, "where": where} for (peer, reason), where in measure.MISSING.items()
+        ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     lines = [
-        "# Measured on a CPU",
+        f"# Measured on {torch.cuda.get_device_name(0) if measure.SETTINGS.gpu else 'a CPU'}",
         "",
         f"Made by `{command}`.",
         'Ours and its peers take turns in one process; medians; "x" is the peer\'s median over ours.',
         "A share of a roof is of the copy bandwidth or of the large matrix product measured in the same run.",
         "",
         *(f"- {name}: {value}" for name, value in about.items()),
+        *(f"- {line}" for line in missing()),
         "",
     ]
     groups: dict[str, list[list[measure.Row]]] = {}

@@ -1,5 +1,6 @@
 """A whole M3AE training step (forward, backward, AdamW) against the padded PyTorch model, eager and compiled."""
 
+import dataclasses
 from unittest import mock
 
 import measure
@@ -12,10 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from m3ae_fast import ImageTextBatch, _backends, testing
 from m3ae_fast.models import M3AE, M3AEConfig
 
-SIZES = {
-    "m3ae_tiny": (M3AEConfig.tiny(vocab_size=1000), testing.SHAPES["m3ae_small"]),
-    "m3ae_small": (M3AEConfig.small(), testing.SHAPES["m3ae_small"]),
-}
+SHAPE = testing.SHAPES["m3ae_small"]
+SIZES = {"m3ae_tiny": (M3AEConfig.tiny(vocab_size=1000), SHAPE), "m3ae_small": (M3AEConfig.small(), SHAPE)}
+PRECISIONS = ["fp32", "bf16"]
+if measure.SETTINGS.gpu:
+    shape = dataclasses.replace(SHAPE, batch=2 if measure.SETTINGS.smoke else 64)
+    configs = {"small": M3AEConfig.small(), "base": M3AEConfig.base(), "large": M3AEConfig.large()}
+    SIZES = {f"m3ae_{name}": (config, shape) for name, config in configs.items()}
+    PRECISIONS = ["bf16"]
 
 
 def make_batch(config: M3AEConfig, shape: testing.ModelShape, seed: int) -> ImageTextBatch:
@@ -24,19 +29,19 @@ def make_batch(config: M3AEConfig, shape: testing.ModelShape, seed: int) -> Imag
     size = (shape.batch, *config.image_shape, 3)
     images = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).permute(0, 3, 1, 2)
     text = torch.randint(0, config.vocab_size, (sum(lengths),), generator=generator)
-    return ImageTextBatch(images, text, lengths)
+    return ImageTextBatch(images, text, lengths).to(measure.SETTINGS.device)
 
 
 def make_model(config: M3AEConfig, provider: str, batches: list[ImageTextBatch]):
     """(model, loss_of): loss_of(i) is the loss of batch i. Models of one config start from the same parameters."""
     torch.manual_seed(0)
-    ours = M3AE(config)
+    ours = M3AE(config).to(measure.SETTINGS.device)
     if provider == "m3ae_fast":
         return ours, lambda i: ours(batches[i], seed=0, step=i).loss
     with torch.no_grad():
         masks = [ours(batch, seed=0, step=i) for i, batch in enumerate(batches)]
     padded = [padded_m3ae.padded_inputs(b, m.image_mask, m.text_mask) for b, m in zip(batches, masks, strict=True)]
-    theirs = padded_m3ae.PaddedM3AE(config)
+    theirs = padded_m3ae.PaddedM3AE(config).to(measure.SETTINGS.device)
     theirs.load_state_dict(ours.state_dict())
     forward = torch.compile(theirs) if provider == "padded, compiled" else theirs
     return theirs, lambda i: forward(*padded[i])
@@ -51,7 +56,7 @@ def make_step(model, loss_of, precision: str):
     optimiser.zero_grad(set_to_none=True)
 
     def run(i):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(measure.SETTINGS.device, torch.bfloat16, enabled=precision == "bf16"):
             loss = loss_of(i)
         loss.backward()
         optimiser.step()
@@ -75,8 +80,8 @@ def flops_of(loss_of) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("size", ["m3ae_tiny", "m3ae_small"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("size", SIZES)
 def bench_m3ae_step(benchmark, size, precision):
     config, shape = SIZES[size]
     batches = [make_batch(config, shape, seed) for seed in range(2)]
@@ -85,10 +90,15 @@ def bench_m3ae_step(benchmark, size, precision):
     torch.testing.assert_close(models["padded, eager"][1](0), models["m3ae_fast"][1](0), rtol=1e-4, atol=1e-5)
     steps = {name: make_step(*model, precision) for name, model in models.items()}
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    rows = measure.compare(benchmark, "M3AE step", f"{size} {precision}", steps, inputs=len(batches))
+    case = f"{size} {precision}" + measure.SETTINGS.gpu * f", batch {shape.batch}"
+    rows = measure.compare(benchmark, "M3AE step", case, steps, inputs=len(batches), queued=False)
     for name, row in rows.items():
-        mebibytes = memory.peak_beyond("bench_m3ae:owned", size, precision, name) / 2**20
-        row.extra = f"{mebibytes:.0f} MiB beyond weights, gradients and moments"
+        if measure.SETTINGS.gpu:
+            gradients = sum(parameter.nbytes for parameter in models[name][0].parameters())
+            extra = memory.peak_on_gpu(lambda step=steps[name]: step(0), gradients)
+        else:
+            extra = memory.peak_beyond("bench_m3ae:owned", size, precision, name)
+        row.extra = f"{extra / 2**20:.0f} MiB beyond weights, gradients and moments"
         if name != "padded, compiled":
             rate = flops_of(models[name][1]) / row.median_ms
             row.roof, row.roof_share = "product", rate / measure.product_rate(dtype)

@@ -13,11 +13,11 @@ from m3ae_fast.testing import Call
 
 
 def eager(cls, modalities):
-    """cls [B, 1, D]; per modality: kept [B, k, D], ids_restore [B, n], mask token, positions [B or 1, n, D], type."""
+    """cls [B, 1, D]; per modality: kept [B, k, D], how many masked at most, ids_restore [B, n], mask token, positions
+    [n, D], type."""
     parts = [cls]
-    for kept, ids_restore, mask_token, position, type_ in modalities:
-        batch, holes = kept.shape[0], int(ids_restore.max()) + 1 - kept.shape[1]
-        x = torch.cat([kept, mask_token.repeat(batch, holes, 1)], dim=1)
+    for kept, masked, ids_restore, mask_token, position, type_ in modalities:
+        x = torch.cat([kept, mask_token.repeat(kept.shape[0], masked, 1)], dim=1)
         x = torch.gather(x, 1, ids_restore.unsqueeze(-1).expand(-1, -1, x.shape[2]))
         parts.append(x + position[: x.shape[1]] + type_)
     return torch.cat(parts, dim=1)
@@ -43,8 +43,9 @@ def padded(call):
             rank = torch.where(here, here.cumsum(0) - 1, most_kept + (~here).cumsum(0) - 1)
             ids_restore[b, : len(r)] = rank
         real.append(torch.tensor([[i < len(r) for i in range(most)] for r in its]))
-        modalities.append((values.requires_grad_(), ids_restore, o[f"{name}_mask_token"], o[f"{name}_position"],
-                           o[f"{name}_type"]))  # fmt: skip
+        masked = int(ids_restore.max()) + 1 - most_kept
+        parameters = (o[f"{name}_{each}"] for each in ("mask_token", "position", "type"))
+        modalities.append((values.requires_grad_(), masked, ids_restore, *parameters))
     return Call((cls, modalities)), torch.cat(real, dim=1)
 
 
@@ -52,11 +53,13 @@ def padded(call):
 @pytest.mark.parametrize("case", cases.REAL)
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 def bench_restore_tokens(benchmark, case, mode, dtype):
-    calls = measure.copies(lambda: cases.make(case, dtype), 8 << 20)
-    peers = [padded(call) for call in calls]
+    call = cases.make(case, dtype)
+    peer, real = padded(call)
+    calls = measure.copies(call)
+    peers = measure.copies(peer, len(calls))
     ours = restore_tokens(*calls[0].args, **calls[0].kwargs)
-    theirs = eager(*peers[0][0].args)[peers[0][1]]
+    theirs = eager(*peers[0].args)[real.to(ours.device)]
     torch.testing.assert_close(ours, theirs, rtol=3 * torch.finfo(dtype).eps, atol=6 * torch.finfo(dtype).eps)
     once = (ours.numel() + calls[0].args[0].numel()) * dtype.itemsize  # read the kept rows, write the output
-    providers = {"m3ae_fast": restore_tokens, "eager padded": (eager, [peer for peer, _ in peers])}
+    providers = {"m3ae_fast": restore_tokens, "eager padded": (eager, peers)}
     measure.compare_op(benchmark, "restore_tokens", f"{case} {str(dtype)[6:]}", calls, mode, providers, once)

@@ -10,26 +10,26 @@ from m3ae_fast.ops.sample_mask import cases
 
 def mae(lengths: SeqLens, num_keep: SeqLens | int, **_):
     """random_masking of MAE's public code, all but the gather of tokens; shorter samples are padded with noise 2."""
-    batch, longest = len(lengths), lengths.max
-    noise = torch.rand(batch, longest)
+    batch, longest, device = len(lengths), lengths.max, lengths.device
+    noise = torch.rand(batch, longest, device=device)
     ragged = min(lengths.lengths) != longest
     if ragged:
-        noise[torch.arange(longest) >= torch.tensor(lengths.lengths)[:, None]] = 2
+        noise[torch.arange(longest, device=device) >= lengths.cu.diff()[:, None]] = 2
     ids_shuffle = torch.argsort(noise, dim=1)
     ids_restore = torch.argsort(ids_shuffle, dim=1)
     most = num_keep if isinstance(num_keep, int) else num_keep.max
     ids_keep = ids_shuffle[:, :most]
-    mask = torch.ones(batch, longest)
+    mask = torch.ones(batch, longest, device=device)
     if isinstance(num_keep, int):
         mask[:, :most] = 0
     else:
-        mask[torch.arange(longest) < torch.tensor(num_keep.lengths)[:, None]] = 0
+        mask[torch.arange(longest, device=device) < num_keep.cu.diff()[:, None]] = 0
     return ids_keep, ids_restore, torch.gather(mask, 1, ids_restore)
 
 
 @pytest.mark.parametrize("case", cases.REAL)
 def bench_sample_mask(benchmark, case):
-    call = cases.make(case)
+    call = cases.make(case).on(measure.SETTINGS.device)
     lengths = call.args[0]
     ours, (_, _, mask) = sample_mask(*call.args, **call.kwargs), mae(*call.args)
     padding = len(lengths) * lengths.max - lengths.total

@@ -23,6 +23,13 @@ _REAL = {
     "long_512": (8, (512, 512), None, 8, 64),
     "long_4096": (1, (4096, 4096), None, 8, 64),
 }
+# Batches that fill a GPU: every width at equal lengths, which peers need no mask for, then the models' own.
+_GPU = {
+    f"{length} x {width}": (256, (length, length), None, 16, width)
+    for width in (32, 64, 80)
+    for length in (50, 81, 128, 197, 297, 512)
+} | {f"{name} x 256": (256, *_REAL[name][1:]) for name in REAL[:6]}
+GPU = tuple(_GPU)
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:
@@ -32,8 +39,8 @@ def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:
         values = torch.randn(rows, heads, width, generator=generator, dtype=torch.float64)
         return values.to(dtype).requires_grad_()
 
-    if name in _REAL:
-        batch, (low, high), of_keys, heads, width = _REAL[name]
+    if name in REAL + GPU:
+        batch, (low, high), of_keys, heads, width = (_REAL | _GPU)[name]
         q_lengths = torch.randint(low, high + 1, (batch,), generator=generator)
         k_lengths = None if of_keys is None else torch.randint(of_keys[0], of_keys[1] + 1, (batch,))
         key_heads = heads
