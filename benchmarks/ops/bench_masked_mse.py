@@ -6,11 +6,17 @@ import torch
 
 from m3ae_fast import masked_mse
 from m3ae_fast.ops.masked_mse import cases
+from m3ae_fast.testing import Call
+
+
+def with_tensors(call):
+    """mean and std as [C, 1, 1], as transforms keep them."""
+    tensors = {name: torch.tensor(call.kwargs[name])[:, None, None] for name in ("mean", "std")}
+    return Call(call.args, call.kwargs | tensors)
 
 
 def patchify(images, patch_size, mean, std, dtype):
     n, c, h, w = images.shape
-    mean, std = (torch.tensor(each, device=images.device)[:, None, None] for each in (mean, std))
     x = ((images.float() / 255 - mean) / std).reshape(n, c, h // patch_size, patch_size, w // patch_size, patch_size)
     return torch.einsum("nchpwq->nhwpqc", x).reshape(n, -1, patch_size**2 * c)
 
@@ -49,14 +55,16 @@ def gathered(pred, images, ids_mask, cu_mask, *, patch_size, mean, std, norm_pix
 @pytest.mark.parametrize("case", cases.REAL)
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 def bench_masked_mse(benchmark, case, mode, dtype):
-    calls = measure.copies(cases.make(case, dtype))
-    first = calls[0]  # equal counts, so that both means are the same
-    ours, *theirs = (f(*first.args, **first.kwargs) for f in (masked_mse, mae, gathered))
-    for each in theirs:
-        torch.testing.assert_close(ours, each.float(), rtol=1e-3, atol=0)
-    pred = first.args[0]
+    call = cases.make(case, dtype)
+    calls = measure.copies(call)
+    peers = measure.copies(with_tensors(call), len(calls))
+    ours = masked_mse(*calls[0].args, **calls[0].kwargs)  # equal counts, so that both means are the same
+    for peer in (mae, gathered):
+        theirs = peer(*peers[0].args, **peers[0].kwargs)
+        torch.testing.assert_close(ours, theirs.float(), rtol=1e-3, atol=0)
+    pred = call.args[0]
     once = pred.numel() * (dtype.itemsize + 1)  # read predictions and pixels
     if mode != "forward":
         once -= pred.numel() // 2  # of twice that: the gradient is written, pixels are read once
-    providers = {"m3ae_fast": masked_mse, "eager (MAE)": mae, "eager, gathered": gathered}
+    providers = {"m3ae_fast": masked_mse, "eager (MAE)": (mae, peers), "eager, gathered": (gathered, peers)}
     measure.compare_op(benchmark, "masked_mse", f"{case} {str(dtype)[6:]}", calls, mode, providers, once)
