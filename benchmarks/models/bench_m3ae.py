@@ -83,6 +83,7 @@ def flops_of(loss_of) -> int:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("size", SIZES)
 def bench_m3ae_step(benchmark, size, precision):
+    torch._dynamo.reset()  # or, after eight sizes of one model, "compiled" would quietly mean eager
     config, shape = SIZES[size]
     batches = [make_batch(config, shape, seed) for seed in range(2)]
     providers = ["m3ae_fast", "padded, eager"] + ["padded, compiled"] * (not measure.SETTINGS.smoke)

@@ -1,0 +1,98 @@
+"""What the benchmarks do on a GPU, as far as it shows without one."""
+
+import json
+
+import measure
+import pytest
+import report
+import torch
+
+from m3ae_fast import SeqLens
+from m3ae_fast.testing import Call
+
+
+class Stub:
+    """In the place of pytest-benchmark's fixture, and of torch.cuda.Event: it notes what is asked of it, in order."""
+
+    asked: list[str]
+
+    def __init__(self, **options):
+        self.extra_info, self.options = {}, options
+
+    def pedantic(self, run, **options):
+        run()
+
+    def record(self):
+        self.asked.append("record")
+
+    def synchronize(self):
+        self.asked.append("wait")
+
+    def elapsed_time(self, end):
+        return 2.0
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """measure, as on a GPU: events are stubs, and its tensors stay on the CPU. Returns what is asked of the GPU."""
+    asked = Stub.asked = []
+    monkeypatch.setattr(measure, "SETTINGS", measure.Settings(smoke=True, device="cuda"))
+    monkeypatch.setattr(measure, "ROWS", [])
+    monkeypatch.setattr(measure, "MISSING", {})
+    monkeypatch.setattr(measure, "large", lambda: torch.ones(8))
+    monkeypatch.setattr(torch.cuda, "Event", Stub)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: asked.append("idle"))
+    return asked
+
+
+def test_events_enclose_the_run_on_an_idle_gpu(gpu):
+    assert measure.milliseconds(gpu.append, "run") == 2.0
+    assert gpu == ["idle", "record", "run", "record", "wait"]
+
+
+def test_a_peer_that_cannot_run_is_left_out_and_named(gpu, tmp_path, monkeypatch):
+    def absent(i):
+        raise ModuleNotFoundError("No module named 'flash_attn'\nmore")
+
+    peers = {"m3ae_fast": lambda i: i, "there": lambda i: i, "absent": absent}
+    rows = measure.compare(Stub(), "op", "case", peers)
+    measure.compare(Stub(), "op", "other", peers)
+    assert list(rows) == ["m3ae_fast", "there"] and rows["there"].ratio == 1.0
+    line = "not measured: absent: ModuleNotFoundError: No module named 'flash_attn' (2: op case, op other)"
+    assert report.missing() == [line]
+
+    monkeypatch.setattr(report, "machine", lambda: {"GPU": "a stub"})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a stub")
+    report.write(tmp_path / "tables" / "gpu.md", measure.ROWS, "pytest")
+    text = (tmp_path / "tables" / "gpu.md").read_text()
+    assert text.startswith("# Measured on a stub\n") and f"- {line}\n" in text
+    missing = json.loads((tmp_path / "tables" / "gpu.json").read_text())["missing"]
+    assert [(each["peer"], each["where"]) for each in missing] == [("absent", ["op case", "op other"])]
+
+
+def test_our_own_failure_is_raised(gpu):
+    def broken(i):
+        raise RuntimeError("ours")
+
+    with pytest.raises(RuntimeError, match="ours"):
+        measure.compare(Stub(), "op", "case", {"m3ae_fast": broken, "there": lambda i: i})
+
+
+def test_on_a_cpu_a_failing_peer_is_raised():
+    def broken(i):
+        raise RuntimeError("theirs")
+
+    with pytest.raises(RuntimeError, match="theirs"):
+        measure.compare(Stub(), "op", "case", {"m3ae_fast": lambda i: i, "broken": broken})
+
+
+def test_a_call_moves_whole():
+    """Tensors of any dtype, those in containers, and SeqLens; leaves stay leaves, and a copy shares no memory."""
+    leaf, lens = torch.ones(5, 2, requires_grad=True), SeqLens([2, 3])
+    call = Call((leaf, [torch.arange(5)], lens), {"mask": torch.ones(5) > 0, "size": 2})
+    moved = call.on("meta")
+    assert all(x.device.type == "meta" for x in moved.tensors()) and len(moved.tensors()) == 3
+    assert moved.args[2].device.type == "meta" and moved.args[2].lengths == lens.lengths
+    assert moved.leaves() == [moved.args[0]] and moved.args[0].is_leaf and moved.kwargs["size"] == 2
+    copied = call.on("cpu")
+    assert copied.args[0].data_ptr() != leaf.data_ptr() and torch.equal(copied.args[0], leaf)
