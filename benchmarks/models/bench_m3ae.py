@@ -49,8 +49,9 @@ def make_model(config: M3AEConfig, provider: str, batches: list[ImageTextBatch])
 
 def make_step(model, loss_of, precision: str):
     """run(i): forward, backward and AdamW on batch i. The moments exist already."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
-    for parameter in model.parameters():
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), fused=True)
+    for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
