@@ -34,7 +34,7 @@ def halved(*args, **options):
 @pytest.mark.parametrize("case", cases.REAL)
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 def bench_feature_regression(benchmark, case, mode, dtype):
-    calls = measure.copies(lambda: cases.make(case, dtype), 8 << 20)
+    calls = measure.copies(cases.make(case, dtype))
     first = calls[0]
     compiled = torch.compile(selected_first)
     providers = {
