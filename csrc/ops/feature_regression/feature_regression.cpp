@@ -60,12 +60,15 @@ void forward(Address pred, int pred_dtype, Address target, int target_dtype, int
     else
       as<float>(pointer(loss))[at] = static_cast<float>(value);
   };
-  double sum = 0;
-  for (int64_t r = 0; r < count; ++r) {
-    if (reduction == "none") write(r, row_loss[r]);
-    sum += weights[r] * row_loss[r];
+  if (reduction == "none") {
+    for (int64_t r = 0; r < count; ++r) write(r, row_loss[r]);
+    return;
   }
-  if (reduction != "none") write(0, sum);
+  double sums[16] = {};  // short chains: one long one would round more often
+  for (int64_t r = 0; r < count; ++r) sums[r % 16] += weights[r] * row_loss[r];
+  for (int half = 8; half > 0; half /= 2)
+    for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+  write(0, sums[0]);
 }
 
 }  // namespace
