@@ -36,6 +36,7 @@ def halved(*args, **options):
 def bench_feature_regression(benchmark, case, mode, dtype):
     calls = measure.copies(cases.make(case, dtype))
     first = calls[0]
+    torch._dynamo.reset()  # beyond eight versions of one function it would give up
     compiled = torch.compile(selected_first)
     providers = {
         "m3ae_fast": feature_regression, "m3ae_fast, times 0.5": halved, "eager": normalised_first,
