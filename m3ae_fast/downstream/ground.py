@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 
 
 def ground(model: MAMO, batch: ImageTextBatch, *, block: int | None = None) -> Tensor:
-    """[B, P] fp32, not negative: how much each patch, seen from the words, speaks for the pair belonging together.
+    """[B, P] fp32, not negative: how much each patch, seen from [CLS; words], speaks for the pair belonging together.
 
     Args:
-        batch: pairs. block: of the fusion encoder, counted from 0; None: the middle one.
+        batch: pairs.
+        block: of the fusion encoder, counted from 0; None: the middle one. In the last one only CLS looks for ITM: what
+            its words see is read by nothing.
 
     Raises:
         ValueError: the fusion encoder has no such block; a sample that is no pair.
@@ -49,7 +51,7 @@ def ground(model: MAMO, batch: ImageTextBatch, *, block: int | None = None) -> T
     maps = []
     for weight, gradient in zip(weights, gradients, strict=True):  # [H, S, S] of [CLS; patches; words]
         cam = (weight.detach() * gradient).clamp(min=0).mean(0)
-        maps.append(cam[1 + P :, 1 : 1 + P].mean(0))
+        maps.append(torch.cat([cam[:1], cam[1 + P :]])[:, 1 : 1 + P].mean(0))
     return torch.stack(maps).float()
 
 
