@@ -1,0 +1,218 @@
+"""FlashAttention-2's functions over packed sequences, under its names: `flash_attn` and `flash_attn.bert_padding`.
+
+Same arguments in the same order with the same defaults as flash_attn 2.7 and 2.8, on the CPU too and in fp32 and fp64.
+What `varlen_attention` has not (dropout, causal and sliding-window masks, soft-capping, ALiBi, paged keys) is refused.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3ae_fast import _checks
+from m3ae_fast.ops import varlen_attention, varlen_attention_qkvpacked
+
+
+def flash_attn_varlen_func(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+    block_table=None,
+):
+    """Attention of packed queries to the packed keys of the same sequence.
+
+    Args:
+        q: [Tq, H, D] float16, bfloat16, float32 or float64.
+        k, v: [Tk, Hk, D]; H is a multiple of Hk.
+        cu_seqlens_q, cu_seqlens_k: [B + 1] int32 or int64, cumulative offsets; a SeqLens will do.
+        max_seqlen_q, max_seqlen_k: int, at least the longest length.
+        softmax_scale: None is D ** -0.5.
+        deterministic: taken and met either way: the gradients are the same bits on every run.
+        return_attn_probs: return (out, softmax_lse, S_dmask).
+        dropout_p, causal, window_size, softcap, alibi_slopes, block_table: nothing but their defaults (or a softcap
+            below 0, which is none).
+
+    Returns:
+        out [Tq, H, D]; with return_attn_probs also softmax_lse [H, Tq] float32 (float64 for float64), the natural log
+        of the sum of exp(scores), and S_dmask, an empty tensor: FlashAttention fills it under dropout only.
+        A query without keys: out 0, gradients 0, and softmax_lse -inf, as the formula and FlashAttention-3 have it
+        (FlashAttention-2's kernel writes +inf). A gradient that comes in through softmax_lse is taken;
+        FlashAttention drops it.
+
+    Raises:
+        NotImplementedError: what is not supported was asked for. ValueError, TypeError: as `varlen_attention`.
+
+    Source: arXiv:2307.08691; the arguments of flash_attn_varlen_func, flash_attn 2.8.
+    """
+    _plain(dropout_p, causal, window_size, softcap, alibi_slopes, block_table)
+    result = varlen_attention(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        softmax_scale=softmax_scale, return_lse=return_attn_probs,
+    )  # fmt: skip
+    return _with_empty_probs(*result) if return_attn_probs else result
+
+
+def flash_attn_varlen_kvpacked_func(
+    q,
+    kv,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+):
+    """`flash_attn_varlen_func` of k, v = kv.unbind(1).
+
+    Args:
+        kv: [Tk, 2, Hk, D]. The others, what is returned and what is raised: see `flash_attn_varlen_func`.
+    """
+    _checks.shape("kv", kv, (None, 2, None, None))
+    return flash_attn_varlen_func(
+        q, *kv.unbind(1), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv,
+    cu_seqlens,
+    max_seqlen,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+):
+    """`flash_attn_varlen_func` of q, k, v = qkv.unbind(1), whose gradient is written in one buffer.
+
+    Args:
+        qkv: [T, 3, H, D]. The others, what is returned and what is raised: see `flash_attn_varlen_func`.
+    """
+    _plain(dropout_p, causal, window_size, softcap, alibi_slopes)
+    result = varlen_attention_qkvpacked(
+        qkv, cu_seqlens, max_seqlen, softmax_scale=softmax_scale, return_lse=return_attn_probs
+    )
+    return _with_empty_probs(*result) if return_attn_probs else result
+
+
+def unpad_input(
+    hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
+    """The rows of a padded batch that a mask names, packed. Looks at the mask's values: on a GPU that is a sync.
+
+    Args:
+        hidden_states: [B, S, ...], any dtype.
+        attention_mask: [B, S] bool or number, not zero where a token is valid; anywhere, not just in front.
+        unused_mask: [B, S], not zero where room is to be left for a token that is not valid; None: nowhere.
+
+    Returns:
+        rows [T, ...]; indices [T] int64, their places among the B * S; cu_seqlens [B + 1] int32; the longest length,
+        an int; seqused [B] int32, how many tokens of each sequence are valid (unused ones not counted).
+
+    Raises:
+        ValueError: shapes disagree.
+
+    Source: flash_attn.bert_padding.unpad_input, flash_attn 2.7 and later (before, it returned the first four).
+    """
+    if _checks.tensor("hidden_states", hidden_states).dim() < 2:
+        raise ValueError(f"hidden_states must have shape (B, S, ...), got {tuple(hidden_states.shape)}")
+    _checks.shape("attention_mask", attention_mask, hidden_states.shape[:2])
+    valid = taken = attention_mask != 0
+    if unused_mask is not None:
+        _checks.shape("unused_mask", unused_mask, hidden_states.shape[:2])
+        taken = valid | (unused_mask != 0)
+    lengths = taken.sum(1, dtype=torch.int32)
+    indices = taken.flatten().nonzero().flatten()
+    longest = int(lengths.max()) if len(lengths) else 0
+    cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    rows = hidden_states.flatten(0, 1).index_select(0, indices)
+    return rows, indices, cu_seqlens, longest, valid.sum(1, dtype=torch.int32)
+
+
+def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
+    """Packed rows back in their places, zeros elsewhere: the inverse of `unpad_input`.
+
+    Args:
+        hidden_states: [T, ...], any dtype.
+        indices: [T] int32 or int64, distinct, in [0, batch * seqlen).
+
+    Returns:
+        [batch, seqlen, ...].
+
+    Raises:
+        ValueError: shapes disagree, or an index is out of range (the CPU looks; a GPU would have to sync for it).
+
+    Source: flash_attn.bert_padding.pad_input.
+    """
+    _checks.integer("batch", batch, 0)
+    _checks.integer("seqlen", seqlen, 0)
+    _check_indices(indices, (_checks.tensor("hidden_states", hidden_states).shape[0],), batch * seqlen)
+    padded = hidden_states.new_zeros(batch * seqlen, *hidden_states.shape[1:])
+    return padded.index_copy_(0, indices.long(), hidden_states).unflatten(0, (batch, seqlen))
+
+
+def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
+    """input[indices].
+
+    Args:
+        input: [N, ...], any dtype.
+        indices: [T] int32 or int64, in [0, N). The gradients of a row that is named twice are summed.
+
+    Returns:
+        [T, ...].
+
+    Raises:
+        ValueError: shapes disagree, or an index is out of range (the CPU looks; a GPU would have to sync for it).
+
+    Source: flash_attn.bert_padding.index_first_axis.
+    """
+    _check_indices(indices, (None,), _checks.tensor("input", input).shape[0])
+    return input.index_select(0, indices)
+
+
+def _check_indices(indices, shape, rows):
+    _checks.shape("indices", indices, shape)
+    _checks.dtype("indices", indices, _checks.INTEGERS)
+    _checks.within("indices", indices, 0, rows)
+
+
+def _with_empty_probs(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return out, lse, out.new_empty(0)
+
+
+def _plain(dropout_p, causal, window_size, softcap, alibi_slopes, block_table=None):
+    """Refuse what varlen_attention has not: ignored, it would be another attention than the one asked for."""
+    for name, value, only, supported in (
+        ("dropout_p", dropout_p, 0.0, dropout_p == 0),
+        ("causal", causal, False, not causal),
+        ("window_size", window_size, (-1, -1), window_size in ((-1, -1), [-1, -1])),
+        ("softcap", softcap, 0.0, softcap is not None and softcap <= 0),
+        ("alibi_slopes", alibi_slopes, None, alibi_slopes is None),
+        ("block_table", block_table, None, block_table is None),
+    ):
+        if not supported:
+            got = "a tensor" if isinstance(value, Tensor) else repr(value)
+            raise NotImplementedError(f"{name} must be {only} (varlen_attention has nothing else), got {got}")
