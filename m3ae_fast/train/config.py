@@ -143,8 +143,7 @@ class RunConfig:
 
 
 def _real(name: str, value: object, *, low_included: bool = False, high: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    _checks.number(name, value)
     if not (value >= 0 if low_included else value > 0) or not value < high:  # both true for a NaN
         if high < math.inf:
             bounds = f"in {'[' if low_included else '('}0, {high:g})"
