@@ -29,7 +29,8 @@ def ground(model: MAMO, batch: ImageTextBatch, *, block: int | None = None) -> T
     """[B, P] fp32, not negative: how much each patch, seen from the words, speaks for the pair belonging together.
 
     Args:
-        batch: pairs. block: of the fusion encoder, counted from 0; None: the middle one.
+        batch: pairs. block: of the fusion encoder, counted from 0; None: the middle one. In the last one CLS alone has
+            a say in the score: there patches are seen from it.
 
     Raises:
         ValueError: the fusion encoder has no such block; a sample that is no pair.
@@ -46,10 +47,11 @@ def ground(model: MAMO, batch: ImageTextBatch, *, block: int | None = None) -> T
     with torch.enable_grad():
         score, weights = _score(model, x, layout, block)
         gradients = torch.autograd.grad(score.sum(), weights)
+    asking = slice(1 + P, None) if block < depth - 1 else slice(0, 1)
     maps = []
     for weight, gradient in zip(weights, gradients, strict=True):  # [H, S, S] of [CLS; patches; words]
         cam = (weight.detach() * gradient).clamp(min=0).mean(0)
-        maps.append(cam[1 + P :, 1 : 1 + P].mean(0))
+        maps.append(cam[asking, 1 : 1 + P].mean(0))
     return torch.stack(maps).float()
 
 
@@ -101,7 +103,7 @@ def score_ground(
     Phrases without a box are left out, as are those whose box the square crop in the middle cuts off.
 
     Raises:
-        ValueError: none has a box.
+        ValueError: none is left.
     """
     from m3ae_fast.downstream.pack import crop_box, pack_for
 
@@ -116,7 +118,9 @@ def score_ground(
                 hits.append(box[0] <= x + 0.5 < box[2] and box[1] <= y + 0.5 < box[3])
                 shares.append((box[2] - box[0]) * (box[3] - box[1]) / (height * width))
     if not hits:
-        raise ValueError(f"phrases must have boxes to be scored, none of {len(phrases)} has one")
+        raise ValueError(
+            f"phrases must have boxes to be scored, none of {len(phrases)} has one within the square in the middle"
+        )
     return [Result.of("pointing accuracy", hits, sum(shares) / len(shares))]
 
 
