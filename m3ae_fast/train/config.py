@@ -21,6 +21,7 @@ DEFAULTS = {
     "large": {"steps": 100_000, "batch_size": 64},
     "huge": {"steps": 100_000, "batch_size": 64},
 }
+PAIRED = ("mamo", "clip")  # objectives of pairs alone: an image without a caption is left out
 LR_PER_256 = 1.5e-4
 TINY_LR = {"mamo": 1e-3, "clip": 1e-3, "supervised": 1e-3}  # of other objectives
 # These change where and how a run is computed and watched, not what it computes: free to differ when resuming.

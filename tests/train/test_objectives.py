@@ -98,6 +98,13 @@ def test_what_is_no_pair_is_left_out_and_told(go, folder):
         assert len(go("clip", data=str(folder))) == 4
 
 
+@pytest.mark.filterwarnings("ignore:.*pairs are wanted")
+def test_pictures_leave_out_what_is_no_pair(folder, tmp_path):
+    config = RunConfig(objective="mamo", data=str(folder), steps=1, batch_size=2, image_size=32, device="cpu")
+    pretrain(config, tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / "pictures" / "words-00000001.png").is_file()
+
+
 def test_a_folder_of_classes_trains_a_supervised_model(go, folder, tmp_path):
     go("supervised", data=str(folder))
     assert load_run(tmp_path / "run").model.config.classes == 2
