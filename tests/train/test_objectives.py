@@ -68,6 +68,9 @@ def test_options_are_fields_of_the_model(go, tmp_path):
     assert load_run(tmp_path / "run").model.config.masking == "simultaneous"
     with pytest.raises(ValueError, match="mim_weight: the configuration of clip has no such field"):
         go("clip", "other", options={"mim_weight": 0})
+    for name in ("vocab_size", "image_size"):
+        with pytest.raises(ValueError, match=f"options must not hold {name}: image_size, .* are settings of their own"):
+            go("mamo", "other", options={name: 64})
     with pytest.raises(ValueError, match="text_mask_ratio: the configuration of supervised has no such field"):
         go("supervised", "other", text_mask_ratio=0.5)
 
@@ -127,6 +130,13 @@ def test_pictures(tmp_path, objective):
     assert drawn == ["losses.png", *words]
     for name in drawn:
         assert min(Image.open(tmp_path / "pictures" / name).size) > 200
+
+
+def test_a_run_of_another_objective_is_refused(go, tmp_path):
+    go("clip")
+    assert load_run(tmp_path / "run", objectives=("mamo", "clip")).config.objective == "clip"
+    with pytest.raises(ValueError, match="run must be a run of the objective m3ae or mae, got clip"):
+        load_run(tmp_path / "run", objectives=("m3ae", "mae"))
 
 
 def test_a_run_without_an_objective_is_an_m3ae(go, tmp_path):
