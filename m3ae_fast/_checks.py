@@ -53,6 +53,12 @@ def choice(name: str, value: object, allowed: Sequence[object]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def number(name: str, value: object) -> None:
+    """An int or a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
 def integer(name: str, value: object, low: int, high: int | None = None) -> None:
     """An int in [low, high)."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

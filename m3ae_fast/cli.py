@@ -112,7 +112,7 @@ def _reconstruct(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--caption must be given once for each image, got {len(args.captions)} for {len(args.images)}"
         )
-    run = load_run(args.run, args.device)
+    run = load_run(args.run, args.device, objectives=("m3ae", "mae"))
     if args.images:
         batch = batch_of_files(args.images, args.captions, run.model.config, run.tokenizer)
     else:

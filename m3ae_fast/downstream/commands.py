@@ -12,15 +12,16 @@ SHAPES_TRAINING = 50_000  # scenes to fine-tune on: more than are ever read
 def add_commands(add: Callable[..., argparse.ArgumentParser], natural: Callable, positive: Callable) -> None:
     """Register the commands. add: makes a parser of (name, function, text)."""
     retrieve = add("retrieve", _retrieve, "Find captions for images and images for captions: recall at 1, 5 and 10.")
-    _common(retrieve, positive, "shapes|DIR|FILE.jsonl", '{"image": PATH, "caption": TEXT or [TEXT, ...]}')
+    _common(retrieve, natural, positive, "shapes|DIR|FILE.jsonl", '{"image": PATH, "caption": TEXT or [TEXT, ...]}')
     retrieve.add_argument("--rerank", type=natural, default=16, metavar="K", help="of ITC's best, by ITM (%(default)s)")
     retrieve.add_argument(
         "--finetune", type=natural, default=0, metavar="STEPS", help="with ITC and ITM first (default: zero-shot)"
     )
     retrieve.add_argument("--train", metavar="SPEC", help="data to fine-tune on; like --data (default: new shapes)")
+    _lr(retrieve)
 
     vqa = add("vqa", _vqa, "Learn to answer questions about images, from a fixed list of answers.")
-    _common(vqa, positive, "shapes|FILE.jsonl", '{"image": PATH, "question": TEXT, "answer": TEXT}')
+    _common(vqa, natural, positive, "shapes|FILE.jsonl", '{"image": PATH, "question": TEXT, "answer": TEXT}')
     _trained(vqa, positive)
     vqa.add_argument(
         "--answers", type=Path, metavar="FILE", help="an answer a line (default: those of the training data)"
@@ -28,42 +29,48 @@ def add_commands(add: Callable[..., argparse.ArgumentParser], natural: Callable,
 
     reason = add("reason", _reason, "Learn to tell whether a sentence is true of two images.")
     rows = '{"left": PATH, "right": PATH, "sentence": TEXT, "label": true|false}'
-    _common(reason, positive, "shapes|FILE.jsonl", rows)
+    _common(reason, natural, positive, "shapes|FILE.jsonl", rows)
     _trained(reason, positive)
 
     ground = add("ground", _ground, "Find phrases in images, by Grad-CAM: no box is ever learned from.")
-    _common(ground, positive, "shapes|FILE.jsonl", '{"image": PATH, "phrase": TEXT, "box": [x0, y0, x1, y1] if known}')
+    rows = '{"image": PATH, "phrase": TEXT, "box": [x0, y0, x1, y1] if known}'
+    _common(ground, natural, positive, "shapes|FILE.jsonl", rows)
     ground.add_argument("--block", type=natural, metavar="N", help="of the fusion encoder (default: the middle one)")
     ground.add_argument("--picture", type=Path, metavar="FILE", help="draw the first six there")
 
 
-def _common(command: argparse.ArgumentParser, positive: Callable, spec: str, rows: str) -> None:
+def _common(command: argparse.ArgumentParser, natural: Callable, positive: Callable, spec: str, rows: str) -> None:
     command.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
     command.add_argument(
         "--data", default="shapes", metavar=spec, help=f"scored on this (%(default)s); rows of a file: {rows}"
     )
     command.add_argument("--samples", type=positive, metavar="N", help="of the data (shapes: 500; others: all)")
     command.add_argument("--out", type=Path, metavar="FILE", help="results as JSON")
-    command.add_argument("--seed", type=int, default=0, metavar="S", help="of scenes and training (%(default)s)")
-    command.add_argument("--lr", type=float, default=5e-4, help="of fine-tuning, at its peak (%(default)s)")
+    command.add_argument("--seed", type=natural, default=0, metavar="S", help="of scenes and training (%(default)s)")
     command.add_argument("--device", default="cpu", help="%(default)s")
 
 
 def _trained(command: argparse.ArgumentParser, positive: Callable) -> None:
     command.add_argument("--train", metavar="SPEC", help="data to train on; like --data (default: new shapes)")
+    _lr(command)
     command.add_argument("--steps", type=positive, default=600, metavar="N", help="of training (%(default)s)")
     command.add_argument("--batch-size", type=positive, default=32, metavar="B", help="of training (%(default)s)")
     command.add_argument("--save", type=Path, metavar="FILE", help="the trained model, as safetensors")
+
+
+def _lr(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--lr", type=float, default=5e-4, help="of training, at its peak (%(default)s)")
 
 
 def _open(args: argparse.Namespace, *objectives: str):
     """The run, and (open the data to score on, open the data to train on) by an opener of downstream.files."""
     from m3ae_fast.train import load_run
 
-    run = load_run(args.run, args.device)
-    if run.config.objective not in objectives:
-        wanted = " or ".join(objectives)
-        raise ValueError(f"{args.run} must be a run of the objective {wanted}, got {run.config.objective}")
+    for name in ("out", "save", "picture"):
+        path = getattr(args, name, None)
+        if path and (path.is_dir() or not path.parent.is_dir()):  # or hours of training would end here
+            raise ValueError(f"--{name} must name a file in a folder that exists, got {path}")
+    run = load_run(args.run, args.device, objectives=objectives)
     size = run.model.config.image_shape[0]
 
     def scored(opener: Callable):
@@ -92,6 +99,7 @@ def _finish(args: argparse.Namespace, run, results: list) -> int:
 
 
 def _save(args: argparse.Namespace, model) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from m3ae_fast._files import replacing
@@ -99,7 +107,10 @@ def _save(args: argparse.Namespace, model) -> None:
     if args.save:
         tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         with replacing(args.save) as temporary:
-            save_file(tensors, temporary)
+            try:
+                save_file(tensors, temporary)
+            except SafetensorError as error:  # a full disk
+                raise OSError(f"{args.save} cannot be written: {error}") from None
         print(f"model: {args.save}")
 
 
@@ -107,6 +118,8 @@ def _retrieve(args: argparse.Namespace) -> int:
     from m3ae_fast.downstream.files import open_pairs
     from m3ae_fast.downstream.retrieve import finetune_retrieval, retrieve
 
+    if args.train and not args.finetune:
+        raise ValueError(f"--train must come with --finetune STEPS, got --train {args.train} alone")
     run, scored, trained = _open(args, "mamo", "clip")
     pairs = scored(open_pairs)
     if args.finetune:
@@ -155,6 +168,6 @@ def _ground(args: argparse.Namespace) -> int:
         draw_ground(run.model, first, run.tokenizer, args.picture, block=args.block)
         print(f"picture: {args.picture}")
     if all(phrases[i].box is None for i in range(len(phrases))):
-        print("no phrase has a box: nothing to score")
+        print("no phrase has a box: nothing to score" + (f", {args.out} is not written" if args.out else ""))
         return 0
     return _finish(args, run, score_ground(run.model, phrases, run.tokenizer, block=args.block))

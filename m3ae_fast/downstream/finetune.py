@@ -32,7 +32,7 @@ def finetune(
         lr: peak; a tenth of the steps warm up, then a cosine to 0.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss or the gradient is not finite; the step was not taken.
     """
     from tqdm import trange
 
@@ -48,11 +48,12 @@ def finetune(
         chosen, order = order[:batch_size], order[batch_size:]
         loss = loss_of([examples[i] for i in chosen], step)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
+        if not math.isfinite(losses[-1]) or not math.isfinite(norm):
             raise FloatingPointError(
-                f"the loss of step {step + 1} is not finite, got {losses[-1]}: a lower lr may help"
+                f"step {step + 1} of fine-tuning is not finite (loss {losses[-1]:.4g}, gradient norm {norm:.4g}): "
+                "a lower lr may help"
             )
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps=steps, warmup=steps // 10, peak=lr)

@@ -103,7 +103,7 @@ def score_ground(
     Phrases without a box are left out, as are those whose box the square crop in the middle cuts off.
 
     Raises:
-        ValueError: none has a box.
+        ValueError: none is left.
     """
     from m3ae_fast.downstream.pack import crop_box, pack_for
 
@@ -118,7 +118,9 @@ def score_ground(
                 hits.append(box[0] <= x + 0.5 < box[2] and box[1] <= y + 0.5 < box[3])
                 shares.append((box[2] - box[0]) * (box[3] - box[1]) / (height * width))
     if not hits:
-        raise ValueError(f"phrases must have boxes to be scored, none of {len(phrases)} has one")
+        raise ValueError(
+            f"phrases must have boxes to be scored, none of {len(phrases)} has one within the square in the middle"
+        )
     return [Result.of("pointing accuracy", hits, sum(shares) / len(shares))]
 
 

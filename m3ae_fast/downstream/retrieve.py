@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from m3ae_fast import _checks
 from m3ae_fast.data import Tokenizer
 from m3ae_fast.downstream.examples import Pair
 from m3ae_fast.downstream.finetune import finetune
@@ -34,6 +35,7 @@ def retrieve(
     """
     if not len(pairs):
         raise ValueError("pairs must hold at least one, got none")
+    _checks.integer("rerank", rerank, 0)
     device = next(model.parameters()).device
     images, texts, captions, truth, keys = [], [], [], [], []
     for start in range(0, len(pairs), batch_size):

@@ -53,16 +53,20 @@ def answer(
 
 
 def score_vqa(
-    model: VQA, questions: Sequence[Question], answers: Sequence[str], tokenizer: Tokenizer, **options
+    model: VQA, questions: Sequence[Question], answers: Sequence[str], tokenizer: Tokenizer, *, batch_size: int = 64
 ) -> list[Result]:
     """Accuracy, of all and by kind. A question whose answer is not in the list counts as wrong, with a warning."""
-    examples = [questions[i] for i in range(len(questions))]
-    missing = sum(q.answer not in set(answers) for q in examples)
+    kinds, truths, guesses = [], [], []
+    for start in range(0, len(questions), batch_size):  # their images are not all in memory at once
+        chunk = [questions[i] for i in range(start, min(start + batch_size, len(questions)))]
+        guesses += answer(model, chunk, answers, tokenizer, batch_size=batch_size)
+        kinds += [q.kind for q in chunk]
+        truths += [q.answer for q in chunk]
+    missing = len(truths) - sum(map(set(answers).__contains__, truths))
     if missing:
-        message = f"{missing} of {len(examples)} questions have an answer that is not in the list: they count as wrong"
+        message = f"{missing} of {len(truths)} questions have an answer that is not in the list: they count as wrong"
         warnings.warn(message, M3AEFastWarning, stacklevel=2)
-    guesses = answer(model, examples, answers, tokenizer, **options)
-    return accuracies([q.kind for q in examples], [q.answer for q in examples], guesses)
+    return accuracies(kinds, truths, guesses)
 
 
 def _batch(model: VQA, questions: Sequence[Question], tokenizer: Tokenizer):

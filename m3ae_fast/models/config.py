@@ -65,6 +65,7 @@ class ModelConfig:
                 raise ValueError(f"{name} must have three values, one a channel, got {getattr(self, name)}")
         if not all(std > 0 for std in self.image_std):
             raise ValueError(f"image_std must be positive, got {self.image_std}")
+        self._numbers("mlp_ratio")
         if not self.mlp_ratio > 0:
             raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
         self._heads("width", "heads")
@@ -74,6 +75,10 @@ class ModelConfig:
         for name in names:
             _checks.integer(name, getattr(self, name), low)
 
+    def _numbers(self, *names: str) -> None:
+        for name in names:
+            _checks.number(name, getattr(self, name))
+
     def _heads(self, width: str, heads: str) -> None:
         wide, many = getattr(self, width), getattr(self, heads)
         if wide % 4:
@@ -82,6 +87,7 @@ class ModelConfig:
             raise ValueError(f"{width} must be a multiple of {heads}, got {wide} and {many}")
 
     def _shares(self, *names: str) -> None:
+        self._numbers(*names)
         for name in names:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -180,6 +186,7 @@ class M3AEConfig(ModelConfig):
         self._integers(0, "depth", "decoder_depth")
         self._heads("decoder_width", "decoder_heads")
         self._shares("image_mask_ratio", "text_mask_ratio")
+        self._numbers("image_loss_weight", "text_loss_weight")
         _checks.choice("masking", self.masking, ("sample", "shared"))
 
 
@@ -203,6 +210,7 @@ class EncodersConfig(ModelConfig):
         super().__post_init__()
         self._integers(1, "vocab_size", "projection")
         self._integers(0, "image_depth", "text_depth")
+        self._numbers("temperature")
         if not 0.001 <= self.temperature <= 0.5:
             raise ValueError(f"temperature must be in [0.001, 0.5], got {self.temperature}")
 
@@ -240,13 +248,15 @@ class MAMOConfig(EncodersConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._integers(0, "fusion_depth", "queue_size", "soft_targets_steps")
+        self._integers(1, "fusion_depth")
+        self._integers(0, "queue_size", "soft_targets_steps")
         self._shares("image_mask_ratio", "text_mask_ratio")
         _checks.choice("masking", self.masking, ("two_pass", "simultaneous"))
+        weights = [f"{name}_weight" for name in ("mrm", "mim", "mlm", "itc", "itm")]
+        self._numbers("momentum", "soft_targets", *weights)
         for name in ("momentum", "soft_targets"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        weights = [f"{name}_weight" for name in ("mrm", "mim", "mlm", "itc", "itm")]
         for name in weights:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")

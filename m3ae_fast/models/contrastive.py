@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m3ae_fast import _checks
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.models.masking import sample_of
 
@@ -103,10 +104,15 @@ def same_pairs(batch: ImageTextBatch, image_ids: Tensor | None = None) -> Tensor
     """[B, B] bool: image i belongs to text j: their own pair, or one whose image or text is the very same.
 
     Images are compared by a 64-bit fingerprint of their bytes, or by `image_ids` [B]; texts by one of their words.
+
+    Raises:
+        ValueError, TypeError: image_ids are not B integers.
     """
     B = len(batch)
     if image_ids is None:
         image_ids = _fingerprints(batch.images.permute(0, 2, 3, 1).reshape(B, -1))
+    _checks.shape("image_ids", image_ids, (B,))
+    _checks.dtype("image_ids", image_ids, _checks.INTEGERS)
     image_ids = image_ids.to(batch.device)
     lengths = batch.text_lengths
     sample = sample_of(lengths).to(batch.device)

@@ -231,9 +231,10 @@ class MAMO(nn.Module):
         if seed is None:
             raise ValueError("seed must be given to draw ITM's negatives, got None (or set itm_weight to 0)")
         similarity = embeddings[0] @ embeddings[1].T / self.contrast.temperature
+        similarity = similarity.nan_to_num(-torch.inf)  # never drawn: what is no number shows in the loss
         similarity, same = torch.stack([similarity, same.float()]).cpu()  # the one wait
         every = torch.arange(len(same))
-        generator = torch.Generator().manual_seed((seed << 32) + step)
+        generator = torch.Generator().manual_seed(((seed << 32) + step) % 2**64)  # any seed that masks take
         images, texts = [every], [every]
         for scores, wrong, given in ((similarity.T, images, texts), (similarity, texts, images)):
             chances = scores.masked_fill((same if wrong is texts else same.T) > 0, -torch.inf)

@@ -21,6 +21,7 @@ DEFAULTS = {
     "large": {"steps": 100_000, "batch_size": 64},
     "huge": {"steps": 100_000, "batch_size": 64},
 }
+PAIRED = ("mamo", "clip")  # objectives of pairs alone: an image without a caption is left out
 LR_PER_256 = 1.5e-4
 TINY_LR = {"mamo": 1e-3, "clip": 1e-3, "supervised": 1e-3}  # of other objectives
 # These change where and how a run is computed and watched, not what it computes: free to differ when resuming.
@@ -143,8 +144,7 @@ class RunConfig:
 
 
 def _real(name: str, value: object, *, low_included: bool = False, high: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    _checks.number(name, value)
     if not (value >= 0 if low_included else value > 0) or not value < high:  # both true for a NaN
         if high < math.inf:
             bounds = f"in {'[' if low_included else '('}0, {high:g})"

@@ -22,7 +22,7 @@ from torch import nn
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader
 from m3ae_fast.train import checkpoint, metrics, run
-from m3ae_fast.train.config import RunConfig
+from m3ae_fast.train.config import PAIRED, RunConfig
 from m3ae_fast.train.pictures import draw_pictures
 from m3ae_fast.train.schedule import learning_rate
 
@@ -94,7 +94,7 @@ def pretrain(
     loader = Loader(
         dataset, tokenizer, image_size=model.config.image_size, batch_size=config.batch_size, seed=config.seed,
         max_text_length=model.config.max_text_length, start_step=done * config.accumulate, workers=config.workers,
-        strict=config.strict, pairs_only=config.objective in ("mamo", "clip"),
+        strict=config.strict, pairs_only=config.objective in PAIRED,
     )  # fmt: skip
     start = clock = time.perf_counter()
     with _StopRequest() as request, metrics.Metrics(folder, done) as rows, _Progress(config, done, progress) as bar:

@@ -17,7 +17,7 @@ from m3ae_fast.data import Loader, Sample, Tokenizer, open_dataset
 from m3ae_fast.data.folder import read_captions, read_image
 from m3ae_fast.models import M3AEConfig
 from m3ae_fast.train import metrics
-from m3ae_fast.train.config import RunConfig
+from m3ae_fast.train.config import PAIRED, RunConfig
 
 SAMPLES = 6  # of a picture
 # Sizes in pixels, colours as #rrggbb
@@ -38,9 +38,12 @@ PANELS = {  # of losses.png, by the name of the metric: title, colour, what it i
     "itm_accuracy": ("ITM accuracy", RIGHT_SHARE, "share of pairs told right"),
     "target_std": ("spread of MRM's targets", WATCH, "to 0: collapse"),
     "prediction_std": ("spread of MRM's predictions", WATCH, "to 0: collapse"),
-    "image_accuracy": ("image accuracy", RIGHT_SHARE, "texts whose image is found in the batch"),
     "accuracy": ("accuracy", RIGHT_SHARE, "share of shown classes named"),
     "lr": ("learning rate", WATCH, ""),
+}
+CLIP_PANELS = {  # has no masked words
+    "image_accuracy": ("image accuracy", RIGHT_SHARE, "texts whose image is found in the batch"),
+    "text_accuracy": ("text accuracy", RIGHT_SHARE, "images whose text is found in the batch"),
 }
 STRIPES = ((223, 226, 232), (240, 242, 245))  # a masked patch: unlike any plain patch of an image
 
@@ -73,7 +76,8 @@ def held_out(
     """`count` samples of the run's data, or of other `data`, uncropped; of `shapes`, scenes it was not trained on."""
     seed = config.seed + 1
     dataset = open_dataset(data or config.data, image_size=model_config.image_size, seed=seed)
-    return _first_batch(dataset, tokenizer, model_config, min(count, len(dataset)), seed=seed)
+    options = {"seed": seed, "pairs_only": config.objective in PAIRED}
+    return _first_batch(dataset, tokenizer, model_config, min(count, len(dataset)), **options)
 
 
 def batch_of_files(
@@ -124,8 +128,9 @@ def draw_losses(rows: list[dict], path: Path) -> None:
 
     if not rows:
         return
-    shown = [name for name in rows[0] if name in PANELS and (name == "lr" or any(row[name] for row in rows))]
-    if len(shown) == 1:  # a model of one loss
+    panels = PANELS | (CLIP_PANELS if "image_accuracy" in rows[0] else {})
+    shown = [name for name in rows[0] if name in panels and (name == "lr" or any(row[name] for row in rows))]
+    if not any(name.endswith("_loss") for name in shown):  # a model of one loss
         shown = ["loss", *shown]
     columns = 2 if len(shown) <= 4 else 3
     lines = -(-len(shown) // columns)
@@ -136,7 +141,7 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     for axes in grid[len(shown) :]:
         axes.set_visible(False)
     for axes, name in zip(grid, shown, strict=False):
-        title, color, subtitle = PANELS.get(name, (name, IMAGE, ""))
+        title, color, subtitle = panels.get(name, (name, IMAGE, ""))
         values = np.array([row[name] for row in rows])
         mean = running_mean(values, max(len(values) // 50, 1))
         if name != "lr":

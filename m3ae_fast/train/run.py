@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,19 +38,24 @@ class Run(NamedTuple):
     step: int  # steps taken by the checkpoint
 
 
-def load_run(path: str | Path, device: str | None = "cpu") -> Run:
+def load_run(path: str | Path, device: str | None = "cpu", *, objectives: Collection[str] = tuple(OBJECTIVES)) -> Run:
     """The model of a run's folder (its newest checkpoint), or of one checkpoint in it, ready for evaluation.
 
+    Args:
+        objectives: those that will do.
     Raises:
-        FileNotFoundError: no such folder or checkpoint. ValueError: one of its files is damaged.
+        FileNotFoundError: no such folder or checkpoint. ValueError: one of its files is damaged, or it is a run of
+            another objective.
     """
-    path, device = Path(path), pick_device(device)
+    given, path, device = path, Path(path), pick_device(device)
     if path.is_dir():
         folder, path = path, checkpoint.latest(path / "checkpoints")
     else:
         folder = path.parent.parent
     saved = checkpoint.load(path)
     config = RunConfig(**saved.config)
+    if config.objective not in objectives:
+        raise ValueError(f"{given} must be a run of the objective {' or '.join(objectives)}, got {config.objective}")
     model = build_model(config)
     checkpoint.restore(saved, model)
     return Run(config, model.to(device).eval(), load_tokenizer(folder, config), saved.step)
@@ -79,6 +85,12 @@ def create(folder: Path, config: RunConfig):
         raise FileExistsError(f"{folder} holds a run already: --resume continues it, another --out starts a new one")
     config = config.resolved()
     names = ("image_size", "image_mask_ratio", "text_mask_ratio")
+    taken = sorted({*names, "vocab_size", "classes"} & set(config.options or {}))
+    if taken:
+        raise ValueError(
+            f"options must not hold {', '.join(taken)}: {', '.join(names)} are settings of their own, vocab_size and "
+            "classes follow from the data"
+        )
     changes = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     changes |= config.options or {}
     model_config = _model_config(config, changes)

@@ -107,7 +107,8 @@ def test_reason_reads_the_sentence_beside_each_image():
 
 @pytest.mark.parametrize("block", [0, 1])
 def test_grounding_is_grad_cam_of_itm(block):
-    """The gradient of the plain score by the plain attention weights of that block."""
+    """The gradient of the plain score by the plain attention weights of that block: of the words, which have no say
+    in the score any more in the last one, where CLS's are taken."""
     mamo = make_model()
     batch = make_batch((5, 3, 8))
     maps = ground(mamo, batch, block=block)
@@ -128,6 +129,7 @@ def test_grounding_is_grad_cam_of_itm(block):
         logits = mamo.match_head(norm(online.fusion.norm, x)[0])
         (gradient,) = torch.autograd.grad(logits[1] - logits[0], kept)
         cam = (kept * gradient).clamp(min=0).mean(0)[[0, *range(17, len(x))], 1:17].mean(0)
+        assert cam.max() > 0
         torch.testing.assert_close(maps[b], cam, rtol=1e-3, atol=1e-7)
 
 

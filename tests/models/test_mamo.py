@@ -270,6 +270,20 @@ def test_all_the_same_leaves_no_negative(told):
     assert told == [(0, 0), (1, 1)] and out.loss.isfinite()
 
 
+def test_negatives_take_any_seed_that_masks_take(told):
+    model, batch = make_model(), make_batch()
+    model(batch, seed=2**64 - 1, step=2**32 - 1)
+    assert len(told) == 12
+
+
+def test_what_is_not_a_number_shows_in_the_loss(told):
+    model, batch = make_model(), make_batch()
+    pixels = batch.images / 255
+    pixels[2] = torch.nan
+    out = model(ImageTextBatch(pixels, batch.text, batch.text_lengths), seed=0)
+    assert out.loss.isnan() and not [i for i, _ in told[4:] if i == 2]
+
+
 def test_image_ids_say_which_images_are_the_same():
     batch = make_batch((3, 3, 3))
     assert torch.equal(same_pairs(batch), torch.eye(3).bool())
@@ -328,6 +342,15 @@ def test_bad_input(model):
         model(ImageTextBatch(batch.images[:2], batch.text[:10], [9, 1]), seed=0)
     with pytest.raises(ValueError, match="itm_weight must be positive, got 0 for all"):
         MAMOConfig.tiny(mrm_weight=0, mim_weight=0, mlm_weight=0, itc_weight=0, itm_weight=0)
+    with pytest.raises(ValueError, match="fusion_depth must be at least 1, got 0"):
+        MAMOConfig.tiny(fusion_depth=0)
+    for name in ("mim_weight", "momentum", "image_mask_ratio", "temperature", "mlp_ratio"):
+        with pytest.raises(TypeError, match=f"{name} must be a number, got str"):
+            MAMOConfig.tiny(**{name: "much"})
+    with pytest.raises(ValueError, match=r"image_ids must have shape \(4,\), got \(1,\)"):
+        model(batch, seed=0, image_ids=torch.tensor([7]))
+    with pytest.raises(TypeError, match="image_ids must be of dtype int32, int64, got float32"):
+        model(batch, seed=0, image_ids=torch.zeros(4))
     with pytest.raises(ValueError, match="momentum must be in"):
         MAMOConfig.tiny(momentum=1.5)
 

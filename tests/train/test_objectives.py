@@ -68,6 +68,9 @@ def test_options_are_fields_of_the_model(go, tmp_path):
     assert load_run(tmp_path / "run").model.config.masking == "simultaneous"
     with pytest.raises(ValueError, match="mim_weight: the configuration of clip has no such field"):
         go("clip", "other", options={"mim_weight": 0})
+    for name in ("vocab_size", "image_size"):
+        with pytest.raises(ValueError, match=f"options must not hold {name}: image_size, .* are settings of their own"):
+            go("mamo", "other", options={name: 64})
     with pytest.raises(ValueError, match="text_mask_ratio: the configuration of supervised has no such field"):
         go("supervised", "other", text_mask_ratio=0.5)
 
@@ -98,6 +101,13 @@ def test_what_is_no_pair_is_left_out_and_told(go, folder):
         assert len(go("clip", data=str(folder))) == 4
 
 
+@pytest.mark.filterwarnings("ignore:.*pairs are wanted")
+def test_pictures_leave_out_what_is_no_pair(folder, tmp_path):
+    config = RunConfig(objective="mamo", data=str(folder), steps=1, batch_size=2, image_size=32, device="cpu")
+    pretrain(config, tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / "pictures" / "words-00000001.png").is_file()
+
+
 def test_a_folder_of_classes_trains_a_supervised_model(go, folder, tmp_path):
     go("supervised", data=str(folder))
     assert load_run(tmp_path / "run").model.config.classes == 2
@@ -120,6 +130,13 @@ def test_pictures(tmp_path, objective):
     assert drawn == ["losses.png", *words]
     for name in drawn:
         assert min(Image.open(tmp_path / "pictures" / name).size) > 200
+
+
+def test_a_run_of_another_objective_is_refused(go, tmp_path):
+    go("clip")
+    assert load_run(tmp_path / "run", objectives=("mamo", "clip")).config.objective == "clip"
+    with pytest.raises(ValueError, match="run must be a run of the objective m3ae or mae, got clip"):
+        load_run(tmp_path / "run", objectives=("m3ae", "mae"))
 
 
 def test_a_run_without_an_objective_is_an_m3ae(go, tmp_path):

@@ -90,6 +90,26 @@ def test_running_mean():
     assert pictures.running_mean(np.array([1.0, 3.0, 5.0, 9.0]), 2).tolist() == [1.0, 2.0, 4.0, 7.0]
 
 
+@pytest.mark.parametrize(
+    "names, titles",
+    [
+        (("loss", "image_loss", "text_loss", "text_accuracy"), ["image loss", "text loss", "text accuracy"]),
+        (("loss", "image_loss"), ["image loss"]),
+        (("loss", "image_accuracy", "text_accuracy"), ["loss", "image accuracy", "text accuracy"]),
+        (("loss", "accuracy"), ["loss", "accuracy"]),
+    ],
+)
+def test_every_objective_shows_its_losses(tmp_path, monkeypatch, names, titles):
+    shown = []
+    from matplotlib.axes import Axes
+
+    set_title = Axes.set_title
+    monkeypatch.setattr(Axes, "set_title", lambda axes, text, **o: (shown.append(text), set_title(axes, text, **o)))
+    pictures.draw_losses([dict.fromkeys(("step", *names, "lr"), 1)], tmp_path / "losses.png")
+    assert shown[::2] == [*titles, "learning rate"]
+    assert ("images whose text is found in the batch" in shown) == ("image_accuracy" in names)
+
+
 def test_losses_of_one_step_and_of_none(tmp_path):
     pictures.draw_losses([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
