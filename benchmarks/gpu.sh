@@ -8,7 +8,7 @@
 #   linear         linear, against the same
 #   attention      varlen_attention, against SDPA's backends, varlen_attn, xformers, FlashAttention-2 and -3
 #   cross_entropy  linear_cross_entropy, against eager, compiled, torch's chunked and Liger's
-#   step           a training step of M3AE S, B and L, against the padded model, eager and compiled
+#   step           a training step of M3AE S, B, L and of MAMO S, B, against the padded models
 #
 # Needs torch >= 2.10 with CUDA, Triton, pytest and pytest-benchmark; peers that are missing are named. The installed
 # package is what runs, and where there is none the source tree. Tables go to $OUT (docs) as ${NAME}_<part>.md and .json;
@@ -48,7 +48,7 @@ ops() { measure ops benchmarks/ops --ignore-glob="*_linear*.py" --ignore-glob="*
 linear() { measure linear benchmarks/ops/bench_linear.py; }
 attention() { measure attention benchmarks/ops/bench_varlen_attention.py; }
 cross_entropy() { measure cross_entropy benchmarks/ops/bench_linear_cross_entropy.py; }
-step() { measure step benchmarks/models/bench_m3ae.py; }
+step() { measure step benchmarks/models; }
 
 for part in "$@"; do
   case " ${parts[*]} " in

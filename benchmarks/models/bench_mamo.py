@@ -14,6 +14,9 @@ SIZES = {
     "mamo_tiny": (MAMOConfig.tiny(vocab_size=1000), testing.SHAPES["m3ae_small"]),
     "mamo_small": (MAMOConfig.small(), testing.SHAPES["m3ae_small"]),
 }
+if measure.SETTINGS.gpu:
+    shape = bench_m3ae.shape
+    SIZES = {"mamo_small": (MAMOConfig.small(), shape), "mamo_base": (MAMOConfig.base(), shape)}
 
 
 def make_model(size: str, provider: str, batches: list):
@@ -44,7 +47,7 @@ def owned(size: str, precision: str, provider: str):
     return lambda: run(0), sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", bench_m3ae.PRECISIONS)
 @pytest.mark.parametrize("size", SIZES)
 def bench_mamo_step(benchmark, size, precision):
     batches = make_batches(size, 2)
@@ -52,7 +55,12 @@ def bench_mamo_step(benchmark, size, precision):
     theirs, ours = (models[name][1](0) for name in ("padded, pass by pass", "m3ae_fast"))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     steps = {name: bench_m3ae.make_step(*model, precision) for name, model in models.items()}
-    rows = measure.compare(benchmark, "MAMO step", f"{size} {precision}", steps, inputs=len(batches))
+    case = f"{size} {precision}" + measure.SETTINGS.gpu * f", batch {len(batches[0])}"
+    rows = measure.compare(benchmark, "MAMO step", case, steps, inputs=len(batches), queued=False)
     for name, row in rows.items():
-        mebibytes = memory.peak_beyond("bench_mamo:owned", size, precision, name) / 2**20
-        row.extra = f"{mebibytes:.0f} MiB beyond weights, gradients and moments"
+        if measure.SETTINGS.gpu:
+            gradients = sum(p.nbytes for p in models[name][0].parameters() if p.requires_grad)
+            extra = memory.peak_on_gpu(lambda step=steps[name]: step(0), gradients)
+        else:
+            extra = memory.peak_beyond("bench_mamo:owned", size, precision, name)
+        row.extra = f"{extra / 2**20:.0f} MiB beyond weights, gradients and moments"
