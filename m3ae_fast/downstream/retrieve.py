@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -37,21 +38,26 @@ def retrieve(
         raise ValueError("pairs must hold at least one, got none")
     _checks.integer("rerank", rerank, 0)
     device = next(model.parameters()).device
+    again = isinstance(model, MAMO) and rerank > 0
+
+    def kept(view: EncodedView) -> EncodedView:  # tokens are many, and only ITM reads them
+        return view if again else dataclasses.replace(view, tokens=view.tokens[:0])
+
     images, texts, captions, truth, keys = [], [], [], [], []
     for start in range(0, len(pairs), batch_size):
         chunk = [pairs[i] for i in range(start, min(start + batch_size, len(pairs)))]
         batch = pack_for(model, [p.image for p in chunk], None, tokenizer).to(device)
-        images.append(model.encode_images(batch.images))
-        keys += [pixels.numpy().tobytes() for pixels in batch.images.cpu()]
+        images.append(kept(model.encode_images(batch.images)))
+        keys += [hashlib.sha256(pixels.numpy().tobytes()).digest() for pixels in batch.images.cpu()]
         of = [(start + i, caption) for i, p in enumerate(chunk) for caption in p.captions]
         batch = pack_for(model, None, [caption for _, caption in of], tokenizer).to(device)
-        texts.append(model.encode_texts(batch.text, batch.text_lengths))
+        texts.append(kept(model.encode_texts(batch.text, batch.text_lengths)))
         truth += [i for i, _ in of]
         captions += [caption for _, caption in of]
     scores = torch.cat([x.embedding for x in images]) @ torch.cat([x.embedding for x in texts]).T
     same = {"texts": captions, "images": keys}
     results = [named("ITC ", r) for r in recalls(scores, torch.tensor(truth), **same)]
-    if isinstance(model, MAMO) and rerank:
+    if again:
         by_image, by_text = _reranked(model, _Store(images), _Store(texts), scores, rerank, batch_size)
         # each way has scores of its own: an image's best texts, a text's best images
         results += [r for r in recalls(by_image, torch.tensor(truth), **same) if r.name.startswith("text")]

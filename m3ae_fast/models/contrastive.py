@@ -55,8 +55,7 @@ class ContrastiveLoss(nn.Module):
                 then, together with the queue's. They are put into the queue in training.
             soft: share of the momentum network's own similarities in the targets.
         """
-        with torch.no_grad():
-            self.temperature.clamp_(LOWEST, HIGHEST)
+        self.temperature.data.clamp_(LOWEST, HIGHEST)  # .data: the backward pass of another forward may be to come
         with torch.autocast(image.device.type, enabled=False):
             image, text = image.float(), text.float()
             if same is None:

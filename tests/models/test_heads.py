@@ -107,8 +107,7 @@ def test_reason_reads_the_sentence_beside_each_image():
 
 @pytest.mark.parametrize("block", [0, 1])
 def test_grounding_is_grad_cam_of_itm(block):
-    """The gradient of the plain score by the plain attention weights of that block: of the words, which have no say
-    in the score any more in the last one, where CLS's are taken."""
+    """The gradient of the plain score by the plain attention weights of that block: from CLS and words to patches."""
     mamo = make_model()
     batch = make_batch((5, 3, 8))
     maps = ground(mamo, batch, block=block)

@@ -214,6 +214,8 @@ def test_the_temperature_stays_within_its_bounds():
         loss.temperature.fill_(3.0)
     loss(units(2), units(2, seed=1))
     assert loss.temperature == 0.5
+    first, second = (loss(units(2), units(2, seed=s)) for s in (1, 2))
+    (first + second).backward()  # two forward passes, one backward
 
 
 def test_a_queue_in_a_step(model):
