@@ -60,7 +60,7 @@ class FolderDataset:
     def __getitem__(self, index: int) -> Sample:
         """Raises BadSample: the file cannot be read, or holds nothing."""
         name = self.names[index]
-        captions = self._captions(name)
+        captions = self.captions_of(name)
         labels = (self.classes.index(name.split("/")[0]),) if self.classes else ()
         if name.lower().endswith(IMAGES):
             return Sample(read_image(self.path / name, name), captions, name, labels)
@@ -72,15 +72,12 @@ class FolderDataset:
         """All captions, no image read; files that cannot be read are left out here, and named where they are used."""
         for name in self.names:
             try:
-                yield from self._captions(name)
+                yield from self.captions_of(name)
             except BadSample:
                 continue
 
     def captions_of(self, name: str) -> tuple[str, ...]:
         """Those of one of `names`, no image read; BadSample: its caption file cannot be read."""
-        return self._captions(name)
-
-    def _captions(self, name: str) -> tuple[str, ...]:
         text = self._texts.get(_stem(name))
         if text is None:
             return ()

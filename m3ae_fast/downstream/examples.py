@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -48,3 +49,9 @@ class Pair:
     image: np.ndarray
     captions: tuple[str, ...]
     name: str
+
+
+def chunks(examples: Sequence, size: int) -> Iterator[list]:
+    """Lists of `size` examples, in order, the last may be shorter: their images are not all in memory at once."""
+    for start in range(0, len(examples), size):
+        yield [examples[i] for i in range(start, min(start + size, len(examples)))]

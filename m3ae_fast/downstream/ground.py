@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from m3ae_fast.batch import ImageTextBatch
-from m3ae_fast.downstream.examples import Phrase
+from m3ae_fast.downstream.examples import Phrase, chunks
 from m3ae_fast.downstream.report import Result
 from m3ae_fast.models import MAMO, ModelConfig
 from m3ae_fast.models.fusion import FusionLayout
@@ -109,8 +109,7 @@ def score_ground(
 
     device, (height, width) = next(model.parameters()).device, model.config.image_shape
     hits, shares = [], []
-    for start in range(0, len(phrases), batch_size):
-        chunk = [phrases[i] for i in range(start, min(start + batch_size, len(phrases)))]
+    for chunk in chunks(phrases, batch_size):
         batch = pack_for(model, [p.image for p in chunk], [p.phrase for p in chunk], tokenizer).to(device)
         for phrase, (x, y) in zip(chunk, points(ground(model, batch, block=block), model.config).tolist(), strict=True):
             box = phrase.box and crop_box(phrase.box, *phrase.image.shape[:2], height)

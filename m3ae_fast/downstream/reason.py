@@ -10,7 +10,7 @@ from torch import Tensor
 
 from m3ae_fast.data import Tokenizer
 from m3ae_fast.downstream.accuracy import accuracies
-from m3ae_fast.downstream.examples import Statement
+from m3ae_fast.downstream.examples import Statement, chunks
 from m3ae_fast.downstream.finetune import finetune
 from m3ae_fast.downstream.pack import pack_for
 from m3ae_fast.downstream.report import Result
@@ -36,8 +36,7 @@ def score_reason(
 ) -> list[Result]:
     """Accuracy, of all and by kind."""
     kinds, truths, guesses = [], [], []
-    for start in range(0, len(statements), batch_size):
-        chunk = [statements[i] for i in range(start, min(start + batch_size, len(statements)))]
+    for chunk in chunks(statements, batch_size):
         guesses += (_logits(model, chunk, tokenizer) > 0).tolist()
         kinds += [s.kind for s in chunk]
         truths += [s.label for s in chunk]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from m3ae_fast import _checks
 from m3ae_fast.data import Tokenizer
-from m3ae_fast.downstream.examples import Pair
+from m3ae_fast.downstream.examples import Pair, chunks
 from m3ae_fast.downstream.finetune import finetune
 from m3ae_fast.downstream.pack import pack_for
 from m3ae_fast.downstream.recall import recalls
@@ -44,8 +44,8 @@ def retrieve(
         return view if again else dataclasses.replace(view, tokens=view.tokens[:0])
 
     images, texts, captions, truth, keys = [], [], [], [], []
-    for start in range(0, len(pairs), batch_size):
-        chunk = [pairs[i] for i in range(start, min(start + batch_size, len(pairs)))]
+    for chunk in chunks(pairs, batch_size):
+        start = len(keys)
         batch = pack_for(model, [p.image for p in chunk], None, tokenizer).to(device)
         images.append(kept(model.encode_images(batch.images)))
         keys += [hashlib.sha256(pixels.numpy().tobytes()).digest() for pixels in batch.images.cpu()]

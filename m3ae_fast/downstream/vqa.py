@@ -11,7 +11,7 @@ from torch import Tensor
 from m3ae_fast import M3AEFastWarning
 from m3ae_fast.data import Tokenizer
 from m3ae_fast.downstream.accuracy import accuracies
-from m3ae_fast.downstream.examples import Question
+from m3ae_fast.downstream.examples import Question, chunks
 from m3ae_fast.downstream.finetune import finetune
 from m3ae_fast.downstream.pack import pack_for
 from m3ae_fast.downstream.report import Result
@@ -45,8 +45,7 @@ def answer(
         if not ids:
             raise ValueError(f"answers must hold words, got {text!r}")
     device, found = next(model.parameters()).device, []
-    for start in range(0, len(questions), batch_size):
-        chunk = [questions[i] for i in range(start, min(start + batch_size, len(questions)))]
+    for chunk in chunks(questions, batch_size):
         ranks = model.rank(_batch(model, chunk, tokenizer).to(device), encoded)
         found += [answers[i] for i in ranks.argmax(1).tolist()]
     return found
@@ -57,8 +56,7 @@ def score_vqa(
 ) -> list[Result]:
     """Accuracy, of all and by kind. A question whose answer is not in the list counts as wrong, with a warning."""
     kinds, truths, guesses = [], [], []
-    for start in range(0, len(questions), batch_size):  # their images are not all in memory at once
-        chunk = [questions[i] for i in range(start, min(start + batch_size, len(questions)))]
+    for chunk in chunks(questions, batch_size):
         guesses += answer(model, chunk, answers, tokenizer, batch_size=batch_size)
         kinds += [q.kind for q in chunk]
         truths += [q.answer for q in chunk]
