@@ -34,6 +34,7 @@ class Views:
     samples: SeqLens  # tokens of each sample, all its views together
     views: SeqLens  # tokens of each view
     sequences: SeqLens  # the same, with a class token each: what comes out of an encoder
+    starts: Tensor  # [sequences] int64, where each of them begins
     kept: tuple[Masked, ...]  # by view
 
     @staticmethod
@@ -47,16 +48,14 @@ class Views:
         tokens, sequence = SeqLens(kept[0].lengths), sequence[order]
         places = tokens.cu[sequence // count] + ids + (sequence % count * tokens.total).int()
         ids, places = torch.stack([ids, places]).to(device, non_blocking=True)
-        seqlens = (
-            SeqLens([sum(lengths[b * count : (b + 1) * count]) for b in range(batch)]),
-            SeqLens(lengths),
-            SeqLens([1 + n for n in lengths]),
-        )
-        return Views(ids, places, *(x.to(device) for x in seqlens), tuple(kept))
+        samples = SeqLens([sum(lengths[b * count : (b + 1) * count]) for b in range(batch)])
+        sequences = SeqLens([1 + n for n in lengths])
+        seqlens = (x.to(device) for x in (samples, SeqLens(lengths), sequences))
+        return Views(ids, places, *seqlens, sequences.cu[:-1].long(), tuple(kept))
 
     def cls_rows(self, view: int) -> Tensor:
         """[B] int64: where the class tokens of a view stand in the encoder's output."""
-        return torch.tensor(offsets(self.sequences))[view :: len(self.kept)]
+        return self.starts[view :: len(self.kept)]
 
     def rows(self, view: int, columns: int) -> Tensor:
         """[B, columns] int64: where a view's tokens stand in the encoder's output; -1 for those it has not."""
@@ -65,15 +64,6 @@ class Views:
         out = torch.full((len(kept.keep), columns), -1, dtype=torch.int64)
         out[sample, kept.ids_keep.long()] = self.cls_rows(view)[sample] + 1 + within(kept.keep, sample)
         return out
-
-
-def offsets(seqlens: SeqLens) -> list[int]:
-    """Where each sequence starts."""
-    starts, total = [], 0
-    for length in seqlens.lengths:
-        starts.append(total)
-        total += length
-    return starts
 
 
 def whole(lengths: Sequence[int], device: torch.device) -> Views:
@@ -149,22 +139,25 @@ class DualEncoder(nn.Module):
 
     def project(self, image_cls: Tensor, text_cls: Tensor) -> tuple[Tensor, Tensor]:
         """Class tokens [B, D] each -> embeddings [B, E], fp32, of unit length."""
-        image, text = self.image_projection(image_cls), self.text_projection(text_cls)
-        return F.normalize(image.float(), dim=1), F.normalize(text.float(), dim=1)
+        return _unit(self.image_projection(image_cls)), _unit(self.text_projection(text_cls))
 
     def encode_images(self, images: Tensor) -> EncodedView:
         """Whole images [N, 3, H, W] -> their tokens and embeddings."""
         views = whole([self.patches] * len(images), images.device)
         tokens = self.image(images, views)
-        embedding = self.image_projection(take_rows(tokens, views.cls_rows(0).to(images.device)))
-        return EncodedView(tokens, views, F.normalize(embedding.float(), dim=1))
+        cls = take_rows(tokens, views.cls_rows(0).to(images.device))
+        return EncodedView(tokens, views, _unit(self.image_projection(cls)))
 
     def encode_texts(self, text: Tensor, text_lengths: SeqLens) -> EncodedView:
         """Packed words [sum of text_lengths] -> their tokens and embeddings."""
         views = whole(text_lengths.lengths, text.device)
         tokens = self.text(text, views)
-        embedding = self.text_projection(take_rows(tokens, views.cls_rows(0).to(text.device)))
-        return EncodedView(tokens, views, F.normalize(embedding.float(), dim=1))
+        cls = take_rows(tokens, views.cls_rows(0).to(text.device))
+        return EncodedView(tokens, views, _unit(self.text_projection(cls)))
+
+
+def _unit(embedding: Tensor) -> Tensor:
+    return F.normalize(embedding.float(), dim=1)
 
 
 def check_batch(batch: ImageTextBatch, config: ModelConfig) -> None:

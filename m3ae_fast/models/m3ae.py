@@ -173,24 +173,18 @@ class M3AE(nn.Module):
         """
         self._check(batch)
         c = self.config
-        lengths = {"image": [c.patches if has else 0 for has in batch.has_image], "text": batch.text_lengths.lengths}
-        given = {"image": image_mask, "text": text_mask}
-        ratios = {"image": c.image_mask_ratio, "text": c.text_mask_ratio}
-        streams = {"image": masking.IMAGE_STREAM, "text": masking.TEXT_STREAM}
-        slots = {"image": c.patches, "text": c.max_text_length}
-        masked = []
-        for name in ("image", "text"):
-            if given[name] is not None:
-                masked.append(masking.from_bool(f"{name}_mask", given[name], lengths[name]))
-            elif sum(lengths[name]) == 0:
-                masked.append(masking.keep_all(lengths[name]))
-            elif seed is None:
-                raise ValueError(f"seed must be given to draw masks, or {name}_mask must be, got neither")
-            else:
-                shared = slots[name] if c.masking == "shared" else None
-                keys = {"seed": seed, "step": step, "sample_ids": batch.sample_ids, "stream": streams[name]}
-                masked.append(masking.draw(lengths[name], ratios[name], shared=shared, **keys))
-        return Plan.make(masked[0], masked[1], c.patches, batch.has_image, batch.device)
+        shared = c.masking == "shared"
+        keys = {"seed": seed, "step": step, "sample_ids": batch.sample_ids}
+        patches = [c.patches if has else 0 for has in batch.has_image]
+        image = masking.given_or_drawn(
+            "image", image_mask, patches, c.image_mask_ratio, stream=masking.IMAGE_STREAM,
+            shared=c.patches if shared else None, **keys,
+        )  # fmt: skip
+        text = masking.given_or_drawn(
+            "text", text_mask, batch.text_lengths.lengths, c.text_mask_ratio, stream=masking.TEXT_STREAM,
+            shared=c.max_text_length if shared else None, **keys,
+        )  # fmt: skip
+        return Plan.make(image, text, c.patches, batch.has_image, batch.device)
 
     def reconstruct(
         self,

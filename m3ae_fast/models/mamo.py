@@ -22,7 +22,7 @@ from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.models import masking
 from m3ae_fast.models.config import MAMOConfig
 from m3ae_fast.models.contrastive import ContrastiveLoss, same_pairs
-from m3ae_fast.models.encoders import DualEncoder, EncodedView, Views, check_batch, reset_parameters, whole
+from m3ae_fast.models.encoders import DualEncoder, EncodedView, Views, check_batch, reset_parameters
 from m3ae_fast.models.fusion import FusionLayout, Pairs
 from m3ae_fast.models.masking import Masked, sample_of
 from m3ae_fast.nn.rows import repeat_rows, take_rows
@@ -68,6 +68,16 @@ class Encoders(DualEncoder):
             image_mask_token=self.image_mask_token, image_position=self.image.position,
             text_position=self.text.position, image_type=self.image_type, text_type=self.text_type,
         )  # fmt: skip
+
+    def pair(
+        self, images: EncodedView, texts: EncodedView, of_image: Tensor, of_text: Tensor, **wanted
+    ) -> tuple[Tensor, FusionLayout]:
+        """(rows, layout) for `fuse`: image of_image[i] beside text of_text[i], on the host. wanted: as Pairs has it."""
+        lengths = torch.tensor(texts.views.views.lengths)[of_text]
+        text_rows = (len(images.tokens) + texts.views.cls_rows(0))[of_text]
+        pairs = Pairs(images.views.rows(0, self.patches)[of_image], text_rows, lengths, **wanted)
+        rows = torch.cat([images.tokens, texts.tokens])
+        return rows, FusionLayout.make([pairs], self.patches, rows.device)
 
     def fuse(self, rows: Tensor, layout: FusionLayout) -> Tensor:
         """Rows of both encoders [*, D] -> [len(layout.wanted), D]."""
@@ -147,14 +157,17 @@ class MAMO(nn.Module):
             *[masking.keep_all(text.lengths)] * 2,  # a masked word stands there as [MASK]
         )
 
-        words = {"whole": batch.text, "masked": self._hide(batch.text, text)}
+        places = _places(text).to(batch.device)
+        answers = batch.text.index_select(0, places)
+        words = {"whole": batch.text, "masked": self._hide(batch.text, places)}
         image_views, text_views = (Views.make(list(v.values()), batch.device) for v in (images, texts))
         words = torch.cat([words[name] for name in texts]).index_select(0, text_views.places)
         image_tokens, text_tokens = online.image(batch.images, image_views), online.text(words, text_views)
         rows = torch.cat([image_tokens, text_tokens])
-        target = self._encode_target(batch)
+        target_images, target_texts = self._encode_target(batch)
 
         lengths = torch.tensor(batch.text_lengths.lengths)
+        image_cls = {name: image_views.cls_rows(number) for number, name in enumerate(images)}
         image_rows = {name: image_views.rows(number, P) for number, name in enumerate(images)}
         text_rows = {name: len(image_tokens) + text_views.cls_rows(number) for number, name in enumerate(texts)}
         groups = []
@@ -165,12 +178,15 @@ class MAMO(nn.Module):
         if text_pass:
             groups.append(Pairs(image_rows["whole"], text_rows["masked"], lengths, words=gone[1]))
         if pairs:
-            cls = torch.cat([image_views.cls_rows(list(images).index("whole")), text_rows["whole"]]).to(batch.device)
+            cls = torch.cat([image_cls["whole"], text_rows["whole"]]).to(batch.device)
             embeddings = online.project(*take_rows(rows, cls).chunk(2))
             same = same_pairs(batch, image_ids)
             if c.itc_weight:
                 soft = c.soft_targets * min(1.0, (step + 1) / max(c.soft_targets_steps, 1))
-                losses["itc_loss"] = self.contrast(*embeddings, same, momentum=target.embeddings, soft=soft)
+                momentum = None
+                if c.queue_size or c.soft_targets:
+                    momentum = target_images.embedding, target_texts.embedding
+                losses["itc_loss"] = self.contrast(*embeddings, same, momentum=momentum, soft=soft)
             if c.itm_weight:
                 of_image, of_text = self._pairs_to_tell(embeddings, same, seed, step)
                 of_images, of_texts = image_rows["whole"][of_image], text_rows["whole"][of_text]
@@ -179,22 +195,33 @@ class MAMO(nn.Module):
         if groups:
             layout = FusionLayout.make(groups, P, batch.device)
             fused = online.fuse(rows, layout)
-            losses |= self._masked_losses(batch, fused, layout, target, image, text)
+            losses |= self._masked_losses(
+                take_rows(fused, layout.masked), layout, target_images, target_texts, gone, answers
+            )
             if c.itm_weight:
                 losses |= self._itm(take_rows(fused, layout.cls), len(batch))
         losses["loss"] = sum(getattr(c, f"{name}_weight") * losses[f"{name}_loss"] for name in LOSSES)
         return MAMOOutput(**losses, image_mask=gone[0], text_mask=gone[1])
 
     def _masked_losses(
-        self, batch: ImageTextBatch, fused: Tensor, layout: FusionLayout, target: _Target, image: Masked, text: Masked
+        self,
+        masked: Tensor,
+        layout: FusionLayout,
+        target_images: EncodedView | None,
+        target_texts: EncodedView | None,
+        gone: tuple[Tensor, Tensor],
+        answers: Tensor,
     ) -> dict[str, Tensor]:
-        """MRM, MIM and MLM, of the masked patches and words."""
+        """MRM, MIM and MLM of the masked tokens [M, D], patches, then words; answers: the words that were masked."""
         c, found = self.config, {}
-        masked = take_rows(fused, layout.masked)
         counts = [len(layout.patches), len(layout.words)]
         patches, words = masked.split(counts)
         if c.mrm_weight:
-            theirs, at = self._fuse_target(target, image, text)
+            with torch.no_grad():
+                every = torch.arange(len(gone[0]))
+                wanted = {"patches": gone[0], "words": gone[1]}
+                rows, at = self.target.pair(target_images, target_texts, every, every, **wanted)
+                theirs = self.target.fuse(rows, at)
             predicted = self.predictor(masked)
             losses = [
                 feature_regression(part, theirs, rows, distance="l2")
@@ -203,15 +230,14 @@ class MAMO(nn.Module):
             found["mrm_loss"] = sum(losses) / len(losses)
             found["target_std"], found["prediction_std"] = (_spread(x.detach()) for x in (theirs, predicted))
         if c.mim_weight:
-            rows = target.images.rows(0, c.patches)[sample_of(image.mask), image.ids_mask.long()].to(batch.device)
+            rows = target_images.views.rows(0, c.patches)[gone[0]].to(masked.device)
             found["mim_loss"] = feature_regression(
-                self.regressor(patches), target.image_tokens, rows, distance="l1", normalize=False
+                self.regressor(patches), target_images.tokens, rows, distance="l1", normalize=False
             )
         if c.mlm_weight:
-            wanted = batch.text.index_select(0, _places(text).to(batch.device))
             head = self.word_head
             found["mlm_loss"], found["mlm_accuracy"] = linear_cross_entropy(
-                words, head.weight, wanted, head.bias, return_accuracy=True
+                words, head.weight, answers, head.bias, return_accuracy=True
             )
         return found
 
@@ -246,53 +272,27 @@ class MAMO(nn.Module):
         return torch.cat(images), torch.cat(texts)
 
     @torch.no_grad()
-    def _encode_target(self, batch: ImageTextBatch) -> _Target | None:
-        """The momentum network's encoders on whole pairs, as far as the losses ask."""
+    def _encode_target(self, batch: ImageTextBatch) -> tuple[EncodedView | None, EncodedView | None]:
+        """The momentum network's view of whole images and whole texts, as far as the losses ask."""
         c, target = self.config, self.target
-        contrast = bool(c.itc_weight and (c.queue_size or c.soft_targets))
-        if not (c.mrm_weight or c.mim_weight or contrast):
-            return _Target()
-        images = whole([c.patches] * len(batch), batch.device)
-        found = _Target(images, target.image(batch.images, images))
-        if c.mrm_weight or contrast:
-            found.texts = whole(batch.text_lengths.lengths, batch.device)
-            found.text_tokens = target.text(batch.text, found.texts)
-        if contrast:
-            cls = (take_rows(x, v.cls_rows(0).to(x.device)) for x, v in found.both)
-            found.embeddings = target.project(*cls)
-        return found
+        reads_texts = bool(c.mrm_weight or (c.itc_weight and (c.queue_size or c.soft_targets)))
+        images = target.encode_images(batch.images) if c.mim_weight or reads_texts else None
+        return images, target.encode_texts(batch.text, batch.text_lengths) if reads_texts else None
 
-    @torch.no_grad()
-    def _fuse_target(self, target: _Target, image: Masked, text: Masked) -> tuple[Tensor, FusionLayout]:
-        """The momentum network's fusion of whole pairs, of the masked tokens alone."""
-        P, gone = self.config.patches, (image.as_bool(self.config.patches), text.as_bool(max(text.lengths)))
-        text_rows = len(target.image_tokens) + target.texts.cls_rows(0)
-        pairs = Pairs(target.images.rows(0, P), text_rows, torch.tensor(text.lengths), patches=gone[0], words=gone[1])
-        layout = FusionLayout.make([pairs], P, target.image_tokens.device)
-        return self.target.fuse(torch.cat([target.image_tokens, target.text_tokens]), layout), layout
-
-    def _hide(self, words: Tensor, text: Masked) -> Tensor:
-        """The batch's words with [MASK] in the place of the masked ones."""
-        return words.index_fill(0, _places(text).to(words.device), self.online.text.mask_id)
+    def _hide(self, words: Tensor, places: Tensor) -> Tensor:
+        """The batch's words with [MASK] in these places."""
+        return words.index_fill(0, places, self.online.text.mask_id)
 
     def _masks(
         self, batch: ImageTextBatch, seed: int | None, step: int, image_mask: Tensor | None, text_mask: Tensor | None
     ) -> tuple[Masked, Masked]:
-        c = self.config
-        kinds = (
-            ("image", image_mask, [c.patches] * len(batch), c.image_mask_ratio, masking.IMAGE_STREAM),
-            ("text", text_mask, batch.text_lengths.lengths, c.text_mask_ratio, masking.TEXT_STREAM),
+        c, keys = self.config, {"seed": seed, "step": step, "sample_ids": batch.sample_ids}
+        patches, words = [c.patches] * len(batch), batch.text_lengths.lengths
+        image = masking.given_or_drawn(
+            "image", image_mask, patches, c.image_mask_ratio, stream=masking.IMAGE_STREAM, **keys
         )
-        masked = []
-        for name, given, lengths, ratio, stream in kinds:
-            if given is not None:
-                masked.append(masking.from_bool(f"{name}_mask", given, lengths))
-            elif seed is None:
-                raise ValueError(f"seed must be given to draw masks, or {name}_mask must be, got neither")
-            else:
-                keys = {"seed": seed, "step": step, "sample_ids": batch.sample_ids, "stream": stream}
-                masked.append(masking.draw(lengths, ratio, shared=None, **keys))
-        return masked[0], masked[1]
+        text = masking.given_or_drawn("text", text_mask, words, c.text_mask_ratio, stream=masking.TEXT_STREAM, **keys)
+        return image, text
 
     def _check(self, batch: ImageTextBatch) -> None:
         c = self.config
@@ -326,48 +326,31 @@ class MAMO(nn.Module):
             batch, seed, step, torch.zeros(len(batch), self.config.patches, dtype=torch.bool), text_mask
         )
         images = self.encode_images(batch.images)
-        texts = self.encode_texts(self._hide(batch.text, text), batch.text_lengths)
+        texts = self.encode_texts(self._hide(batch.text, _places(text).to(batch.device)), batch.text_lengths)
         every = torch.arange(len(batch))
         rows, layout = self.pair(images, texts, every, every, every=True)
         words = take_rows(self.online.fuse(rows, layout), layout.words)
         return self.word_head(words), text.as_bool(batch.text_lengths.max)
 
-    def pair(self, images: EncodedView, texts: EncodedView, of_image: Tensor, of_text: Tensor, *, every: bool = False):
+    def pair(
+        self, images: EncodedView, texts: EncodedView, of_image: Tensor, of_text: Tensor, *, every: bool = False
+    ) -> tuple[Tensor, FusionLayout]:
         """(rows, layout) for `online.fuse`: image of_image[i] beside text of_text[i], on the host.
 
         Args:
             every: all tokens are wanted; False: CLS alone.
         """
-        P = self.config.patches
-        lengths = torch.tensor(texts.views.views.lengths)[of_text]
-        text_rows = (len(images.tokens) + texts.views.cls_rows(0))[of_text]
-        patches = words = None
+        wanted = {}
         if every:
-            patches = torch.ones(len(of_image), P, dtype=torch.bool)
-            words = torch.ones(len(of_image), int(lengths.max()), dtype=torch.bool)
-        pairs = Pairs(images.views.rows(0, P)[of_image], text_rows, lengths, True, patches, words)
-        rows = torch.cat([images.tokens, texts.tokens])
-        return rows, FusionLayout.make([pairs], P, rows.device)
+            count, longest = len(of_image), texts.views.views.max
+            wanted["patches"] = torch.ones(count, self.config.patches, dtype=torch.bool)
+            wanted["words"] = torch.ones(count, longest, dtype=torch.bool)
+        return self.online.pair(images, texts, of_image, of_text, cls=True, **wanted)
 
     def match(self, images: EncodedView, texts: EncodedView, of_image: Tensor, of_text: Tensor) -> Tensor:
         """[n] fp32: how sure ITM is that image of_image[i] and text of_text[i] belong together (a log-odds)."""
         logits = self.match_head(self.online.fuse(*self.pair(images, texts, of_image, of_text))).float()
         return logits[:, 1] - logits[:, 0]
-
-
-@dataclasses.dataclass
-class _Target:
-    """The momentum network's view of a batch."""
-
-    images: Views | None = None
-    image_tokens: Tensor | None = None
-    texts: Views | None = None
-    text_tokens: Tensor | None = None
-    embeddings: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def both(self):
-        return (self.image_tokens, self.images), (self.text_tokens, self.texts)
 
 
 def _mlp(c: MAMOConfig) -> nn.Sequential:

@@ -97,6 +97,32 @@ def draw(
     return Masked(ids_keep, ids_mask, SeqLens(keep), SeqLens([n - k for n, k in zip(lengths, keep, strict=True)]))
 
 
+def given_or_drawn(
+    name: str,
+    mask: Tensor | None,
+    lengths: Sequence[int],
+    ratio: float,
+    *,
+    seed: int | None,
+    step: int,
+    sample_ids: Tensor,
+    stream: int,
+    shared: int | None = None,
+) -> Masked:
+    """The mask [B, columns] of modality `name` where there is one, else a random one.
+
+    Raises:
+        ValueError: neither a mask nor a seed to draw it with.
+    """
+    if mask is not None:
+        return from_bool(f"{name}_mask", mask, lengths)
+    if sum(lengths) == 0:
+        return keep_all(lengths)
+    if seed is None:
+        raise ValueError(f"seed must be given to draw masks, or {name}_mask must be, got neither")
+    return draw(lengths, ratio, seed=seed, step=step, sample_ids=sample_ids, stream=stream, shared=shared)
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenLayout:
     """Where every token of a batch stands in the encoder's and the decoder's packed sequences, on one device."""
@@ -160,13 +186,15 @@ class TokenLayout:
             words[sample_of(text.keep)] + text.ids_keep, words[sample_of(text.mask)] + text.ids_mask,
         )  # fmt: skip
         on_device = torch.cat(index).to(device, non_blocking=True)  # one transfer
-        of_images = (SeqLens(_of_images(counts, has_image)) for counts in (image.keep, image.mask))
+        of_images = (_of_images(counts, has_image) for counts in (image.keep, image.mask))
         sequences = (x.to(device) for x in (kept, full, masked, image.keep, text.keep, text.mask, *of_images))
         return TokenLayout(*sequences, on_device, *on_device.split([x.numel() for x in index]))
 
 
-def _of_images(counts: SeqLens, has_image: Sequence[bool]) -> list[int]:
-    return [n for n, has in zip(counts.lengths, has_image, strict=True) if has]
+def _of_images(counts: SeqLens, has_image: Sequence[bool]) -> SeqLens:
+    if all(has_image):
+        return counts
+    return SeqLens([n for n, has in zip(counts.lengths, has_image, strict=True) if has])
 
 
 @dataclasses.dataclass(frozen=True)
