@@ -1,0 +1,53 @@
+"""Modules made faster where they stand: their class is exchanged. Parameters, buffers, hooks and names stay, so that
+state dicts, optimizers and checkpoints never notice."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+from torch import nn
+
+from m3ae_fast import M3AEFastWarning
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_TOLD: set[tuple[type, str]] = set()
+
+
+def accelerate(model: nn.Module, fast: Mapping[type, type]) -> None:
+    """Give every module of `model` whose class is a key of `fast` (exactly: not a subclass) the class it maps to.
+
+    Raises:
+        TypeError: `model` has no such module.
+    """
+    modules = list(model.modules())
+    if not any(type(module) in fast or type(module) in fast.values() for module in modules):
+        names = ", ".join(cls.__name__ for cls in fast)
+        raise TypeError(f"model must have modules of the classes {names}, got {type(model).__name__} without any")
+    for module in modules:
+        module.__class__ = fast.get(type(module), type(module))
+
+
+def restore(model: nn.Module, fast: Mapping[type, type]) -> None:
+    """Undo `accelerate`."""
+    stock = {new: old for old, new in fast.items()}
+    for module in model.modules():
+        module.__class__ = stock.get(type(module), type(module))
+
+
+def bare(*modules: nn.Module) -> bool:
+    """Whether each is a layer of torch.nn itself, not a subclass (LoRA, quantised, parametrised), and nothing hooks
+    into its call: then its parameters say all that it does, and it need not be called."""
+    return all(
+        type(module).__module__.startswith("torch.nn.modules.")
+        and "forward" not in module.__dict__
+        and not any(getattr(module, hooks) for hooks in _HOOKS)
+        for module in modules
+    )
+
+
+def tell(module: nn.Module, why: str) -> None:
+    """Say, once for a class of modules and a reason, that a module runs as it was before `accelerate`."""
+    if (type(module), why) not in _TOLD:
+        _TOLD.add((type(module), why))
+        warnings.warn(f"{type(module).__name__} runs unaccelerated: {why}", M3AEFastWarning, stacklevel=3)
