@@ -38,11 +38,13 @@ def restore(model: nn.Module, fast: Mapping[type, type]) -> None:
 def bare(*modules: nn.Module) -> bool:
     """Whether each is a layer of torch.nn itself, not a subclass (LoRA, quantised, parametrised), and nothing hooks
     into its call: then its parameters say all that it does, and it need not be called."""
-    return all(
-        type(module).__module__.startswith("torch.nn.modules.")
-        and "forward" not in module.__dict__
-        and not any(getattr(module, hooks) for hooks in _HOOKS)
-        for module in modules
+    return unhooked(*modules) and all(type(module).__module__.startswith("torch.nn.modules.") for module in modules)
+
+
+def unhooked(*modules: nn.Module) -> bool:
+    """Whether nothing hooks into the call of any of them."""
+    return not any(
+        "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS) for module in modules
     )
 
 

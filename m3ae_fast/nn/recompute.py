@@ -13,7 +13,8 @@ top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lamb
 
 
 def recomputed(y: Tensor, make: Callable[[], Tensor]) -> contextlib.AbstractContextManager:
-    """Operations in this context that save y for their backward pass save `make` instead; make() must give y's bits.
+    """Operations in this context that save y, in any shape, save nothing: the backward pass calls make, which must
+    give y's bits, contiguous.
 
     It does nothing where no gradient is recorded, under torch.compile (whose partitioner decides this itself) and
     inside other hooks, such as those of gradient checkpointing, which already keep y from being saved.
@@ -22,13 +23,13 @@ def recomputed(y: Tensor, make: Callable[[], Tensor]) -> contextlib.AbstractCont
         return contextlib.nullcontext()
     address, size = y.data_ptr(), y.numel()
 
-    def pack(x: Tensor) -> Tensor | Callable[[], Tensor]:
-        return make if x.data_ptr() == address and x.numel() == size else x
+    def pack(x: Tensor) -> Tensor | torch.Size:
+        return x.shape if x.data_ptr() == address and x.numel() == size else x
 
-    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
         with torch.no_grad():
-            return kept()
+            return make().view(kept)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -1,0 +1,40 @@
+"""Hugging Face Transformers: its own models, made faster where they stand.
+
+    from m3ae_fast.integrations.transformers import accelerate
+    accelerate(model)  # ViTMAEForPreTraining, ViTMAEModel, or any model that holds one
+
+Written for transformers 5.23.
+"""
+
+from torch import nn
+
+from m3ae_fast.integrations import _swap
+from m3ae_fast.integrations.transformers import vit_mae
+
+_FAST = vit_mae.FAST
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Make the ViTMAE modules inside `model` faster, in place: same parameters, state dict, arguments and outputs.
+
+    The classes of the modules are exchanged for subclasses of the same names; parameters, buffers, hooks, the device
+    and the training mode stay as they are. What the fast modules cannot do (see docs/integrations.md) they leave to
+    Transformers' own code, and say so once in an `M3AEFastWarning`. Calling it twice changes nothing.
+
+    Args:
+        model: a `ViTMAEForPreTraining` or `ViTMAEModel`, or a module that holds one.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: `model` holds none of the modules that can be accelerated; subclasses of them are left alone.
+    """
+    _swap.accelerate(model, _FAST)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `accelerate`: every module gets Transformers' own class back. Returns `model` itself."""
+    _swap.restore(model, _FAST)
+    return model

@@ -1,0 +1,52 @@
+"""What the fast modules of several architectures share: torch's layers, run by our ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import activations
+
+from m3ae_fast import ops
+from m3ae_fast.integrations._swap import bare
+
+_GELU = {
+    activations.GELUActivation: "gelu",
+    activations.GELUTanh: "gelu_tanh",
+    activations.NewGELUActivation: "gelu_tanh",
+}
+
+
+def activation(module: nn.Module) -> str | None:
+    """The name that `linear` has for an activation of Transformers'; None where it has none."""
+    return _GELU.get(type(module))
+
+
+def offsets(batch: int, length: int, device: torch.device) -> Tensor:
+    """[batch + 1] int32: where sequences of one length start. Made on the device: nothing is copied."""
+    return torch.arange(0, batch * length + 1, max(length, 1), dtype=torch.int32, device=device)[: batch + 1]
+
+
+def product_dtype(like: Tensor) -> torch.dtype:
+    """The dtype in which a product with `like` runs: its own, or autocast's."""
+    device = like.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
+
+
+def project(module: nn.Linear, x: Tensor) -> Tensor:
+    """module(x), by `linear` where nothing else hangs on the module's call."""
+    return ops.linear(x, module.weight, module.bias) if bare(module) else module(x)
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor | None = None) -> tuple:
+    """(y, again), or with residual (y, x + residual, again): y is normalised, in the dtype of the product that reads
+    it; again() makes it once more, for `recomputed`."""
+    options = {"eps": norm.eps, "dtype": product_dtype(x)}
+    y = ops.layer_norm(x, norm.weight, norm.bias, residual=residual, **options)
+    if residual is not None:
+        y, x = y
+    rows = x.detach()
+
+    def again() -> Tensor:
+        return ops.layer_norm(rows, norm.weight, norm.bias, **options)
+
+    return (y, again) if residual is None else (y, x, again)
