@@ -2,15 +2,15 @@
 pixels.
 
 The classes have the names of those they stand in for: Transformers knows layers and architectures by name. Shapes: B
-images, P patches of which K are kept, N tokens, D width.
+images, P patches of which K are kept, N tokens, D width. (Annotations are evaluated: Transformers reads them to learn
+what a model takes.)
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from transformers.models.vit_mae import modeling_vit_mae as stock
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from m3ae_fast.integrations._swap import bare, tell, unhooked
 from m3ae_fast.integrations.transformers.layers import activation, layer_norm, offsets, product_dtype, project
@@ -138,7 +138,7 @@ class ViTMAEForPreTraining(stock.ViTMAEForPreTraining):
         noise: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         attention_mask: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> stock.ViTMAEForPreTrainingOutput:
         """As Transformers'. The loss reads the masked patches' pixels from the images: no target is made."""
         size = self.vit.embeddings.patch_size
