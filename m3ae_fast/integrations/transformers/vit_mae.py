@@ -6,6 +6,8 @@ images, P patches of which K are kept, N tokens, D width. (Annotations are evalu
 what a model takes.)
 """
 
+import operator
+
 import torch
 from torch import Tensor, nn
 from transformers.models.vit_mae import modeling_vit_mae as stock
@@ -38,7 +40,7 @@ class ViTMAEEmbeddings(stock.ViTMAEEmbeddings):
             return super().forward(pixel_values, noise, interpolate_pos_encoding)
 
         batch, patches = len(pixel_values), embeddings.num_patches
-        keep = int(patches * (1 - self.config.mask_ratio))
+        keep = operator.index(int(patches * (1 - self.config.mask_ratio)))  # index: a number to torch.compile as well
         if noise is None:
             noise = torch.rand(batch, patches, device=pixel_values.device)
         ids_shuffle = noise.argsort(dim=1).to(pixel_values.device)
@@ -141,12 +143,7 @@ class ViTMAEForPreTraining(stock.ViTMAEForPreTraining):
         **kwargs: Unpack[TransformersKwargs],
     ) -> stock.ViTMAEForPreTrainingOutput:
         """As Transformers'. The loss reads the masked patches' pixels from the images: no target is made."""
-        size = self.vit.embeddings.patch_size
-        if (
-            interpolate_pos_encoding
-            or not isinstance(size, int)
-            or (pixel_values is not None and pixel_values.requires_grad)
-        ):
+        if interpolate_pos_encoding or (pixel_values is not None and pixel_values.requires_grad):
             return super().forward(
                 pixel_values, noise, interpolate_pos_encoding, attention_mask, return_dict=True, **kwargs
             )
@@ -160,7 +157,7 @@ class ViTMAEForPreTraining(stock.ViTMAEForPreTraining):
         loss = masked_mse(
             take_rows(logits.flatten(0, 1), rows.flatten()), pixel_values, ids.flatten(),
             offsets(batch, patches - kept, ids.device),
-            patch_size=size, norm_pix=self.config.norm_pix_loss, reduction="mean",
+            patch_size=self.config.patch_size, norm_pix=self.config.norm_pix_loss, reduction="mean",
         )  # fmt: skip
         return stock.ViTMAEForPreTrainingOutput(
             loss=loss, logits=logits, mask=outputs.mask, ids_restore=outputs.ids_restore,
