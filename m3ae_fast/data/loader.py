@@ -51,6 +51,8 @@ class Loader:
         strict: raise BadSample where a sample cannot be read, instead of replacing it.
         augment: random crops and mirroring; False: the square in the middle, for evaluation.
         pairs_only: what is not an image with a caption counts as a sample that cannot be read.
+        rank, world_size: of this process, where several share the work. Each gets batches of `batch_size` of its own,
+            together those of one process with world_size * batch_size samples in a batch.
 
     Yields:
         step, and a batch whose images are uint8 [N, 3, image_size, image_size] in channels-last memory, texts int32.
@@ -79,12 +81,16 @@ class Loader:
         strict: bool = False,
         augment: bool = True,
         pairs_only: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ):
         _checks.integer("image_size", image_size, 1)
         _checks.integer("batch_size", batch_size, 1)
         _checks.integer("max_text_length", max_text_length, 1)
         _checks.integer("start_step", start_step, 0)
         _checks.integer("workers", workers, 0)
+        _checks.integer("world_size", world_size, 1)
+        _checks.integer("rank", rank, 0, world_size)
         if not len(dataset):
             raise ValueError("dataset must hold at least one sample, got an empty one")
         batches = _Batches(
@@ -93,12 +99,13 @@ class Loader:
         self._loader = DataLoader(
             batches,
             batch_size=None,  # an item is a whole batch already
-            sampler=_Steps(start_step),
+            sampler=_Numbers(start_step * world_size + rank, world_size),
             num_workers=workers,
             collate_fn=_as_it_is,
             worker_init_fn=_ignore_interrupts,
             generator=torch.Generator(),  # its own, or starting to iterate would advance torch's
         )
+        self._world_size = world_size
         self._batches: Iterator[_Loaded] | None = None
         self._warned: set[str] = set()
         self.counters = dict.fromkeys(COUNTERS, 0)
@@ -122,7 +129,7 @@ class Loader:
             if bad.name not in self._warned:
                 self._warned.add(bad.name)
                 warnings.warn(f"{bad}; skipped (bad files so far: {len(self._warned)})", M3AEFastWarning, stacklevel=2)
-        return loaded.step, loaded.batch
+        return loaded.number // self._world_size, loaded.batch
 
     def close(self) -> None:
         """End the worker processes; the stream ends with them."""
@@ -130,9 +137,9 @@ class Loader:
 
 
 class _Loaded(NamedTuple):
-    """What a worker sends back."""
+    """What a worker sends back. number: of the batch; those of a step go to one rank after the other."""
 
-    step: int
+    number: int
     batch: ImageTextBatch
     counters: Counter
     skipped: list[BadSample]
@@ -144,12 +151,12 @@ class _Prepared(NamedTuple):
     labels: tuple[int, ...]
 
 
-class _Steps(Sampler):
-    def __init__(self, start: int):
-        self.start = start
+class _Numbers(Sampler):
+    def __init__(self, start: int, stride: int):
+        self.start, self.stride = start, stride
 
     def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.start)
+        return itertools.count(self.start, self.stride)
 
 
 def _as_it_is(loaded):
@@ -163,7 +170,7 @@ def _ignore_interrupts(worker: int) -> None:
 
 @dataclasses.dataclass
 class _Batches(Dataset):
-    """Batch by step. A worker holds a copy of it."""
+    """Batch by number. A worker holds a copy of it."""
 
     dataset: Sequence[Sample]
     tokenizer: Tokenizer | None
@@ -182,10 +189,10 @@ class _Batches(Dataset):
         self.endless = getattr(self.dataset, "endless", False)
         self.classes = len(getattr(self.dataset, "classes", ()))
 
-    def __getitem__(self, step: int) -> _Loaded | Exception:
+    def __getitem__(self, number: int) -> _Loaded | Exception:
         """An error is returned, to be raised by the loader: on the way out of a worker, one raised becomes another."""
         counters, skipped = Counter(), []
-        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+        positions = range(number * self.batch_size, (number + 1) * self.batch_size)
         try:
             prepared = [self._at(position, counters, skipped) for position in positions]
         except (BadSample, _NoGoodSample) as error:
@@ -200,7 +207,7 @@ class _Batches(Dataset):
             sample_ids=positions,
             labels=self._labels(prepared),
         )
-        return _Loaded(step, batch, counters, skipped)
+        return _Loaded(number, batch, counters, skipped)
 
     def _labels(self, prepared: list[_Prepared]) -> torch.Tensor | None:
         if not self.classes:

@@ -10,8 +10,8 @@ if _missing:  # now, not after an hour of training
     )
 
 from m3ae_fast.train.config import RunConfig  # noqa: E402
-from m3ae_fast.train.loop import Summary, pretrain  # noqa: E402
+from m3ae_fast.train.loop import Summary, make_optimiser, pretrain  # noqa: E402
 from m3ae_fast.train.run import Run, load_run  # noqa: E402
 from m3ae_fast.train.schedule import learning_rate  # noqa: E402
 
-__all__ = ["Run", "RunConfig", "Summary", "learning_rate", "load_run", "pretrain"]
+__all__ = ["Run", "RunConfig", "Summary", "learning_rate", "load_run", "make_optimiser", "pretrain"]

@@ -106,6 +106,27 @@ def test_grouping_changes_no_sample():
     assert torch.equal(texts[0], texts[1]) and torch.equal(ids[0], ids[1])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_share_the_batches_of_one_process(workers):
+    whole = take(loader(Marked(10), batch_size=6, start_step=1), 4)
+    shares = [
+        take(loader(Marked(10), batch_size=2, start_step=1, workers=workers, rank=rank, world_size=3), 4)
+        for rank in range(3)
+    ]
+    for (step, batch), *ranks in zip(whole, *shares, strict=True):
+        assert [each for each, _ in ranks] == [step] * 3
+        assert torch.equal(batch.sample_ids, torch.cat([share.sample_ids for _, share in ranks]))
+        assert torch.equal(batch.images, torch.cat([share.images for _, share in ranks]))
+        assert torch.equal(batch.text, torch.cat([share.text for _, share in ranks]))
+
+
+def test_a_rank_is_one_of_the_world():
+    with pytest.raises(ValueError, match=r"rank must be in \[0, 2\), got 2"):
+        loader(Marked(), rank=2, world_size=2)
+    with pytest.raises(ValueError, match="world_size must be at least 1, got 0"):
+        loader(Marked(), world_size=0)
+
+
 def test_sample_ids_are_unique_and_small():
     with pytest.warns(M3AEFastWarning, match=r"file1\.jpg"):
         ids = torch.cat([batch.sample_ids for _, batch in take(loader(Marked(3, bad=[1])), 10)])
@@ -153,9 +174,9 @@ def test_pickled_for_spawned_workers(mixed):
     """What a worker process gets and sends back survives pickling, whatever the start method."""
     batches = loader(FolderDataset(mixed))._loader.dataset
     copy = pickle.loads(pickle.dumps(batches))
-    for step in range(3):
-        here, there = batches[step], pickle.loads(pickle.dumps(copy[step]))
-        assert_same([(here.step, here.batch)], [(there.step, there.batch)])
+    for number in range(3):
+        here, there = batches[number], pickle.loads(pickle.dumps(copy[number]))
+        assert_same([(here.number, here.batch)], [(there.number, there.batch)])
         assert here.counters == there.counters and list(map(str, here.skipped)) == list(map(str, there.skipped))
 
 
