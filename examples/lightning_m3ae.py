@@ -8,22 +8,11 @@ import argparse
 import functools
 
 import lightning
-import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from m3ae_fast.data import Loader, Tokenizer, open_dataset
 from m3ae_fast.models import M3AE, M3AEConfig
 from m3ae_fast.train import learning_rate, make_optimiser
-
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--steps", type=int, default=50)
-parser.add_argument("--stop-after", type=int)
-parser.add_argument("--batch-size", type=int, default=8, help="samples of a process in a forward pass")
-parser.add_argument("--accumulate", type=int, default=1)
-parser.add_argument("--precision", default="32-true")
-parser.add_argument("--devices", type=int, default=1)
-parser.add_argument("--out", default="runs/lightning")
-parser.add_argument("--resume", action="store_true")
 
 
 class Pretraining(lightning.LightningModule):
@@ -52,8 +41,17 @@ class Pretraining(lightning.LightningModule):
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--stop-after", type=int)
+    parser.add_argument("--batch-size", type=int, default=8, help="samples of a process in a forward pass")
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--out", default="runs/lightning")
+    parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
-    torch.manual_seed(0)
+    lightning.seed_everything(0)
     trainer = lightning.Trainer(
         max_steps=args.stop_after or args.steps, devices=args.devices, precision=args.precision,
         accumulate_grad_batches=args.accumulate, gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
