@@ -102,7 +102,9 @@ class ImageTextBatch:
         return moved
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> ImageTextBatch:
+        """The same batch with its tensors on `device`; what is on the host (lengths, sample ids) stays there."""
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> ImageTextBatch:
+        """The same batch in page-locked memory: a DataLoader with pin_memory=True calls it."""
         return self._map(lambda x: x.pin_memory())

@@ -53,8 +53,3 @@ def test_public_functions_and_classes_are_documented(path):
             if path.name in ("cpp_backend.py", "triton_backend.py", "cuda_backend.py", "cases.py"):
                 continue  # forward, backward, make: the same everywhere, described once in op.py and testing.py
             assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
-
-
-def test_files_that_the_readme_names_exist():
-    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / path).exists(), path

@@ -150,6 +150,12 @@ def convert_flax_checkpoint(source: str | os.PathLike, target: str | os.PathLike
     """Write a public checkpoint as safetensors (`m3ae-fast convert`), atomically; returns the configuration it shows.
 
     The file's metadata holds that configuration as JSON under "config".
+
+    Args:
+        source: the checkpoint, a pickle of which nothing is run. target: the file to write.
+
+    Raises:
+        ValueError: `source`, which it names, is not a checkpoint of the public code.
     """
     from safetensors.torch import save_file
 

@@ -25,7 +25,11 @@ class Sample:
 
 
 class BadSample(Exception):
-    """A sample that cannot be read: its file is damaged, or holds neither an image nor a caption."""
+    """A sample that cannot be read: its file is damaged, or holds neither an image nor a caption.
+
+    Args:
+        name: of the sample. reason: what is wrong with it.
+    """
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)  # both, so that it pickles

@@ -49,7 +49,7 @@ class SceneObject:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What was drawn. captions: three true sentences, from short to long."""
+    """What was drawn. background: a colour. objects: one to four. captions: three true ones, from short to long."""
 
     background: str
     objects: tuple[SceneObject, ...]

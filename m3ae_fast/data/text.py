@@ -22,6 +22,9 @@ class Tokenizer:
     """Text to vocabulary ids and back: lower case, accents stripped, split at spaces and punctuation, then WordPiece.
 
     Made by `from_vocab`, `train` or `load`.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer`; its padding and truncation are switched off.
     """
 
     def __init__(self, tokenizer: _Tokenizer):

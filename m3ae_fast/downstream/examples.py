@@ -10,7 +10,8 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)  # no ==: comparing arrays gives an array
 class Question:
-    """A question about an image. kind: questions that are scored together, "color" for instance."""
+    """A question about an image. answer: the right one. name: what errors call it. kind: questions that are scored
+    together, "color" for instance."""
 
     image: np.ndarray
     question: str
@@ -21,7 +22,8 @@ class Question:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statement:
-    """A sentence about two images. label: whether it is true of them."""
+    """A sentence about two images, left and right. label: whether it is true of them. name: what errors call it. kind:
+    statements that are scored together."""
 
     left: np.ndarray
     right: np.ndarray
@@ -33,8 +35,8 @@ class Statement:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Phrase:
-    """What to find in an image. box: where it is, (x0, y0, x1, y1) in pixels of `image`, x1 and y1 just outside;
-    None: not known, so that a picture can be drawn and nothing scored."""
+    """A phrase and the image to find it in. box: where it is, (x0, y0, x1, y1) in pixels of `image`, x1 and y1 just
+    outside; None: not known, so that a picture can be drawn and nothing scored. name: what errors call it."""
 
     image: np.ndarray
     phrase: str
@@ -44,7 +46,7 @@ class Phrase:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pair:
-    """An image and its captions, one or more, each of which is a right one."""
+    """An image and its captions, one or more, each of which is a right one. name: what errors call it."""
 
     image: np.ndarray
     captions: tuple[str, ...]

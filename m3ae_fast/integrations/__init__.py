@@ -1,5 +1,8 @@
-"""m3ae_fast under the names and types of other libraries. Import the one you need; none imports the library it is for.
+"""m3ae_fast under the names and types of other libraries, and in their models. Import the one you need.
 
 `flash_attn`: FlashAttention-2's functions over packed sequences. `xformers`: memory-efficient attention under a
-BlockDiagonalMask. `nested`: jagged nested tensors in and out.
+BlockDiagonalMask. `nested`: jagged nested tensors in and out. None of these imports the library it is for.
+`transformers`: Transformers' own models, made faster where they stand.
 """
+
+__all__ = ["flash_attn", "nested", "transformers", "xformers"]

@@ -109,7 +109,8 @@ def flash_attn_varlen_qkvpacked_func(
     """`flash_attn_varlen_func` of q, k, v = qkv.unbind(1), whose gradient is written in one buffer.
 
     Args:
-        qkv: [T, 3, H, D]. The others, what is returned and what is raised: see `flash_attn_varlen_func`.
+        qkv: [T, 3, H, D]. cu_seqlens, max_seqlen: of queries and keys alike.
+            The others, what is returned and what is raised: see `flash_attn_varlen_func`.
     """
     _plain(dropout_p, causal, window_size, softcap, alibi_slopes)
     result = varlen_attention_qkvpacked(

@@ -18,7 +18,7 @@ from m3ae_fast.seqlens import SeqLens
 class CLIPOutput:
     """fp32 scalars."""
 
-    loss: Tensor
+    loss: Tensor  # mean of both directions' cross-entropies
     image_accuracy: Tensor  # share of texts whose image is found among the batch's; no gradient
     text_accuracy: Tensor  # share of images whose text is
 

@@ -31,7 +31,7 @@ class ModelConfig:
     """What every model has. The defaults are a ViT-S at 256 pixels.
 
     Attributes:
-        image_size: pixels a side, or (height, width); a multiple of patch_size.
+        image_size: pixels a side, or (height, width); a multiple of patch_size, the pixels a side of a patch.
         vocab_size: entries of the vocabulary.
         max_text_length: rows of the text position table; a longer text is refused.
         width, heads: of the Transformers. mlp_ratio: hidden rows of their MLPs, as a multiple of the width.
@@ -112,6 +112,7 @@ class ModelConfig:
         return 3 * self.patch_size**2
 
     def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` takes."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -163,6 +164,8 @@ class M3AEConfig(ModelConfig):
 
     Attributes, beside ModelConfig's (vocab_size 0 makes a model of images alone, without any text parameter):
         image_mask_ratio, text_mask_ratio: share of tokens removed, in [0, 1).
+        depth: blocks of the encoder. decoder_width, decoder_depth, decoder_heads: of the decoder.
+        image_loss_weight, text_loss_weight: of the two losses in their sum.
         masking: "sample": every sample has masks of its own, drawn over its real tokens, at least one kept and one
             masked (a text of one word is masked whole). "shared": as the paper's public code: one image mask and one
             text mask for the whole batch, the text mask drawn over max_text_length slots, padding included.

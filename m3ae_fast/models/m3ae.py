@@ -29,8 +29,8 @@ class M3AEOutput:
     own mean over its masked tokens (a sample without any counts as 0), so that they add up over micro-batches."""
 
     loss: Tensor  # image_loss_weight * image_loss + text_loss_weight * text_loss
-    image_loss: Tensor
-    text_loss: Tensor
+    image_loss: Tensor  # squared error of the masked patches
+    text_loss: Tensor  # cross-entropy of the masked words
     text_accuracy: Tensor  # of the masked words; no gradient
     image_mask: Tensor  # [B, P] bool on the host, True = removed
     text_mask: Tensor  # [B, longest text] bool on the host, True = removed
@@ -43,7 +43,7 @@ class Reconstruction:
     image: Tensor  # [B, P, patch_dim] normalised pixels (row, column, channel); NaN for a sample without an image
     text_logits: Tensor  # [sum of text lengths, V]
     image_mask: Tensor  # as in M3AEOutput
-    text_mask: Tensor
+    text_mask: Tensor  # likewise
 
 
 @dataclasses.dataclass

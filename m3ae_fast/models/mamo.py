@@ -40,8 +40,8 @@ class MAMOOutput:
     mrm_loss: Tensor  # masked representations against the momentum network's fusion; mean of the two passes' means
     mim_loss: Tensor  # masked patches against the momentum network's image encoder
     mlm_loss: Tensor  # masked words
-    itc_loss: Tensor
-    itm_loss: Tensor
+    itc_loss: Tensor  # images and texts find one another, within the batch and the queue
+    itm_loss: Tensor  # right pairs told from wrong ones
     mlm_accuracy: Tensor  # share of masked words guessed
     itm_accuracy: Tensor  # share of pairs told right
     target_std: Tensor  # of MRM's targets over the masked tokens, mean over features: near 0 means collapse

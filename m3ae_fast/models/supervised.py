@@ -20,7 +20,7 @@ from m3ae_fast.nn.rows import take_rows
 class SupervisedOutput:
     """fp32 scalars."""
 
-    loss: Tensor
+    loss: Tensor  # binary cross-entropy of every class
     accuracy: Tensor  # share of an image's shown classes among its highest logits, as many as it shows; no gradient
 
 

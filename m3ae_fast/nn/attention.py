@@ -17,7 +17,11 @@ def _head_dim(width: int, heads: int) -> int:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; parameters named and shaped as timm's (`qkv` [3D, D], `proj` [D, D])."""
+    """Multi-head self-attention; parameters named and shaped as timm's (`qkv` [3D, D], `proj` [D, D]).
+
+    Args:
+        width: D, a multiple of heads. qkv_bias: whether the first product has a bias.
+    """
 
     def __init__(self, width: int, heads: int, *, qkv_bias: bool = True):
         super().__init__()
@@ -49,7 +53,8 @@ class CrossAttention(nn.Module):
     """Queries from one packed batch, keys and values from another: sequence b attends to context sequence b.
 
     Args:
-        width: D of the queries. context_width: of the context rows, default D.
+        width: D of the queries, a multiple of heads. context_width: of the context rows, default D.
+        qkv_bias: whether the products that make queries, keys and values have biases.
     """
 
     def __init__(self, width: int, heads: int, *, context_width: int | None = None, qkv_bias: bool = True):

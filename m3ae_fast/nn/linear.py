@@ -44,6 +44,9 @@ class LayerNorm(nn.LayerNorm):
 
     Under autocast the normalised rows come out in the autocast dtype, ready for the product that reads them: the
     cast that autocast would do there, without its pass over memory.
+
+    Args:
+        width: of the last dimension. eps: added to the variance.
     """
 
     def __init__(self, width: int, eps: float = 1e-6):

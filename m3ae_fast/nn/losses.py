@@ -47,7 +47,12 @@ class FeatureRegressionLoss(nn.Module):
 
 
 class LinearCrossEntropyLoss(nn.Module):
-    """A head Linear(width, vocabulary) with its cross-entropy: logits are never stored."""
+    """A head Linear(width, vocab_size) with its cross-entropy: logits are never stored.
+
+    Args:
+        width: of the rows. vocab_size: classes. bias: whether the head has one.
+        reduction, settings: as `linear_cross_entropy`'s.
+    """
 
     def __init__(self, width: int, vocab_size: int, *, bias: bool = True, reduction: str = "mean", **settings):
         super().__init__()

@@ -12,8 +12,12 @@ from m3ae_fast.seqlens import SeqLens
 
 
 class Mlp(nn.Module):
-    """fc2(gelu(fc1(x))); of the hidden rows only fc1(x) is stored. Args: activation: "gelu_tanh" (M3AE) or "gelu" (erf:
-    MAE, timm)."""
+    """fc2(gelu(fc1(x))); of the hidden rows only fc1(x) is stored.
+
+    Args:
+        width: of the rows that go in and come out. hidden: of those between.
+        activation: "gelu_tanh" (M3AE) or "gelu" (erf: MAE, timm).
+    """
 
     def __init__(self, width: int, hidden: int, *, activation: str = "gelu_tanh"):
         super().__init__()
@@ -21,6 +25,7 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, width, input_activation=activation)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] -> [..., width]."""
         return self.fc2(self.fc1(x))
 
 
@@ -29,6 +34,10 @@ class Block(nn.Module):
 
     The backward pass normalises again what the LayerNorms put out: two passes over memory, for a sixth of what a block
     would keep.
+
+    Args:
+        width: D, a multiple of heads. mlp_ratio: hidden rows of the MLP, as a multiple of the width.
+        activation: of the MLP, "gelu_tanh" or "gelu". eps: of the LayerNorms.
     """
 
     def __init__(
@@ -69,7 +78,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`depth` blocks and a final LayerNorm."""
+    """`depth` blocks and a final LayerNorm.
+
+    Args:
+        width, heads, options: of each `Block`.
+    """
 
     def __init__(self, width: int, depth: int, heads: int, **options):
         super().__init__()

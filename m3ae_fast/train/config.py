@@ -120,6 +120,7 @@ class RunConfig:
         return RunConfig(**values)
 
     def to_dict(self) -> dict:
+        """All fields by name: what run.json holds."""
         return dataclasses.asdict(self)
 
     def identity(self) -> dict:
@@ -127,6 +128,7 @@ class RunConfig:
         return {name: value for name, value in self.to_dict().items() if name not in FREE}
 
     def save(self, folder: Path) -> None:
+        """Write `<folder>/run.json`, whole or not at all."""
         write_json(folder / "run.json", self.to_dict())
 
     @classmethod

@@ -31,13 +31,13 @@ from m3ae_fast.train.schedule import learning_rate
 class Summary:
     """How a call of `pretrain` went; counts, times and rates are of this call, not of what it resumed."""
 
-    folder: Path
+    folder: Path  # of the run
     step: int = 0  # steps taken in all
     steps: int = 0  # steps of the whole run
     interrupted: bool = False  # by Ctrl-C or SIGTERM
     last: dict = field(default_factory=dict)  # the last row of metrics.jsonl, {} where no step was taken
     tokens: int = 0  # patches and words of the batches
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the call
     wait_seconds: float = 0.0  # of those, spent waiting for data
     counters: dict = field(default_factory=dict)  # images skipped, texts cut, ...: Loader.counters
 
@@ -167,7 +167,12 @@ def train_step(
 
 
 def make_optimiser(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (.9, .95); weight decay on matrices only: not on biases, norms, embeddings, CLS, type and mask tokens."""
+    """AdamW (.9, .95); weight decay on matrices only: not on biases, norms, embeddings, CLS, type and mask tokens.
+
+    Args:
+        model: of which the parameters that require a gradient are trained.
+        lr, weight_decay: AdamW's.
+    """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.dim() >= 2 and id(p) not in embeddings]

@@ -32,7 +32,7 @@ VOCAB_SIZE = 8192  # at most: a small data set has fewer words
 class Run(NamedTuple):
     """A run read back from its folder."""
 
-    config: RunConfig
+    config: RunConfig  # with everything resolved
     model: nn.Module  # of OBJECTIVES[config.objective]
     tokenizer: Tokenizer | None  # None: a model of images alone
     step: int  # steps taken by the checkpoint
@@ -42,6 +42,8 @@ def load_run(path: str | Path, device: str | None = "cpu", *, objectives: Collec
     """The model of a run's folder (its newest checkpoint), or of one checkpoint in it, ready for evaluation.
 
     Args:
+        path: the folder, or the checkpoint's file.
+        device: where the model goes; None: cuda if there is one, else cpu.
         objectives: those that will do.
     Raises:
         FileNotFoundError: no such folder or checkpoint. ValueError: one of its files is damaged, or it is a run of

@@ -11,6 +11,8 @@ from torch import nn
 from m3ae_fast.integrations import _swap
 from m3ae_fast.integrations.transformers import vit_mae
 
+__all__ = ["accelerate", "restore"]
+
 _FAST = vit_mae.FAST
 
 

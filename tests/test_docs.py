@@ -1,0 +1,101 @@
+"""What is public is documented, and what the documents say can be followed."""
+
+import importlib
+import inspect
+import pydoc
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+LONGER = {"mamo_ablation.py"}  # from before the rule
+
+
+def modules() -> list[str]:
+    """m3ae_fast, its packages, and one module for each library that it integrates with."""
+    folders = (path.parent.name for path in sorted((ROOT / "m3ae_fast").glob("*/__init__.py")))
+    libraries = (path.stem for path in sorted((ROOT / "m3ae_fast/integrations").glob("[a-z]*")))
+    return ["m3ae_fast", *(f"m3ae_fast.{name}" for name in folders if name not in ("integrations", "ops"))] + [
+        f"m3ae_fast.integrations.{name}" for name in libraries
+    ]
+
+
+@pytest.fixture(params=modules())
+def module(request):
+    try:
+        return importlib.import_module(request.param)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("m3ae_fast"):
+            raise
+        pytest.skip(f"{request.param} needs {error.name}")
+
+
+def public(module) -> dict:
+    """Its functions and classes by name: those of `__all__`, or all that are defined in it."""
+    if hasattr(module, "__all__"):
+        found = {name: getattr(module, name) for name in module.__all__}
+    else:
+        found = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        found = {name: value for name, value in found.items() if getattr(value, "__module__", "") == module.__name__}
+    return {name: value for name, value in found.items() if inspect.isclass(value) or inspect.isfunction(value)}
+
+
+def documentation(value) -> str:
+    """A function's or class's docstring, those of the classes of ours that it inherits from, the comments beside a
+    record's fields, and the docstrings of what it refers to by name, in backticks."""
+    ours = value.__mro__ if inspect.isclass(value) else [value]
+    texts = [each.__doc__ or "" for each in ours if each.__module__.startswith("m3ae_fast")]
+    if hasattr(value, "__annotations__") and inspect.isclass(value):
+        texts += re.findall(r"^    (\w+: .*#.*)$", inspect.getsource(value), re.M)
+    home = inspect.getmodule(value).__name__
+    for name in re.findall(r"`([\w.]+)`", texts[0]):
+        texts.append(inspect.getdoc(pydoc.locate(f"{home}.{name}") or pydoc.locate(name)) or "")
+    return "\n".join(texts)
+
+
+def test_every_public_name_says_what_it_is(module):
+    assert module.__doc__, "the module says nothing"
+    for name, value in public(module).items():
+        # a dataclass without a docstring is given its signature
+        assert value.__doc__ and not value.__doc__.startswith(f"{name}("), name
+        for method, function in vars(value).items() if inspect.isclass(value) else ():
+            if inspect.isroutine(function) and not method.startswith("_"):
+                assert inspect.getdoc(getattr(value, method)), f"{name}.{method}"
+
+
+def test_every_parameter_is_documented(module):
+    for name, value in public(module).items():
+        if inspect.isclass(value) and issubclass(value, Warning):
+            continue  # made by warnings.warn
+        text = documentation(value)
+        for parameter in inspect.signature(value).parameters:
+            assert re.search(rf"\b{parameter}\b", text), f"{name} does not say what {parameter} is"
+
+
+@pytest.mark.parametrize("path", ["README.md", ".ci/run"])
+def test_the_api_reference_is_of_all_packages(path):
+    named = re.search(r"m3ae_fast\.\{([\w,]+)\}", (ROOT / path).read_text(encoding="utf-8"))[1].split(",")
+    assert sorted(named) == sorted({name.split(".")[1] for name in modules()[1:]})
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (path.parent / link).exists(), link
+    for named in re.findall(r"`((?:benchmarks|docs|examples|m3ae_fast|tests)/[\w/]+\.\w+)`", text):
+        assert (ROOT / named).exists(), named
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_python_in_documents_is_python(path):
+    for block in re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S):
+        compile(block, path.name, "exec")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_an_example_fits_on_a_page(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 60 or path.name in LONGER, f"{len(lines)} lines"
