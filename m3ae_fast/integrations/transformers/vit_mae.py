@@ -22,6 +22,8 @@ from m3ae_fast.ops import assemble_tokens, gather_patches, linear, masked_mse, r
 
 
 class ViTMAEEmbeddings(stock.ViTMAEEmbeddings):
+    """Kept patches alone are embedded, drawn as Transformers draws them."""
+
     def forward(
         self, pixel_values: Tensor, noise: Tensor | None = None, interpolate_pos_encoding: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,6 +61,8 @@ class ViTMAEEmbeddings(stock.ViTMAEEmbeddings):
 
 
 class ViTMAEAttention(stock.ViTMAEAttention):
+    """Attention over packed rows, without weights or masks."""
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
         """hidden_states [B, N, D] -> [B, N, D] and no weights: they are never made."""
         why = None
@@ -82,6 +86,8 @@ class ViTMAEAttention(stock.ViTMAEAttention):
 
 
 class ViTMAEMLP(stock.ViTMAEMLP):
+    """GELU on the way into fc2."""
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]; of the hidden rows only fc1's are stored."""
         name = activation(self.activation_fn)
@@ -92,6 +98,8 @@ class ViTMAEMLP(stock.ViTMAEMLP):
 
 
 class ViTMAELayer(stock.ViTMAELayer):
+    """A block whose residual adds happen inside the LayerNorms."""
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         """[B, N, D] -> [B, N, D]; the backward pass normalises again what the LayerNorms put out."""
         why = None
@@ -111,6 +119,8 @@ class ViTMAELayer(stock.ViTMAELayer):
 
 
 class ViTMAEDecoder(stock.ViTMAEDecoder):
+    """The decoder on tokens restored in one write."""
+
     def forward(
         self, hidden_states: Tensor, ids_restore: Tensor, interpolate_pos_encoding: bool = False
     ) -> stock.ViTMAEDecoderOutput:
@@ -133,6 +143,8 @@ class ViTMAEDecoder(stock.ViTMAEDecoder):
 
 
 class ViTMAEForPreTraining(stock.ViTMAEForPreTraining):
+    """The whole model, its loss of the masked patches alone."""
+
     @can_return_tuple
     def forward(
         self,
