@@ -62,14 +62,14 @@ def _score(model: MAMO, x: Tensor, layout: FusionLayout, at: int) -> tuple[Tenso
         if number == at:
             x, update, weights = _step(block, x, update, layout.seqlens)
         else:
-            x, update = block.step(x, update, layout.seqlens)
+            x, update = block(x, layout.seqlens, update, apart=True)
     y = fusion.norm(update, residual=x)[0]
     logits = model.match_head(take_rows(y, layout.wanted)).float()
     return logits[:, 1] - logits[:, 0], weights
 
 
 def _step(block: Block, x: Tensor, update: Tensor | None, seqlens: SeqLens) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Block.step in plain PyTorch, a sequence at a time: its attention weights [H, S, S] are leaves of the graph."""
+    """A block in plain PyTorch, a sequence at a time: its attention weights [H, S, S] are leaves of the graph."""
     y, x = (block.norm1(x), x) if update is None else block.norm1(update, residual=x)
     attn, out, weights = block.attn, [], []
     qkv = attn.qkv(y).view(-1, 3, attn.heads, attn.head_dim)

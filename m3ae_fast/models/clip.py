@@ -32,8 +32,8 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = config
         self.encoders = DualEncoder(config)
+        reset_parameters(self.encoders)
         self.contrast = ContrastiveLoss(config.projection, temperature=config.temperature)
-        reset_parameters(self)
 
     def forward(
         self,

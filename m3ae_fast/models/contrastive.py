@@ -30,7 +30,7 @@ class ContrastiveLoss(nn.Module):
 
     def __init__(self, width: int, *, temperature: float = 0.07, queue_size: int = 0):
         super().__init__()
-        self.temperature = nn.Parameter(torch.tensor(temperature))
+        self.temperature = nn.Parameter(torch.tensor([temperature]))  # [1]: FSDP2 takes no scalars
         self.queue_size = queue_size
         if queue_size:
             self.register_buffer("image_queue", torch.zeros(queue_size, width))

@@ -138,15 +138,14 @@ class M3AE(nn.Module):
 
         rows = torch.cat([layout.image_rows, layout.text_rows])
         for_image, for_text = take_rows(decoded, rows).split([image.mask.total, text.mask.total])
-        image_loss = text_loss = text_accuracy = decoded.new_zeros((), dtype=torch.float32)
-        if batch.images is not None:
-            image_loss = masked_mse(
-                self.image_head(for_image), batch.images, layout.image_ids_mask, layout.images_mask,
-                patch_size=self.config.patch_size, norm_pix=self.config.norm_pix,
-                **self.patch_embed.normalisation(batch.images),
-            )  # fmt: skip
-            if batch.images.shape[0] != len(batch):
-                image_loss = image_loss * (batch.images.shape[0] / len(batch))
+        text_loss = text_accuracy = decoded.new_zeros((), dtype=torch.float32)
+        images = self._images(batch)
+        image_loss = masked_mse(
+            self.image_head(for_image), images, layout.image_ids_mask, layout.images_mask,
+            patch_size=self.config.patch_size, norm_pix=self.config.norm_pix, **self.patch_embed.normalisation(images),
+        )  # fmt: skip
+        if images.shape[0] != len(batch):
+            image_loss = image_loss * (images.shape[0] / len(batch))
         if self.text_head is not None:
             target = batch.text.index_select(0, layout.words_mask)
             text_loss, text_accuracy = linear_cross_entropy(
@@ -223,14 +222,12 @@ class M3AE(nn.Module):
 
     def _encode(self, batch: ImageTextBatch, layout: TokenLayout) -> Tensor:
         """Kept patches and kept words -> [layout.kept.total, D]."""
-        patches = words = None
-        inputs = {}
-        if batch.images is not None:
-            patches = self.patch_embed(batch.images, layout.image_ids_keep, layout.images_keep)
-            inputs = {
-                "image_ids": layout.image_ids_keep, "cu_image": layout.image_keep,
-                "image_position": self.image_position, "image_type": self.image_type,
-            }  # fmt: skip
+        patches = self.patch_embed(self._images(batch), layout.image_ids_keep, layout.images_keep)
+        words = None
+        inputs = {
+            "image_ids": layout.image_ids_keep, "cu_image": layout.image_keep,
+            "image_position": self.image_position, "image_type": self.image_type,
+        }  # fmt: skip
         if self.text_embedding is not None:
             words = batch.text.index_select(0, layout.words_keep)
             inputs |= {
@@ -250,6 +247,13 @@ class M3AE(nn.Module):
             image_type=self.decoder_image_type, text_type=self.decoder_text_type,
         )  # fmt: skip
         return self.decoder(tokens, layout.full, *rows)
+
+    def _images(self, batch: ImageTextBatch) -> Tensor:
+        """The batch's images, or none of them as a tensor: every parameter has a gradient in every step, zeros where a
+        modality is missing, so that ranks which hold other modalities send each other the same."""
+        if batch.images is not None:
+            return batch.images
+        return torch.empty(0, 3, *self.config.image_shape, dtype=torch.uint8, device=batch.device)
 
     def _check_plan(self, batch: ImageTextBatch, plan: Plan) -> None:
         self._check(batch)

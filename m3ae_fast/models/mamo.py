@@ -100,8 +100,8 @@ class MAMO(nn.Module):
         self.regressor = _mlp(c)  # of MIM
         self.word_head = fast.Linear(c.width, c.vocab_size)
         self.match_head = fast.Linear(c.width, 2)
-        self.contrast = ContrastiveLoss(c.projection, temperature=c.temperature, queue_size=c.queue_size)
         reset_parameters(self)
+        self.contrast = ContrastiveLoss(c.projection, temperature=c.temperature, queue_size=c.queue_size)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
 
     @torch.no_grad()

@@ -65,7 +65,7 @@ def linear(
         impl, x, weight.contiguous(), None if bias is None else bias.contiguous(), activation or "",
         input_activation or "", training,
     )  # fmt: skip
-    return y.view(*leading, weight.shape[0])
+    return y if len(leading) == 1 else y.view(*leading, weight.shape[0])
 
 
 class _Linear(torch.autograd.Function):
