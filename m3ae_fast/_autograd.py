@@ -1,16 +1,101 @@
-"""Gradients that a forward pass made: what is left to do in the backward pass."""
+"""What the autograd of all ops has in common."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 # Private to torch, so it may be missing: then every graph is taken to be kept.
 keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+transformed = torch._C._are_functorch_transforms_active
+WHY = (
+    "its gradient is made by a kernel, which autograd cannot see into. impl='reference', or M3AE_FAST_IMPL=reference for "
+    "the whole process, is plain PyTorch and has all of them."
+)
+
+
+def op_of(part: Callable | type) -> str:
+    """The op that a class or a function of its op.py belongs to."""
+    return part.__module__.split(".")[-2]
+
+
+class Function(torch.autograd.Function):
+    """An op whose gradients are made by kernels: `forward(*args)` calls them, `setup_context` keeps what `backward`,
+    under `@differentiable_once`, needs.
+
+    torch.func.grad takes it as it is, vmap calls the kernels once a sample. What backward needs beyond the arguments is
+    an output, not differentiable, for which no gradient is made up (`kept`).
+    """
+
+    generate_vmap_rule = True
+
+    @classmethod
+    def apply(cls, *args):
+        try:
+            if transformed():
+                return super().apply(*args)
+            # Function.apply without its look at forward's signature, which costs three times the rest of it.
+            return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))
+        except NotImplementedError as error:
+            if "jvp" not in str(error):
+                raise
+            raise NotImplementedError(f"{op_of(cls)} has no forward-mode derivative (jvp): {WHY}") from None
+
+
+def kept(ctx, *tensors: Tensor) -> None:
+    """Outputs that are there for the backward pass alone: they have no gradient, and none is filled in with zeros."""
+    ctx.mark_non_differentiable(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def differentiable_once(backward: Callable) -> Callable:
+    """For `backward(ctx, saved, *gradients)`, which is given ctx.saved_tensors: its results cannot be differentiated.
+
+    torch's `once_differentiable` lets a second derivative be lost in silence where no gradient that comes in requires
+    one; here what was saved counts, too, so something that stands for the op's inputs must be.
+    """
+    op = op_of(backward)
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *gradients):
+        if all(x is None for x in gradients):
+            return (None,) * len(ctx.needs_input_grad)
+        saved = ctx.saved_tensors  # once: gradient checkpointing hands them out one time
+        with torch.no_grad():
+            results = backward(ctx, saved, *gradients)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return results
+        made = [x for x in results if x is not None]
+        refusing = iter(_Refuse.apply(op, len(made), *made, *gradients, *saved) if made else ())
+        return tuple(x if x is None else next(refusing) for x in results)
+
+    return wrapper
+
+
+class _Refuse(torch.autograd.Function):
+    """The first `count` tensors as they are, as functions of all of them whose derivative is an error."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op, count, *tensors):
+        return tuple(x.detach() for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.op} has no second derivative: {WHY}")
 
 
 def scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
     """gradient * dloss, one number; in place on the CPU where the graph goes with this backward pass: it is large."""
-    if torch.compiler.is_compiling() or gradient.device.type != "cpu" or keep_graph():
+    if torch.compiler.is_compiling() or transformed() or gradient.device.type != "cpu" or keep_graph():
         return gradient * dloss
     return gradient if dloss.item() == 1 else gradient.mul_(dloss)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from m3ae_fast._autograd import transformed
+
 # Private to torch, so it may be missing: then nothing is taken to be nested in hooks of the user's.
 top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
 
@@ -16,10 +18,13 @@ def recomputed(y: Tensor, make: Callable[[], Tensor]) -> contextlib.AbstractCont
     """Operations in this context that save y, in any shape, save nothing: the backward pass calls make, which must
     give y's bits, contiguous.
 
-    It does nothing where no gradient is recorded, under torch.compile (whose partitioner decides this itself) and
-    inside other hooks, such as those of gradient checkpointing, which already keep y from being saved.
+    It does nothing where no gradient is recorded, under torch.compile (whose partitioner decides this itself), under
+    torch.func (which takes no hooks) and inside other hooks, such as those of gradient checkpointing, which already
+    keep y from being saved.
     """
-    if not y.numel() or not y.requires_grad or torch.compiler.is_compiling() or top_hooks(True) is not None:
+    if not y.numel() or not y.requires_grad or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    if transformed() or top_hooks(True) is not None:
         return contextlib.nullcontext()
     address, size = y.data_ptr(), y.numel()
 

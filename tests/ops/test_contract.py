@@ -187,8 +187,27 @@ def test_a_second_derivative_is_refused(op, impl, device, case):
     attached = [x for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor) and x.requires_grad]
     total = sum((x * x).sum() for x in attached)
     gradients = torch.autograd.grad(total, call.leaves(), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=f"{op} has no second derivative: .* impl='reference'"):
         sum(g.square().sum() for g in gradients).backward()
+
+
+@pytest.mark.parametrize(("op", "impl", "device", "case"), FIRST)
+def test_no_second_derivative_is_lost(op, impl, device, case):
+    """Where the gradient that comes in is a constant, too: what torch's once_differentiable lets pass in silence."""
+    call = testing.cases(op).make(case).on(device)
+    if not call.leaves() or impl == "reference":
+        pytest.skip(f"{op} has no gradient of its own here")
+
+    def gradients(impl):
+        out = function(op)(*call.args, **call.kwargs, impl=impl)
+        attached = [x for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor) and x.requires_grad]
+        return torch.autograd.grad(attached, call.leaves(), list(map(testing.cotangent, attached)), create_graph=True)
+
+    theirs = sum(g.square().sum() for g in gradients("reference"))
+    seconds = torch.autograd.grad(theirs, call.leaves(), materialize_grads=True) if theirs.requires_grad else ()
+    if any(second.any() for second in seconds):
+        with pytest.raises(RuntimeError, match=f"{op} has no second derivative"):
+            sum(g.square().sum() for g in gradients(impl)).backward()
 
 
 BEYOND = 2**32 + 1  # as int32 it would read as 1

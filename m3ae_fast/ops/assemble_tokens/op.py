@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from m3ae_fast import _backends, _checks
+from m3ae_fast._autograd import Function, differentiable_once
 from m3ae_fast.ops.assemble_tokens import reference
 from m3ae_fast.ops.assemble_tokens.gradients import empty_gradients
 from m3ae_fast.seqlens import SeqLens, cu_seqlens
@@ -136,30 +136,33 @@ def _companions(name, tokens, ids, cu, position):
     return ids, cu if cu is None else cu_seqlens(f"cu_{name}", cu)
 
 
-class _AssembleTokens(torch.autograd.Function):
+class _AssembleTokens(Function):
     """One for all backends."""
 
     @staticmethod
-    def forward(ctx, impl, *args):
-        (image_tokens, text_tokens, image_ids, text_ids, cu_image, cu_text, cls_token, text_embedding, image_position,
-         text_position, _, _, _) = args  # fmt: skip
-        words, text = (None, text_tokens) if text_embedding is None else (text_tokens, text_embedding)
-        float_rows = text_tokens if words is None else None
-        sized = (image_tokens, float_rows, text_embedding, image_position, text_position)
-        ctx.impl, ctx.has_cls = impl, cls_token is not None
-        ctx.rows = tuple(0 if x is None else x.shape[0] for x in sized)
-        ctx.dtypes = image_tokens.dtype, text.dtype
-        ctx.save_for_backward(words, image_ids, text_ids, cu_image, cu_text)
+    def forward(impl, *args):
         return _assemble_tokens(impl, *args)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
+    def setup_context(ctx, inputs, output):
+        (ctx.impl, image_tokens, text_tokens, image_ids, text_ids, cu_image, cu_text, cls_token, text_embedding,
+         image_position, text_position, _, _, _) = inputs  # fmt: skip
+        words, text = (None, text_tokens) if text_embedding is None else (text_tokens, text_embedding)
+        float_rows = text_tokens if words is None else None
+        sized = (image_tokens, float_rows, text_embedding, image_position, text_position)
+        ctx.has_cls = cls_token is not None
+        ctx.rows = tuple(0 if x is None else x.shape[0] for x in sized)
+        ctx.dtypes = image_tokens.dtype, text.dtype
+        ctx.save_for_backward(words, image_ids, text_ids, cu_image, cu_text)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, saved, dout):
         (_, image, text, _, _, _, _, cls, embedding, image_position, text_position, image_type, text_type,
          _) = ctx.needs_input_grad  # fmt: skip
         need = [image, text, cls or image_type or text_type, embedding, image_position, text_position]
         dimage, dtext, dparts, dembedding, dimage_position, dtext_position = _assemble_tokens_backward(
-            ctx.impl, dout.contiguous(), *ctx.saved_tensors, ctx.has_cls, *ctx.rows, *ctx.dtypes, need
+            ctx.impl, dout.contiguous(), *saved, ctx.has_cls, *ctx.rows, *ctx.dtypes, need
         )
         dcls, dimage_type, dtext_type = dparts.to(dout.dtype).unbind(0) if need[2] else (None, None, None)
         grads = (None, dimage, dtext, None, None, None, None, dcls, dembedding, dimage_position, dtext_position,

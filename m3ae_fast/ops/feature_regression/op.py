@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from m3ae_fast import _backends, _checks
-from m3ae_fast._autograd import scaled
+from m3ae_fast._autograd import Function, differentiable_once, kept, scaled
 from m3ae_fast.ops.feature_regression import reference
 from m3ae_fast.seqlens import SeqLens
 from m3ae_fast.seqlens import cu_seqlens as offsets
@@ -95,23 +94,28 @@ def feature_regression(
     dpred_dtype = None
     if pred.requires_grad and torch.is_grad_enabled():  # float16 cannot hold 1 / (R D) before it meets its loss scale
         dpred_dtype = torch.float32 if pred.dtype == torch.float16 else pred.dtype
-    return _FeatureRegression.apply(impl, pred.contiguous(), target.contiguous(), rows, cu, *options, dpred_dtype)
+    loss, _ = _FeatureRegression.apply(impl, pred.contiguous(), target.contiguous(), rows, cu, *options, dpred_dtype)
+    return loss
 
 
-class _FeatureRegression(torch.autograd.Function):
+class _FeatureRegression(Function):
     """One for all backends. The forward pass makes the gradient, the backward pass only scales it."""
 
     @staticmethod
-    def forward(ctx, impl, pred, target, rows, cu, *options):
-        loss, dpred = _feature_regression(impl, pred, target, rows, cu, *options)
-        ctx.dtype, ctx.inputs = pred.dtype, 5 + len(options)
-        ctx.save_for_backward(dpred, cu)
-        return loss
+    def forward(impl, pred, target, rows, cu, *options):
+        return _feature_regression(impl, pred, target, rows, cu, *options)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss):
-        dpred, cu = ctx.saved_tensors
+    def setup_context(ctx, inputs, output):
+        ctx.dtype, ctx.inputs = inputs[1].dtype, len(inputs)
+        loss, dpred = output
+        ctx.save_for_backward(dpred, inputs[4], loss)  # loss: for differentiable_once
+        kept(ctx, dpred)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, saved, dloss, _):
+        dpred, cu, _ = saved
         if dloss.dim() == 0:
             dpred = scaled(dpred, dloss)
         else:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from m3ae_fast import _backends, _checks
+from m3ae_fast._autograd import Function, differentiable_once
 from m3ae_fast.ops.gather_patches import patches, reference
 from m3ae_fast.seqlens import SeqLens, cu_seqlens
 
@@ -70,20 +70,23 @@ def gather_patches(
     return _GatherPatches.apply(impl, images, ids, cu, patch_size, scale, shift, dtype)
 
 
-class _GatherPatches(torch.autograd.Function):
+class _GatherPatches(Function):
     """One for all backends."""
 
     @staticmethod
-    def forward(ctx, impl, images, ids, cu, patch_size, scale, shift, dtype):
-        ctx.impl, ctx.shape, ctx.dtype = impl, images.shape, images.dtype
-        ctx.patch_size, ctx.scale = patch_size, scale
-        ctx.save_for_backward(ids, cu)
+    def forward(impl, images, ids, cu, patch_size, scale, shift, dtype):
         return _gather_patches(impl, images, ids, cu, patch_size, scale, shift, dtype)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        ids, cu = ctx.saved_tensors
+    def setup_context(ctx, inputs, output):
+        ctx.impl, images, ids, cu, ctx.patch_size, ctx.scale, *_ = inputs
+        ctx.shape, ctx.dtype = images.shape, images.dtype
+        ctx.save_for_backward(ids, cu)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, saved, dout):
+        ids, cu = saved
         dimages = _gather_patches_backward(
             ctx.impl, dout.contiguous(), ids, cu, ctx.shape, ctx.patch_size, ctx.scale, ctx.dtype
         )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from m3ae_fast import _backends, _checks
+from m3ae_fast._autograd import Function, differentiable_once, kept
 from m3ae_fast.ops.layer_norm import reference
 
 BACKENDS = _backends.load(__package__, "cpp", "triton")
@@ -82,10 +82,10 @@ def layer_norm(
         return (value if value.dim() == 2 else value.reshape(-1, width)).contiguous()
 
     def param(value):  # a `.to` that changes nothing still costs a microsecond
-        return value if value is None or value.dtype == accumulate else value.to(accumulate)
+        return value if value is None else (value if value.dtype == accumulate else value.to(accumulate)).contiguous()
 
     y_dtype = dtype if dtype in kernels_write else accumulate
-    y, s = _LayerNorm.apply(impl, rows(x), rows(residual), param(weight), param(bias), float(eps), y_dtype)
+    y, s, _ = _LayerNorm.apply(impl, rows(x), rows(residual), param(weight), param(bias), float(eps), y_dtype)
     if y_dtype != dtype:
         y = y.to(dtype)
     if x.dim() != 2:
@@ -93,24 +93,25 @@ def layer_norm(
     return y if residual is None else (y, s)
 
 
-class _LayerNorm(torch.autograd.Function):
-    """One for all backends: (y, s), s empty without residual."""
+class _LayerNorm(Function):
+    """One for all backends: (y, s, stats), s empty without residual."""
 
     @staticmethod
-    def forward(ctx, impl, x, residual, weight, bias, eps, dtype):
-        weight, bias = (p if p is None else p.contiguous() for p in (weight, bias))
-        y, s, stats = _layer_norm(impl, x, residual, weight, bias, eps, dtype)
-        ctx.impl, ctx.x_dtype, ctx.residual_dtype = impl, x.dtype, None if residual is None else residual.dtype
+    def forward(impl, x, residual, weight, bias, eps, dtype):
+        return _layer_norm(impl, x, residual, weight, bias, eps, dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.impl, x, residual, weight, *_ = inputs
+        _, s, stats = output
+        ctx.x_dtype, ctx.residual_dtype = x.dtype, None if residual is None else residual.dtype
         ctx.save_for_backward(x if residual is None else s, weight, stats)
-        if residual is None:
-            ctx.mark_non_differentiable(s)
-        ctx.set_materialize_grads(False)
-        return y, s
+        kept(ctx, stats, *([s] if residual is None else []))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, ds):
-        s, weight, stats = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx, saved, dy, ds, _):
+        s, weight, stats = saved
         _, need_x, need_residual, need_weight, need_bias, _, _ = ctx.needs_input_grad
         if ctx.residual_dtype is None:
             ds = None  # a compiled graph makes one for the s without rows

@@ -6,9 +6,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from m3ae_fast import _backends, _checks
+from m3ae_fast._autograd import Function, differentiable_once, kept
 from m3ae_fast.ops.linear import reference
 
 BACKENDS = _backends.load(__package__, "cpp", "triton")
@@ -61,27 +61,31 @@ def linear(
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias) if t is not None)
     leading = x.shape[:-1]
     x = x.reshape(math.prod(leading), x.shape[-1]).contiguous()  # not -1: it is ambiguous where K is 0
-    y = _Linear.apply(
+    y, _ = _Linear.apply(
         impl, x, weight.contiguous(), None if bias is None else bias.contiguous(), activation or "",
         input_activation or "", training,
     )  # fmt: skip
     return y if len(leading) == 1 else y.view(*leading, weight.shape[0])
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Function):
     """One for all backends."""
 
     @staticmethod
-    def forward(ctx, impl, x, weight, bias, activation, input_activation, training):
-        ctx.impl, ctx.activations = impl, (activation, input_activation)
-        y, z = _linear(impl, x, weight, bias, activation, input_activation, training)
-        ctx.save_for_backward(x, weight, z)
-        return y
+    def forward(impl, x, weight, bias, activation, input_activation, training):
+        return _linear(impl, x, weight, bias, activation, input_activation, training)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, z = ctx.saved_tensors
+    def setup_context(ctx, inputs, output):
+        ctx.impl, x, weight, _, *ctx.activations, _ = inputs
+        z = output[1]
+        ctx.save_for_backward(x, weight, z)
+        kept(ctx, z)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, saved, dy, _):
+        x, weight, z = saved
         need = ctx.needs_input_grad[1:4]
         grads = _linear_backward(ctx.impl, dy.contiguous(), x, weight, z, *ctx.activations, *need)
         return None, *(grad if needed else None for grad, needed in zip(grads, need, strict=True)), None, None, None

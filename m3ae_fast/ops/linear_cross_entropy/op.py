@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from m3ae_fast import _backends, _checks
-from m3ae_fast._autograd import scaled
+from m3ae_fast._autograd import Function, differentiable_once, kept, scaled
 from m3ae_fast.ops.linear_cross_entropy import reference
 from m3ae_fast.seqlens import SeqLens
 from m3ae_fast.seqlens import cu_seqlens as offsets
@@ -88,7 +87,7 @@ def linear_cross_entropy(
         loss = loss if share is None else _total(loss, share)
     else:
         need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
-        loss, hit = _LinearCrossEntropy.apply(
+        loss, hit, *_ = _LinearCrossEntropy.apply(
             impl, x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), target, share,
             ignore_index, label_smoothing, need,
         )  # fmt: skip
@@ -122,34 +121,37 @@ def _total(values: Tensor, share: Tensor) -> Tensor:
     return weighted.view(-1, block).sum(1).sum().to(values.dtype)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(Function):
     """One for all backends."""
 
     @staticmethod
-    def forward(ctx, impl, x, weight, bias, target, share, ignore_index, label_smoothing, need):
-        ctx.options = (impl, ignore_index, label_smoothing)
-        ctx.reduced, ctx.need = share is not None, need
+    def forward(impl, x, weight, bias, target, share, ignore_index, label_smoothing, need):
         dloss = None if share is None else share.to(torch.promote_types(x.dtype, torch.float32))
-        made = need if ctx.reduced else [False] * 3
-        loss, hit, *gradients = _linear_cross_entropy(
+        made = [False] * 3 if share is None else need
+        loss, *others = _linear_cross_entropy(
             impl, x, weight, bias, target, dloss, ignore_index, label_smoothing, *made
         )
-        if ctx.reduced:
-            ctx.save_for_backward(*gradients)
-            loss = _total(loss, share)
-        else:
-            ctx.save_for_backward(x, weight, bias, target)
-        ctx.mark_non_differentiable(hit)
-        return loss, hit
+        return loss if share is None else _total(loss, share), *others
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss, _):
+    def setup_context(ctx, inputs, output):
+        impl, x, weight, bias, target, share, *options, ctx.need = inputs
+        ctx.options, ctx.reduced = (impl, *options), share is not None
+        loss, _, *gradients = output
         if ctx.reduced:
-            gradients = [scaled(g, dloss) for g in ctx.saved_tensors]
+            ctx.save_for_backward(*gradients, loss)  # loss: for differentiable_once
+        else:
+            ctx.save_for_backward(x, weight, bias, target)
+        kept(ctx, *output[1:])
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, saved, dloss, *_):
+        if ctx.reduced:
+            gradients = [scaled(g, dloss) for g in saved[:3]]
         else:
             impl, *options = ctx.options
-            _, _, *gradients = _linear_cross_entropy(impl, *ctx.saved_tensors, dloss.contiguous(), *options, *ctx.need)
+            _, _, *gradients = _linear_cross_entropy(impl, *saved, dloss.contiguous(), *options, *ctx.need)
         dx, dweight, dbias = (g if n else None for g, n in zip(gradients, ctx.need, strict=True))
         return None, dx, dweight, dbias, None, None, None, None, None
 

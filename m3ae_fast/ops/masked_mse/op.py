@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from m3ae_fast import _backends, _checks
+from m3ae_fast._autograd import Function, differentiable_once, kept
 from m3ae_fast.ops.gather_patches import patches
 from m3ae_fast.ops.masked_mse import reference
 from m3ae_fast.seqlens import SeqLens, cu_seqlens
@@ -79,24 +79,28 @@ def masked_mse(
         patches.check_ids("ids_mask", ids_mask, "cu_mask", cu, images, patch_size)
         return reference.masked_mse(pred, *args)
     need_error = pred.requires_grad and torch.is_grad_enabled()
-    return _MaskedMse.apply(impl, pred.contiguous(), *args, need_error)
+    return _MaskedMse.apply(impl, pred.contiguous(), *args, need_error)[0]
 
 
-class _MaskedMse(torch.autograd.Function):
+class _MaskedMse(Function):
     """One for all backends. The forward pass leaves pred - target, so that the backward pass only multiplies. (Not yet
     with the factor of the reduction, which would be below what float16 can hold.)"""
 
     @staticmethod
-    def forward(ctx, impl, pred, images, ids_mask, cu, *options):
-        loss, error = _masked_mse(impl, pred, images, ids_mask, cu, *options)
-        ctx.impl, ctx.reduction, ctx.inputs = impl, options[-2], 5 + len(options)
-        ctx.save_for_backward(error, cu)
-        return loss
+    def forward(impl, pred, images, ids_mask, cu, *options):
+        return _masked_mse(impl, pred, images, ids_mask, cu, *options)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss):
-        error, cu = ctx.saved_tensors
+    def setup_context(ctx, inputs, output):
+        ctx.impl, ctx.reduction, ctx.inputs = inputs[0], inputs[-2], len(inputs)
+        loss, error = output
+        ctx.save_for_backward(error, inputs[4], loss)  # loss: for differentiable_once
+        kept(ctx, error)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, saved, dloss, _):
+        error, cu, _ = saved
         dpred = _masked_mse_backward(ctx.impl, dloss.contiguous(), error, cu, ctx.reduction)
         return None, dpred, *(None,) * (ctx.inputs - 2)
 

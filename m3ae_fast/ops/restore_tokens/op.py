@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from m3ae_fast import _backends, _checks
+from m3ae_fast._autograd import Function, differentiable_once
 from m3ae_fast.ops.restore_tokens import reference
 
 BACKENDS = _backends.load(__package__, "cpp", "triton")
@@ -93,20 +93,24 @@ def restore_tokens(
     )
 
 
-class _RestoreTokens(torch.autograd.Function):
+class _RestoreTokens(Function):
     """One for all backends."""
 
     @staticmethod
-    def forward(ctx, impl, kept, rows, slots, *params):
-        ctx.impl, ctx.kept_dtype, ctx.kept_rows = impl, kept.dtype, kept.shape[0]
-        ctx.patches, ctx.words = (0 if table is None else table.shape[0] for table in params[2:4])
-        ctx.save_for_backward(rows, slots)
+    def forward(impl, kept, rows, slots, *params):
         return _restore_tokens(impl, kept, rows, slots, *params)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        rows, slots = ctx.saved_tensors
+    def setup_context(ctx, inputs, output):
+        ctx.impl, kept, rows, slots, _, _, *tables = inputs
+        ctx.kept_dtype, ctx.kept_rows = kept.dtype, kept.shape[0]
+        ctx.patches, ctx.words = (0 if table is None else table.shape[0] for table in tables[:2])
+        ctx.save_for_backward(rows, slots)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, saved, dout):
+        rows, slots = saved
         need_kept, _, _, *need = ctx.needs_input_grad[1:]
         image_mask, text_mask, image_position, text_position, image_type, text_type = need
         dkept, dsums, dimage_position, dtext_position = _restore_tokens_backward(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from m3ae_fast import _backends, _checks, seqlens
+from m3ae_fast._autograd import Function, differentiable_once, kept
 from m3ae_fast.ops.varlen_attention import reference
 
 BACKENDS = _backends.load(__package__, "cpp", "triton")
@@ -93,7 +93,8 @@ def varlen_attention(
     k = k.view_as(k) if k is q else k
     v = v.view_as(v) if v is q or v is k else v
     cu_k = None if cu_k is cu_q else cu_k
-    return _VarlenAttention.apply(impl, return_lse, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale)
+    out, lse = _VarlenAttention.apply(impl, return_lse, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale)
+    return (out, lse) if return_lse else out
 
 
 def varlen_attention_qkvpacked(
@@ -129,7 +130,8 @@ def varlen_attention_qkvpacked(
         scale = _scale(softmax_scale, qkv.shape[3])
         out, lse = reference.varlen_attention(*qkv.unbind(1), cu, cu, longest, longest, scale)
         return (out, lse) if return_lse else out
-    return _VarlenAttentionPacked.apply(impl, return_lse, qkv, cu, longest, softmax_scale)
+    out, lse = _VarlenAttentionPacked.apply(impl, return_lse, qkv, cu, longest, softmax_scale)
+    return (out, lse) if return_lse else out
 
 
 def _lengths(suffix: str, value: seqlens.SeqLens | Tensor, longest: int | None, like: Tensor):
@@ -163,20 +165,25 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-class _VarlenAttention(torch.autograd.Function):
+class _VarlenAttention(Function):
     """One for all backends."""
 
     @staticmethod
-    def forward(ctx, impl, return_lse, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale):
-        out, lse = _varlen_attention(impl, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale)
-        ctx.impl, ctx.max_q, ctx.max_k, ctx.softmax_scale = impl, max_q, max_k, softmax_scale
-        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
-        return (out, lse) if return_lse else out
+    def forward(impl, return_lse, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale):
+        return _varlen_attention(impl, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, dlse=None):
-        q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
+    def setup_context(ctx, inputs, output):
+        ctx.impl, return_lse, q, k, v, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.softmax_scale = inputs
+        out, lse = output
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
+        if not return_lse:
+            kept(ctx, lse)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, saved, dout, dlse):
+        q, k, v, out, lse, cu_q, cu_k = saved
         gradients = _varlen_attention_backward(
             ctx.impl, _dense_rows(dout), None if dlse is None else dlse.contiguous(), q, k, v, out, lse, cu_q, cu_k,
             ctx.max_q, ctx.max_k, ctx.softmax_scale,
@@ -184,20 +191,25 @@ class _VarlenAttention(torch.autograd.Function):
         return None, None, *gradients, None, None, None, None, None
 
 
-class _VarlenAttentionPacked(torch.autograd.Function):
+class _VarlenAttentionPacked(Function):
     """The same with q, k, v in one buffer, and their gradients too."""
 
     @staticmethod
-    def forward(ctx, impl, return_lse, qkv, cu, longest, softmax_scale):
-        out, lse = _varlen_attention(impl, *qkv.unbind(1), cu, None, longest, longest, softmax_scale)
-        ctx.impl, ctx.longest, ctx.softmax_scale = impl, longest, softmax_scale
-        ctx.save_for_backward(qkv, out, lse, cu)
-        return (out, lse) if return_lse else out
+    def forward(impl, return_lse, qkv, cu, longest, softmax_scale):
+        return _varlen_attention(impl, *qkv.unbind(1), cu, None, longest, longest, softmax_scale)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, dlse=None):
-        qkv, out, lse, cu = ctx.saved_tensors
+    def setup_context(ctx, inputs, output):
+        ctx.impl, return_lse, qkv, cu, ctx.longest, ctx.softmax_scale = inputs
+        out, lse = output
+        ctx.save_for_backward(qkv, out, lse, cu)
+        if not return_lse:
+            kept(ctx, lse)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, saved, dout, dlse):
+        qkv, out, lse, cu = saved
         dqkv = _varlen_attention_packed_backward(
             ctx.impl, _dense_rows(dout), None if dlse is None else dlse.contiguous(), qkv, out, lse, cu, ctx.longest,
             ctx.softmax_scale,
