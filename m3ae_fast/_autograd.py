@@ -13,8 +13,8 @@ from torch._functorch.utils import unwrap_dead_wrappers
 keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 transformed = torch._C._are_functorch_transforms_active
 WHY = (
-    "its gradient is made by a kernel, which autograd cannot see into. impl='reference', or M3AE_FAST_IMPL=reference for "
-    "the whole process, is plain PyTorch and has all of them."
+    "its gradient is made by a kernel, which autograd cannot see into. impl='reference', or M3AE_FAST_IMPL=reference "
+    "for the whole process, is plain PyTorch and has all of them."
 )
 
 
@@ -24,11 +24,12 @@ def op_of(part: Callable | type) -> str:
 
 
 class Function(torch.autograd.Function):
-    """An op whose gradients are made by kernels: `forward(*args)` calls them, `setup_context` keeps what `backward`,
-    under `@differentiable_once`, needs.
+    """An op whose gradients are made by kernels: `forward` calls them, `setup_context` keeps what `backward`, under
+    `@differentiable_once`, needs.
 
     torch.func.grad takes it as it is, vmap calls the kernels once a sample. What backward needs beyond the arguments is
-    an output, not differentiable, for which no gradient is made up (`kept`).
+    an output, not differentiable, for which no gradient is made up (`kept`). forward names all its arguments: without
+    gradients torch.compile counts them.
     """
 
     generate_vmap_rule = True

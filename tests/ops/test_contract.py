@@ -157,6 +157,17 @@ def test_compiles_whole_and_at_most_twice(op, impl, device, case):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize(("op", "impl", "device", "case"), FIRST)
+def test_compiles_without_gradients(op, impl, device, case):
+    torch._dynamo.reset()
+    compiled = torch.compile(function(op), backend="aot_eager", fullgraph=True, dynamic=True)
+    call = testing.cases(op).make(case).on(device)
+    with deterministic_off(), torch.no_grad():
+        assert_same_bits(
+            compiled(*call.args, **call.kwargs, impl=impl), function(op)(*call.args, **call.kwargs, impl=impl)
+        )
+
+
 @contextlib.contextmanager
 def deterministic_off():
     """NaN-filled torch.empty would be traced into the graph as a fill: not what users compile."""

@@ -140,8 +140,12 @@ class _AssembleTokens(Function):
     """One for all backends."""
 
     @staticmethod
-    def forward(impl, *args):
-        return _assemble_tokens(impl, *args)
+    def forward(impl, image_tokens, text_tokens, image_ids, text_ids, cu_image, cu_text, cls_token, text_embedding,
+                image_position, text_position, image_type, text_type, dtype):  # fmt: skip
+        return _assemble_tokens(
+            impl, image_tokens, text_tokens, image_ids, text_ids, cu_image, cu_text, cls_token, text_embedding,
+            image_position, text_position, image_type, text_type, dtype,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):

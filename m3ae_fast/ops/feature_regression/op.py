@@ -102,8 +102,8 @@ class _FeatureRegression(Function):
     """One for all backends. The forward pass makes the gradient, the backward pass only scales it."""
 
     @staticmethod
-    def forward(impl, pred, target, rows, cu, *options):
-        return _feature_regression(impl, pred, target, rows, cu, *options)
+    def forward(impl, pred, target, rows, cu, distance, normalize, eps, reduction, dpred_dtype):
+        return _feature_regression(impl, pred, target, rows, cu, distance, normalize, eps, reduction, dpred_dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -87,8 +87,8 @@ class _MaskedMse(Function):
     with the factor of the reduction, which would be below what float16 can hold.)"""
 
     @staticmethod
-    def forward(impl, pred, images, ids_mask, cu, *options):
-        return _masked_mse(impl, pred, images, ids_mask, cu, *options)
+    def forward(impl, pred, images, ids_mask, cu, patch_size, norm_pix, scale, shift, reduction, need_error):
+        return _masked_mse(impl, pred, images, ids_mask, cu, patch_size, norm_pix, scale, shift, reduction, need_error)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -97,8 +97,12 @@ class _RestoreTokens(Function):
     """One for all backends."""
 
     @staticmethod
-    def forward(impl, kept, rows, slots, *params):
-        return _restore_tokens(impl, kept, rows, slots, *params)
+    def forward(impl, kept, rows, slots, image_mask_token, text_mask_token, image_position, text_position, image_type,
+                text_type):  # fmt: skip
+        return _restore_tokens(
+            impl, kept, rows, slots, image_mask_token, text_mask_token, image_position, text_position, image_type,
+            text_type,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
