@@ -226,6 +226,9 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     machine = command.add_argument_group("the machine")
     machine.add_argument("--device", help="default: cuda if there is one, else cpu")
     machine.add_argument("--workers", type=_natural, metavar="N", help="processes that load data (0)")
+    machine.add_argument(
+        "--checkpoint-blocks", action="store_true", help="gradient checkpointing: less memory, more work, the same bits"
+    )
     machine.add_argument("--strict", action="store_true", help="stop at an image that cannot be read; default: skip it")
 
 

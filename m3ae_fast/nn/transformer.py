@@ -87,8 +87,8 @@ class Transformer(nn.Module):
         width, heads, options: of each `Block`.
 
     Attributes:
-        checkpoint: keep of every block its input alone, and run it again in the backward pass: a third more work for a
-            tenth of the memory, the same bits. Settable at any time; `checkpoint_blocks` does it for a whole model.
+        checkpoint: keep of every block its input alone, and run it again in the backward pass: less memory, a third
+            more work, the same bits. Settable at any time; `checkpoint_blocks` does it for a whole model.
     """
 
     def __init__(self, width: int, depth: int, heads: int, **options):

@@ -21,6 +21,7 @@ from torch import nn
 
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader
+from m3ae_fast.nn import checkpoint_blocks
 from m3ae_fast.train import checkpoint, metrics, run
 from m3ae_fast.train.config import PAIRED, RunConfig
 from m3ae_fast.train.pictures import draw_pictures
@@ -65,6 +66,7 @@ def pretrain(
     config, dataset, tokenizer = run.reopen(folder, config) if resume else run.create(folder, config)
     device = run.pick_device(config.device)
     model = run.build_model(config).to(device)
+    checkpoint_blocks(model, config.checkpoint_blocks)
     optimiser = make_optimiser(model, lr=config.lr, weight_decay=config.weight_decay)
     checkpoints = folder / "checkpoints"
     done = 0
