@@ -7,11 +7,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 
 # Private to torch, so it may be missing: then every graph is taken to be kept.
 keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-transformed = torch._C._are_functorch_transforms_active
+# So may these, which say whether torch.func is at work: then it is taken to be, always: slower, not wrong.
+try:
+    from torch._functorch.utils import unwrap_dead_wrappers
+
+    transformed = torch._C._are_functorch_transforms_active
+except (ImportError, AttributeError):
+    transformed = lambda: True  # noqa: E731
 WHY = (
     "its gradient is made by a kernel, which autograd cannot see into. impl='reference', or M3AE_FAST_IMPL=reference "
     "for the whole process, is plain PyTorch and has all of them."
