@@ -1,7 +1,7 @@
 """Hugging Face Transformers: its own models, made faster where they stand.
 
     from m3ae_fast.integrations.transformers import accelerate
-    accelerate(model)  # ViTMAEForPreTraining, ViTMAEModel, or any model that holds one
+    accelerate(model)  # ViTMAEForPreTraining, FlavaForPreTraining, or any model that holds one of their modules
 
 Written for transformers 5.23.
 """
@@ -9,22 +9,23 @@ Written for transformers 5.23.
 from torch import nn
 
 from m3ae_fast.integrations import _swap
-from m3ae_fast.integrations.transformers import vit_mae
+from m3ae_fast.integrations.transformers import flava, vit_mae
 
 __all__ = ["accelerate", "restore"]
 
-_FAST = vit_mae.FAST
+_FAST = flava.FAST | vit_mae.FAST
 
 
 def accelerate(model: nn.Module) -> nn.Module:
-    """Make the ViTMAE modules inside `model` faster, in place: same parameters, state dict, arguments and outputs.
+    """Make the ViTMAE and FLAVA modules inside `model` faster, in place: same parameters, state dict, arguments and
+    outputs (but for the logits that `flava.FlavaForPreTraining` leaves out of a training step).
 
     The classes of the modules are exchanged for subclasses of the same names; parameters, buffers, hooks, the device
     and the training mode stay as they are. What the fast modules cannot do (see docs/integrations.md) they leave to
     Transformers' own code, and say so once in an `M3AEFastWarning`. Calling it twice changes nothing.
 
     Args:
-        model: a `ViTMAEForPreTraining` or `ViTMAEModel`, or a module that holds one.
+        model: a model of ViTMAE or FLAVA, or a module that holds one or some of its layers.
 
     Returns:
         `model` itself.
