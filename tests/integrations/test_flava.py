@@ -159,6 +159,23 @@ def test_masked_logits_are_there_for_whoever_asks():
     assert_same(fast(**make_batch()), model(**make_batch()), 1e-5)
 
 
+@tells
+def test_torch_compile_makes_all_logits():
+    model = make_model()
+    ours = torch.compile(accelerated(model), backend="eager")(**make_batch())
+    assert_same(ours, model(**make_batch()), 1e-5)
+
+
+def test_a_head_that_is_wrapped_makes_its_logits():
+    class Sharded(flava.FlavaMaskedPredictionHead):
+        """As FSDP makes it: its weights are gone when the call is over."""
+
+    model = make_model()
+    fast = accelerated(model)
+    fast.mmm_text_head.__class__ = Sharded
+    assert_same(fast(**make_batch()), model(**make_batch()), 1e-5, ["mmm_image_logits"])
+
+
 def test_a_step_without_masked_positions_has_the_loss_of_transformers():
     model = make_model()
     nothing = {"mlm_labels": torch.full((SAMPLES, WORDS), -100)}
@@ -231,11 +248,11 @@ def test_dropout_draws_as_transformers_does():
 def test_what_hangs_on_a_module_still_runs():
     model = make_model()
     fast = accelerated(model)
-    layer = fast.flava.text_model.encoder.layer[0]
+    first, second = fast.flava.text_model.encoder.layer
     hooked = [
-        layer.layernorm_after, layer.intermediate, layer.output, layer.attention.attention.key, layer.attention.output,
-        layer.attention.attention.dropout, fast.mmm_text_head, fast.mmm_image_head.decoder,
-        fast.mmm_image_head.transform.dense,
+        first.layernorm_after, second.intermediate, second.output, first.attention.attention.key,
+        first.attention.output.dense, second.attention.attention.dropout, fast.mmm_text_head,
+        fast.mmm_image_head.decoder, fast.mmm_image_head.transform.dense,
     ]  # fmt: skip
     shapes = []
     for module in hooked:
