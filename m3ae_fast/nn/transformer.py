@@ -122,7 +122,12 @@ class Transformer(nn.Module):
 
 
 def checkpoint_blocks(module: nn.Module, enabled: bool = True) -> None:
-    """Set `checkpoint` of every Transformer in a model: less memory for more work (gradient checkpointing)."""
+    """Gradient checkpointing: less memory for more work, the same bits.
+
+    Args:
+        module: a model, whose Transformers get `checkpoint = enabled`.
+        enabled: False: as they were made.
+    """
     for each in module.modules():
         if isinstance(each, Transformer):
             each.checkpoint = enabled

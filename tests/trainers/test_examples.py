@@ -16,6 +16,7 @@ from m3ae_fast.train import RunConfig, metrics, pretrain
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LINE = "    accelerate(model)\n"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
 
 
 def needs(library):
@@ -82,11 +83,38 @@ def test_accumulated_stopped_and_resumed_it_is_our_own_loop(trainer, launch, our
 def test_two_processes_are_one_with_their_batches(trainer, launch, ours):
     script = (EXAMPLES / f"{trainer}_m3ae.py", "--steps", 6, "--batch-size", 4)
     if trainer == "accelerate":
-        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-        printed = launch(*torchrun, *script, ACCELERATE_USE_CPU="true")
+        printed = launch(*TORCHRUN, *script, ACCELERATE_USE_CPU="true")
     else:
         printed = launch(*script, "--devices", 2)
     assert losses(printed) == pytest.approx(ours(batch_size=8), rel=1e-5)  # gradients are added in another order
+
+
+@pytest.mark.parametrize("example", ["ddp", "fsdp"])
+def test_two_processes_of_torchs_own(example, launch, ours):
+    script = (EXAMPLES / f"{example}_m3ae.py", "--steps", 6)
+    expected = pytest.approx(ours(batch_size=8), rel=1e-5)  # gradients are added in another order
+    assert losses(launch(*TORCHRUN, *script, "--batch-size", 4)) == expected
+    assert losses(launch(*script)) == expected
+
+
+def test_fsdp_stopped_in_two_processes_and_resumed_in_one(launch, ours):
+    script = (EXAMPLES / "fsdp_m3ae.py", "--steps", 6)
+    first = losses(launch(*TORCHRUN, *script, "--batch-size", 4, "--stop-after", 3))
+    rest = losses(launch(*script, "--resume"))
+    assert len(first) == len(rest) == 3
+    assert first + rest == pytest.approx(ours(batch_size=8), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_step_is_our_own_loop(precision, launch, ours):
+    printed = launch(EXAMPLES / "compile_m3ae.py", "--steps", 6, "--precision", precision, "--backend", "aot_eager")
+    assert losses(printed) == pytest.approx(ours(precision=precision, batch_size=8), abs=1e-6)  # as printed
+
+
+def test_gradients_of_each_sample_train(launch, ours):
+    found = losses(launch(EXAMPLES / "per_sample_gradients.py", "--steps", 6))
+    assert found[0] == pytest.approx(ours(batch_size=8)[0], abs=1e-6)  # as printed
+    assert found[-1] < 0.9 * found[0]
 
 
 @needs("accelerate")

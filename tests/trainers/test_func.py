@@ -81,6 +81,18 @@ def test_forward_mode_and_second_derivatives_are_refused(op, impl, device, case)
         sum(x.square().sum() for x in inner(call.leaves())).backward()
 
 
+@pytest.mark.parametrize("op", sorted({op for op, *_ in OPS}))
+def test_the_reference_has_what_is_refused(op):
+    call = testing.cases(op).make(testing.cases(op).SMALL[0], torch.float64)
+    loss, plain = loss_of(op, "reference", call), [x.detach() for x in call.leaves()]
+    along = [testing.cotangent(x) for x in plain]
+    _, slope = jvp(loss, (plain,), (along,))
+    gradients = grad(loss)(plain)
+    torch.testing.assert_close(slope, sum((g * a).sum() for g, a in zip(gradients, along, strict=True)))
+    second = grad(lambda leaves: sum(g.square().sum() for g in grad(loss)(leaves)))(plain)
+    assert any(x.any() for x in second)
+
+
 def test_gradients_of_each_sample_by_a_block():
     """vmap(grad(functional_call)): what differential privacy and influence functions ask for."""
     block, seqlens, x = Block(16, 2), SeqLens([2, 4]), torch.randn(3, 6, 16)
