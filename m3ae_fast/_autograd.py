@@ -58,6 +58,12 @@ def kept(ctx, *tensors: Tensor) -> None:
     ctx.set_materialize_grads(False)
 
 
+def link(x: Tensor) -> Tensor:
+    """For a loss whose backward needs nothing that stands for x: an output to be saved in its place, through which a
+    second derivative finds x, to be refused. (The loss itself will not do: its user may scale it in place.)"""
+    return x.new_empty(0)
+
+
 def differentiable_once(backward: Callable) -> Callable:
     """For `backward(ctx, saved, *gradients)`, which is given ctx.saved_tensors: its results cannot be differentiated.
 

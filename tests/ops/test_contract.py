@@ -188,6 +188,22 @@ def test_an_explicit_impl_is_obeyed_or_refused(op):
         function(op)(*call.args, **call.kwargs, impl="cuda")
 
 
+LOSSES = [each for each in FIRST if each[0] in ("feature_regression", "linear_cross_entropy", "masked_mse")]
+
+
+@pytest.mark.parametrize(("op", "impl", "device", "case"), LOSSES)
+def test_losses_may_be_scaled_in_place(op, impl, device, case):
+    call = testing.cases(op).make(case).on(device)
+
+    def loss():
+        return pytree.tree_leaves(function(op)(*call.args, **call.kwargs, impl=impl))[0]
+
+    expected = torch.autograd.grad((loss() / 2).sum(), call.leaves())
+    halved = loss()
+    halved /= 2
+    assert all(map(torch.equal, torch.autograd.grad(halved.sum(), call.leaves()), expected))
+
+
 @pytest.mark.parametrize(("op", "impl", "device", "case"), FIRST)
 def test_a_second_derivative_is_refused(op, impl, device, case):
     """Gradients are made by kernels, which autograd cannot see into: an error, never a wrong number."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from m3ae_fast import _backends, _checks
-from m3ae_fast._autograd import Function, differentiable_once, kept, scaled
+from m3ae_fast._autograd import Function, differentiable_once, kept, link, scaled
 from m3ae_fast.ops.feature_regression import reference
 from m3ae_fast.seqlens import SeqLens
 from m3ae_fast.seqlens import cu_seqlens as offsets
@@ -94,8 +94,8 @@ def feature_regression(
     dpred_dtype = None
     if pred.requires_grad and torch.is_grad_enabled():  # float16 cannot hold 1 / (R D) before it meets its loss scale
         dpred_dtype = torch.float32 if pred.dtype == torch.float16 else pred.dtype
-    loss, _ = _FeatureRegression.apply(impl, pred.contiguous(), target.contiguous(), rows, cu, *options, dpred_dtype)
-    return loss
+    args = (rows, cu, *options, dpred_dtype)
+    return _FeatureRegression.apply(impl, pred.contiguous(), target.contiguous(), *args)[0]
 
 
 class _FeatureRegression(Function):
@@ -103,18 +103,19 @@ class _FeatureRegression(Function):
 
     @staticmethod
     def forward(impl, pred, target, rows, cu, distance, normalize, eps, reduction, dpred_dtype):
-        return _feature_regression(impl, pred, target, rows, cu, distance, normalize, eps, reduction, dpred_dtype)
+        args = (target, rows, cu, distance, normalize, eps, reduction, dpred_dtype)
+        return *_feature_regression(impl, pred, *args), link(pred)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.dtype, ctx.inputs = inputs[1].dtype, len(inputs)
-        loss, dpred = output
-        ctx.save_for_backward(dpred, inputs[4], loss)  # loss: for differentiable_once
+        _, dpred, to_pred = output
+        ctx.save_for_backward(dpred, inputs[4], to_pred)
         kept(ctx, dpred)
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, saved, dloss, _):
+    def backward(ctx, saved, dloss, *_):
         dpred, cu, _ = saved
         if dloss.dim() == 0:
             dpred = scaled(dpred, dloss)

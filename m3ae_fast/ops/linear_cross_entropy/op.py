@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from m3ae_fast import _backends, _checks
-from m3ae_fast._autograd import Function, differentiable_once, kept, scaled
+from m3ae_fast._autograd import Function, differentiable_once, kept, link, scaled
 from m3ae_fast.ops.linear_cross_entropy import reference
 from m3ae_fast.seqlens import SeqLens
 from m3ae_fast.seqlens import cu_seqlens as offsets
@@ -131,18 +131,18 @@ class _LinearCrossEntropy(Function):
         loss, *others = _linear_cross_entropy(
             impl, x, weight, bias, target, dloss, ignore_index, label_smoothing, *made
         )
-        return loss if share is None else _total(loss, share), *others
+        return loss if share is None else _total(loss, share), *others, link(x)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         impl, x, weight, bias, target, share, *options, ctx.need = inputs
         ctx.options, ctx.reduced = (impl, *options), share is not None
-        loss, _, *gradients = output
+        _, hit, *gradients, to_x = output
         if ctx.reduced:
-            ctx.save_for_backward(*gradients, loss)  # loss: for differentiable_once
+            ctx.save_for_backward(*gradients, to_x)
         else:
             ctx.save_for_backward(x, weight, bias, target)
-        kept(ctx, *output[1:])
+        kept(ctx, hit, *gradients)
 
     @staticmethod
     @differentiable_once

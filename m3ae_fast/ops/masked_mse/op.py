@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from m3ae_fast import _backends, _checks
-from m3ae_fast._autograd import Function, differentiable_once, kept
+from m3ae_fast._autograd import Function, differentiable_once, kept, link
 from m3ae_fast.ops.gather_patches import patches
 from m3ae_fast.ops.masked_mse import reference
 from m3ae_fast.seqlens import SeqLens, cu_seqlens
@@ -88,18 +88,19 @@ class _MaskedMse(Function):
 
     @staticmethod
     def forward(impl, pred, images, ids_mask, cu, patch_size, norm_pix, scale, shift, reduction, need_error):
-        return _masked_mse(impl, pred, images, ids_mask, cu, patch_size, norm_pix, scale, shift, reduction, need_error)
+        args = (images, ids_mask, cu, patch_size, norm_pix, scale, shift, reduction, need_error)
+        return *_masked_mse(impl, pred, *args), link(pred)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.impl, ctx.reduction, ctx.inputs = inputs[0], inputs[-2], len(inputs)
-        loss, error = output
-        ctx.save_for_backward(error, inputs[4], loss)  # loss: for differentiable_once
+        _, error, to_pred = output
+        ctx.save_for_backward(error, inputs[4], to_pred)
         kept(ctx, error)
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, saved, dloss, _):
+    def backward(ctx, saved, dloss, *_):
         error, cu, _ = saved
         dpred = _masked_mse_backward(ctx.impl, dloss.contiguous(), error, cu, ctx.reduction)
         return None, dpred, *(None,) * (ctx.inputs - 2)
