@@ -4,14 +4,15 @@ state dicts, optimizers and checkpoints never notice."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from m3ae_fast import M3AEFastWarning
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_TOLD: set[tuple[type, str]] = set()
+_TOLD: set[tuple[str, str]] = set()
 
 
 def accelerate(model: nn.Module, fast: Mapping[type, type]) -> None:
@@ -35,10 +36,15 @@ def restore(model: nn.Module, fast: Mapping[type, type]) -> None:
         module.__class__ = stock.get(type(module), type(module))
 
 
-def bare(*modules: nn.Module) -> bool:
-    """Whether each is a layer of torch.nn itself, not a subclass (LoRA, quantised, parametrised), and nothing hooks
-    into its call: then its parameters say all that it does, and it need not be called."""
-    return unhooked(*modules) and all(type(module).__module__.startswith("torch.nn.modules.") for module in modules)
+def bare(*modules: nn.Module, also: Collection[type] = ()) -> bool:
+    """Whether each is a layer of torch.nn itself, or of a class in `also` that does the same, not a subclass (LoRA,
+    quantised, parametrised), its parameters are plain tensors (not quantised or sharded ones) and nothing hooks into
+    its call: then its parameters say all that it does, and it need not be called."""
+    return unhooked(*modules) and all(
+        (type(module).__module__.startswith("torch.nn.modules.") or type(module) in also)
+        and all(p is None or type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())
+        for module in modules
+    )
 
 
 def unhooked(*modules: nn.Module) -> bool:
@@ -50,6 +56,11 @@ def unhooked(*modules: nn.Module) -> bool:
 
 def tell(module: nn.Module, why: str) -> None:
     """Say, once for a class of modules and a reason, that a module runs as it was before `accelerate`."""
-    if (type(module), why) not in _TOLD:
-        _TOLD.add((type(module), why))
-        warnings.warn(f"{type(module).__name__} runs unaccelerated: {why}", M3AEFastWarning, stacklevel=3)
+    _tell(type(module).__name__, why)
+
+
+@torch.compiler.assume_constant_result  # a graph holds no warnings: under torch.compile it is said while one is made
+def _tell(name: str, why: str) -> None:
+    if (name, why) not in _TOLD:
+        _TOLD.add((name, why))
+        warnings.warn(f"{name} runs unaccelerated: {why}", M3AEFastWarning, stacklevel=4)

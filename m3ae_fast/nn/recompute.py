@@ -15,8 +15,8 @@ top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lamb
 
 
 def recomputed(y: Tensor, make: Callable[[], Tensor]) -> contextlib.AbstractContextManager:
-    """Operations in this context that save y, in any shape, save nothing: the backward pass calls make, which must
-    give y's bits, contiguous.
+    """Operations in this context that save y, in any shape and order, save nothing: the backward pass calls make, which
+    must give y's bits, contiguous as y is.
 
     It does nothing where no gradient is recorded, under torch.compile (whose partitioner decides this itself), under
     torch.func (which takes no hooks) and inside other hooks, such as those of gradient checkpointing, which already
@@ -28,13 +28,13 @@ def recomputed(y: Tensor, make: Callable[[], Tensor]) -> contextlib.AbstractCont
         return contextlib.nullcontext()
     address, size = y.data_ptr(), y.numel()
 
-    def pack(x: Tensor) -> Tensor | torch.Size:
-        return x.shape if x.data_ptr() == address and x.numel() == size else x
+    def pack(x: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:
+        return (x.size(), x.stride()) if x.data_ptr() == address and x.numel() == size else x
 
-    def unpack(kept: Tensor | torch.Size) -> Tensor:
+    def unpack(kept: Tensor | tuple[torch.Size, tuple[int, ...]]) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
         with torch.no_grad():
-            return make().view(kept)
+            return make().as_strided(*kept)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

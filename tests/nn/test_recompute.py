@@ -65,3 +65,13 @@ def test_only_what_was_named_is_made_again():
         loss = (y * weight[0]).sum()
     loss.backward()
     assert calls == [1]
+
+
+def test_a_view_that_was_saved_comes_back_in_its_own_order():
+    x, weight = torch.randn(3, 4), torch.randn(3, 4, requires_grad=True)
+    y = x * weight
+    with recomputed(y, lambda: x * weight):
+        loss = (y.t().exp() @ y.view(3, 2, 2).flatten(1) + y.t() @ y).sum()
+    z = x * weight
+    plain = (z.t().exp() @ z + z.t() @ z).sum()
+    torch.testing.assert_close(*(torch.autograd.grad(each, weight)[0] for each in (loss, plain)))
