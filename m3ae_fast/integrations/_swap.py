@@ -40,9 +40,11 @@ def bare(*modules: nn.Module, also: Collection[type] = ()) -> bool:
     """Whether each is a layer of torch.nn itself, or of a class in `also` that does the same, not a subclass (LoRA,
     quantised, parametrised), its parameters are plain tensors (not quantised or sharded ones) and nothing hooks into
     its call: then its parameters say all that it does, and it need not be called."""
+    plain = (nn.Parameter, Tensor)
     return unhooked(*modules) and all(
         (type(module).__module__.startswith("torch.nn.modules.") or type(module) in also)
-        and all(p is None or type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())
+        # torch.export puts fakes in the place of parameters
+        and (torch.compiler.is_exporting() or all(type(p) in plain for p in module.parameters(recurse=False)))
         for module in modules
     )
 

@@ -16,7 +16,7 @@ from timm.models._manipulate import checkpoint, checkpoint_seq
 from torch import Tensor, nn
 
 from m3ae_fast.integrations import _swap
-from m3ae_fast.nn.linear import LayerNorm
+from m3ae_fast.integrations._layers import layer_norm, offsets, product_dtype, project
 from m3ae_fast.nn.recompute import recomputed
 from m3ae_fast.nn.rows import take_rows
 from m3ae_fast.ops import (
@@ -74,7 +74,7 @@ class Mlp(layers.Mlp):
         if why is not None:
             _swap.tell(self, why)
             return super().forward(x)
-        hidden = _linear(self.fc1, x)
+        hidden = project(self.fc1, x)
         return self.drop2(linear(hidden, self.fc2.weight, self.fc2.bias, input_activation=activation))
 
 
@@ -100,9 +100,9 @@ class Attention(layers.Attention):
             _swap.tell(self, why)
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         if attn_mask is None:
-            cu, longest = _offsets(B, N, x.device), N
+            cu, longest = offsets(B, N, x.device), N
         gate = None if self.gate is None else self.gate(x).sigmoid()
-        qkv = _linear(self.qkv, x).reshape(B * N, 3, self.num_heads, self.head_dim)
+        qkv = project(self.qkv, x).reshape(B * N, 3, self.num_heads, self.head_dim)
         norms = self.q_norm, self.k_norm
         if all(type(norm) is nn.Identity for norm in norms) and _swap.bare(*norms):
             x = varlen_attention_qkvpacked(qkv, cu, longest)
@@ -112,7 +112,7 @@ class Attention(layers.Attention):
         x = self.norm(x.view(B, N, self.attn_dim))
         if gate is not None:
             x = x * gate
-        return self.proj_drop(_linear(self.proj, x))
+        return self.proj_drop(project(self.proj, x))
 
 
 class Block(vision_transformer.Block):
@@ -122,12 +122,11 @@ class Block(vision_transformer.Block):
         if not (_plain_norm(self.norm1) and _plain_norm(self.norm2)):
             _swap.tell(self, "its norms are no plain LayerNorms, or something hooks into them")
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        # LayerNorm's methods read weight, bias and eps, which timm's and torch's have as well.
-        y = LayerNorm.forward(self.norm1, x)
-        with recomputed(y, LayerNorm.again(self.norm1, x, y.dtype)):
+        y, again = layer_norm(self.norm1, x)
+        with recomputed(y, again):
             y = self.attn(y, attn_mask=attn_mask, is_causal=is_causal)
-        y, x = LayerNorm.forward(self.norm2, self.drop_path1(self.ls1(y)), residual=x)
-        with recomputed(y, LayerNorm.again(self.norm2, x, y.dtype)):
+        y, x, again = layer_norm(self.norm2, self.drop_path1(self.ls1(y)), x)
+        with recomputed(y, again):
             y = self.mlp(y)
         return x + self.drop_path2(self.ls2(y))
 
@@ -175,12 +174,12 @@ class VisionTransformer(vision_transformer.VisionTransformer):
         numbers = torch.arange(-prefix, grid[0] * grid[1], device=images.device).expand(batch, -1)
         ids = self.patch_drop(numbers[..., None])[:, prefix:, 0]  # drawn as for tokens
         count, ids = ids.shape[1], ids.flatten()
-        cu = _offsets(batch, count, images.device)
+        cu = offsets(batch, count, images.device)
 
         conv = self.patch_embed.proj
         weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # as gather_patches has a patch: row, column, channel
-        dtype = torch.get_autocast_dtype(images.device.type) if torch.is_autocast_enabled(images.device.type) else None
-        rows = linear(gather_patches(images, ids, cu, patch_size=size, dtype=dtype), weight, conv.bias)
+        rows = gather_patches(images, ids, cu, patch_size=size, dtype=product_dtype(weight))
+        rows = linear(rows, weight, conv.bias)
 
         zeros = rows.new_zeros(1, *grid, self.embed_dim)
         table = self._pos_embed(zeros if self.dynamic_img_size else zeros.flatten(1, 2))  # [1, P + patches, D]
@@ -237,20 +236,8 @@ class NaFlexVit(naflexvit.NaFlexVit):
         return None
 
 
-def _offsets(batch: int, length: int, device: torch.device) -> Tensor:
-    """[batch + 1] int32: where sequences of one length start. Made on the device: nothing is copied."""
-    return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
-
-
 def _plain_norm(norm: nn.Module) -> bool:
     return isinstance(norm, nn.LayerNorm) and _swap.bare(norm, also=(layers.LayerNorm,))
-
-
-def _linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x), on `linear` where the layer is nothing but torch's Linear."""
-    if type(layer) is nn.Linear and _swap.bare(layer):
-        return linear(x, layer.weight, layer.bias)
-    return layer(x)
 
 
 FAST = {

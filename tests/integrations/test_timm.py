@@ -182,8 +182,8 @@ def test_the_norms_outputs_and_the_activated_rows_are_not_kept(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(fast.LayerNorm, "forward", remember("norm", fast.LayerNorm.forward))
-    monkeypatch.setattr(fast, "_linear", remember("hidden", fast._linear))  # qkv, proj, fc1
+    monkeypatch.setattr(fast, "layer_norm", remember("norm", fast.layer_norm))
+    monkeypatch.setattr(fast, "project", remember("hidden", fast.project))  # qkv, proj, fc1
     y = block(x)
     assert [each.expired() for each in kept["norm"]] == [True, True]
     assert [each.expired() for each in kept["hidden"]] == [False, True, False]

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.flava import modeling_flava as stock
 
+from m3ae_fast.integrations._layers import layer_norm, offsets, project
 from m3ae_fast.integrations._swap import bare, tell, unhooked
-from m3ae_fast.integrations.transformers.layers import activation, layer_norm, offsets, project
+from m3ae_fast.integrations.transformers.activations import activation
 from m3ae_fast.nn import take_rows
 from m3ae_fast.nn.recompute import recomputed
 from m3ae_fast.ops import linear, linear_cross_entropy, varlen_attention

@@ -14,8 +14,9 @@ from transformers.models.vit_mae import modeling_vit_mae as stock
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from m3ae_fast.integrations._layers import layer_norm, offsets, product_dtype, project
 from m3ae_fast.integrations._swap import bare, tell, unhooked
-from m3ae_fast.integrations.transformers.layers import activation, layer_norm, offsets, product_dtype, project
+from m3ae_fast.integrations.transformers.activations import activation
 from m3ae_fast.nn import take_rows
 from m3ae_fast.nn.recompute import recomputed
 from m3ae_fast.ops import assemble_tokens, gather_patches, linear, masked_mse, restore_tokens, varlen_attention

@@ -1,24 +1,12 @@
-"""What the fast modules of several architectures share: torch's layers, run by our ops."""
+"""What the fast modules of several libraries share: torch's layers, run by our ops."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import activations
 
 from m3ae_fast import ops
 from m3ae_fast.integrations._swap import bare
-
-_GELU = {
-    activations.GELUActivation: "gelu",
-    activations.GELUTanh: "gelu_tanh",
-    activations.NewGELUActivation: "gelu_tanh",
-}
-
-
-def activation(module: nn.Module) -> str | None:
-    """The name that `linear` has for an activation of Transformers'; None where it has none."""
-    return _GELU.get(type(module))
 
 
 def offsets(batch: int, length: int, device: torch.device) -> Tensor:
@@ -32,9 +20,11 @@ def product_dtype(like: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
 
 
-def project(module: nn.Linear, x: Tensor) -> Tensor:
-    """module(x), by `linear` where nothing else hangs on the module's call."""
-    return ops.linear(x, module.weight, module.bias) if bare(module) else module(x)
+def project(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), by `linear` where the module is torch's Linear and nothing else hangs on its call."""
+    if type(module) is nn.Linear and bare(module):
+        return ops.linear(x, module.weight, module.bias)
+    return module(x)
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor | None = None) -> tuple:
