@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from m3ae_fast import M3AEFastWarning
 
@@ -38,13 +38,11 @@ def restore(model: nn.Module, fast: Mapping[type, type]) -> None:
 
 def bare(*modules: nn.Module, also: Collection[type] = ()) -> bool:
     """Whether each is a layer of torch.nn itself, or of a class in `also` that does the same, not a subclass (LoRA,
-    quantised, parametrised), its parameters are plain tensors (not quantised or sharded ones) and nothing hooks into
-    its call: then its parameters say all that it does, and it need not be called."""
-    plain = (nn.Parameter, Tensor)
+    quantised, parametrised), none of its parameters wraps other tensors (quantised or sharded ones do) and nothing
+    hooks into its call: then its parameters say all that it does, and it need not be called."""
     return unhooked(*modules) and all(
         (type(module).__module__.startswith("torch.nn.modules.") or type(module) in also)
-        # torch.export puts fakes in the place of parameters
-        and (torch.compiler.is_exporting() or all(type(p) in plain for p in module.parameters(recurse=False)))
+        and not any(hasattr(parameter, "__tensor_flatten__") for parameter in module._parameters.values())
         for module in modules
     )
 

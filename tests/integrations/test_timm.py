@@ -247,6 +247,21 @@ def test_a_parametrised_weight_is_used():
     assert_close([model(images(2, 3, 32, 32))], [stock(images(2, 3, 32, 32))])
 
 
+def test_a_weight_that_wraps_others_is_left_to_its_own_operations():
+    """As torchao's and DTensor are: our kernels would read what is not there."""
+
+    class Wrapped(torch.Tensor):
+        __torch_function__ = torch._C._disabled_torch_function_impl
+
+        def __tensor_flatten__(self):
+            raise AssertionError("taken apart")
+
+    layer = nn.Linear(2, 2)
+    assert _swap.bare(layer)
+    layer._parameters["weight"] = layer.weight.detach().as_subclass(Wrapped)
+    assert isinstance(layer.weight, Wrapped) and not _swap.bare(layer)
+
+
 FALLBACKS = {
     "Attention .* drops attention weights": {"attn_drop_rate": 0.2},
     "Mlp .* activation is SiLU": {"act_layer": "silu"},
