@@ -6,10 +6,15 @@
 Written for transformers 5.23.
 """
 
+import transformers
 from torch import nn
 
 from m3ae_fast.integrations import _swap
-from m3ae_fast.integrations.transformers import flava, vit_mae
+
+try:
+    from m3ae_fast.integrations.transformers import flava, vit_mae
+except AttributeError as error:  # a class has another name there
+    raise ImportError(f"this is written for transformers 5.23, got {transformers.__version__}: {error}") from error
 
 __all__ = ["accelerate", "restore"]
 
@@ -21,8 +26,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     outputs (but for the logits that `flava.FlavaForPreTraining` leaves out of a training step).
 
     The classes of the modules are exchanged for subclasses of the same names; parameters, buffers, hooks, the device
-    and the training mode stay as they are. What the fast modules cannot do (see docs/integrations.md) they leave to
-    Transformers' own code, and say so once in an `M3AEFastWarning`. Calling it twice changes nothing.
+    and the training mode stay as they are. What the fast modules cannot do (docs/integrations/transformers.md) they
+    leave to Transformers' own code, and say so once in an `M3AEFastWarning`. Calling it twice changes nothing.
 
     Args:
         model: a model of ViTMAE or FLAVA, or a module that holds one or some of its layers.
