@@ -29,6 +29,8 @@ from m3ae_fast.ops import (
 )
 from m3ae_fast.seqlens import SeqLens
 
+__all__ = ["accelerate", "restore"]
+
 GELUS = {layers.GELU: "gelu", layers.GELUTanh: "gelu_tanh"}  # and torch.nn.GELU, by its `approximate`
 
 
