@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from m3ae_fast import ops
 from m3ae_fast.integrations._swap import bare
 
+DROPOUT = (nn.Dropout, nn.Identity)
+
 
 def offsets(batch: int, length: int, device: torch.device) -> Tensor:
     """[batch + 1] int32: where sequences of one length start. Made on the device: nothing is copied."""
@@ -15,14 +17,20 @@ def offsets(batch: int, length: int, device: torch.device) -> Tensor:
 
 
 def product_dtype(like: Tensor) -> torch.dtype:
-    """The dtype in which a product with `like` runs: its own, or autocast's."""
+    """The dtype in which a product with `like` runs: its own, or autocast's, which leaves float64 alone."""
     device = like.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
+    low = torch.is_autocast_enabled(device) and like.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if low else like.dtype
+
+
+def drops(dropout: nn.Module) -> bool:
+    """Whether one of DROPOUT drops anything. Its own mode counts: some let it drop in a model that is evaluated."""
+    return dropout.training and getattr(dropout, "p", 0) > 0
 
 
 def project(module: nn.Module, x: Tensor) -> Tensor:
     """module(x), by `linear` where the module is torch's Linear and nothing else hangs on its call."""
-    if type(module) is nn.Linear and bare(module):
+    if bare(nn.Linear, module):
         return ops.linear(x, module.weight, module.bias)
     return module(x)
 

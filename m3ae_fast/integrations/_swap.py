@@ -4,7 +4,7 @@ state dicts, optimizers and checkpoints never notice."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -18,30 +18,46 @@ _TOLD: set[tuple[str, str]] = set()
 def accelerate(model: nn.Module, fast: Mapping[type, type]) -> None:
     """Give every module of `model` whose class is a key of `fast` (exactly: not a subclass) the class it maps to.
 
+    A module whose forward somebody replaced on the instance, as Accelerate's hooks do, is left as it is, with an
+    M3AEFastWarning: the replacement goes on calling the forward that it found.
+
     Raises:
         TypeError: `model` has no such module.
     """
-    modules = list(model.modules())
-    if not any(type(module) in fast or type(module) in fast.values() for module in modules):
+    if not any(type(module) in fast or type(module) in fast.values() for module in model.modules()):
         names = ", ".join(cls.__name__ for cls in fast)
         raise TypeError(f"model must have modules of the classes {names}, got {type(model).__name__} without any")
-    for module in modules:
-        module.__class__ = fast.get(type(module), type(module))
+    _exchange(model, fast)
 
 
 def restore(model: nn.Module, fast: Mapping[type, type]) -> None:
-    """Undo `accelerate`."""
-    stock = {new: old for old, new in fast.items()}
+    """Undo `accelerate`, but for modules whose forward somebody has replaced since: there is a warning, too."""
+    _exchange(model, {new: old for old, new in fast.items()})
+
+
+def _exchange(model: nn.Module, classes: Mapping[type, type]) -> None:
+    left = set()
     for module in model.modules():
-        module.__class__ = stock.get(type(module), type(module))
+        if type(module) in classes:
+            forward = module.__dict__.get("forward")
+            if getattr(forward, "__func__", None) is type(module).forward:
+                del module.forward  # the class's own: Accelerate leaves it behind when it takes its hooks off
+            elif forward is not None:
+                left.add(type(module).__name__)
+                continue
+            module.__class__ = classes[type(module)]
+    if left:
+        why = "their forward has been replaced, as Accelerate's hooks do: take those off first"
+        warnings.warn(f"{', '.join(sorted(left))} stay as they are: {why}", M3AEFastWarning, stacklevel=4)
 
 
-def bare(*modules: nn.Module, also: Collection[type] = ()) -> bool:
-    """Whether each is a layer of torch.nn itself, or of a class in `also` that does the same, not a subclass (LoRA,
-    quantised, parametrised), none of its parameters wraps other tensors (quantised or sharded ones do) and nothing
-    hooks into its call: then its parameters say all that it does, and it need not be called."""
+def bare(kind: type | tuple[type, ...], *modules: nn.Module) -> bool:
+    """Whether each is a `kind`, or one of them, not a subclass (LoRA, quantised, parametrised), none of its parameters
+    wraps other tensors (quantised or sharded ones do) and nothing hooks into its call: then its parameters say all that
+    it does, and it need not be called."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
     return unhooked(*modules) and all(
-        (type(module).__module__.startswith("torch.nn.modules.") or type(module) in also)
+        type(module) in kinds
         and not any(hasattr(parameter, "__tensor_flatten__") for parameter in module._parameters.values())
         for module in modules
     )

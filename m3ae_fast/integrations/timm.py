@@ -16,7 +16,7 @@ from timm.models._manipulate import checkpoint, checkpoint_seq
 from torch import Tensor, nn
 
 from m3ae_fast.integrations import _swap
-from m3ae_fast.integrations._layers import layer_norm, offsets, product_dtype, project
+from m3ae_fast.integrations._layers import DROPOUT, drops, layer_norm, offsets, product_dtype, project
 from m3ae_fast.nn.recompute import recomputed
 from m3ae_fast.nn.rows import take_rows
 from m3ae_fast.ops import (
@@ -32,6 +32,8 @@ from m3ae_fast.seqlens import SeqLens
 __all__ = ["accelerate", "restore"]
 
 GELUS = {layers.GELU: "gelu", layers.GELUTanh: "gelu_tanh"}  # and torch.nn.GELU, by its `approximate`
+NORMS = (nn.LayerNorm, layers.LayerNorm)
+EMBEDDING = (layers.PatchEmbed, layers.PatchDropout, nn.Conv2d, *DROPOUT)
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -69,9 +71,11 @@ class Mlp(layers.Mlp):
         why = None
         if activation is None:
             why = f"its activation is {type(act).__name__}, not a GELU"
-        elif type(self.norm) is not nn.Identity or (self.training and self.drop1.p):
+        elif type(self.norm) is not nn.Identity or drops(self.drop1):
             why = "there is a norm or a dropout before fc2"
-        elif type(self.fc2) is not nn.Linear or not _swap.bare(act, self.drop1, self.norm, self.fc2, also=GELUS):
+        elif not (
+            _swap.bare(nn.Linear, self.fc2) and _swap.bare(DROPOUT, self.drop1) and _swap.unhooked(act, self.norm)
+        ):
             why = "fc2 is no plain Linear, or something hooks into it or into the activation"
         if why is not None:
             _swap.tell(self, why)
@@ -105,8 +109,7 @@ class Attention(layers.Attention):
             cu, longest = offsets(B, N, x.device), N
         gate = None if self.gate is None else self.gate(x).sigmoid()
         qkv = project(self.qkv, x).reshape(B * N, 3, self.num_heads, self.head_dim)
-        norms = self.q_norm, self.k_norm
-        if all(type(norm) is nn.Identity for norm in norms) and _swap.bare(*norms):
+        if _swap.bare(nn.Identity, self.q_norm, self.k_norm):
             x = varlen_attention_qkvpacked(qkv, cu, longest)
         else:
             q, k, v = qkv.unbind(1)
@@ -121,7 +124,7 @@ class Block(vision_transformer.Block):
     """The residual add after attention happens inside norm2; what the norms put out is made again, not kept."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | SeqLens | None = None, is_causal: bool = False) -> Tensor:
-        if not (_plain_norm(self.norm1) and _plain_norm(self.norm2)):
+        if not _swap.bare(NORMS, self.norm1, self.norm2):
             _swap.tell(self, "its norms are no plain LayerNorms, or something hooks into them")
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         y, again = layer_norm(self.norm1, x)
@@ -152,10 +155,9 @@ class VisionTransformer(vision_transformer.VisionTransformer):
     def refusal(self, images: Tensor) -> str | None:
         """Why the kept patches of [B, C, H, W] cannot be embedded alone; None where they can."""
         embed, conv, pos_drop = self.patch_embed, self.patch_embed.proj, self.pos_drop
-        plain = layers.PatchEmbed, layers.PatchDropout
-        if not _swap.bare(embed, conv, embed.norm, pos_drop, self.patch_drop, also=plain):
+        if not _swap.bare(EMBEDDING, embed, conv, embed.norm, pos_drop, self.patch_drop):
             return "patch_embed, pos_drop or patch_drop are not timm's plain ones, or something hooks into them"
-        if type(embed.norm) is not nn.Identity or pos_drop.p:
+        if type(embed.norm) is not nn.Identity or drops(pos_drop):
             return "there is a norm or a dropout before patch_drop"
         size, _ = patch = embed.patch_size
         height, width = images.shape[-2:]
@@ -231,15 +233,11 @@ class NaFlexVit(naflexvit.NaFlexVit):
                 return "its blocks are not all timm's Block with Attention and Mlp"
             if not _swap.unhooked(*block.modules()):
                 return "something hooks into its blocks, and would find no [B, N, D]"
-            if self.training and any(getattr(path, "drop_prob", 0) for path in (block.drop_path1, block.drop_path2)):
+            if any(path.training and getattr(path, "drop_prob", 0) for path in (block.drop_path1, block.drop_path2)):
                 return "it drops paths, by sample"
             if why := block.attn.refusal():
                 return f"in its attention, {why}"
         return None
-
-
-def _plain_norm(norm: nn.Module) -> bool:
-    return isinstance(norm, nn.LayerNorm) and _swap.bare(norm, also=(layers.LayerNorm,))
 
 
 FAST = {

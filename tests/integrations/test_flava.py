@@ -279,6 +279,28 @@ def test_a_low_rank_update_of_a_layer_is_not_lost():
     torch.testing.assert_close(ours.loss, model(**make_batch()).loss, rtol=1e-5, atol=1e-5)
 
 
+def test_other_norms_dropouts_and_layers():
+    model = make_model()
+    layer, head = model.flava.image_model.encoder.layer[0], model.mmm_text_head.transform
+    layer.layernorm_after, layer.attention.attention.dropout = nn.RMSNorm(32), nn.Identity()
+    head.LayerNorm, model.mmm_image_head.transform.dense = nn.RMSNorm(32), nn.Identity()
+    with pytest.warns(M3AEFastWarning, match="FlavaLayer|FlavaPredictionHeadTransform"):
+        ours = accelerated(model)(**make_batch())
+    torch.testing.assert_close(ours.loss, model(**make_batch()).loss, rtol=1e-5, atol=1e-5)
+
+
+@tells
+def test_a_dropout_that_stays_on_in_evaluation_drops():
+    model = make_model(attention_probs_dropout_prob=0.5).eval()
+    for layer in model.flava.text_model.encoder.layer:
+        layer.attention.attention.dropout.train()
+    losses = []
+    for each in (model, accelerated(model)):
+        torch.manual_seed(2)
+        losses.append(each(**make_batch("texts")).loss)
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+
+
 def test_checkpoints_are_those_of_transformers(tmp_path):
     model = make_model()
     fast = accelerated(model)

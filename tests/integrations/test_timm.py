@@ -257,9 +257,9 @@ def test_a_weight_that_wraps_others_is_left_to_its_own_operations():
             raise AssertionError("taken apart")
 
     layer = nn.Linear(2, 2)
-    assert _swap.bare(layer)
+    assert _swap.bare(nn.Linear, layer)
     layer._parameters["weight"] = layer.weight.detach().as_subclass(Wrapped)
-    assert isinstance(layer.weight, Wrapped) and not _swap.bare(layer)
+    assert isinstance(layer.weight, Wrapped) and not _swap.bare(nn.Linear, layer)
 
 
 FALLBACKS = {
@@ -279,6 +279,21 @@ def test_what_has_no_faster_form_runs_as_timms_and_says_so(why):
     with pytest.warns(M3AEFastWarning, match=why):
         ours = results(accelerated(stock), images(2, 3, 32, 32))
     assert_close(ours, results(stock, images(2, 3, 32, 32)))
+
+
+def test_an_mlp_without_dropouts():
+    stock = vit()
+    for block in stock.blocks:
+        block.mlp.drop1 = block.mlp.drop2 = nn.Identity()
+    assert_close(*(results(model, images(2, 3, 32, 32)) for model in (accelerated(stock), stock)))
+
+
+@pytest.mark.filterwarnings("ignore:Mlp .* dropout before fc2:m3ae_fast.M3AEFastWarning")
+def test_a_dropout_that_stays_on_in_evaluation_drops():
+    stock = vit(proj_drop_rate=0.3).eval()
+    for block in stock.blocks:
+        block.mlp.drop1.train()
+    assert_close(*(results(model, images(2, 3, 32, 32)) for model in (accelerated(stock), stock)))
 
 
 def test_attention_weights_that_are_to_be_seen_are_made():

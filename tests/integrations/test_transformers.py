@@ -14,7 +14,7 @@ from m3ae_fast.integrations import _swap
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel  # noqa: E402
 
-from m3ae_fast.integrations.transformers import accelerate, restore  # noqa: E402
+from m3ae_fast.integrations.transformers import accelerate, restore, vit_mae  # noqa: E402
 
 TINY = {
     "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80, "image_size": 32,
@@ -184,6 +184,97 @@ def test_layers_that_somebody_exchanged_or_hooked_are_called(name):
     assert_same(model, fast, **inputs_of(model))
 
 
+def test_hooks_on_activations_run():
+    model = model_of()
+    fast = accelerate(copy.deepcopy(model))
+    for each in (model, fast):
+        each.vit.layers[0].mlp.activation_fn.register_forward_hook(lambda *call: 2 * call[-1])
+    falls_back(model, fast, "ViTMAEMLP .* hooked", **inputs_of(model))
+
+
+def test_a_patch_embedding_of_another_class_is_called():
+    class Stem(vit_mae.stock.ViTMAEPatchEmbeddings):
+        def forward(self, pixel_values):
+            return super().forward(pixel_values).tanh()
+
+    model = model_of()
+    model.vit.embeddings.patch_embeddings.__class__ = Stem
+    falls_back(model, accelerate(copy.deepcopy(model)), "plain Conv2d", **inputs_of(model))
+
+
+def test_an_attention_function_that_somebody_registered_is_called():
+    def means(module, query, key, value, *args, **kwargs):
+        return value.mean(2, keepdim=True).expand_as(value).transpose(1, 2), None
+
+    transformers.AttentionInterface.register("means", means)
+    model = model_of(attn_implementation="means")
+    falls_back(model, accelerate(copy.deepcopy(model)), "attention function", **inputs_of(model))
+
+
+@pytest.mark.parametrize("name", ["layernorm_before", "layernorm_after"])
+def test_other_norms(name):
+    model = model_of()
+    for layer in model.vit.layers:
+        setattr(layer, name, nn.RMSNorm(48))
+    falls_back(model, accelerate(copy.deepcopy(model)), "a LayerNorm", **inputs_of(model))
+
+
+def test_layers_without_a_dropout_and_an_mlp_without_fc2():
+    model = model_of(intermediate_size=48)
+    for layer in model.vit.layers:
+        layer.dropout, layer.mlp.fc2 = nn.Identity(), nn.Identity()
+    falls_back(model, accelerate(copy.deepcopy(model)), "fc2 is not a plain Linear", **inputs_of(model))
+
+
+@pytest.mark.filterwarnings("ignore:ViTMAELayer .* dropout:m3ae_fast.M3AEFastWarning")
+def test_a_dropout_that_stays_on_in_evaluation_drops():
+    model = model_of(hidden_dropout_prob=0.5).eval()
+    for layer in model.vit.layers:
+        layer.dropout.train()
+    fast, inputs, losses = accelerate(copy.deepcopy(model)), inputs_of(model), []
+    for each in (model, fast):
+        torch.manual_seed(5)
+        losses.append(each(**inputs).loss)
+    torch.testing.assert_close(*losses, **TOLERANCE)
+
+
+def test_bytes_are_refused_as_before():
+    for model in (model_of(), accelerate(model_of())):
+        with pytest.raises(RuntimeError, match="should be the same"):
+            model(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+
+
+def hooked(model):
+    """As Accelerate's dispatch_model leaves it."""
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    for module in (model, model.vit.embeddings, *model.vit.layers):
+        hooks.add_hook_to_module(module, hooks.ModelHook())
+    return model
+
+
+def test_modules_under_hooks_of_accelerate_stay_as_they_are():
+    model = model_of()
+    fast = hooked(copy.deepcopy(model))
+    with pytest.warns(M3AEFastWarning, match="ViTMAEEmbeddings, ViTMAEForPreTraining, ViTMAELayer stay as they are"):
+        accelerate(fast)
+    assert type(fast) is ViTMAEForPreTraining and type(fast.decoder.decoder_layers[0]) is vit_mae.ViTMAELayer
+    assert_same(model, fast, **inputs_of(model))
+
+
+def test_hooks_of_accelerate_that_come_and_go():
+    model = model_of(hidden_act="relu")
+    fast = hooked(accelerate(copy.deepcopy(model)))
+    falls_back(model, fast, "GELU", **inputs_of(model))
+    with pytest.warns(M3AEFastWarning, match="stay as they are"):
+        restore(fast)
+    assert_same(model, fast, **inputs_of(model))
+    for module in fast.modules():
+        pytest.importorskip("accelerate.hooks").remove_hook_from_module(module)
+    restore(fast)
+    assert [type(m) for m in fast.modules()] == [type(m) for m in model.modules()]
+    assert_same(model, fast, **inputs_of(model))
+
+
 # -- what stays as it was --------------------------------------------------------------------------------------------
 
 
@@ -231,6 +322,14 @@ def test_autocast():
         return torch.stack([logits, (flat - expected).norm() / expected.norm()])
 
     assert (error(ours, our_gradients) <= 1.5 * error(theirs, their_gradients)).all()
+
+
+def test_autocast_leaves_double_precision_alone():
+    model = model_of().double()
+    fast, inputs = accelerate(copy.deepcopy(model)), inputs_of(model)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fast(**inputs).logits, model(**inputs).logits, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.flava import modeling_flava as stock
 
-from m3ae_fast.integrations._layers import layer_norm, offsets, project
+from m3ae_fast.integrations._layers import DROPOUT, drops, layer_norm, offsets, project
 from m3ae_fast.integrations._swap import bare, tell, unhooked
 from m3ae_fast.integrations.transformers.activations import activation
 from m3ae_fast.nn import take_rows
@@ -73,10 +73,10 @@ class FlavaSelfAttention(stock.FlavaSelfAttention):
             why = "attention weights were asked for"
         elif attention_mask is not None and (order is None or attention_mask.shape[-1] != tokens):
             why = "there is a mask other than one of padding"
-        elif self.training and self.dropout.p:
-            why = "there is dropout of attention weights"
-        elif not bare(self.dropout):
+        elif not bare(DROPOUT, self.dropout):
             why = "the Dropout is not torch's own, or is hooked"
+        elif drops(self.dropout):
+            why = "there is dropout of attention weights"
         if why:
             tell(self, why)
             return super().forward(hidden_states, attention_mask, output_attentions)
@@ -104,7 +104,7 @@ class FlavaLayer(stock.FlavaLayer):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
     ) -> tuple[Tensor, ...]:
         """[B, N, D] -> ([B, N, D],), with output_attentions ([B, N, D], [B, H, N, N])."""
-        if not bare(self.layernorm_before, self.layernorm_after):
+        if not bare(nn.LayerNorm, self.layernorm_before, self.layernorm_after):
             tell(self, "a LayerNorm is not torch's own, or is hooked")
             return super().forward(hidden_states, attention_mask, output_attentions)
         y, again = layer_norm(self.layernorm_before, hidden_states)
@@ -118,8 +118,9 @@ class FlavaLayer(stock.FlavaLayer):
         """x + mlp(y). The intermediate and the output layer are one here: between them, only the rows before GELU."""
         first, last = self.intermediate, self.output
         name = activation(first.intermediate_act_fn)
-        plain = type(first) is stock.FlavaIntermediate and type(last) is stock.FlavaOutput and bare(last.dense)
-        if name is None or not (plain and unhooked(first, first.intermediate_act_fn, last)):
+        plain = type(first) is stock.FlavaIntermediate and type(last) is stock.FlavaOutput
+        plain = plain and bare(nn.Linear, last.dense) and unhooked(first, first.intermediate_act_fn, last)
+        if name is None or not plain:
             tell(self, "its MLP is not of plain Linear layers and GELU, or is hooked")
             return last(first(y), x)
         rows = linear(project(first.dense, y), last.dense.weight, last.dense.bias, input_activation=name)
@@ -132,7 +133,8 @@ class FlavaPredictionHeadTransform(stock.FlavaPredictionHeadTransform):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         name = activation(self.transform_act_fn)
-        if name is None or not (bare(self.dense, self.LayerNorm) and unhooked(self.transform_act_fn)):
+        plain = bare(nn.Linear, self.dense) and bare(nn.LayerNorm, self.LayerNorm)
+        if name is None or not (plain and unhooked(self.transform_act_fn)):
             tell(self, "it is not a plain Linear, GELU and LayerNorm, or is hooked")
             return super().forward(hidden_states)
         rows = linear(hidden_states, self.dense.weight, self.dense.bias, activation=name)
@@ -177,7 +179,7 @@ class FlavaMaskedPredictionHead(stock.FlavaMaskedPredictionHead):
         x = self.transform(x)
         # The mean of no rows is NaN in Transformers' loss, and 0 in linear_cross_entropy's.
         if self.deferred and x.dim() == 2 and len(x) and not torch.compiler.is_compiling():
-            if bare(self.decoder) and unhooked(self):
+            if bare(nn.Linear, self.decoder) and unhooked(self):
                 return _Logits(x, self.decoder)
             tell(self, "its decoder is not a plain Linear, or one of them is hooked")
         return project(self.decoder, x)

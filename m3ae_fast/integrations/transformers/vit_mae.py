@@ -7,6 +7,7 @@ what a model takes.)
 """
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from transformers.models.vit_mae import modeling_vit_mae as stock
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from m3ae_fast.integrations._layers import layer_norm, offsets, product_dtype, project
+from m3ae_fast.integrations._layers import DROPOUT, drops, layer_norm, offsets, product_dtype, project
 from m3ae_fast.integrations._swap import bare, tell, unhooked
 from m3ae_fast.integrations.transformers.activations import activation
 from m3ae_fast.nn import take_rows
@@ -31,6 +32,8 @@ class ViTMAEEmbeddings(stock.ViTMAEEmbeddings):
         """pixel_values [B, C, H, W], noise [B, P] -> tokens [B, 1 + K, D], mask [B, P] (1: removed), ids_restore."""
         embeddings, projection = self.patch_embeddings, self.patch_embeddings.projection
         height, width = embeddings.patch_size
+        if not pixel_values.is_floating_point():  # gather_patches would take bytes and divide them by 255
+            return super().forward(pixel_values, noise, interpolate_pos_encoding)
         if tuple(pixel_values.shape[1:]) != (embeddings.num_channels, *embeddings.image_size):
             if interpolate_pos_encoding:
                 tell(self, "images of another size than the configuration's")
@@ -38,7 +41,7 @@ class ViTMAEEmbeddings(stock.ViTMAEEmbeddings):
         if height != width or any(side % height for side in embeddings.image_size):
             tell(self, "patches must be square and divide the image")
             return super().forward(pixel_values, noise, interpolate_pos_encoding)
-        if not (bare(projection) and unhooked(embeddings)):
+        if not (bare(nn.Conv2d, projection) and bare(stock.ViTMAEPatchEmbeddings, embeddings)):
             tell(self, "the patch projection is not a plain Conv2d, or is hooked")
             return super().forward(pixel_values, noise, interpolate_pos_encoding)
 
@@ -73,6 +76,8 @@ class ViTMAEAttention(stock.ViTMAEAttention):
             why = "there is an attention_mask"
         elif self.training and self.attention_dropout:
             why = "there is dropout of attention weights"
+        elif not getattr(self._interface(), "__module__", "").startswith("transformers."):
+            why = "its attention function is not one of Transformers'"
         if why:
             tell(self, why)
             return super().forward(hidden_states, attention_mask, **kwargs)
@@ -85,6 +90,10 @@ class ViTMAEAttention(stock.ViTMAEAttention):
         rows = varlen_attention(q, k, v, cu, None, tokens, softmax_scale=self.scaling)
         return project(self.o_proj, rows.reshape(batch, tokens, -1)), None
 
+    def _interface(self) -> Callable:
+        """What Transformers' own would call: somebody may have registered another."""
+        return stock.ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, stock.eager_attention_forward)
+
 
 class ViTMAEMLP(stock.ViTMAEMLP):
     """GELU on the way into fc2."""
@@ -92,8 +101,8 @@ class ViTMAEMLP(stock.ViTMAEMLP):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]; of the hidden rows only fc1's are stored."""
         name = activation(self.activation_fn)
-        if name is None or not bare(self.fc2):
-            tell(self, "fc2 is not a plain Linear, or its activation is not GELU")
+        if name is None or not (bare(nn.Linear, self.fc2) and unhooked(self.activation_fn)):
+            tell(self, "fc2 is not a plain Linear, its activation is not GELU, or one of them is hooked")
             return super().forward(hidden_states)
         return linear(project(self.fc1, hidden_states), self.fc2.weight, self.fc2.bias, input_activation=name)
 
@@ -104,9 +113,9 @@ class ViTMAELayer(stock.ViTMAELayer):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         """[B, N, D] -> [B, N, D]; the backward pass normalises again what the LayerNorms put out."""
         why = None
-        if self.training and self.dropout.p:
+        if drops(self.dropout):
             why = "there is dropout"
-        elif not bare(self.layernorm_before, self.layernorm_after, self.dropout):
+        elif not (bare(nn.LayerNorm, self.layernorm_before, self.layernorm_after) and bare(DROPOUT, self.dropout)):
             why = "a LayerNorm or Dropout is not torch's own, or is hooked"
         if why:
             tell(self, why)
