@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +55,10 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """x [T, D] -> norm(x), or (norm(x + residual), x + residual)."""
         dtype = None
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
         return layer_norm(x, self.weight, self.bias, residual=residual, eps=self.eps, dtype=dtype)
 
-    def again(self, x: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-        """A function that normalises x [T, D] once more, without a gradient: the bits of `forward`, in dtype."""
-        x = x.detach()
-        return lambda: layer_norm(x, self.weight, self.bias, eps=self.eps, dtype=dtype)
+    def again(self, x: Tensor, dtype: torch.dtype) -> tuple:
+        """What `recomputed` needs to normalise x [T, D] once more: a function, and tensors as they are now."""
+        return functools.partial(layer_norm, eps=self.eps, dtype=dtype), x.detach(), self.weight, self.bias

@@ -72,10 +72,10 @@ class Block(nn.Module):
             y = self.norm1(x)
         else:
             y, x = self.norm1(update, residual=x)
-        with recomputed(y, self.norm1.again(x, y.dtype)):
+        with recomputed(y, *self.norm1.again(x, y.dtype)):
             y = self.attn(y, seqlens, rows, rows_seqlens)
         y, x = self.norm2(y, residual=x if rows is None else take_rows(x, rows))
-        with recomputed(y, self.norm2.again(x, y.dtype)):
+        with recomputed(y, *self.norm2.again(x, y.dtype)):
             y = self.mlp(y)
         return (x, y) if apart else x + y
 

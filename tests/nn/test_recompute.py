@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
@@ -51,6 +52,27 @@ def test_inside_gradient_checkpointing_it_stands_back():
         checkpoint(block, x, seqlens, use_reentrant=False).square().sum(), [x, *block.parameters()]
     )
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_the_parameters_are_those_of_the_forward_pass():
+    """functional_call takes its parameters away again before the backward pass."""
+    block, x, seqlens = Block(16, 2), torch.randn(6, 16), SeqLens([2, 4])
+    values = {name: torch.rand_like(p).requires_grad_() for name, p in block.named_parameters()}
+    called = functional_call(block, values, (x, seqlens)).square().sum()
+    gradients = torch.autograd.grad(called, list(values.values()))
+    block.load_state_dict(values)
+    expected = torch.autograd.grad(block(x, seqlens).square().sum(), list(block.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["norm1.weight", "norm2.bias", "attn.qkv.weight", "mlp.fc2.weight"])
+def test_parameters_changed_in_place_before_the_backward_pass_are_an_error(name):
+    block = Block(16, 2)
+    loss = block(torch.randn(6, 16), SeqLens([2, 4])).sum()
+    with torch.no_grad():
+        block.get_parameter(name).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_only_what_was_named_is_made_again():
