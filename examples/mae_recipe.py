@@ -29,6 +29,9 @@ class Packed:
 
     def forward_encoder(self, imgs, mask_ratio):  # -> [N, 1 + K, D], mask [N, L], ids_restore [N, L]
         conv = self.patch_embed.proj
+        side = conv.kernel_size[0] * round(self.patch_embed.num_patches**0.5)
+        if imgs.shape[2:] != (side, side):  # as timm's patch_embed, which is not called
+            raise ValueError(f"imgs must be of {side} x {side} pixels, got {tuple(imgs.shape[2:])}")
         numbers = torch.arange(self.patch_embed.num_patches, device=imgs.device).expand(len(imgs), -1)
         kept, mask, ids_restore = self.random_masking(numbers[..., None], mask_ratio)  # its draw, of patches' numbers
         ids, seqlens = kept.flatten(), SeqLens([kept.shape[1]] * len(imgs), imgs.device)

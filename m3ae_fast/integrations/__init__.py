@@ -2,7 +2,7 @@
 
 `flash_attn`: FlashAttention-2's functions over packed sequences. `xformers`: memory-efficient attention under a
 BlockDiagonalMask. `nested`: jagged nested tensors in and out. None of these imports the library it is for.
-`transformers`: Transformers' own models, made faster where they stand.
+`transformers`, `timm`: the models of these libraries, made faster where they stand.
 """
 
-__all__ = ["flash_attn", "nested", "transformers", "xformers"]
+__all__ = ["flash_attn", "nested", "timm", "transformers", "xformers"]

@@ -131,6 +131,17 @@ def test_the_recipe_has_the_same_noise_losses_and_gradients(norm_pix, mask_ratio
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_images_of_another_size_are_refused():
+    """Patches are counted within an image: those of a larger one would be taken for others."""
+
+    class MAE(example().Packed, PlainMAE):
+        pass
+
+    for size in ((32, 32), (8, 32)):
+        with pytest.raises(ValueError, match="imgs must be of 16 x 16 pixels"):
+            MAE()(torch.randn(2, 3, *size))
+
+
 def test_the_recipe_takes_over_trained_weights():
     plain = PlainMAE()
     blocks = example().packed(plain.blocks)
