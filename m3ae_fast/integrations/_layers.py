@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -29,14 +31,10 @@ def project(module: nn.Module, x: Tensor) -> Tensor:
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor | None = None) -> tuple:
     """(y, again), or with residual (y, x + residual, again): y is normalised, in the dtype of the product that reads
-    it; again() makes it once more, for `recomputed`."""
+    it; again is what `recomputed` takes to make it once more."""
     options = {"eps": norm.eps, "dtype": product_dtype(x)}
     y = ops.layer_norm(x, norm.weight, norm.bias, residual=residual, **options)
     if residual is not None:
         y, x = y
-    rows = x.detach()
-
-    def again() -> Tensor:
-        return ops.layer_norm(rows, norm.weight, norm.bias, **options)
-
+    again = functools.partial(ops.layer_norm, **options), x, norm.weight, norm.bias
     return (y, again) if residual is None else (y, x, again)

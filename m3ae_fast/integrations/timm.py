@@ -125,10 +125,10 @@ class Block(vision_transformer.Block):
             _swap.tell(self, "its norms are no plain LayerNorms, or something hooks into them")
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         y, again = layer_norm(self.norm1, x)
-        with recomputed(y, again):
+        with recomputed(y, *again):
             y = self.attn(y, attn_mask=attn_mask, is_causal=is_causal)
         y, x, again = layer_norm(self.norm2, self.drop_path1(self.ls1(y)), x)
-        with recomputed(y, again):
+        with recomputed(y, *again):
             y = self.mlp(y)
         return x + self.drop_path2(self.ls2(y))
 

@@ -108,10 +108,10 @@ class FlavaLayer(stock.FlavaLayer):
             tell(self, "a LayerNorm is not torch's own, or is hooked")
             return super().forward(hidden_states, attention_mask, output_attentions)
         y, again = layer_norm(self.layernorm_before, hidden_states)
-        with recomputed(y, again):
+        with recomputed(y, *again):
             update, *weights = self.attention(y, attention_mask=attention_mask, output_attentions=output_attentions)
         y, x, again = layer_norm(self.layernorm_after, update, hidden_states)
-        with recomputed(y, again):
+        with recomputed(y, *again):
             return self._mlp(y, x), *weights
 
     def _mlp(self, y: Tensor, x: Tensor) -> Tensor:

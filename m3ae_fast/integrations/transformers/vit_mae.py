@@ -112,10 +112,10 @@ class ViTMAELayer(stock.ViTMAELayer):
             tell(self, why)
             return super().forward(hidden_states, attention_mask, **kwargs)
         y, again = layer_norm(self.layernorm_before, hidden_states)
-        with recomputed(y, again):
+        with recomputed(y, *again):
             update, _ = self.attention(y, attention_mask, **kwargs)
         y, x, again = layer_norm(self.layernorm_after, update, hidden_states)
-        with recomputed(y, again):
+        with recomputed(y, *again):
             return x + self.mlp(y)
 
 
