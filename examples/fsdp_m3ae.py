@@ -55,6 +55,6 @@ for step in range(state["step"], args.stop_after or args.steps):
     dist.all_reduce(total)
     if dist.get_rank() == 0:
         print(f"step {step + 1} loss {total:.6f}")
-weights, moments = get_state_dict(model, optimiser)
-dcp.save({"step": step + 1, "model": weights, "optimiser": moments}, checkpoint_id=args.out)
+step, (weights, moments) = max(state["step"], args.stop_after or args.steps), get_state_dict(model, optimiser)
+dcp.save({"step": step, "model": weights, "optimiser": moments}, checkpoint_id=args.out)
 dist.destroy_process_group()

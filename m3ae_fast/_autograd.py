@@ -17,6 +17,8 @@ try:
     transformed = torch._C._are_functorch_transforms_active
 except (ImportError, AttributeError):
     transformed = lambda: True  # noqa: E731
+# Whether a gradient is several at once (is_grads_batched=True), likewise.
+many = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda gradient: True)
 WHY = (
     "its gradient is made by a kernel, which autograd cannot see into. impl='reference', or M3AE_FAST_IMPL=reference "
     "for the whole process, is plain PyTorch and has all of them."
@@ -108,6 +110,6 @@ class _Refuse(torch.autograd.Function):
 
 def scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
     """gradient * dloss, one number; in place on the CPU where the graph goes with this backward pass: it is large."""
-    if torch.compiler.is_compiling() or transformed() or gradient.device.type != "cpu" or keep_graph():
+    if torch.compiler.is_compiling() or transformed() or many(dloss) or dloss.device.type != "cpu" or keep_graph():
         return gradient * dloss
     return gradient if dloss.item() == 1 else gradient.mul_(dloss)

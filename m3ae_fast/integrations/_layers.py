@@ -39,10 +39,10 @@ def project(module: nn.Module, x: Tensor) -> Tensor:
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor | None = None) -> tuple:
     """(y, again), or with residual (y, x + residual, again): y is normalised, in the dtype of the product that reads
-    it; recomputed(y, *again) makes it once more."""
+    it; again is what `recomputed` takes to make it once more."""
     options = {"eps": norm.eps, "dtype": product_dtype(x)}
     y = ops.layer_norm(x, norm.weight, norm.bias, residual=residual, **options)
     if residual is not None:
         y, x = y
-    again = functools.partial(ops.layer_norm, **options), x.detach(), norm.weight, norm.bias
+    again = functools.partial(ops.layer_norm, **options), x, norm.weight, norm.bias
     return (y, again) if residual is None else (y, x, again)

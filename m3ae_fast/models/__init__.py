@@ -1,5 +1,7 @@
 """The models: M3AE and its images-only special case MAE, MAMO, and the baselines of their papers' tables."""
 
+import torch
+
 from m3ae_fast.models.clip import CLIP, CLIPOutput
 from m3ae_fast.models.config import EncodersConfig, M3AEConfig, MAMOConfig, ModelConfig, SupervisedConfig
 from m3ae_fast.models.m3ae import M3AE, Encoded, M3AEOutput, Reconstruction
@@ -15,6 +17,11 @@ OBJECTIVES = {
     "clip": (CLIP, EncodersConfig),
     "supervised": (Supervised, SupervisedConfig),
 }
+
+# Containers of tensors, to torch: DDP with static_graph=True, which looks for the loss in them, would find none, add up
+# no gradients, and say nothing.
+for output in (CLIPOutput, Encoded, M3AEOutput, MAMOOutput, Reconstruction, SupervisedOutput):
+    torch.export.register_dataclass(output)
 
 __all__ = [
     "CLIP",

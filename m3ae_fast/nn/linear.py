@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
 from torch import Tensor, nn
 
+from m3ae_fast.nn.recompute import recomputed
 from m3ae_fast.ops import layer_norm, linear
 
 
@@ -59,6 +61,10 @@ class LayerNorm(nn.LayerNorm):
             dtype = torch.get_autocast_dtype(x.device.type)
         return layer_norm(x, self.weight, self.bias, residual=residual, eps=self.eps, dtype=dtype)
 
-    def again(self, x: Tensor, dtype: torch.dtype) -> tuple:
-        """What `recomputed` needs to normalise x [T, D] once more: a function, and tensors as they are now."""
-        return functools.partial(layer_norm, eps=self.eps, dtype=dtype), x.detach(), self.weight, self.bias
+    def recomputed(self, y: Tensor, x: Tensor) -> contextlib.AbstractContextManager:
+        """Operations in this context that save y, which is this layer of x [T, D], save nothing: see `nn.recompute`.
+        Where something hooks into its call y may be something else, and is kept."""
+        if self._forward_pre_hooks or self._forward_hooks:
+            return contextlib.nullcontext()
+        make = functools.partial(layer_norm, eps=self.eps, dtype=y.dtype)
+        return recomputed(y, make, x, self.weight, self.bias)

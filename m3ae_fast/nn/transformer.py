@@ -8,7 +8,6 @@ from torch.utils.checkpoint import checkpoint
 
 from m3ae_fast.nn.attention import Attention
 from m3ae_fast.nn.linear import LayerNorm, Linear
-from m3ae_fast.nn.recompute import recomputed
 from m3ae_fast.nn.rows import take_rows
 from m3ae_fast.seqlens import SeqLens
 
@@ -72,10 +71,10 @@ class Block(nn.Module):
             y = self.norm1(x)
         else:
             y, x = self.norm1(update, residual=x)
-        with recomputed(y, *self.norm1.again(x, y.dtype)):
+        with self.norm1.recomputed(y, x):
             y = self.attn(y, seqlens, rows, rows_seqlens)
         y, x = self.norm2(y, residual=x if rows is None else take_rows(x, rows))
-        with recomputed(y, *self.norm2.again(x, y.dtype)):
+        with self.norm2.recomputed(y, x):
             y = self.mlp(y)
         return (x, y) if apart else x + y
 

@@ -191,6 +191,17 @@ def test_the_norms_outputs_and_the_activated_rows_are_not_kept(monkeypatch):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
 
 
+def test_weights_lent_to_a_model_are_those_of_its_backward_pass():
+    """functional_call takes them away again in between."""
+    model = vit()
+    weights, x = dict(stirred(vit()).named_parameters()), images(2, 3, 32, 32)
+    ours, theirs = (
+        torch.autograd.grad(functional_call(each, weights, (x,)).square().sum(), list(weights.values()))
+        for each in (accelerated(model), model)
+    )
+    assert_close(ours, theirs)
+
+
 def test_hooks_on_every_module_fire():
     """Also on the layers that are bypassed where nothing hooks into them."""
     stock = vit(init_values=0.3)

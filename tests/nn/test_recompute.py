@@ -13,16 +13,21 @@ from m3ae_fast.nn import Block
 from m3ae_fast.nn.recompute import recomputed
 
 
+@pytest.fixture
+def keep_everything(monkeypatch):
+    """Called: from now on nothing is made again."""
+    return lambda: monkeypatch.setattr("m3ae_fast.nn.recompute.top_hooks", lambda ignore_is_tracing: "hooks")
+
+
 def test_a_block_frees_what_its_layer_norms_put_out():
     block, x = Block(16, 2), torch.randn(6, 16)
     kept = []
 
-    def remember(module, inputs, output):
-        y = output[0] if isinstance(output, tuple) else output
-        kept.append(StorageWeakRef(y.untyped_storage()))
+    def remember(module, inputs):
+        kept.append(StorageWeakRef(inputs[0].untyped_storage()))
 
-    for norm in (block.norm1, block.norm2):
-        norm.register_forward_hook(remember)
+    for reader in (block.attn, block.mlp):
+        reader.register_forward_pre_hook(remember)
     y = block(x, SeqLens([2, 4]))
     gc.collect()
     assert len(kept) == 2 and all(each.expired() for each in kept)
@@ -31,7 +36,7 @@ def test_a_block_frees_what_its_layer_norms_put_out():
 
 
 @pytest.mark.parametrize("rows", [None, torch.tensor([0, 3, 5], dtype=torch.int32)])
-def test_the_gradients_are_those_of_a_block_that_keeps_everything(rows, monkeypatch):
+def test_the_gradients_are_those_of_a_block_that_keeps_everything(rows, keep_everything):
     block, x = Block(16, 2), torch.randn(6, 16, requires_grad=True)
     seqlens, rows_seqlens = SeqLens([2, 4]), SeqLens([1, 2])
 
@@ -40,7 +45,7 @@ def test_the_gradients_are_those_of_a_block_that_keeps_everything(rows, monkeypa
         return torch.autograd.grad(out.square().sum(), [x, *block.parameters()])
 
     ours = gradients()
-    monkeypatch.setattr("m3ae_fast.nn.recompute.top_hooks", lambda ignore_is_tracing: "hooks of the user's")
+    keep_everything()
     assert all(torch.equal(a, b) for a, b in zip(ours, gradients(), strict=True))
 
 
@@ -97,3 +102,61 @@ def test_a_view_that_was_saved_comes_back_in_its_own_order():
     z = x * weight
     plain = (z.t().exp() @ z + z.t() @ z).sum()
     torch.testing.assert_close(*(torch.autograd.grad(each, weight)[0] for each in (loss, plain)))
+
+
+def stirred_block():
+    torch.manual_seed(0)
+    block = Block(16, 2)
+    for p in block.parameters():  # ones and zeros would hide what is left out
+        torch.nn.init.normal_(p)
+    return block, torch.randn(6, 16)
+
+
+def test_the_weights_are_those_of_the_forward_pass(keep_everything):
+    """functional_call gives a module its own ones back before the backward pass."""
+    (block, x), other = stirred_block(), Block(16, 2)
+    weights = dict(block.named_parameters())
+
+    def gradients():
+        loss = functional_call(other, weights, (x, SeqLens([2, 4]))).square().sum()
+        return torch.autograd.grad(loss, list(weights.values()))
+
+    ours = gradients()
+    keep_everything()
+    assert all(torch.equal(a, b) for a, b in zip(ours, gradients(), strict=True))
+
+
+def changed(args):
+    args[0].mul_(2)
+
+
+HOOKS = {
+    "norm1 gives another": lambda block: block.norm1.register_forward_hook(lambda m, args, y: y * 2),
+    "norm1 gives a changed one": lambda block: block.norm1.register_forward_hook(lambda m, args, y: y.mul_(2)),
+    "norm1 takes another": lambda block: block.norm1.register_forward_pre_hook(lambda m, args: args[0].exp()),
+    "norm2 gives another": lambda block: block.norm2.register_forward_hook(lambda m, args, out: (out[0] * 2, out[1])),
+    "attn takes a changed one": lambda block: block.attn.register_forward_pre_hook(lambda m, args: changed(args)),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_what_hooks_made_of_it_is_used(hook, keep_everything):
+    block, x = stirred_block()
+    HOOKS[hook](block)
+
+    def gradients():
+        return torch.autograd.grad(block(x, SeqLens([2, 4])).square().sum(), list(block.parameters()))
+
+    ours = gradients()
+    keep_everything()
+    assert all(torch.equal(a, b) for a, b in zip(ours, gradients(), strict=True))
+
+
+@pytest.mark.parametrize("changed", ["x", "norm1.weight", "attn.proj.weight"])
+def test_what_was_changed_in_place_is_refused(changed):
+    block, x = stirred_block()
+    loss = block(x, SeqLens([2, 4])).square().sum()
+    with torch.no_grad():
+        (x if changed == "x" else block.get_parameter(changed)).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, block.attn.qkv.weight)

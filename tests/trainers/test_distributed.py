@@ -128,15 +128,22 @@ def test_ddp_of_m3ae_is_one_process_with_all_samples(pair, kinds):
     assert_same_run(found, alone("m3ae", kinds))
 
 
-def test_ddp_of_m3ae_with_a_loss_of_weight_0(pair):
+@pytest.mark.parametrize("loss", ["text", "image"])
+def test_ddp_of_m3ae_with_a_loss_of_weight_0(pair, loss):
     """A weight of 0 is a gradient of 0, not none: DDP needs no find_unused_parameters."""
-    options = {"text_loss_weight": 0.0}
+    options = {f"{loss}_loss_weight": 0.0}
     assert_same_run(pair(ddp, "m3ae", "pairs", options, {}), alone("m3ae", whole=True, **options))
 
 
 def test_ddp_of_mamo_is_the_mean_of_both_halves(pair):
     """Not of one process with all samples: ITC and ITM compare the samples that a process sees."""
     assert_same_run(pair(ddp, "mamo", "pairs", {}, {}), alone("mamo"))
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("m3ae", "mixed"), ("mamo", "pairs")])
+def test_ddp_with_a_static_graph(pair, name, kinds):
+    """DDP looks for the loss in the output then, and adds up nothing where it finds none."""
+    assert_same_run(pair(ddp, name, kinds, {}, {"static_graph": True}), alone(name, kinds))
 
 
 def test_ddp_of_a_mamo_without_a_loss(pair):

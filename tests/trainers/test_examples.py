@@ -103,6 +103,7 @@ def test_fsdp_stopped_in_two_processes_and_resumed_in_one(launch, ours):
     rest = losses(launch(*script, "--resume"))
     assert len(first) == len(rest) == 3
     assert first + rest == pytest.approx(ours(batch_size=8), rel=1e-5)
+    assert not losses(launch(*script, "--resume")), "there is nothing left to do"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

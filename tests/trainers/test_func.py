@@ -65,6 +65,17 @@ def test_vmap_of_grad_is_a_loop(op, impl, device, case):
 
 
 @every_op
+def test_several_gradients_at_once_are_a_loop(op, impl, device, case):
+    call = testing.cases(op).make(case).on(device)
+    loss, leaves = loss_of(op, impl, call)(call.leaves()), call.leaves()
+    along = torch.tensor([1.0, 2.0], device=device)
+    expected = [torch.autograd.grad(loss, leaves, each, retain_graph=True) for each in along]
+    found = torch.autograd.grad(loss, leaves, along, is_grads_batched=True)
+    for i in range(2):
+        assert_same([x[i] for x in found], expected[i])
+
+
+@every_op
 def test_forward_mode_and_second_derivatives_are_refused(op, impl, device, case):
     call = testing.cases(op).make(case).on(device)
     loss, plain = loss_of(op, impl, call), [x.detach() for x in call.leaves()]
