@@ -5,4 +5,4 @@ BlockDiagonalMask. `nested`: jagged nested tensors in and out. None of these imp
 `transformers`, `timm`: the models of these libraries, made faster where they stand.
 """
 
-__all__ = ["flash_attn", "nested", "timm", "transformers", "xformers"]
+__all__ = ["flash_attn", "nested", "transformers", "xformers"]  # the API reference; timm needs a torchvision to be read
