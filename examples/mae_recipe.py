@@ -6,7 +6,6 @@ Kept patches alone are read and embedded, and the loss reads its target from the
 """
 
 import torch
-from torch import nn
 
 from m3ae_fast import SeqLens, assemble_tokens, gather_patches, linear, masked_mse, restore_tokens
 from m3ae_fast.nn import Block
@@ -14,7 +13,7 @@ from m3ae_fast.nn import Block
 
 def packed(blocks):
     """timm's blocks as m3ae_fast has them: the same parameters under the same names."""
-    new = nn.ModuleList()
+    new = torch.nn.ModuleList()
     for block in blocks:
         hidden, width = block.mlp.fc1.weight.shape
         new.append(Block(width, block.attn.num_heads, mlp_ratio=hidden / width, activation="gelu", eps=block.norm1.eps))
@@ -29,9 +28,7 @@ class Packed:
 
     def forward_encoder(self, imgs, mask_ratio):  # -> [N, 1 + K, D], mask [N, L], ids_restore [N, L]
         conv = self.patch_embed.proj
-        side = conv.kernel_size[0] * round(self.patch_embed.num_patches**0.5)
-        if imgs.shape[2:] != (side, side):  # as timm's patch_embed, which is not called
-            raise ValueError(f"imgs must be of {side} x {side} pixels, got {tuple(imgs.shape[2:])}")
+        assert imgs.shape[2:] == self.patch_embed.img_size, f"{imgs.shape[2:]} is not {self.patch_embed.img_size}"
         numbers = torch.arange(self.patch_embed.num_patches, device=imgs.device).expand(len(imgs), -1)
         kept, mask, ids_restore = self.random_masking(numbers[..., None], mask_ratio)  # its draw, of patches' numbers
         ids, seqlens = kept.flatten(), SeqLens([kept.shape[1]] * len(imgs), imgs.device)
