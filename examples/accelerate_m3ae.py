@@ -32,8 +32,7 @@ torch.manual_seed(0)  # the same weights in every process
 config = M3AEConfig.tiny(vocab_size=tokenizer.vocab_size)
 model = M3AE(config)
 optimiser = make_optimiser(model, lr=2e-3, weight_decay=0.05)
-rate = functools.partial(learning_rate, steps=args.steps, warmup=args.steps // 10, peak=1.0)
-schedule = LambdaLR(optimiser, rate)
+schedule = LambdaLR(optimiser, functools.partial(learning_rate, steps=args.steps, warmup=args.steps // 10, peak=1.0))
 model, optimiser = accelerator.prepare(model, optimiser)
 accelerator.register_for_checkpointing(schedule)  # a prepared one would take a step for every process
 if args.resume:
@@ -58,3 +57,4 @@ for step in range(schedule.last_epoch, args.stop_after or args.steps):
     schedule.step()
     accelerator.print(f"step {step + 1} loss {total:.6f}")
 accelerator.save_state(args.out)
+accelerator.end_training()  # the processes part in order
