@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import measure
 import torch
 
 FOLDER = Path(__file__).parent
@@ -46,6 +47,12 @@ def peak_on_gpu(run: Callable[[], object], owned: int) -> int:
     run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before - owned
+
+
+def peak(run: Callable[[], object], owned: int, function: str, *args) -> int:
+    """Bytes that a step adds at its peak, less what is owned, on the device that is measured: on a GPU of `run`, else
+    of `function` (see peak_beyond), which says itself what is owned."""
+    return peak_on_gpu(run, owned) if measure.SETTINGS.gpu else peak_beyond(function, *args)
 
 
 def resident(field: str) -> int:

@@ -1,6 +1,7 @@
 """A whole M3AE training step (forward, backward, AdamW) against the padded PyTorch model, eager and compiled."""
 
 import dataclasses
+import functools
 from unittest import mock
 
 import measure
@@ -95,11 +96,9 @@ def bench_m3ae_step(benchmark, size, precision):
     case = f"{size} {precision}" + measure.SETTINGS.gpu * f", batch {shape.batch}"
     rows = measure.compare(benchmark, "M3AE step", case, steps, inputs=len(batches), queued=False)
     for name, row in rows.items():
-        if measure.SETTINGS.gpu:
-            gradients = sum(parameter.nbytes for parameter in models[name][0].parameters())
-            extra = memory.peak_on_gpu(lambda step=steps[name]: step(0), gradients)
-        else:
-            extra = memory.peak_beyond("bench_m3ae:owned", size, precision, name)
+        gradients = sum(parameter.nbytes for parameter in models[name][0].parameters())
+        run = functools.partial(steps[name], 0)
+        extra = memory.peak(run, gradients, "bench_m3ae:owned", size, precision, name)
         row.extra = f"{extra / 2**20:.0f} MiB beyond weights, gradients and moments"
         if name != "padded, compiled":
             rate = flops_of(models[name][1]) / row.median_ms

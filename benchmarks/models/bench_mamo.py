@@ -1,5 +1,7 @@
 """A whole MAMO training step (EMA, forward, backward, AdamW) against the padded PyTorch model, pass by pass."""
 
+import functools
+
 import bench_m3ae
 import measure
 import memory
@@ -58,9 +60,7 @@ def bench_mamo_step(benchmark, size, precision):
     case = f"{size} {precision}" + measure.SETTINGS.gpu * f", batch {len(batches[0])}"
     rows = measure.compare(benchmark, "MAMO step", case, steps, inputs=len(batches), queued=False)
     for name, row in rows.items():
-        if measure.SETTINGS.gpu:
-            gradients = sum(p.nbytes for p in models[name][0].parameters() if p.requires_grad)
-            extra = memory.peak_on_gpu(lambda step=steps[name]: step(0), gradients)
-        else:
-            extra = memory.peak_beyond("bench_mamo:owned", size, precision, name)
+        gradients = sum(p.nbytes for p in models[name][0].parameters() if p.requires_grad)
+        run = functools.partial(steps[name], 0)
+        extra = memory.peak(run, gradients, "bench_mamo:owned", size, precision, name)
         row.extra = f"{extra / 2**20:.0f} MiB beyond weights, gradients and moments"

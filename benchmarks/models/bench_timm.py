@@ -90,8 +90,5 @@ def bench_timm_step(benchmark, case, precision):
         filled = f", {make_inputs(case, 0)[0]['patch_valid'].float().mean():.0%} of the batch is no padding"
     rows = measure.compare(benchmark, "timm step", f"{case} {precision}", steps, inputs=2, queued=False)
     for name, row in rows.items():
-        if measure.SETTINGS.gpu:
-            extra = memory.peak_on_gpu(lambda step=steps[name]: step(0), 0)
-        else:
-            extra = memory.peak_beyond("bench_timm:owned", case, precision, name)
+        extra = memory.peak(functools.partial(steps[name], 0), 0, "bench_timm:owned", case, precision, name)
         row.extra = f"{extra / 2**20:.0f} MiB beyond weights and moments{filled}"

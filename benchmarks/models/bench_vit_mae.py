@@ -1,5 +1,7 @@
 """A whole ViTMAE training step (forward, backward, AdamW) of Hugging Face's model before and after `accelerate`."""
 
+import functools
+
 import bench_m3ae
 import measure
 import memory
@@ -63,8 +65,5 @@ def bench_vit_mae_step(benchmark, precision):
     case = f"{size} {precision}, batch {BATCH}"
     rows = measure.compare(benchmark, "ViTMAE step", case, steps, inputs=len(inputs), queued=False)
     for name, row in rows.items():
-        if measure.SETTINGS.gpu:
-            extra = memory.peak_on_gpu(lambda step=steps[name]: step(0), 0)
-        else:
-            extra = memory.peak_beyond("bench_vit_mae:owned", size, precision, name)
+        extra = memory.peak(functools.partial(steps[name], 0), 0, "bench_vit_mae:owned", size, precision, name)
         row.extra = f"{extra / 2**20:.0f} MiB beyond weights and moments"

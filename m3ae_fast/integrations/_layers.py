@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from m3ae_fast import ops
+from m3ae_fast._backends import product_dtype
 from m3ae_fast.integrations._swap import bare
+from m3ae_fast.nn.recompute import recomputed
 
 DROPOUT = (nn.Dropout, nn.Identity)
 
@@ -16,13 +18,6 @@ DROPOUT = (nn.Dropout, nn.Identity)
 def offsets(batch: int, length: int, device: torch.device) -> Tensor:
     """[batch + 1] int32: where sequences of one length start. Made on the device: nothing is copied."""
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
-
-
-def product_dtype(like: Tensor) -> torch.dtype:
-    """The dtype in which a product with `like` runs: its own, or autocast's, which leaves float64 alone."""
-    device = like.device.type
-    low = torch.is_autocast_enabled(device) and like.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if low else like.dtype
 
 
 def drops(dropout: nn.Module) -> bool:
@@ -37,12 +32,20 @@ def project(module: nn.Module, x: Tensor) -> Tensor:
     return module(x)
 
 
+def embed_patches(conv: nn.Conv2d, images: Tensor, ids: Tensor, cu: Tensor) -> Tensor:
+    """[K, D]: the patches `ids` [K] of images [B, C, H, W], `cu` [B + 1] offsets of each image's, under the convolution
+    of a patch embedding (square, side by side). No other patch is read."""
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # as gather_patches has a patch: row, column, channel
+    rows = ops.gather_patches(images, ids, cu, patch_size=conv.kernel_size[0], dtype=product_dtype(weight))
+    return ops.linear(rows, weight, conv.bias)
+
+
 def layer_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor | None = None) -> tuple:
-    """(y, again), or with residual (y, x + residual, again): y is normalised, in the dtype of the product that reads
-    it; again is what `recomputed` takes to make it once more."""
+    """(y, unsaved), or with residual (y, x + residual, unsaved): y is normalised, in the dtype of the product that
+    reads it; `unsaved` is the context in which nothing saves it, `recomputed`."""
     options = {"eps": norm.eps, "dtype": product_dtype(x)}
     y = ops.layer_norm(x, norm.weight, norm.bias, residual=residual, **options)
     if residual is not None:
         y, x = y
-    again = functools.partial(ops.layer_norm, **options), x, norm.weight, norm.bias
-    return (y, again) if residual is None else (y, x, again)
+    unsaved = recomputed(y, functools.partial(ops.layer_norm, **options), x, norm.weight, norm.bias)
+    return (y, unsaved) if residual is None else (y, x, unsaved)

@@ -16,12 +16,10 @@ from timm.models._manipulate import checkpoint, checkpoint_seq
 from torch import Tensor, nn
 
 from m3ae_fast.integrations import _swap
-from m3ae_fast.integrations._layers import DROPOUT, drops, layer_norm, offsets, product_dtype, project
-from m3ae_fast.nn.recompute import recomputed
+from m3ae_fast.integrations._layers import DROPOUT, drops, embed_patches, layer_norm, offsets, project
 from m3ae_fast.nn.rows import take_rows
 from m3ae_fast.ops import (
     assemble_tokens,
-    gather_patches,
     linear,
     restore_tokens,
     varlen_attention,
@@ -127,11 +125,11 @@ class Block(vision_transformer.Block):
         if not _swap.bare(NORMS, self.norm1, self.norm2):
             _swap.tell(self, "its norms are no plain LayerNorms, or something hooks into them")
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        y, again = layer_norm(self.norm1, x)
-        with recomputed(y, *again):
+        y, unsaved = layer_norm(self.norm1, x)
+        with unsaved:
             y = self.attn(y, attn_mask=attn_mask, is_causal=is_causal)
-        y, x, again = layer_norm(self.norm2, self.drop_path1(self.ls1(y)), x)
-        with recomputed(y, *again):
+        y, x, unsaved = layer_norm(self.norm2, self.drop_path1(self.ls1(y)), x)
+        with unsaved:
             y = self.mlp(y)
         return x + self.drop_path2(self.ls2(y))
 
@@ -180,10 +178,7 @@ class VisionTransformer(vision_transformer.VisionTransformer):
         count, ids = ids.shape[1], ids.flatten()
         cu = offsets(batch, count, images.device)
 
-        conv = self.patch_embed.proj
-        weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # as gather_patches has a patch: row, column, channel
-        rows = gather_patches(images, ids, cu, patch_size=size, dtype=product_dtype(weight))
-        rows = linear(rows, weight, conv.bias)
+        rows = embed_patches(self.patch_embed.proj, images, ids, cu)
 
         zeros = rows.new_zeros(1, *grid, self.embed_dim)
         table = self._pos_embed(zeros if self.dynamic_img_size else zeros.flatten(1, 2))  # [1, P + patches, D]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import itertools
 
-import torch
 from torch import Tensor
 
 from m3ae_fast import _checks
+from m3ae_fast.integrations._layers import offsets
 from m3ae_fast.ops import varlen_attention
 from m3ae_fast.seqlens import SeqLens
 
@@ -54,7 +54,7 @@ def memory_efficient_attention(
     _checks.shape("value", value, key.shape)
     if attn_bias is None:
         longest = [query.shape[1], key.shape[1]]
-        offsets = [torch.arange(batch + 1, device=query.device) * length for length in longest]
+        cu = [offsets(batch, length, query.device) for length in longest]
     else:
         infos = _infos(attn_bias)
         if batch != 1:
@@ -66,10 +66,10 @@ def memory_efficient_attention(
                     f"attn_bias must cover all {x.shape[1]} rows of {name}, got blocks of {info.seqstart_py[-1]} rows"
                 )
         # The mask's own offsets, already on the device: nothing is copied, however many layers share it.
-        offsets = [info.seqstart for info in infos]
+        cu = [info.seqstart for info in infos]
         longest = [max(info.max_seqlen, 0) for info in infos]  # -1 where there are no blocks
     rows = (x.flatten(0, 1) for x in (query, key, value))
-    return varlen_attention(*rows, *offsets, *longest, softmax_scale=scale).unflatten(0, query.shape[:2])
+    return varlen_attention(*rows, *cu, *longest, softmax_scale=scale).unflatten(0, query.shape[:2])
 
 
 def seqlens_of(mask) -> tuple[SeqLens, SeqLens]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 
-import torch
 from torch import Tensor, nn
 
+from m3ae_fast._backends import product_dtype
 from m3ae_fast.nn.recompute import recomputed
 from m3ae_fast.ops import layer_norm, linear
 
@@ -56,9 +56,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """x [T, D] -> norm(x), or (norm(x + residual), x + residual)."""
-        dtype = None
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = product_dtype(x) if residual is None else product_dtype(x, residual)
         return layer_norm(x, self.weight, self.bias, residual=residual, eps=self.eps, dtype=dtype)
 
     def recomputed(self, y: Tensor, x: Tensor) -> contextlib.AbstractContextManager:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from m3ae_fast._backends import product_dtype
 from m3ae_fast.nn.linear import Linear
 from m3ae_fast.ops import gather_patches
 from m3ae_fast.seqlens import SeqLens
@@ -41,9 +42,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor, ids: Tensor, seqlens: SeqLens) -> Tensor:
         """images [N, C, H, W], ids [K] patch numbers (row by row), seqlens over the N images -> [K, D]."""
-        dtype = self.proj.weight.dtype
-        if torch.is_autocast_enabled(images.device.type):
-            dtype = torch.get_autocast_dtype(images.device.type)
+        dtype = product_dtype(self.proj.weight)
         rows = gather_patches(
             images, ids, seqlens, patch_size=self.patch_size, dtype=dtype, **self.normalisation(images)
         )

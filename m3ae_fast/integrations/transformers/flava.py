@@ -18,7 +18,6 @@ from m3ae_fast.integrations._layers import DROPOUT, drops, layer_norm, offsets, 
 from m3ae_fast.integrations._swap import bare, tell, unhooked
 from m3ae_fast.integrations.transformers.activations import activation
 from m3ae_fast.nn import take_rows
-from m3ae_fast.nn.recompute import recomputed
 from m3ae_fast.ops import linear, linear_cross_entropy, varlen_attention
 
 
@@ -107,11 +106,11 @@ class FlavaLayer(stock.FlavaLayer):
         if not bare(nn.LayerNorm, self.layernorm_before, self.layernorm_after):
             tell(self, "a LayerNorm is not torch's own, or is hooked")
             return super().forward(hidden_states, attention_mask, output_attentions)
-        y, again = layer_norm(self.layernorm_before, hidden_states)
-        with recomputed(y, *again):
+        y, unsaved = layer_norm(self.layernorm_before, hidden_states)
+        with unsaved:
             update, *weights = self.attention(y, attention_mask=attention_mask, output_attentions=output_attentions)
-        y, x, again = layer_norm(self.layernorm_after, update, hidden_states)
-        with recomputed(y, *again):
+        y, x, unsaved = layer_norm(self.layernorm_after, update, hidden_states)
+        with unsaved:
             return self._mlp(y, x), *weights
 
     def _mlp(self, y: Tensor, x: Tensor) -> Tensor:
@@ -161,8 +160,7 @@ class _Logits:
         logits, target = args
         logits.reduced = True
         options = {name: value for name, value in kwargs.items() if value is not None}
-        loss = linear_cross_entropy(logits.rows, logits.decoder.weight, target, logits.decoder.bias, **options)
-        return loss.clone()  # Transformers weighs it in place, and the op's own is kept for its backward pass
+        return linear_cross_entropy(logits.rows, logits.decoder.weight, target, logits.decoder.bias, **options)
 
     def made(self) -> Tensor | None:
         """The logits; None where their cross-entropy was all that was wanted."""

@@ -15,12 +15,11 @@ from transformers.models.vit_mae import modeling_vit_mae as stock
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from m3ae_fast.integrations._layers import DROPOUT, drops, layer_norm, offsets, product_dtype, project
+from m3ae_fast.integrations._layers import DROPOUT, drops, embed_patches, layer_norm, offsets, project
 from m3ae_fast.integrations._swap import bare, tell, unhooked
 from m3ae_fast.integrations.transformers.activations import activation
 from m3ae_fast.nn import take_rows
-from m3ae_fast.nn.recompute import recomputed
-from m3ae_fast.ops import assemble_tokens, gather_patches, linear, masked_mse, restore_tokens, varlen_attention
+from m3ae_fast.ops import assemble_tokens, linear, masked_mse, restore_tokens, varlen_attention
 
 
 class ViTMAEEmbeddings(stock.ViTMAEEmbeddings):
@@ -54,11 +53,9 @@ class ViTMAEEmbeddings(stock.ViTMAEEmbeddings):
         mask = (ids_restore >= keep).to(torch.get_default_dtype())
 
         ids, cu = ids_shuffle[:, :keep].flatten(), offsets(batch, keep, pixel_values.device)
-        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # gather_patches' order: row, column, channel
-        rows = gather_patches(pixel_values, ids, cu, patch_size=height, dtype=product_dtype(projection.weight))
         position = self.position_embeddings[0]
         tokens = assemble_tokens(
-            linear(rows, weight, projection.bias), None, image_ids=ids, cu_image=cu,
+            embed_patches(projection, pixel_values, ids, cu), None, image_ids=ids, cu_image=cu,
             cls_token=self.cls_token[0, 0] + position[0], image_position=position[1:],
         )  # fmt: skip
         return tokens.unflatten(0, (batch, 1 + keep)), mask, ids_restore
@@ -120,11 +117,11 @@ class ViTMAELayer(stock.ViTMAELayer):
         if why:
             tell(self, why)
             return super().forward(hidden_states, attention_mask, **kwargs)
-        y, again = layer_norm(self.layernorm_before, hidden_states)
-        with recomputed(y, *again):
+        y, unsaved = layer_norm(self.layernorm_before, hidden_states)
+        with unsaved:
             update, _ = self.attention(y, attention_mask, **kwargs)
-        y, x, again = layer_norm(self.layernorm_after, update, hidden_states)
-        with recomputed(y, *again):
+        y, x, unsaved = layer_norm(self.layernorm_after, update, hidden_states)
+        with unsaved:
             return x + self.mlp(y)
 
 
