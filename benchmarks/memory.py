@@ -15,8 +15,6 @@ from pathlib import Path
 import measure
 import torch
 
-FOLDER = Path(__file__).parent
-
 
 def peak_beyond(function: str, *args) -> int:
     """Bytes of resident memory that `run` adds at its peak, less `owned`.
@@ -30,7 +28,8 @@ def peak_beyond(function: str, *args) -> int:
     """
     command = [sys.executable, str(Path(__file__)), function, json.dumps(args)]
     # glibc would keep much of what is freed, in holes: what is measured then is its heap, not what the step holds.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
+    # what this process can import, that one can: benchmarks are found where PYTHONSAFEPATH is set, too
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}: {result.stderr}")
@@ -62,7 +61,6 @@ def resident(field: str) -> int:
 
 
 def main(function: str, args: str) -> None:
-    sys.path[:0] = [str(FOLDER), str(FOLDER / "models"), str(FOLDER / "ops")]
     module, _, name = function.partition(":")
     run, owned = getattr(importlib.import_module(module), name)(*json.loads(args))
     gc.collect()
