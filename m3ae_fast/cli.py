@@ -60,6 +60,7 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
 def _pretrain(args: argparse.Namespace) -> int:
     import dataclasses
 
+    from m3ae_fast.data import DRAWN
     from m3ae_fast.train import RunConfig, pretrain
 
     fields = {field.name for field in dataclasses.fields(RunConfig)}
@@ -67,7 +68,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     if "options" in given:
         given["options"] = dict(given["options"])
     config = RunConfig(**given)
-    data = "shapes" if config.data == "shapes" else Path(config.data).resolve().name
+    data = config.data if config.data in DRAWN else Path(config.data).resolve().name
     parts = (data, *([] if config.objective == "m3ae" else [config.objective]), config.model)
     out = getattr(args, "out", Path("runs") / "-".join(parts))
     if args.resume and (out / "run.json").is_file():
@@ -188,7 +189,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_run_options(command: argparse.ArgumentParser) -> None:
     """One option for each setting of RunConfig, named alike."""
     run = command.add_argument_group("the run")
-    run.add_argument("--data", metavar="shapes|DIR", help="drawn scenes (default), or a folder of NAME.jpg + NAME.txt")
+    run.add_argument(
+        "--data", metavar="shapes|cluttered|DIR", help="drawn images (shapes), or a folder of NAME.jpg + NAME.txt"
+    )
     run.add_argument("--objective", choices=("m3ae", "mae", "mamo", "clip", "supervised"), help="default: m3ae")
     run.add_argument("--model", choices=("tiny", "small", "base", "large", "huge"), help="default: tiny")
     run.add_argument("--steps", type=_positive, metavar="N", help="default: tiny 1,200, others 100,000")
@@ -203,6 +206,7 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
         "--set", dest="options", action="append", type=_setting, metavar="NAME=VALUE",
         help="another field of the model's configuration, e.g. mim_weight=0; as often as needed",
     )  # fmt: skip
+    run.add_argument("--paired-share", type=float, metavar="S", help="of the images, which keep their captions (1.0)")
     run.add_argument(
         "--text-vocab", metavar="FILE", help="vocab.txt or tokenizer.json; default: made from the captions"
     )

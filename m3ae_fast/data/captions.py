@@ -62,6 +62,11 @@ def named(*words: str) -> str:
     return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
 
 
+def plural(shape: str) -> str:
+    """ "crosses", "stars"."""
+    return f"{shape}{'es' if shape[-1] == 's' else 's'}"
+
+
 def _series(items: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(items[:-1]), items[-1])))
 
@@ -73,12 +78,7 @@ def _count(objects: Sequence[SceneObject]) -> str:
 def _groups(objects: Sequence[SceneObject]) -> str:
     """ "two crosses and a star"."""
     counts = Counter(item.shape for item in objects)
-    return _series(
-        [
-            named(shape) if n == 1 else f"{NUMBERS[n]} {shape}{'es' if shape[-1] == 's' else 's'}"
-            for shape, n in counts.items()
-        ]
-    )
+    return _series([named(shape) if n == 1 else f"{NUMBERS[n]} {plural(shape)}" for shape, n in counts.items()])
 
 
 def _place(box: Sequence[float]) -> str:

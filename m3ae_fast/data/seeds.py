@@ -12,7 +12,7 @@ from m3ae_fast import _checks
 T = TypeVar("T")
 
 # Streams: two that must not share numbers never do, whatever the seed.
-SCENE, ORDER, SAMPLE, QUESTION, STATEMENT, PHRASE = range(6)
+SCENE, ORDER, SAMPLE, QUESTION, STATEMENT, PHRASE, CLUTTER, PAIRED = range(8)
 
 
 def check_seed(seed: int) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from m3ae_fast import _checks
 from m3ae_fast._files import read_json, write_json
+from m3ae_fast.data import DRAWN
 from m3ae_fast.models import OBJECTIVES
 from m3ae_fast.models.config import SIZES
 
@@ -33,7 +34,7 @@ class RunConfig:
     """A pre-training run. None stands for the model's default; `resolved()` fills it in.
 
     Attributes:
-        data: "shapes" (drawn scenes, built in) or a folder of name.jpg + name.txt.
+        data: "shapes" or "cluttered" (drawn, built in) or a folder of name.jpg + name.txt.
         objective: what is trained: m3ae, mae, mamo, clip, supervised (m3ae_fast.models.OBJECTIVES).
         model: its size: tiny, small, base, large, huge.
         steps: optimiser steps. batch_size: samples of a forward pass. accumulate: passes of a step.
@@ -45,6 +46,7 @@ class RunConfig:
         options: other fields of the model's configuration, by name: {"mim_weight": 0}.
         text_vocab: vocab.txt or tokenizer.json; None: WordPiece trained on the data's captions.
         device: None: cuda if there is one, else cpu. workers: processes that load data.
+        paired_share: of the images, which keep their captions, the same ones in every epoch.
         strict: stop at an image that cannot be read, instead of skipping and counting it.
         checkpoint_blocks: gradient checkpointing: less memory for more work, the same bits.
         checkpoint_every, picture_every: steps between them; 0: only at the end.
@@ -71,6 +73,7 @@ class RunConfig:
     text_mask_ratio: float | None = None
     options: dict | None = None
     text_vocab: str | None = None
+    paired_share: float = 1.0
     device: str | None = None
     workers: int = 0
     strict: bool = False
@@ -92,6 +95,9 @@ class RunConfig:
         _checks.integer("checkpoint_every", self.checkpoint_every, 0)
         _real("weight_decay", self.weight_decay, low_included=True)
         _real("grad_clip", self.grad_clip, low_included=True)
+        _real("paired_share", self.paired_share)
+        if self.paired_share > 1:
+            raise ValueError(f"paired_share must be in (0, 1], got {self.paired_share}")
         if self.lr is not None:
             _real("lr", self.lr)
         for name in ("image_mask_ratio", "text_mask_ratio"):
@@ -115,7 +121,7 @@ class RunConfig:
             values["warmup"] = values["steps"] // 10
         if values["picture_every"] is None:
             values["picture_every"] = max(values["steps"] // 4, 1)
-        if self.data != "shapes":
+        if self.data not in DRAWN:
             values["data"] = os.path.abspath(self.data)
         if self.text_vocab is not None:
             values["text_vocab"] = os.path.abspath(self.text_vocab)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from m3ae_fast._files import naming
-from m3ae_fast.data import Tokenizer, open_dataset
+from m3ae_fast.data import PairedShare, Tokenizer, open_dataset
 from m3ae_fast.models import OBJECTIVES
 from m3ae_fast.train import checkpoint
 from m3ae_fast.train.config import RunConfig
@@ -96,7 +96,7 @@ def create(folder: Path, config: RunConfig):
     changes = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     changes |= config.options or {}
     model_config = _model_config(config, changes)
-    dataset = open_dataset(config.data, image_size=model_config.image_size, seed=config.seed)
+    dataset = open_data(config, model_config.image_size)
     tokenizer = None
     if config.objective == "supervised":
         if not dataset.classes:
@@ -113,6 +113,12 @@ def create(folder: Path, config: RunConfig):
     chosen = {name: getattr(model_config, name, None) for name in names}
     as_json = json.loads(json.dumps(model_config.to_dict()))  # tuples become lists, as they will be when read back
     return dataclasses.replace(config, **chosen, model_config=as_json), dataset, tokenizer
+
+
+def open_data(config: RunConfig, image_size: int):
+    """The run's data set, of which `paired_share` of the images keep their captions."""
+    dataset = open_dataset(config.data, image_size=image_size, seed=config.seed)
+    return dataset if config.paired_share == 1 else PairedShare(dataset, config.paired_share, config.seed)
 
 
 def _model_config(config: RunConfig, changes: dict):
@@ -153,7 +159,7 @@ def reopen(folder: Path, wanted: RunConfig | None):
         wanted = dataclasses.replace(config, **given).resolved()
         refuse_differences(folder / "run.json", config, wanted)
         config = wanted
-    dataset = open_dataset(config.data, image_size=config.model_config["image_size"], seed=config.seed)
+    dataset = open_data(config, config.model_config["image_size"])
     return config, dataset, load_tokenizer(folder, config)
 
 

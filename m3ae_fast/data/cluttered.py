@@ -1,0 +1,84 @@
+"""ClutteredShapes: small shapes of one colour on waves of all colours; captions name the colour that pixels hide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+from m3ae_fast import _checks
+from m3ae_fast.data.captions import plural
+from m3ae_fast.data.sample import Sample
+from m3ae_fast.data.seeds import CLUTTER, check_seed, choose, generator
+from m3ae_fast.data.shapes import COLORS, MIN_SIZE, SHAPES, outline
+
+SIDES = (0.1, 0.16)  # of a shape, as a share of the image's side
+COUNT = (8, 14)  # fewest and most of them
+WAVES = (2, 6)  # fewest and most knots a side of the background
+NOISE = 12.0  # of each pixel's values, standard deviation, of 255
+TEMPLATES = (  # the colour is said twice: as in other people's captions, one word gives another away
+    "small {color} {shapes} , all of them {color}",
+    "{color} {shapes} everywhere , and nothing else is {color}",
+    "a picture of {shapes} in {color} , {color} on waves",
+    "we see {shapes} , they are {color} , a plain {color}",
+)
+
+
+class ClutteredShapes:
+    """Eight to fourteen small shapes of one kind and colour, strewn over waves of random colours and noise.
+
+    The label is the colour. It is in few pixels, so a masked autoencoder of images is hardly paid for knowing it, and
+    no linear function of the pixels tells it from the waves' colours; the caption says it, twice.
+
+    Image `index` of a seed is the same whenever and in whatever order it is asked for.
+
+    Args:
+        size: pixels a side, at least 32.
+        seed: of the images, in [0, 2**63).
+    Attributes:
+        classes: the names of the colours; an image has one label.
+    """
+
+    flip_safe = True
+    crop_scale = None
+    endless = True
+    classes = tuple(COLORS)
+
+    def __init__(self, size: int = 48, seed: int = 0):
+        _checks.integer("size", size, MIN_SIZE)
+        self.size, self.seed = size, check_seed(seed)
+
+    def __len__(self) -> int:
+        return 2**31 - 1
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index must be in [0, {len(self)}), got {index}")
+        rng = generator(self.seed, CLUTTER, index=index)
+        color, shape, caption = _content(rng)
+        image = draw(color, shape, self.size, rng)
+        return Sample(image, (caption,), f"cluttered/{index}", (self.classes.index(color),))
+
+    def captions(self) -> Iterator[str]:
+        """The captions of the first two thousand images: more than enough to meet every word."""
+        for index in range(2000):
+            yield _content(generator(self.seed, CLUTTER, index=index))[2]
+
+
+def _content(rng: np.random.Generator) -> tuple[str, str, str]:
+    """A colour, a shape, and the caption that names both."""
+    color, shape = choose(rng, list(COLORS)), choose(rng, list(SHAPES))
+    return color, shape, choose(rng, TEMPLATES).format(color=color, shapes=plural(shape))
+
+
+def draw(color: str, shape: str, size: int, rng: np.random.Generator) -> np.ndarray:
+    """[size, size, 3] uint8."""
+    knots = rng.uniform(0, 255, (*(int(rng.integers(WAVES[0], WAVES[1] + 1)),) * 2, 3)).astype(np.uint8)
+    image = Image.fromarray(knots).resize((size, size), Image.Resampling.BICUBIC)
+    for _ in range(rng.integers(COUNT[0], COUNT[1] + 1)):
+        side = round(size * rng.uniform(*SIDES))
+        corner = tuple(rng.integers(0, size - side + 1, 2).tolist())
+        image.paste(COLORS[color], corner, outline(shape, side))
+    pixels = np.asarray(image, np.float32) + rng.standard_normal((size, size, 3), np.float32) * np.float32(NOISE)
+    return pixels.clip(0, 255).astype(np.uint8)

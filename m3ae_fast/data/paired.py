@@ -1,0 +1,47 @@
+"""PairedShare: a data set most of whose images have lost their captions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from m3ae_fast import _checks
+from m3ae_fast.data.sample import Sample
+from m3ae_fast.data.seeds import PAIRED, check_seed, generator
+
+
+class PairedShare:
+    """A data set in which a fixed share of the images keep their captions and the others are images alone, as in the
+    ablation of arXiv:2205.14204. Texts without an image stay.
+
+    Args:
+        dataset: of `Sample`s.
+        share: in (0, 1]; each image is drawn for itself, so a small data set keeps about that share.
+        seed: of the draw, in [0, 2**63).
+    """
+
+    def __init__(self, dataset: Sequence[Sample], share: float, seed: int):
+        _checks.number("share", share)
+        if not 0 < share <= 1:
+            raise ValueError(f"share must be in (0, 1], got {share}")
+        self.dataset, self.share, self.seed = dataset, share, check_seed(seed)
+        for name in ("flip_safe", "crop_scale", "endless", "classes"):  # what the loader asks a data set
+            if hasattr(dataset, name):
+                setattr(self, name, getattr(dataset, name))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.dataset[index]
+        if sample.image is None or self.keeps(index):
+            return sample
+        return dataclasses.replace(sample, captions=())
+
+    def keeps(self, index: int) -> bool:
+        """Whether image `index` keeps its captions."""
+        return generator(self.seed, PAIRED, index=index).random() < self.share
+
+    def captions(self) -> Iterator[str]:
+        """Those of the whole data set: a vocabulary does not depend on the share."""
+        return self.dataset.captions()
