@@ -92,8 +92,12 @@ def _print_summary(summary) -> None:
         f"\n{summary.step:,} of {summary.steps:,} steps; {summary.seconds:,.1f} s, "
         f"of which {summary.wait_seconds:,.1f} s waiting for data; {rate:,.0f} tokens/s"
     )
-    losses = {name: value for name, value in summary.last.items() if name not in ("step", "lr", "tokens_per_second")}
-    print("last step: " + ", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
+    others = ("step", "lr", "bad_steps", "tokens_per_second")
+    losses = {name: value for name, value in summary.last.items() if name not in others}
+    shown = {name: "not finite" if value is None else f"{value:.4f}" for name, value in losses.items()}
+    print("last step: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+    if summary.bad_steps:
+        print(f"steps skipped, not finite: {summary.bad_steps:,} (batches: {folder / 'bad_steps'})")
     counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in summary.counters.items())
     print(f"samples: {counts}")
     if summary.step < summary.steps:
@@ -227,6 +231,10 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--picture-every", type=_natural, metavar="STEPS", help="default: a quarter of all; 0: at the end"
     )
+    files.add_argument(
+        "--max-bad-steps", type=_natural, metavar="N",
+        help="skip and count a step whose loss or gradient is not finite, up to N in a row (10); 0: stop at the first",
+    )  # fmt: skip
     machine = command.add_argument_group("the machine")
     machine.add_argument("--device", help="default: cuda if there is one, else cpu")
     machine.add_argument("--workers", type=_natural, metavar="N", help="processes that load data (0)")

@@ -9,9 +9,20 @@ if _missing:  # now, not after an hour of training
         f"m3ae_fast.train needs {', '.join(_missing)}: pip install '.[train]', or 'm3ae_fast[train]'", name=_missing[0]
     )
 
+from m3ae_fast.train.bad_steps import BadStep, load_bad_step  # noqa: E402
 from m3ae_fast.train.config import RunConfig  # noqa: E402
 from m3ae_fast.train.loop import Summary, make_optimiser, pretrain  # noqa: E402
 from m3ae_fast.train.run import Run, load_run  # noqa: E402
 from m3ae_fast.train.schedule import learning_rate  # noqa: E402
 
-__all__ = ["Run", "RunConfig", "Summary", "learning_rate", "load_run", "make_optimiser", "pretrain"]
+__all__ = [
+    "BadStep",
+    "Run",
+    "RunConfig",
+    "Summary",
+    "learning_rate",
+    "load_bad_step",
+    "load_run",
+    "make_optimiser",
+    "pretrain",
+]

@@ -1,7 +1,8 @@
 """Checkpoints: one safetensors file each, written atomically, verified in full when read.
 
 Tensors are named `model.<parameter>` and `optimiser.<parameter>.<moment>`. The file's metadata holds one entry,
-`m3ae_fast`: JSON with the step, the configuration and a SHA-256 over all of it, tensors included.
+`m3ae_fast`: JSON with the step, the configuration, the counts of bad steps and a SHA-256 over all of it, tensors
+included.
 """
 
 from __future__ import annotations
@@ -22,15 +23,23 @@ FORMAT = 1
 
 class Checkpoint(NamedTuple):
     """step: steps taken. config: the run's configuration (RunConfig.to_dict). model: its state dict.
-    optimiser: {parameter name: {moment name: tensor}}."""
+    optimiser: {parameter name: {moment name: tensor}}. bad_steps: those skipped, in all and just before this one."""
 
     step: int
     config: dict
     model: dict[str, Tensor]
     optimiser: dict[str, dict[str, Tensor]]
+    bad_steps: tuple[int, int] = (0, 0)
 
 
-def save(path: Path, step: int, config: dict, model: nn.Module, optimiser: torch.optim.Optimizer | None) -> None:
+def save(
+    path: Path,
+    step: int,
+    config: dict,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer | None,
+    bad_steps: tuple[int, int] = (0, 0),
+) -> None:
     """Write the checkpoint under a temporary name and move it into place once it is on the disk.
 
     Raises:
@@ -45,7 +54,7 @@ def save(path: Path, step: int, config: dict, model: nn.Module, optimiser: torch
             for moment, value in optimiser.state.get(parameter, {}).items():
                 tensors[f"optimiser.{name}.{moment}"] = value
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    header = {"format": FORMAT, "step": step, "config": config}
+    header = {"format": FORMAT, "step": step, "config": config, "bad_steps": list(bad_steps)}
     header["sha256"] = _digest(header, tensors)
     with replacing(path) as temporary:
         try:
@@ -82,7 +91,7 @@ def load(path: Path) -> Checkpoint:
         else:
             parameter, _, moment = rest.rpartition(".")
             moments.setdefault(parameter, {})[moment] = value
-    return Checkpoint(header["step"], header["config"], model, moments)
+    return Checkpoint(header["step"], header["config"], model, moments, tuple(header.get("bad_steps", (0, 0))))
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimiser: torch.optim.Optimizer | None = None) -> None:

@@ -26,7 +26,7 @@ PAIRED = ("mamo", "clip")  # objectives of pairs alone: an image without a capti
 LR_PER_256 = 1.5e-4
 TINY_LR = {"mamo": 1e-3, "clip": 1e-3, "supervised": 1e-3}  # of other objectives
 # These change where and how a run is computed and watched, not what it computes: free to differ when resuming.
-FREE = ("device", "workers", "strict", "checkpoint_blocks", "checkpoint_every", "picture_every")
+FREE = ("device", "workers", "strict", "max_bad_steps", "checkpoint_blocks", "checkpoint_every", "picture_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,7 @@ class RunConfig:
         device: None: cuda if there is one, else cpu. workers: processes that load data.
         paired_share: of the images, which keep their captions, the same ones in every epoch.
         strict: stop at an image that cannot be read, instead of skipping and counting it.
+        max_bad_steps: steps in a row whose loss or gradient may be not finite: they are skipped; one more ends the run.
         checkpoint_blocks: gradient checkpointing: less memory for more work, the same bits.
         checkpoint_every, picture_every: steps between them; 0: only at the end.
         model_config: all fields of the model's configuration; filled in when the run is made.
@@ -77,6 +78,7 @@ class RunConfig:
     device: str | None = None
     workers: int = 0
     strict: bool = False
+    max_bad_steps: int = 10
     checkpoint_blocks: bool = False
     checkpoint_every: int = 500
     picture_every: int | None = None
@@ -92,6 +94,7 @@ class RunConfig:
         _checks.integer("accumulate", self.accumulate, 1)
         _checks.integer("seed", self.seed, 0, 2**31)
         _checks.integer("workers", self.workers, 0)
+        _checks.integer("max_bad_steps", self.max_bad_steps, 0)
         _checks.integer("checkpoint_every", self.checkpoint_every, 0)
         _real("weight_decay", self.weight_decay, low_included=True)
         _real("grad_clip", self.grad_clip, low_included=True)

@@ -23,6 +23,7 @@ from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader
 from m3ae_fast.nn import checkpoint_blocks
 from m3ae_fast.train import checkpoint, metrics, run
+from m3ae_fast.train.bad_steps import BadSteps, NotFinite
 from m3ae_fast.train.config import PAIRED, RunConfig
 from m3ae_fast.train.pictures import draw_pictures
 from m3ae_fast.train.schedule import learning_rate
@@ -35,6 +36,7 @@ class Summary:
     folder: Path  # of the run
     step: int = 0  # steps taken in all
     steps: int = 0  # steps of the whole run
+    bad_steps: int = 0  # steps in all that were not finite and were skipped: bad_steps/ has their batches
     interrupted: bool = False  # by Ctrl-C or SIGTERM
     last: dict = field(default_factory=dict)  # the last row of metrics.jsonl, {} where no step was taken
     tokens: int = 0  # patches and words of the batches
@@ -60,7 +62,7 @@ def pretrain(
     Raises:
         FileExistsError: `out` holds a run, and `resume` is not set. FileNotFoundError: nothing to resume, no data.
         ValueError: a setting, the data or a file of the run is not as it must be. OSError: a file cannot be written.
-        FloatingPointError: the loss or the gradient is not finite; the newest checkpoint is from before.
+        FloatingPointError: the loss or the gradient was not finite for more than config.max_bad_steps steps in a row.
     """
     folder = Path(out)
     config, dataset, tokenizer = run.reopen(folder, config) if resume else run.create(folder, config)
@@ -69,26 +71,27 @@ def pretrain(
     checkpoint_blocks(model, config.checkpoint_blocks)
     optimiser = make_optimiser(model, lr=config.lr, weight_decay=config.weight_decay)
     checkpoints = folder / "checkpoints"
-    done = 0
+    done, bad_steps = 0, BadSteps(folder, config)
     if resume:
         path = checkpoint.latest(checkpoints)
         saved = checkpoint.load(path)
         run.refuse_differences(path, RunConfig(**saved.config), config)
         checkpoint.restore(saved, model, optimiser)
-        done = saved.step
+        done, bad_steps = saved.step, BadSteps(folder, config, *saved.bad_steps)
     stop = config.steps if stop_after is None else min(stop_after, config.steps)
     if stop_after is not None and stop_after <= done:
         raise ValueError(f"stop_after must be more than the {done} steps already taken, got {stop_after}")
 
     def save() -> None:
         rows.flush()
-        checkpoint.save(checkpoint.step_path(checkpoints, done), done, config.to_dict(), model, optimiser)
+        counts = (bad_steps.total, bad_steps.in_a_row)
+        checkpoint.save(checkpoint.step_path(checkpoints, done), done, config.to_dict(), model, optimiser, counts)
         checkpoint.keep_last(checkpoints)
 
     def draw() -> None:
         draw_pictures(folder, model, tokenizer, config, done, device)
 
-    summary = Summary(folder, done, config.steps)
+    summary = Summary(folder, done, config.steps, bad_steps.total)
     if done >= config.steps:
         return summary
     if not resume:
@@ -111,11 +114,17 @@ def pretrain(
                     break
                 raise
             lr = learning_rate(done, steps=config.steps, warmup=config.warmup, peak=config.lr)
-            losses = train_step(model, optimiser, micro_batches, config, done, lr, device)
-            done += 1
+            try:
+                losses = train_step(model, optimiser, micro_batches, config, done, lr, device)
+                bad_steps.in_a_row = 0
+            except NotFinite as bad:
+                bad_steps.add(bad, micro_batches)
+                losses = bad.values
+            done += 1  # a step that was skipped, too: data order and masks go on
             tokens = sum(count_tokens(batch, model.config.patches) for batch in micro_batches)
             before, clock = clock, time.perf_counter()
-            summary.last = {"step": done, **losses, "lr": lr, "tokens_per_second": tokens / (clock - before)}
+            summary.last = {"step": done, **losses, "lr": lr, "bad_steps": bad_steps.total}
+            summary.last["tokens_per_second"] = tokens / (clock - before)
             summary.tokens += tokens
             rows.write(summary.last)
             bar.show(summary.last)
@@ -127,6 +136,7 @@ def pretrain(
         save()
         summary.seconds = time.perf_counter() - start
         summary.step, summary.interrupted = done, request.made and done < stop
+        summary.bad_steps = bad_steps.total
         summary.wait_seconds, summary.counters = loader.wait_seconds, dict(loader.counters)
         if not summary.interrupted:
             draw()
@@ -142,11 +152,13 @@ def train_step(
     lr: float,
     device: torch.device,
 ) -> dict[str, float]:
-    """One optimiser step over the mean loss of the micro-batches; returns the means of the model's METRICS."""
+    """One optimiser step over the mean loss of the micro-batches; returns the means of the model's METRICS.
+
+    NotFinite: one of them or the gradient is not finite; then model and optimiser are as they were.
+    """
     torch.manual_seed((config.seed << 32) + step)
     names = model.METRICS
-    if hasattr(model, "update_target"):  # the momentum network moves once a step, before it is used
-        model.update_target()
+    buffers = [buffer.clone() for buffer in model.buffers()]  # a forward pass fills MAMO's queue
     totals = torch.zeros(len(names), device=device)
     for batch in micro_batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -155,17 +167,19 @@ def train_step(
         totals += torch.stack([getattr(output, name).detach().float() for name in names]) / len(micro_batches)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     *values, norm = torch.cat([totals, norm.reshape(1)]).tolist()  # the one wait for the device in a step
-    if not all(map(math.isfinite, (*values, norm))):
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values, strict=True))
-        raise FloatingPointError(
-            f"step {step + 1} is not finite ({shown}, gradient norm {norm:.4g}), and was not taken: "
-            "a lower lr or a longer warmup may help"
-        )
+    values = dict(zip(names, values, strict=True))
+    if not all(map(math.isfinite, (*values.values(), norm))):
+        optimiser.zero_grad()
+        for buffer, before in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        raise NotFinite(step + 1, values, norm)
     for group in optimiser.param_groups:
         group["lr"] = lr
     optimiser.step()
     optimiser.zero_grad()
-    return dict(zip(names, values, strict=True))
+    if hasattr(model, "update_target"):  # the momentum network follows, once for each step that is taken
+        model.update_target()
+    return values
 
 
 def make_optimiser(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -231,5 +245,6 @@ class _Progress:
     def show(self, row: dict) -> None:
         rate = row["tokens_per_second"]
         self._rate = rate if self._rate is None else 0.95 * self._rate + 0.05 * rate
-        self._bar.set_postfix_str(f"loss {row['loss']:.4f}, {self._rate:,.0f} tokens/s", refresh=False)
+        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+        self._bar.set_postfix_str(f"loss {loss}, {self._rate:,.0f} tokens/s", refresh=False)
         self._bar.update()

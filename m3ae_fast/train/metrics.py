@@ -13,6 +13,8 @@ from m3ae_fast._files import naming, replacing
 class Metrics:
     """Appends a row a step to `<folder>/metrics.jsonl` and to TensorBoard (`<folder>/tensorboard`).
 
+    A value that is not finite is None (null), and left out of TensorBoard. `bad_steps` counts the steps skipped so far.
+
     Args:
         folder: of the run.
         step: steps already taken: later rows, left by a run that died after its last checkpoint, are dropped.
@@ -43,7 +45,7 @@ class Metrics:
             self._file.write(json.dumps(row) + "\n")
         with naming(self._board_path):
             for name, value in row.items():
-                if name != "step":
+                if name != "step" and value is not None:
                     self._board.add_scalar(name, value, row["step"])
 
     def flush(self) -> None:

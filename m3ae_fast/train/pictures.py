@@ -121,11 +121,12 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     """Loss, accuracy and learning rate over the steps, each step thin and their running mean thick.
 
     Args:
-        rows: of metrics.jsonl; nothing is drawn where there are none.
+        rows: of metrics.jsonl; nothing is drawn where there are none, nor of steps that were not finite.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot: no display, no state shared with the caller
 
+    rows = [row for row in rows if None not in row.values()]
     if not rows:
         return
     panels = PANELS | (CLIP_PANELS if "image_accuracy" in rows[0] else {})

@@ -5,6 +5,7 @@ tokenizer.json      unless the data has no captions
 checkpoints/        step-00000500.safetensors, the newest two
 metrics.jsonl       a row a step; the same numbers in tensorboard/
 pictures/           loss curves and reconstructions
+bad_steps/          the batches of steps that were not finite and were skipped, if there were any: load_bad_step
 """
 
 from __future__ import annotations

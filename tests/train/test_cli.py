@@ -159,7 +159,7 @@ def test_the_help_of_pretrain_tells_the_true_defaults(run):
     assert f"default: {tiny}, others {LR_PER_256:g} for 256 samples" in " ".join(out.split())
     assert "{" + ",".join(OBJECTIVES) + "}" in out and "{" + ",".join(SIZES) + "}" in out
     defaults = RunConfig()
-    for name in ("accumulate", "seed", "weight_decay", "grad_clip", "workers"):
+    for name in ("accumulate", "seed", "weight_decay", "grad_clip", "workers", "max_bad_steps"):
         assert f"({getattr(defaults, name)})" in out
 
 

@@ -16,6 +16,7 @@ from m3ae_fast.train import RunConfig
         ({"accumulate": 0}, ValueError, "accumulate must be at least 1, got 0"),
         ({"seed": 2**31}, ValueError, r"seed must be in \[0, 2147483648\)"),
         ({"workers": -1}, ValueError, "workers must be at least 0, got -1"),
+        ({"max_bad_steps": -1}, ValueError, "max_bad_steps must be at least 0, got -1"),
         ({"checkpoint_every": -1}, ValueError, "checkpoint_every must be at least 0"),
         ({"picture_every": -1}, ValueError, "picture_every must be at least 0"),
         ({"image_size": 0}, ValueError, "image_size must be at least 1"),

@@ -34,7 +34,7 @@ def test_resumed_it_gives_the_same_bits(go, tmp_path, objective):
     whole = go(objective, "whole", **options)
     go(objective, "parts", stop_after=2, **options)
     assert go(objective, "parts", resume=True, **options) == whole
-    assert tuple(whole[0]) == ("step", *OBJECTIVES[objective][0].METRICS, "lr")
+    assert tuple(whole[0]) == ("step", *OBJECTIVES[objective][0].METRICS, "lr", "bad_steps")
     a, b = (load_run(tmp_path / name).model.state_dict() for name in ("whole", "parts"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     if objective == "mamo":
