@@ -7,8 +7,11 @@ and cutmix, not RandAugment.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,11 +21,11 @@ from torch import Tensor, nn
 from m3ae_fast import ImageTextBatch
 from m3ae_fast import nn as fast
 from m3ae_fast.data import Loader, Sample
-from m3ae_fast.downstream.accuracy import accuracies
-from m3ae_fast.downstream.features import encode_cls, extract
+from m3ae_fast.downstream.features import encode_cls, extract, image_encoder
 from m3ae_fast.downstream.finetune import descend
+from m3ae_fast.downstream.probe import score_logits
 from m3ae_fast.downstream.report import Result
-from m3ae_fast.models import CLIP, M3AE, MAMO, ModelConfig
+from m3ae_fast.models import ModelConfig
 
 
 class Classifier(nn.Module):
@@ -49,19 +52,6 @@ class Classifier(nn.Module):
     def classify(self, cls: Tensor) -> Tensor:
         """Class tokens of the encoder [B, D] -> [B, C]."""
         return self.head(self.norm(cls))
-
-
-def image_encoder(model: nn.Module) -> tuple[list[nn.Parameter], fast.Transformer]:
-    """What an image goes through in a model: the parameters that make it tokens, and the Transformer.
-
-    Args:
-        model: an M3AE, MAE, MAMO, CLIP or Supervised.
-    """
-    if isinstance(model, M3AE):
-        return [*model.patch_embed.parameters(), model.cls_token, model.image_type], model.encoder
-    parts = {MAMO: "online.image", CLIP: "encoders.image"}
-    part = model.get_submodule(parts.get(type(model), "encoder"))
-    return [*part.patch_embed.parameters(), part.cls_token], part.transformer
 
 
 def layer_decayed(model: Classifier, *, weight_decay: float, layer_decay: float) -> torch.optim.AdamW:
@@ -194,10 +184,33 @@ def _cut(length: int, side: float, rng: np.random.Generator) -> tuple[int, int]:
     return max(middle - reach // 2, 0), min(middle - reach // 2 + reach, length)
 
 
+def load_classifier(path: str | os.PathLike, model: nn.Module) -> tuple[Classifier, list[str]]:
+    """What `m3ae-fast finetune --save` wrote, in evaluation mode, and the names of its classes.
+
+    Args:
+        path: of the file. model: like the one that was fine-tuned; it is given the weights.
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is no such file, or of another model.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path must name a file, there is no {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            classes = json.loads((file.metadata() or {})["classes"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        classifier = Classifier(model, len(classes))
+        classifier.load_state_dict(tensors)
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} must be a classifier fine-tuned from a model like this one: {reason}") from None
+    return classifier.eval(), classes
+
+
 @torch.no_grad()
 def score_classifier(model: Classifier, samples: Sequence[Sample], *, batch_size: int = 64) -> Result:
     """Accuracy on samples of one label each, of the square in the middle; chance is their commonest class."""
     features = extract(model.model, samples, batch_size=batch_size)
-    device = model.head.weight.device
-    guesses = model.classify(features.cls.to(device)).argmax(1).tolist()
-    return accuracies([""] * len(guesses), features.labels.tolist(), guesses)[0]
+    logits = model.classify(features.cls.to(model.head.weight.device))
+    return score_logits(logits.cpu(), features.labels)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.downstream.examples import chunks
-from m3ae_fast.models import M3AE, MAMO
-from m3ae_fast.nn import take_rows
+from m3ae_fast.models import CLIP, M3AE, MAMO
+from m3ae_fast.nn import Transformer, take_rows
 
 if TYPE_CHECKING:
     from m3ae_fast.data import Sample, Tokenizer
@@ -30,6 +30,7 @@ def extract(
     tokenizer: Tokenizer | None = None,
     *,
     text: bool = False,
+    labelled: bool = True,
     batch_size: int = 64,
 ) -> Features:
     """Features of samples, images cropped to the square in the middle, nothing masked, no gradient.
@@ -39,6 +40,7 @@ def extract(
         samples: of one label each, read a batch at a time.
         tokenizer: of the model; needed with `text`.
         text: encode each image beside its first caption (M3AE, MAMO); False: images alone, whatever captions there are.
+        labelled: False: samples may have any labels, and the features get -1.
         batch_size: samples of a pass; it changes no feature beyond rounding.
     Raises:
         ValueError: a sample without an image, with no label or several, or (with `text`) without a caption, naming it;
@@ -55,7 +57,7 @@ def extract(
     try:
         with torch.inference_mode():
             for chunk in chunks(samples, batch_size):
-                labels += [_label(sample) for sample in chunk]
+                labels += [_label(sample, labelled) for sample in chunk]
                 texts = [_caption(sample) for sample in chunk] if text else None
                 batch = pack_for(model, [sample.image for sample in chunk], texts, tokenizer)
                 cls.append(encode_cls(model, batch.to(device)).float().cpu())
@@ -83,14 +85,29 @@ def encode_cls(model: nn.Module, batch: ImageTextBatch) -> Tensor:
     return take_rows(images.tokens, images.views.cls_rows(0).to(images.tokens.device))
 
 
+def image_encoder(model: nn.Module) -> tuple[list[nn.Parameter], Transformer]:
+    """What an image goes through in a model: the parameters that make it tokens, and the Transformer.
+
+    Args:
+        model: an M3AE, MAE, MAMO, CLIP or Supervised.
+    """
+    if isinstance(model, M3AE):
+        return [*model.patch_embed.parameters(), model.cls_token, model.image_type], model.encoder
+    parts = {MAMO: "online.image", CLIP: "encoders.image"}
+    part = model.get_submodule(parts.get(type(model), "encoder"))
+    return [*part.patch_embed.parameters(), part.cls_token], part.transformer
+
+
 def reads_pairs(model: nn.Module) -> bool:
     """Whether `encode_cls` takes images beside their texts."""
     return isinstance(model, MAMO) or (isinstance(model, M3AE) and model.config.vocab_size > 0)
 
 
-def _label(sample: Sample) -> int:
+def _label(sample: Sample, labelled: bool) -> int:
     if sample.image is None:
         raise ValueError(f"samples must have an image each, got none in {sample.name}")
+    if not labelled:
+        return -1
     if len(sample.labels) != 1:
         got = "none" if not sample.labels else f"{len(sample.labels)}"
         raise ValueError(f"samples must have one label each, got {got} in {sample.name}")

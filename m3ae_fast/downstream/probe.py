@@ -51,14 +51,14 @@ def linear_probe(train: Features, test: Features, **options) -> Result:
         options["classes"] = 1 + max(int(part.labels.max()) for part in (train, test) if len(part.labels))
     probe = fit_probe(train, **options)
     _check("test", test, train.cls.shape[1], options["classes"])
-    return score_probe(probe, test)
+    with torch.no_grad():
+        return score_logits(probe(test.cls), test.labels)
 
 
-@torch.no_grad()
-def score_probe(probe: LinearProbe, test: Features) -> Result:
-    """Accuracy of a fitted probe; chance is the commonest class of `test`."""
-    guesses = probe(test.cls).argmax(1)
-    return accuracies([""] * len(guesses), test.labels.tolist(), guesses.tolist())[0]
+def score_logits(logits: Tensor, labels: Tensor) -> Result:
+    """Accuracy of logits [N, C] for labels [N] int64; chance is the commonest of the labels."""
+    guesses = logits.argmax(1).tolist()
+    return accuracies([""] * len(guesses), labels.tolist(), guesses)[0]
 
 
 def fit_probe(
