@@ -2,6 +2,7 @@
 
 `shapes` draws the examples of each task, with truths that are known; `files` reads those of a user (both need the train
 extra, as `pack` does); `recall`, `accuracy` and `report` score; `retrieve`, `vqa`, `reason` and `ground` are the tasks.
+`features` are CLS tokens and their classes; `probe` and `ood` judge them.
 """
 
 from m3ae_fast.downstream.accuracy import Chance, accuracies, chance

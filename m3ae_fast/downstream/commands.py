@@ -1,4 +1,5 @@
-"""`m3ae-fast retrieve | vqa | reason | ground`: a pre-trained run put to use, results as a table and as JSON."""
+"""`m3ae-fast retrieve | vqa | reason | ground`, `probe | finetune | ood | attend | project`: a pre-trained run put to
+use, results as a table and as JSON, pictures as PNG."""
 
 from __future__ import annotations
 
@@ -6,7 +7,10 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-SHAPES_TRAINING = 50_000  # scenes to fine-tune on: more than are ever read
+DRAWN = ("shapes", "cluttered")  # data sets that are drawn: as many scenes as are wanted, others for every seed
+CLASSES = "cluttered"  # what is classified where no data is named: drawn, of one class each
+TRAINING = 50_000  # drawn scenes to fine-tune on: more than are ever read
+PROBED = 2000  # drawn scenes to fit a probe to, all of which are
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser], natural: Callable, positive: Callable) -> None:
@@ -37,29 +41,91 @@ def add_commands(add: Callable[..., argparse.ArgumentParser], natural: Callable,
     _common(ground, natural, positive, "shapes|FILE.jsonl", rows)
     ground.add_argument("--block", type=natural, metavar="N", help="of the fusion encoder (default: the middle one)")
     ground.add_argument("--picture", type=Path, metavar="FILE", help="draw the first six there")
+    _add_class_commands(add, natural, positive)
 
 
-def _common(command: argparse.ArgumentParser, natural: Callable, positive: Callable, spec: str, rows: str) -> None:
+def _add_class_commands(add: Callable[..., argparse.ArgumentParser], natural: Callable, positive: Callable) -> None:
+    """Those that read images of one class each."""
+    probe = add("probe", _probe, "Classify images by a linear probe on frozen features.")
+    _classes(probe, natural, positive)
+    _fitted(probe, positive)
+
+    finetune = add("finetune", _finetune, "Fine-tune the image encoder to classify images.")
+    _classes(finetune, natural, positive)
+    _trained(finetune, positive, lr=1e-3, batch_size=64)
+    finetune.add_argument("--layer-decay", type=float, default=0.75, metavar="D", help="of the rate (%(default)s)")
+    finetune.add_argument("--drop-path", type=float, default=0.1, metavar="P", help="in the last block (%(default)s)")
+    finetune.add_argument("--mixup", type=float, default=0.8, metavar="A", help="0: none (%(default)s)")
+    finetune.add_argument("--cutmix", type=float, default=1.0, metavar="A", help="0: none (%(default)s)")
+    finetune.add_argument("--smoothing", type=float, default=0.1, metavar="S", help="of labels (%(default)s)")
+    finetune.add_argument("--workers", type=natural, default=0, metavar="N", help="processes that load data (0)")
+
+    ood = add("ood", _ood, "Tell images of unknown kinds from those of the training classes: AUROC of two scores.")
+    _classes(ood, natural, positive)
+    ood.add_argument("--out-data", required=True, metavar="shapes|DIR", help="images of other kinds; labels unread")
+    _fitted(ood, positive)
+    ood.add_argument("--classifier", type=Path, metavar="FILE", help="of finetune --save, instead of a probe")
+
+    attend = add("attend", _attend, "Draw where in an image CLS and each word of its caption look.")
+    attend.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
+    attend.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="none: four of the run's own data")
+    attend.add_argument("--caption", dest="captions", action="append", metavar="TEXT", help="one for each image")
+    attend.add_argument("--out", type=Path, default=Path("attention.png"), metavar="FILE", help="%(default)s")
+    attend.add_argument("--layer", type=natural, metavar="N", help="block, from 0 (default: the last)")
+    attend.add_argument("--rollout", action="store_true", help="through all blocks (arXiv:2005.00928)")
+    attend.add_argument("--device", default="cpu", help="%(default)s")
+
+    project = add("project", _project, "Draw features in two dimensions (t-SNE), coloured by class.")
+    _classes(project, natural, positive, out=False)
+    project.add_argument("--out", type=Path, default=Path("features.png"), metavar="FILE", help="%(default)s")
+    project.add_argument("--text", action="store_true", help="encode each image beside its caption")
+    project.add_argument("--perplexity", type=float, default=30.0, metavar="P", help="%(default)s")
+
+
+def _classes(command: argparse.ArgumentParser, natural: Callable, positive: Callable, *, out: bool = True) -> None:
+    spec = f"{CLASSES}|DIR"
+    _common(command, natural, positive, spec, "a subfolder of DIR is a class", default=CLASSES, out=out)
+
+
+def _fitted(command: argparse.ArgumentParser, positive: Callable) -> None:
+    command.add_argument("--train", metavar="SPEC", help="data to fit to; like --data (default: new scenes)")
+    command.add_argument("--train-samples", type=positive, metavar="N", help=f"drawn: {PROBED}; others: all")
+    command.add_argument("--method", choices=("ridge", "lars", "sgd"), default="ridge", help="%(default)s")
+    command.add_argument("--text", action="store_true", help="encode each image beside its caption")
+
+
+def _common(
+    command: argparse.ArgumentParser,
+    natural: Callable,
+    positive: Callable,
+    spec: str,
+    rows: str,
+    *,
+    default: str = "shapes",
+    out: bool = True,
+) -> None:
     command.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
-    command.add_argument(
-        "--data", default="shapes", metavar=spec, help=f"scored on this (%(default)s); rows of a file: {rows}"
-    )
-    command.add_argument("--samples", type=positive, metavar="N", help="of the data (shapes: 500; others: all)")
-    command.add_argument("--out", type=Path, metavar="FILE", help="results as JSON")
+    rows = f"rows of a file: {rows}" if "FILE" in spec else rows
+    command.add_argument("--data", default=default, metavar=spec, help=f"scored on this (%(default)s); {rows}")
+    command.add_argument("--samples", type=positive, metavar="N", help="of the data (drawn: 500; others: all)")
+    if out:
+        command.add_argument("--out", type=Path, metavar="FILE", help="results as JSON")
     command.add_argument("--seed", type=natural, default=0, metavar="S", help="of scenes and training (%(default)s)")
     command.add_argument("--device", default="cpu", help="%(default)s")
 
 
-def _trained(command: argparse.ArgumentParser, positive: Callable) -> None:
-    command.add_argument("--train", metavar="SPEC", help="data to train on; like --data (default: new shapes)")
-    _lr(command)
+def _trained(command: argparse.ArgumentParser, positive: Callable, *, lr: float = 5e-4, batch_size: int = 32) -> None:
+    command.add_argument("--train", metavar="SPEC", help="data to train on; like --data (default: new scenes)")
+    _lr(command, lr)
     command.add_argument("--steps", type=positive, default=600, metavar="N", help="of training (%(default)s)")
-    command.add_argument("--batch-size", type=positive, default=32, metavar="B", help="of training (%(default)s)")
+    command.add_argument(
+        "--batch-size", type=positive, default=batch_size, metavar="B", help="of training (%(default)s)"
+    )
     command.add_argument("--save", type=Path, metavar="FILE", help="the trained model, as safetensors")
 
 
-def _lr(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--lr", type=float, default=5e-4, help="of training, at its peak (%(default)s)")
+def _lr(command: argparse.ArgumentParser, lr: float = 5e-4) -> None:
+    command.add_argument("--lr", type=float, default=lr, help="of training, at its peak (%(default)s)")
 
 
 def _open(args: argparse.Namespace, *objectives: str):
@@ -70,35 +136,36 @@ def _open(args: argparse.Namespace, *objectives: str):
         path = getattr(args, name, None)
         if path and (path.is_dir() or not path.parent.is_dir()):  # or hours of training would end here
             raise ValueError(f"--{name} must name a file in a folder that exists, got {path}")
-    run = load_run(args.run, args.device, objectives=objectives)
+    run = load_run(args.run, args.device, **({"objectives": objectives} if objectives else {}))
     size = run.model.config.image_shape[0]
 
-    def scored(opener: Callable):
-        count = args.samples or (500 if args.data == "shapes" else None)
-        return opener(args.data, image_size=size, seed=args.seed + run.config.seed + 1, count=count)
+    def scored(opener: Callable, spec: str | None = None):
+        spec = spec or args.data
+        count = args.samples or (500 if spec in DRAWN else None)
+        return opener(spec, image_size=size, seed=args.seed + run.config.seed + 1, count=count)
 
-    def trained(opener: Callable):
+    def trained(opener: Callable, count: int | None = None, drawn: int = TRAINING):
         spec = args.train or args.data
-        if not args.train and args.data != "shapes":
+        if not args.train and args.data not in DRAWN:
             raise ValueError(f"--train must name data to train on, beside --data {args.data}, got none")
         seed = args.seed + run.config.seed + 2  # scenes that are not scored
-        return opener(spec, image_size=size, seed=seed, count=SHAPES_TRAINING if spec == "shapes" else None)
+        return opener(spec, image_size=size, seed=seed, count=count or (drawn if spec in DRAWN else None))
 
     return run, scored, trained
 
 
-def _finish(args: argparse.Namespace, run, results: list) -> int:
+def _finish(args: argparse.Namespace, run, results: list, **settings) -> int:
     from m3ae_fast.downstream import report
 
     print(report.table(results))
     if args.out:
         about = {"command": args.name, "run": str(args.run), "step": run.step, "data": args.data, "seed": args.seed}
-        report.write(args.out, results, about)
+        report.write(args.out, results, about | settings)
         print(f"results: {args.out}")
     return 0
 
 
-def _save(args: argparse.Namespace, model) -> None:
+def _save(args: argparse.Namespace, model, **metadata: str) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -108,7 +175,7 @@ def _save(args: argparse.Namespace, model) -> None:
         tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         with replacing(args.save) as temporary:
             try:
-                save_file(tensors, temporary)
+                save_file(tensors, temporary, metadata)
             except SafetensorError as error:  # a full disk
                 raise OSError(f"{args.save} cannot be written: {error}") from None
         print(f"model: {args.save}")
@@ -171,3 +238,114 @@ def _ground(args: argparse.Namespace) -> int:
         print("no phrase has a box: nothing to score" + (f", {args.out} is not written" if args.out else ""))
         return 0
     return _finish(args, run, score_ground(run.model, phrases, run.tokenizer, block=args.block))
+
+
+def _pair_of_classes(scored: Callable, trained: Callable, **options):
+    """(data to score on, data to train on), which must have the same classes."""
+    from m3ae_fast.downstream.files import open_classes
+
+    test, training = scored(open_classes), trained(open_classes, **options)
+    if test.classes != training.classes:
+        raise ValueError(f"--train must have the classes of --data, {_few(test.classes)}, got {_few(training.classes)}")
+    return test, training
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (f" ... ({len(names)})" if len(names) > 5 else "")
+
+
+def _probe(args: argparse.Namespace) -> int:
+    from m3ae_fast.downstream.features import extract
+    from m3ae_fast.downstream.probe import linear_probe
+
+    run, scored, trained = _open(args)
+    pair = _pair_of_classes(scored, trained, count=args.train_samples, drawn=PROBED)
+    test, train = (extract(run.model, samples, run.tokenizer, text=args.text) for samples in pair)
+    result = linear_probe(train, test, method=args.method, classes=len(pair[0].classes), seed=args.seed)
+    return _finish(args, run, [result], method=args.method, text=args.text, train_samples=len(train.labels))
+
+
+def _finetune(args: argparse.Namespace) -> int:
+    import json
+
+    from m3ae_fast.downstream.classify import Classifier, score_classifier, train_classifier
+
+    run, scored, trained = _open(args)
+    test, training = _pair_of_classes(scored, trained)
+    model = Classifier(run.model, len(training.classes))
+    names = ("steps", "batch_size", "lr", "layer_decay", "drop_path", "mixup", "cutmix", "smoothing", "seed", "workers")
+    settings = {name: getattr(args, name) for name in names}
+    train_classifier(model, training, **settings)
+    _save(args, model, classes=json.dumps(training.classes))
+    return _finish(args, run, [score_classifier(model, test)], **settings)
+
+
+def _ood(args: argparse.Namespace) -> int:
+    import torch
+
+    from m3ae_fast.downstream.classify import load_classifier
+    from m3ae_fast.downstream.features import extract
+    from m3ae_fast.downstream.files import open_some
+    from m3ae_fast.downstream.ood import Mahalanobis, max_softmax, score_ood
+    from m3ae_fast.downstream.probe import fit_probe, score_logits
+
+    if args.classifier and args.text:
+        raise ValueError("--text must not be given with --classifier, which reads images alone")
+    run, scored, trained = _open(args)
+    test, training = _pair_of_classes(scored, trained, count=args.train_samples, drawn=PROBED)
+    strange = scored(open_some, args.out_data)
+    classify = None
+    if args.classifier:
+        model, classes = load_classifier(args.classifier, run.model)
+        if tuple(classes) != test.classes:
+            raise ValueError(
+                f"{args.classifier} must be of --data's classes, {_few(test.classes)}, got {_few(classes)}"
+            )
+        classify = lambda cls: model.classify(cls.to(args.device)).cpu()  # noqa: E731
+    options = {"tokenizer": run.tokenizer, "text": args.text}
+    train, test = (extract(run.model, samples, **options) for samples in (training, test))
+    strange = extract(run.model, strange, **options, labelled=False)
+    classify = classify or fit_probe(train, method=args.method, classes=len(training.classes), seed=args.seed)
+    mahalanobis = Mahalanobis(train)
+    with torch.no_grad():
+        logits, unknown = classify(test.cls), classify(strange.cls)
+    results = [
+        score_logits(logits, test.labels),
+        score_ood("AUROC, max softmax", max_softmax(logits), max_softmax(unknown)),
+        score_ood("AUROC, Mahalanobis", mahalanobis.score(test.cls), mahalanobis.score(strange.cls)),
+    ]
+    by = {"classifier": str(args.classifier)} if args.classifier else {"method": args.method}
+    return _finish(args, run, results, out_data=args.out_data, text=args.text, **by)
+
+
+def _attend(args: argparse.Namespace) -> int:
+    from m3ae_fast.downstream.attend import draw_attention
+    from m3ae_fast.train.pictures import batch_of_files, held_out
+
+    if args.captions and len(args.captions) != len(args.images):
+        raise ValueError(
+            f"--caption must be given once for each image, got {len(args.captions)} for {len(args.images)}"
+        )
+    run, *_ = _open(args)
+    if args.images:
+        batch = batch_of_files(args.images, args.captions, run.model.config, run.tokenizer)
+    else:
+        batch = held_out(run.model.config, run.tokenizer, run.config, count=4)
+    options = {"layer": args.layer, "rollout": args.rollout}
+    draw_attention(run.model, batch.to(args.device), run.tokenizer, args.out, **options)
+    print(f"{args.out}: {len(batch)} images, the model after {run.step:,} steps")
+    return 0
+
+
+def _project(args: argparse.Namespace) -> int:
+    from m3ae_fast.downstream.features import extract
+    from m3ae_fast.downstream.files import open_classes
+    from m3ae_fast.downstream.project import draw_projection, project
+
+    run, scored, _ = _open(args)
+    samples = scored(open_classes)
+    features = extract(run.model, samples, run.tokenizer, text=args.text)
+    points = project(features.cls, perplexity=args.perplexity, seed=args.seed)
+    draw_projection(points, features.labels, samples.classes, args.out)
+    print(f"{args.out}: {len(points)} images of {len(samples.classes)} classes, the model after {run.step:,} steps")
+    return 0

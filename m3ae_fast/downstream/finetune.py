@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from m3ae_fast.data.seeds import ORDER, generator
@@ -34,19 +35,47 @@ def finetune(
     Raises:
         FloatingPointError: the loss or the gradient is not finite; the step was not taken.
     """
-    from tqdm import trange
+    batch_size, order, epoch = min(batch_size, len(examples)), [], 0
 
-    optimiser = make_optimiser(model, lr=lr, weight_decay=0.05)
-    batch_size, losses, order = min(batch_size, len(examples)), [], []
-    epoch = 0
-    model.train()
-    interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants fewer lines
-    for step in trange(steps, disable=not progress, desc="fine-tuning", leave=False, mininterval=interval):
+    def loss_at(step: int) -> Tensor:
+        nonlocal order, epoch
         while len(order) < batch_size:
             order += generator(seed, ORDER, epoch).permutation(len(examples)).tolist()
             epoch += 1
         chosen, order = order[:batch_size], order[batch_size:]
-        loss = loss_of([examples[i] for i in chosen], step)
+        return loss_of([examples[i] for i in chosen], step)
+
+    optimiser = make_optimiser(model, lr=lr, weight_decay=0.05)
+    return descend(model, optimiser, loss_at, steps=steps, warmup=steps // 10, lr=lr, progress=progress)
+
+
+def descend(
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    loss_at: Callable[[int], Tensor],
+    *,
+    steps: int,
+    warmup: int,
+    lr: float,
+    progress: bool = True,
+) -> list[float]:
+    """Steps down a loss, the gradient's norm cut at 1; returns the loss of every step.
+
+    Args:
+        optimiser: of the parameters; a group's rate is `lr` times its "scale", if it has one.
+        loss_at: loss_at(step) -> scalar.
+        steps, warmup, lr: of `learning_rate`.
+
+    Raises:
+        FloatingPointError: the loss or the gradient is not finite; the step was not taken.
+    """
+    from tqdm import trange
+
+    losses = []
+    model.train()
+    interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants fewer lines
+    for step in trange(steps, disable=not progress, desc="fine-tuning", leave=False, mininterval=interval):
+        loss = loss_at(step)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         losses.append(loss.item())
@@ -56,7 +85,8 @@ def finetune(
                 "a lower lr may help"
             )
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps=steps, warmup=steps // 10, peak=lr)
+            rate = learning_rate(step, steps=steps, warmup=warmup, peak=lr)
+            group["lr"] = rate * group.get("scale", 1.0)
         optimiser.step()
         optimiser.zero_grad()
     model.eval()

@@ -6,7 +6,7 @@ from m3ae_fast.nn.losses import FeatureRegressionLoss, LinearCrossEntropyLoss, M
 from m3ae_fast.nn.patch_embed import PatchEmbed
 from m3ae_fast.nn.positions import sincos_1d, sincos_2d
 from m3ae_fast.nn.rows import take_rows
-from m3ae_fast.nn.transformer import Block, Mlp, Transformer, checkpoint_blocks
+from m3ae_fast.nn.transformer import Block, Mlp, Transformer, checkpoint_blocks, drop_paths
 
 __all__ = [
     "Attention",
@@ -21,6 +21,7 @@ __all__ = [
     "PatchEmbed",
     "Transformer",
     "checkpoint_blocks",
+    "drop_paths",
     "sincos_1d",
     "sincos_2d",
     "take_rows",

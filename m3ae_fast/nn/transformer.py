@@ -39,6 +39,10 @@ class Block(nn.Module):
     Args:
         width: D, a multiple of heads. mlp_ratio: hidden rows of the MLP, as a multiple of the width.
         activation: of the MLP, "gelu_tanh" or "gelu". eps: of the LayerNorms.
+
+    Attributes:
+        drop_path: probability that a sequence goes past attn, and another that it goes past the mlp, while training;
+            settable at any time, `drop_paths` does it for a Transformer.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class Block(nn.Module):
         self.attn = Attention(width, heads)
         self.norm2 = LayerNorm(width, eps)
         self.mlp = Mlp(width, int(width * mlp_ratio), activation=activation)
+        self.drop_path = 0.0
 
     def forward(
         self,
@@ -73,10 +78,21 @@ class Block(nn.Module):
             y, x = self.norm1(update, residual=x)
         with self.norm1.recomputed(y, x):
             y = self.attn(y, seqlens, rows, rows_seqlens)
+        asked = seqlens if rows is None else rows_seqlens
+        y = self._drop(y, asked)
         y, x = self.norm2(y, residual=x if rows is None else take_rows(x, rows))
         with self.norm2.recomputed(y, x):
             y = self.mlp(y)
+        y = self._drop(y, asked)
         return (x, y) if apart else x + y
+
+    def _drop(self, y: Tensor, seqlens: SeqLens) -> Tensor:
+        """0 for some sequences, the others larger by as much as that costs in the mean (arXiv:1603.09382)."""
+        if not self.training or not self.drop_path:
+            return y
+        kept = torch.rand(len(seqlens), device=y.device) >= self.drop_path
+        scale = (kept / (1 - self.drop_path)).repeat_interleave(seqlens.cu.diff(), output_size=len(y))
+        return (y * scale[:, None]).to(y.dtype)
 
 
 class Transformer(nn.Module):
@@ -130,3 +146,16 @@ def checkpoint_blocks(module: nn.Module, enabled: bool = True) -> None:
     for each in module.modules():
         if isinstance(each, Transformer):
             each.checkpoint = enabled
+
+
+def drop_paths(transformer: Transformer, rate: float) -> None:
+    """Stochastic depth: the probability of going past a block's branches grows over the blocks, from 0 to `rate`.
+
+    Args:
+        transformer: of which it is set, until it is set again. Which sequences it hits, torch's generator says.
+        rate: of the last block, in [0, 1); 0: none.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate must be in [0, 1), got {rate}")
+    for number, block in enumerate(transformer.blocks):
+        block.drop_path = rate * number / max(len(transformer.blocks) - 1, 1)

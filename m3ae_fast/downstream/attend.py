@@ -1,0 +1,143 @@
+"""Where CLS and the words of a caption look: attention weights of an encoder, as numbers and as pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from m3ae_fast.batch import ImageTextBatch
+from m3ae_fast.downstream.features import encode_cls, image_encoder, reads_pairs
+from m3ae_fast.models import MAMO
+from m3ae_fast.nn import Transformer
+
+if TYPE_CHECKING:
+    from m3ae_fast.data import Tokenizer
+
+COLUMNS = 8  # of panels in a picture
+
+
+@dataclasses.dataclass
+class Attention:
+    """Of one image, fp32 on the CPU. Rows sum to less than 1: the rest goes to CLS and to words."""
+
+    cls: Tensor  # [P], of CLS for each patch
+    words: Tensor  # [W, P], of each word of the caption for each patch; W is 0 where no word is read
+
+
+@torch.no_grad()
+def attend(
+    model: nn.Module, batch: ImageTextBatch, *, layer: int | None = None, rollout: bool = False
+) -> list[Attention]:
+    """Attention of every image, mean over the heads: M3AE's encoder and MAMO's fusion encoder over image and words, the
+    image encoder of the others (and of these, where no sample has a word) over the image alone.
+
+    Args:
+        model: an M3AE, MAE, MAMO, CLIP or Supervised.
+        batch: images, with texts or without.
+        layer: of which block, counted from 0; None: the last.
+        rollout: instead, the product over all blocks of (weights + identity) / 2: how much of each patch has come
+            through to each token if it is mixed as the weights say. In MAMO's fusion encoder patches have seen one
+            another before it begins.
+    Raises:
+        ValueError: a sample without an image, no such block, or both a layer and rollout.
+
+    Source: arXiv:2005.00928 (rollout).
+    """
+    if batch.images is None or not all(batch.has_image):
+        raise ValueError("batch must have an image in every sample, got one without")
+    pairs = reads_pairs(model) and batch.text_lengths.total > 0
+    if not pairs:
+        batch = ImageTextBatch(batch.images)
+    transformer = model.online.fusion if pairs and isinstance(model, MAMO) else image_encoder(model)[1]
+    depth, P = len(transformer.blocks), model.config.patches
+    if layer is not None and rollout:
+        raise ValueError(f"layer must be None with rollout, which goes through all of them, got {layer}")
+    if layer is not None and not 0 <= layer < depth:
+        raise ValueError(f"layer must be in [0, {depth}), a block of the encoder, got {layer}")
+    training = model.training
+    model.eval()
+    blocks = weights_of(transformer, lambda: encode_cls(model, batch))
+    model.train(training)
+    found = []
+    for weights in zip(*blocks, strict=True):  # of every block [S, S], for each sequence [CLS; patches; words]
+        chosen = _rollout(weights) if rollout else weights[depth - 1 if layer is None else layer]
+        found.append(Attention(chosen[0, 1 : 1 + P].cpu(), chosen[1 + P :, 1 : 1 + P].cpu()))
+    return found
+
+
+def weights_of(transformer: Transformer, call: Callable[[], object]) -> list[list[Tensor]]:
+    """softmax(q k' / sqrt(head dimension)), mean over the heads, [S, S] fp32, of every block and every sequence of it.
+
+    The kernels never store these; they are made again here, from what every block's attention was given.
+
+    Args:
+        transformer: whose blocks are looked at. call: runs it, once.
+    """
+    found = []
+
+    def look(attn: nn.Module, inputs: tuple) -> None:
+        x, seqlens = inputs[:2]
+        qkv = attn.qkv(x).float().view(-1, 3, attn.heads, attn.head_dim)
+        parts = (part.permute(1, 2, 0, 3) for part in qkv.split(seqlens.lengths))
+        found.append([(q @ k.transpose(1, 2) / attn.head_dim**0.5).softmax(-1).mean(0) for q, k, _ in parts])
+
+    hooks = [block.attn.register_forward_pre_hook(look) for block in transformer.blocks]
+    try:
+        call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _rollout(weights: tuple[Tensor, ...]) -> Tensor:
+    one = torch.eye(len(weights[0]), device=weights[0].device)
+    total = one
+    for weight in weights:
+        total = (weight + one) / 2 @ total
+    return total
+
+
+def draw_attention(model: nn.Module, batch: ImageTextBatch, tokenizer: Tokenizer | None, path: Path, **options) -> None:
+    """A picture: every image, where its CLS looks, where each word does: gray where least, in its colours where most.
+
+    Args:
+        batch: images as uint8, with texts or without. tokenizer: of the model. path: of the PNG.
+        options: of `attend`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # not pyplot: no display, no state shared with the caller
+
+    from m3ae_fast._files import replacing
+    from m3ae_fast.downstream.ground import to_pixels
+    from m3ae_fast.train.pictures import INK, heat
+
+    rows = []
+    words = batch.text.cpu().split(batch.text_lengths.lengths)
+    images = batch.images.cpu().permute(0, 2, 3, 1).numpy()
+    for image, ids, each in zip(images, words, attend(model, batch, **options), strict=True):
+        titles = ["image", "CLS", *(tokenizer.tokens(ids.tolist()) if len(each.words) else ())]
+        maps = to_pixels(torch.cat([each.cls[None], each.words]), model.config)
+        panels = list(zip(titles, [image, *(heat(image, map) for map in maps)], strict=True))
+        rows += [
+            panels[:COLUMNS],
+            *([None, *panels[i : i + COLUMNS - 1]] for i in range(COLUMNS, len(panels), COLUMNS - 1)),
+        ]
+    columns = max(map(len, rows))
+    figure = Figure(figsize=(1.4 * columns, 1.6 * len(rows)), dpi=110, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for line, panels in zip(grid, rows, strict=True):
+        for axes, panel in zip(line, panels, strict=False):
+            if panel is not None:
+                axes.imshow(panel[1])
+                axes.set_title(panel[0], fontsize=9, color=INK, parse_math=False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -1,0 +1,216 @@
+"""Fine-tuning for classification: an image encoder, CLS -> LayerNorm -> Linear, all of it trained.
+
+Shapes: B images, C classes.
+Source: arXiv:2205.14204 and arXiv:2111.06377, appendix A.1; of their augmentation the random crops and mirroring, mixup
+and cutmix, not RandAugment.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m3ae_fast import ImageTextBatch
+from m3ae_fast import nn as fast
+from m3ae_fast.data import Loader, Sample
+from m3ae_fast.downstream.features import encode_cls, extract, image_encoder
+from m3ae_fast.downstream.finetune import descend
+from m3ae_fast.downstream.probe import score_logits
+from m3ae_fast.downstream.report import Result
+from m3ae_fast.models import ModelConfig
+
+
+class Classifier(nn.Module):
+    """logits = Linear(LayerNorm(CLS of images alone)); the Linear starts at 0.
+
+    Args:
+        model: an M3AE, MAE, MAMO, CLIP or Supervised, of which the image encoder is used.
+        classes: C.
+    """
+
+    def __init__(self, model: nn.Module, classes: int):
+        super().__init__()
+        self.model, self.config = model, model.config
+        device = next(model.parameters()).device
+        self.norm = fast.LayerNorm(model.config.width).to(device)
+        self.head = fast.Linear(model.config.width, classes).to(device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W], uint8 or normalised floats -> [B, C]."""
+        return self.classify(encode_cls(self.model, ImageTextBatch(images)))
+
+    def classify(self, cls: Tensor) -> Tensor:
+        """Class tokens of the encoder [B, D] -> [B, C]."""
+        return self.head(self.norm(cls))
+
+
+def layer_decayed(model: Classifier, *, weight_decay: float, layer_decay: float) -> torch.optim.AdamW:
+    """AdamW (.9, .999) whose rate falls by a factor with every layer from the head down: its groups have a "scale".
+
+    Of n blocks, block i (from 0) has layer_decay**(n - i), what makes tokens layer_decay**(n + 1), the final LayerNorm
+    and the head 1 (arXiv:2106.08254). What images do not go through (decoders, words) is in no group.
+
+    Args:
+        weight_decay: of matrices; none of biases, norms and tokens. layer_decay: in (0, 1].
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}")
+    tokens, transformer = image_encoder(model.model)
+    top = [*transformer.norm.parameters(), *model.norm.parameters(), *model.head.parameters()]
+    layers = [tokens, *(list(block.parameters()) for block in transformer.blocks), top]
+    groups = []
+    for number, layer in enumerate(layers):
+        scale = layer_decay ** (len(layers) - 1 - number)
+        for decayed in (True, False):
+            chosen = [p for p in layer if (p.dim() >= 2) == decayed]
+            groups.append({"params": chosen, "scale": scale, "weight_decay": weight_decay if decayed else 0.0})
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999))
+
+
+def train_classifier(
+    model: Classifier,
+    samples: Sequence[Sample],
+    *,
+    steps: int,
+    batch_size: int = 64,
+    lr: float = 1e-3,
+    layer_decay: float = 0.75,
+    weight_decay: float = 0.05,
+    drop_path: float = 0.1,
+    mixup: float = 0.8,
+    cutmix: float = 1.0,
+    smoothing: float = 0.1,
+    seed: int = 0,
+    workers: int = 0,
+    progress: bool = True,
+) -> list[float]:
+    """Fine-tune; returns the losses. A twentieth of the steps warm up, then a cosine to 0.
+
+    Args:
+        samples: a data set as `Loader` takes it, of one label a sample; cropped and mirrored as it allows.
+        steps, batch_size: of training. lr: peak, for 256 samples of a step. workers: processes that load data.
+        layer_decay, weight_decay: as of `layer_decayed`. drop_path: as of `nn.drop_paths`.
+        mixup, cutmix: as of `mix`. smoothing: share of a target that all classes get alike, in [0, 1).
+        seed: of order, crops, mixing and drop path.
+        progress: show a bar on stderr.
+    Raises:
+        ValueError: an argument, or a sample with no label or several. FloatingPointError: as `descend`.
+    """
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
+    config, classes, device = model.config, model.head.out_features, next(model.parameters()).device
+    optimiser = layer_decayed(model, weight_decay=weight_decay, layer_decay=layer_decay)
+    loader = Loader(
+        samples, None, image_size=config.image_shape[0], batch_size=batch_size, seed=seed, workers=workers,
+    )  # fmt: skip
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+
+    def loss_at(step: int) -> Tensor:
+        batch = next(loader)[1].to(device)
+        if batch.labels is None or batch.labels.shape[1] > classes or (batch.labels.sum(1) != 1).any():
+            raise ValueError(f"samples must have one label each, of {classes} classes, got others in batch {step}")
+        target = F.one_hot(batch.labels.int().argmax(1), classes) * (1 - smoothing) + smoothing / classes
+        images, target = mix(normalised(batch.images, config), target, rng, mixup=mixup, cutmix=cutmix)
+        return F.cross_entropy(model(images).float(), target)
+
+    transformer = image_encoder(model.model)[1]
+    fast.drop_paths(transformer, drop_path)
+    trained = {p for group in optimiser.param_groups for p in group["params"]}
+    others = [p for p in model.parameters() if p.requires_grad and p not in trained]
+    for parameter in others:  # a vocabulary's gradient, all zeros, would be written in every step
+        parameter.requires_grad_(False)
+    rate = lr * batch_size / 256
+    try:
+        return descend(model, optimiser, loss_at, steps=steps, warmup=steps // 20, lr=rate, progress=progress)
+    finally:
+        loader.close()
+        fast.drop_paths(transformer, 0.0)
+        for parameter in others:
+            parameter.requires_grad_()
+
+
+def normalised(images: Tensor, config: ModelConfig) -> Tensor:
+    """uint8 [B, 3, H, W] -> float32, as a model of this configuration takes images that are no pixels any more."""
+    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (config.image_mean, config.image_std))
+    return (images / 255 - mean) / std
+
+
+def mix(
+    images: Tensor, target: Tensor, rng: np.random.Generator, *, mixup: float, cutmix: float
+) -> tuple[Tensor, Tensor]:
+    """Every image with some of another one, which its target then names as well: the batch with itself turned round.
+
+    Half of the batches are blended (mixup, arXiv:1710.09412), in the others a box is pasted (cutmix, arXiv:1905.04899);
+    how much is drawn from Beta(a, a), once for a batch.
+
+    Args:
+        images: [B, 3, H, W] floats. target: [B, C] shares. rng: where the randomness comes from.
+        mixup, cutmix: a of each; 0: not this one.
+    """
+    for name, a in (("mixup", mixup), ("cutmix", cutmix)):
+        if not 0 <= a < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {a}")
+    pasted = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
+    a = cutmix if pasted else mixup
+    if a == 0:
+        return images, target
+    other, share = images.flip(0), rng.beta(a, a)  # share: of the image itself
+    if pasted:
+        (height, width), side = images.shape[2:], math.sqrt(1 - share)
+        y0, y1 = _cut(height, side, rng)
+        x0, x1 = _cut(width, side, rng)
+        images = images.clone()
+        images[:, :, y0:y1, x0:x1] = other[:, :, y0:y1, x0:x1]
+        share = 1 - (y1 - y0) * (x1 - x0) / (height * width)
+    else:
+        images = share * images + (1 - share) * other
+    return images, share * target + (1 - share) * target.flip(0)
+
+
+def _cut(length: int, side: float, rng: np.random.Generator) -> tuple[int, int]:
+    """A stretch of side * length around any pixel, as much of it as is within [0, length)."""
+    middle, reach = int(rng.integers(length)), round(side * length)
+    return max(middle - reach // 2, 0), min(middle - reach // 2 + reach, length)
+
+
+def load_classifier(path: str | os.PathLike, model: nn.Module) -> tuple[Classifier, list[str]]:
+    """What `m3ae-fast finetune --save` wrote, in evaluation mode, and the names of its classes.
+
+    Args:
+        path: of the file. model: like the one that was fine-tuned; it is given the weights.
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is no such file, or of another model.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path must name a file, there is no {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            classes = json.loads((file.metadata() or {})["classes"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        classifier = Classifier(model, len(classes))
+        classifier.load_state_dict(tensors)
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} must be a classifier fine-tuned from a model like this one: {reason}") from None
+    return classifier.eval(), classes
+
+
+@torch.no_grad()
+def score_classifier(model: Classifier, samples: Sequence[Sample], *, batch_size: int = 64) -> Result:
+    """Accuracy on samples of one label each, of the square in the middle; chance is their commonest class."""
+    features = extract(model.model, samples, batch_size=batch_size)
+    logits = model.classify(features.cls.to(model.head.weight.device))
+    return score_logits(logits.cpu(), features.labels)

@@ -1,0 +1,107 @@
+"""Out-of-distribution detection: scores that are high for images like those of the training data, and their AUROC."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from m3ae_fast import _checks
+from m3ae_fast.downstream.features import Features
+from m3ae_fast.downstream.report import Result
+
+
+def max_softmax(logits: Tensor) -> Tensor:
+    """Logits [N, C] -> [N]: the probability of the likeliest class. Source: arXiv:1610.02136."""
+    _checks.shape("logits", logits, (None, None))
+    return logits.softmax(1).amax(1)
+
+
+class Mahalanobis:
+    """Distance to the nearest class mean, in the metric of one covariance S that all classes share.
+
+        score(x) = -min over classes of (x - mean)' S^-1 (x - mean)
+
+    Args:
+        train: features of two images or more, not all alike.
+        shrinkage: a in S = (1 - a) * covariance + a * (its mean variance) * I, in [0, 1]; None: Ledoit and Wolf's, the
+            one expected to be nearest to the true covariance.
+    Raises:
+        ValueError: fewer than two features, or a covariance that has no inverse.
+
+    Source: arXiv:1807.03888, section 2.1; the shrinkage J. Multivariate Analysis 88 (2004) 365-411.
+    """
+
+    def __init__(self, train: Features, *, shrinkage: float | None = None):
+        _checks.shape("train.cls", train.cls, (None, None))
+        _checks.shape("train.labels", train.labels, (len(train.cls),))
+        if len(train.cls) < 2:
+            raise ValueError(f"train must hold two features or more, got {len(train.cls)}")
+        if shrinkage is not None and not 0 <= shrinkage <= 1:
+            raise ValueError(f"shrinkage must be in [0, 1], got {shrinkage}")
+        x = train.cls.double()
+        classes = [x[train.labels == label] for label in train.labels.unique()]
+        self._means = torch.stack([part.mean(0) for part in classes])
+        rest = torch.cat([part - part.mean(0) for part in classes])
+        covariance = rest.T @ rest / len(rest)
+        level = covariance.diagonal().mean() * torch.eye(len(covariance), dtype=x.dtype)
+        self.shrinkage = _ledoit_wolf(rest, covariance, level) if shrinkage is None else float(shrinkage)
+        shrunk = (1 - self.shrinkage) * covariance + self.shrinkage * level
+        self._root, failed = torch.linalg.cholesky_ex(shrunk)
+        if failed or not self._root.isfinite().all():
+            raise ValueError(
+                "train must give a covariance that can be inverted: features alike within their classes, or a "
+                f"shrinkage too small for {len(x)} features of width {x.shape[1]}, got shrinkage {self.shrinkage:.3g}"
+            )
+        self._means = self._whiten(self._means)
+
+    def score(self, cls: Tensor) -> Tensor:
+        """Features [N, D] -> [N] float32, 0 at a class mean, below it elsewhere."""
+        _checks.shape("cls", cls, (None, len(self._root)))
+        distance = torch.cdist(self._whiten(cls.double()), self._means, compute_mode="donot_use_mm_for_euclid_dist")
+        return -distance.square().amin(1).float()
+
+    def _whiten(self, rows: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self._root, rows.T, upper=False).T
+
+
+def _ledoit_wolf(rest: Tensor, covariance: Tensor, level: Tensor) -> float:
+    """The expected squared error of the covariance over its squared distance from `level`, at most 1."""
+    count = len(rest)
+    error = (rest.square().sum(1).square().sum() / count - covariance.square().sum()) / count
+    distance = (covariance - level).square().sum()
+    return min(1.0, (error / distance).item()) if distance > 0 else 1.0
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    """The probability that an image of the training kind has a higher score than one of another; ties count half.
+
+    Args:
+        inside, outside: scores [N] and [M] of the two, any real dtype.
+    Raises:
+        ValueError: one is empty, or holds a NaN.
+    """
+    for name, scores in (("inside", inside), ("outside", outside)):
+        _checks.shape(name, scores, (None,))
+        if not len(scores) or scores.isnan().any():
+            raise ValueError(f"{name} must hold scores, none of them NaN, got {'NaN' if len(scores) else 'none'}")
+    return _above(inside, outside).mean().item()
+
+
+def score_ood(name: str, inside: Tensor, outside: Tensor) -> Result:
+    """`auroc`, its chance level 0.5, and its standard error by DeLong (Biometrics 44 (1988) 837-845).
+
+    Args:
+        name: of the result. inside, outside: as of `auroc`.
+    """
+    value, count, error = auroc(inside, outside), len(inside) + len(outside), None
+    if min(len(inside), len(outside)) > 1:
+        parts = _above(inside, outside), _above(outside, inside)
+        error = sum(part.var() / len(part) for part in parts).sqrt().item()
+    return Result(name, value, 0.5, count, error)
+
+
+def _above(ours: Tensor, theirs: Tensor) -> Tensor:
+    """[N] float64: the share of theirs that each of ours is above; ties count half."""
+    ours, theirs = ours.double(), theirs.double().sort().values
+    below, up_to = (torch.searchsorted(theirs, ours, right=right) for right in (False, True))
+    return (below + up_to).double() / (2 * len(theirs))

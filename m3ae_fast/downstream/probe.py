@@ -1,0 +1,210 @@
+"""Linear classification of frozen features: BatchNorm without affine parameters, then a Linear.
+
+Shapes: N images, D width of their features, C classes.
+Source: arXiv:2205.14204 (M3AE) and arXiv:2111.06377 (MAE), appendix A.1, whose recipe "lars" is.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m3ae_fast import _checks
+from m3ae_fast.downstream.accuracy import accuracies
+from m3ae_fast.downstream.features import Features
+from m3ae_fast.downstream.report import Result
+from m3ae_fast.train.schedule import learning_rate
+
+METHODS = ("ridge", "lars", "sgd")
+STRENGTHS = tuple(10.0**k for k in range(-6, 3))  # of ridge's penalty, for a loss that is a mean over the samples
+
+
+class LinearProbe(nn.Module):
+    """logits = Linear((x - mean) / sqrt(variance + 1e-5)), mean and variance of the training features.
+
+    Args:
+        width: D. classes: C.
+    """
+
+    def __init__(self, width: int, classes: int):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, eps=1e-5, affine=False)
+        self.linear = nn.Linear(width, classes)
+
+    def forward(self, cls: Tensor) -> Tensor:
+        """Features [N, D] -> logits [N, C]."""
+        return self.linear(self.norm(cls))
+
+
+def linear_probe(train: Features, test: Features, **options) -> Result:
+    """Accuracy on `test` of a probe fitted to `train`; chance is the commonest class of `test`.
+
+    Args:
+        train, test: of the same width.
+        options: as `fit_probe`'s; `classes` None counts those of both.
+    Raises:
+        ValueError, TypeError: as `fit_probe`; `test` is empty, or of another width.
+    """
+    _check("test", test, test.cls.shape[-1])
+    if options.get("classes") is None:
+        options["classes"] = 1 + max(int(part.labels.max()) for part in (train, test) if len(part.labels))
+    probe = fit_probe(train, **options)
+    _check("test", test, train.cls.shape[1], options["classes"])
+    with torch.no_grad():
+        return score_logits(probe(test.cls), test.labels)
+
+
+def score_logits(logits: Tensor, labels: Tensor) -> Result:
+    """Accuracy of logits [N, C] for labels [N] int64; chance is the commonest of the labels."""
+    guesses = logits.argmax(1).tolist()
+    return accuracies([""] * len(guesses), labels.tolist(), guesses)[0]
+
+
+def fit_probe(
+    train: Features,
+    *,
+    method: str = "ridge",
+    classes: int | None = None,
+    epochs: int = 90,
+    batch_size: int = 256,
+    lr: float = 0.1,
+    seed: int = 0,
+) -> LinearProbe:
+    """A probe in evaluation mode.
+
+    Args:
+        train: features of two images or more.
+        method: "ridge": least squares to one-hot targets in closed form, the strength of its penalty the power of ten
+            with the highest leave-one-out accuracy (of equal ones the strongest); no randomness, no setting. "lars",
+            "sgd": cross-entropy, momentum .9, no weight decay, a ninth of the epochs (of 90: ten) warm up, then a
+            cosine to 0. LARS steps are shares of the weights' length: it wants the many steps of a large data set.
+        classes: C; None: as many as the labels name.
+        epochs: passes over the features ("lars", "sgd"). batch_size: of a step; a last smaller batch is left out.
+        lr: peak, for 256 samples of a batch. seed: of the initial weights and of the order.
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    _checks.choice("method", method, METHODS)
+    _check("train", train, train.cls.shape[-1], classes)
+    if len(train.labels) < 2:
+        raise ValueError(f"train must hold two features or more, got {len(train.labels)}")
+    if classes is None:
+        classes = 1 + int(train.labels.max())
+    if method == "ridge":
+        return _ridge(train, classes)
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+        _checks.integer(name, value, 1 if name == "epochs" else 2)  # BatchNorm knows no variance of one sample
+    probe = _initial(train.cls.shape[1], classes, seed)
+    _descend(probe, train, LARS if method == "lars" else torch.optim.SGD, epochs, batch_size, lr, seed)
+    return probe.eval()
+
+
+def _ridge(train: Features, classes: int) -> LinearProbe:
+    """Centred features X and targets Y; W = (X'X + N s I)^-1 X'Y, from one eigendecomposition for every strength s.
+
+    Left out, sample i is guessed y_i - (y_i - f_i) / (1 - h_i), h_i = 1/N + x_i'(X'X + N s I)^-1 x_i: nothing is fitted
+    again (nor standardised: mean and variance are those of all samples).
+    """
+    probe = LinearProbe(train.cls.shape[1], classes)
+    x, count = train.cls.double(), len(train.labels)
+    variance, mean = torch.var_mean(x, 0, correction=0)
+    probe.norm.running_mean.copy_(mean)
+    probe.norm.running_var.copy_(variance)
+    x = (x - mean) / (variance + probe.norm.eps).sqrt()
+    target = F.one_hot(train.labels, classes).double()
+    y = target - target.mean(0)
+    values, vectors = torch.linalg.eigh(x.T @ x)
+    turned = x @ vectors  # [N, D], columns orthogonal
+    right, best, weight = turned.T @ y, -1.0, None
+    for strength in STRENGTHS:
+        inverse = 1 / (values.clamp(min=0) + count * strength)
+        fitted = turned @ (inverse[:, None] * right)
+        lever = 1 / count + (turned**2) @ inverse
+        left_out = target - (y - fitted) / (1 - lever)[:, None]
+        accuracy = (left_out.argmax(1) == train.labels).double().mean().item()
+        if accuracy >= best:
+            best, weight = accuracy, vectors @ (inverse[:, None] * right)
+    with torch.no_grad():
+        probe.linear.weight.copy_(weight.T)
+        probe.linear.bias.copy_(target.mean(0))
+    return probe.eval()
+
+
+def _initial(width: int, classes: int, seed: int) -> LinearProbe:
+    probe, generator = LinearProbe(width, classes), torch.Generator().manual_seed(seed)
+    nn.init.normal_(probe.linear.weight, std=0.01, generator=generator)
+    nn.init.zeros_(probe.linear.bias)
+    return probe
+
+
+def _descend(
+    probe: LinearProbe, train: Features, optimiser: type, epochs: int, batch_size: int, lr: float, seed: int
+) -> None:
+    count = len(train.labels)
+    batch_size = min(batch_size, count)
+    peak, each = lr * batch_size / 256, count // batch_size
+    steps = epochs * each
+    optimiser = optimiser(probe.linear.parameters(), lr=peak, momentum=0.9)
+    generator = torch.Generator().manual_seed(seed)
+    probe.train()
+    for step in range(steps):
+        if step % each == 0:
+            order = torch.randperm(count, generator=generator)
+        chosen = order[step % each * batch_size :][:batch_size]
+        loss = F.cross_entropy(probe(train.cls[chosen]), train.labels[chosen])
+        if not loss.isfinite():
+            raise FloatingPointError(f"loss must be finite, got {loss:.4g} at step {step + 1}: a lower lr may help")
+        optimiser.zero_grad()
+        loss.backward()
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, steps=steps, warmup=steps // 9, peak=peak)
+        optimiser.step()
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose steps are shares of a matrix's length, whatever its gradient's:
+
+        v = momentum * v + g * trust * |w| / |g|        w = w - lr * v
+
+    |.| the Euclidean norm of a whole tensor. Vectors (biases), and where either norm is 0, take g itself.
+
+    Args:
+        params: as of every optimiser. lr: learning rate. momentum: of v. trust: the share.
+
+    Source: arXiv:1708.03888, without weight decay; the rate outside of v, as in torch's SGD.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.9, trust: float = 0.001):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step; closure: recomputes the loss, which is handed back."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                g, v = w.grad, self.state[w].setdefault("velocity", torch.zeros_like(w))
+                if w.dim() > 1:
+                    ours, theirs = w.norm(), g.norm()
+                    g = g * torch.where((ours > 0) & (theirs > 0), group["trust"] * ours / theirs, 1.0)
+                v.mul_(group["momentum"]).add_(g)
+                w.sub_(group["lr"] * v)
+        return loss
+
+
+def _check(name: str, features: Features, width: int, classes: int | None = None) -> None:
+    _checks.shape(f"{name}.cls", features.cls, (None, width))
+    _checks.dtype(f"{name}.cls", features.cls, (torch.float32,))
+    _checks.shape(f"{name}.labels", features.labels, (len(features.cls),))
+    _checks.dtype(f"{name}.labels", features.labels, (torch.int64,))
+    if not len(features.labels):
+        raise ValueError(f"{name} must hold at least one feature, got none")
+    _checks.within(f"{name}.labels", features.labels, 0, classes or 2**62)
+    if not features.cls.isfinite().all():
+        raise ValueError(f"{name}.cls must be finite, got NaN or infinity")

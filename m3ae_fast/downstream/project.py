@@ -1,0 +1,65 @@
+"""Features in two dimensions, by t-SNE, and their picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from m3ae_fast import _checks
+
+LEGEND = 20  # classes with a colour of their own
+
+
+def project(cls: Tensor, *, perplexity: float = 30.0, seed: int = 0) -> np.ndarray:
+    """Features [N, D] -> points [N, 2] float32, near where features are near.
+
+    Args:
+        cls: as of `Features`. perplexity: about how many neighbours a feature has, in (0, N). seed: of the optimiser.
+    Raises:
+        ValueError: fewer than 4 features, or a perplexity out of range. ModuleNotFoundError: scikit-learn is missing.
+
+    Source: van der Maaten and Hinton, JMLR 9 (2008); scikit-learn's, which starts from the two main components.
+    """
+    _checks.shape("cls", cls, (None, None))
+    if len(cls) < 4:
+        raise ValueError(f"cls must hold 4 features or more, got {len(cls)}")
+    if not 0 < perplexity < len(cls):
+        raise ValueError(f"perplexity must be in (0, {len(cls)}), below the number of features, got {perplexity:g}")
+    from sklearn.manifold import TSNE
+
+    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(cls.numpy())
+
+
+def draw_projection(points: np.ndarray, labels: Tensor, classes: Sequence[str], path: Path) -> None:
+    """A point an image, a colour a class; past 20 classes colours come again, and no legend is drawn.
+
+    Args:
+        points: [N, 2]. labels: [N], numbers of `classes`, the names. path: of the PNG.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # not pyplot: no display, no state shared with the caller
+
+    from m3ae_fast._files import replacing
+    from m3ae_fast.train.pictures import INK
+
+    figure = Figure(figsize=(8, 6), dpi=110, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    colors = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20"].colors
+    labels = labels.numpy()
+    for number in np.unique(labels):
+        chosen = points[labels == number]
+        color = colors[number % len(colors)]
+        axes.scatter(*chosen.T, s=14, color=color, alpha=0.8, linewidths=0, label=classes[number])
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_color("#c9cdd6")
+    axes.set_title(f"{len(points):,} images, t-SNE of CLS", loc="left", fontsize=11, fontweight="bold", color=INK)
+    if len(classes) <= LEGEND:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
