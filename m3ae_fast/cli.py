@@ -6,6 +6,7 @@ Exit status: 0 done; 2 a mistake in the call, the data or a file, told in one li
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shlex
 import sys
@@ -58,8 +59,6 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    import dataclasses
-
     from m3ae_fast.data import DRAWN
     from m3ae_fast.train import RunConfig, pretrain
 
@@ -128,6 +127,19 @@ def _reconstruct(args: argparse.Namespace) -> int:
     return 0
 
 
+def _experiments(args: argparse.Namespace) -> int:
+    from m3ae_fast.experiments import TABLES, Scale, experiments
+
+    scale = Scale.smoke() if args.smoke else Scale()
+    if args.steps:
+        scale = dataclasses.replace(scale, steps=args.steps)
+    tables = args.only or list(TABLES)
+    path = experiments(args.out, tables=tables, seeds=args.seeds, scale=scale, jobs=args.jobs)
+    print(path.read_text(encoding="utf-8"))
+    print(f"tables: {path}")
+    return 0
+
+
 def _info(args: argparse.Namespace) -> int:
     print(explain())
     return 0
@@ -182,6 +194,21 @@ def _parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("--device", default="cpu", help="%(default)s")
 
     add_commands(add, _natural, _positive)
+
+    experiments = add(
+        "experiments", _experiments,
+        "Train and score the papers' tables in miniature: 42 tiny models on drawn images, under an hour on two cores.",
+    )  # fmt: skip
+    experiments.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="DIR", help="%(default)s")
+    experiments.add_argument(
+        "--only", nargs="+", metavar="TABLE", choices=("objectives", "paired", "ratio", "sizes", "ood"),
+        help="of objectives, paired, ratio, sizes, ood (default: all)",
+    )  # fmt: skip
+    experiments.add_argument("--seeds", type=_positive, default=3, metavar="N", help="of each run (%(default)s)")
+    experiments.add_argument("--steps", type=_positive, metavar="N", help="of each run (1,200)")
+    experiments.add_argument("--jobs", type=_positive, metavar="N", help="runs at a time (default: one a core)")
+    experiments.add_argument("--smoke", action="store_true", help="three steps a run: shows that everything runs")
+
     add("info", _info, "Say what runs here and why: versions, instruction set, backends.")
 
     convert = add("convert", _convert, "Turn a checkpoint of the paper's public code into safetensors.")

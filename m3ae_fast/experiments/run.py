@@ -1,0 +1,121 @@
+"""experiments(): every run, as many at a time as there are cores, each scored as soon as it is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+from m3ae_fast._files import read_json, write_json
+from m3ae_fast.data import ClutteredShapes, Sample, ShapesDataset
+from m3ae_fast.downstream.features import Features, extract
+from m3ae_fast.downstream.ood import Mahalanobis, auroc, max_softmax
+from m3ae_fast.downstream.probe import fit_probe, linear_probe
+from m3ae_fast.experiments.plan import IMAGE_SIZE, TABLES, Scale, config_of, runs_of
+from m3ae_fast.experiments.report import write_report
+from m3ae_fast.train import load_run, pretrain
+
+TRAIN_SEED, TEST_SEED, FAR_SEED = 10**6, 10**6 + 1, 10**6 + 2  # of images that no run is trained on
+KNOWN = 8  # classes of the twelve that an OOD classifier is fitted to
+
+
+def experiments(
+    out: str | Path,
+    *,
+    tables: Sequence[str] = tuple(TABLES),
+    seeds: int = 3,
+    scale: Scale | None = None,
+    jobs: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Train and score every run that the tables need, and write `out/experiments.md`, its figures beside it.
+
+    What is there already is not done again, so an interrupted call goes on where it stopped.
+
+    Args:
+        out: a folder, made if need be.
+        tables: keys of TABLES.
+        seeds: runs of each kind, from seed 0 on: of data, weights and masks.
+        scale: None: `Scale()`.
+        jobs: runs at a time, each on its share of the cores; None: as many as cores.
+        progress: show a progress bar on stderr.
+    Returns:
+        The path of experiments.md.
+    Raises:
+        ValueError: a table that is not there, or results in `out` of another scale. RuntimeError: a run failed.
+    """
+    from tqdm import tqdm
+
+    scale, out = scale or Scale(), Path(out)
+    unknown = sorted(set(tables) - set(TABLES))
+    if unknown:
+        raise ValueError(f"tables must be of {', '.join(TABLES)}, got {', '.join(unknown)}")
+    names = runs_of(list(tables))
+    todo = [(name, seed) for seed in range(seeds) for name in names]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = min(jobs or cores, len(todo))
+    pool = ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(max(cores // jobs, 1),)
+    )
+    with pool, tqdm(total=len(todo), disable=not progress, desc="runs") as bar:
+        futures = {pool.submit(train_and_score, name, seed, scale, out): (name, seed) for name, seed in todo}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return write_report(out, list(tables), seeds, scale)
+
+
+def train_and_score(name: str, seed: int, scale: Scale, out: Path) -> dict[str, float]:
+    """One run in `out/<name>-<seed>`: its scores in percent, also written as scores.json."""
+    folder = Path(out) / f"{name}-{seed}"
+    path, about = folder / "scores.json", dataclasses.asdict(scale)
+    if path.is_file():
+        found = read_json(path)
+        if found["scale"] != about:
+            raise ValueError(f"out must hold results of the same scale, got {found['scale']} in {path}")
+        return found["scores"]
+    summary = pretrain(config_of(name, seed, scale), folder, resume=(folder / "run.json").is_file(), progress=False)
+    if summary.interrupted:
+        raise RuntimeError(f"{folder} was stopped after {summary.step} steps; the same command goes on")
+    scores = score(folder, scale, ood=any(row.run == name for row in TABLES["ood"].rows))
+    write_json(path, {"scale": about, "scores": scores})
+    return scores
+
+
+def score(folder: Path, scale: Scale, *, ood: bool) -> dict[str, float]:
+    """Linear classification of frozen CLS features of whole images without a word; with `ood` the AUROCs, too."""
+    run = load_run(folder)
+    train = extract(run.model, _first(ClutteredShapes(IMAGE_SIZE, TRAIN_SEED), scale.train))
+    test = extract(run.model, _first(ClutteredShapes(IMAGE_SIZE, TEST_SEED), scale.test))
+    classes = len(ClutteredShapes.classes)
+    scores = {"linear": 100 * linear_probe(train, test, classes=classes).value}
+    if not ood:
+        return scores
+    fitted = _part(train, train.labels < KNOWN)
+    probe, distance = fit_probe(fitted, classes=KNOWN), Mahalanobis(fitted)
+    far = extract(run.model, _first(ShapesDataset(IMAGE_SIZE, FAR_SEED), scale.test // 2), labelled=False)
+    inside = _part(test, test.labels < KNOWN)
+    near = _part(test, test.labels >= KNOWN)
+    with torch.no_grad():
+        ways = {"softmax": lambda x: max_softmax(probe(x.cls)), "Mahalanobis": lambda x: distance.score(x.cls)}
+        for way, of in ways.items():
+            for kind, outside in (("near", near), ("far", far)):
+                scores[f"{kind} {way}"] = 100 * auroc(of(inside), of(outside))
+    return scores
+
+
+def _first(dataset: Sequence[Sample], count: int) -> list[Sample]:
+    return [dataset[i] for i in range(count)]
+
+
+def _part(features: Features, chosen: torch.Tensor) -> Features:
+    return Features(features.cls[chosen], features.labels[chosen])

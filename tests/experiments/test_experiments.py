@@ -1,0 +1,90 @@
+"""The papers' tables in miniature: what is trained differs in what the tables say, and what is reported is what was
+scored."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from m3ae_fast.cli import main
+from m3ae_fast.experiments import CLAIMS, RUNS, TABLES, Scale, config_of, experiments, train_and_score, write_report
+from m3ae_fast.experiments.plan import runs_of
+
+SMOKE = Scale.smoke()
+
+
+def test_every_run_differs_from_m3ae_in_what_its_name_says():
+    base = config_of("m3ae", 0, SMOKE).to_dict()
+    for name in RUNS:
+        config = config_of(name, 0, SMOKE).to_dict()
+        different = {key for key in base if config[key] != base[key]}
+        if name.startswith("m3ae-paired"):
+            assert different == {"paired_share"} and config["paired_share"] == int(name[-2:]) / 100
+        elif name.startswith("m3ae-ratio"):
+            assert different == {"text_mask_ratio"} and config["text_mask_ratio"] == int(name[-2:]) / 100
+        elif name.startswith("m3ae-"):
+            assert different == {"options"}
+        elif name == "mae":
+            assert different == {"objective"}, "MAE must be M3AE without words, in every other respect the same"
+    assert config_of("mae", 1, SMOKE) == dataclasses.replace(config_of("mae", 0, SMOKE), seed=1)
+
+
+def test_tables_and_claims_name_runs_and_scores_that_exist():
+    assert set(runs_of(list(TABLES))) == set(RUNS)
+    for table in TABLES.values():
+        assert {row.run for row in table.rows} <= set(RUNS)
+    for claim in CLAIMS:
+        assert {claim.high, claim.low} <= set(RUNS) and claim.table in TABLES
+        assert claim.score in TABLES[claim.table].scores
+    with pytest.raises(ValueError, match=r"tables must be of objectives, .* got nothing"):
+        experiments("never", tables=["nothing"])
+
+
+def test_a_run_is_trained_and_scored_once(tmp_path):
+    torch.manual_seed(1)
+    scores = train_and_score("m3ae", 0, SMOKE, tmp_path)
+    assert set(scores) == {"linear", *TABLES["ood"].scores}
+    assert all(0 <= value <= 100 for value in scores.values())
+    written = tmp_path / "m3ae-0" / "scores.json"
+    assert json.loads(written.read_text())["scores"] == scores
+    (tmp_path / "m3ae-0" / "run.json").unlink()
+    assert train_and_score("m3ae", 0, SMOKE, tmp_path) == scores, "what is there is not trained again"
+    with pytest.raises(ValueError, match="same scale"):
+        train_and_score("m3ae", 0, dataclasses.replace(SMOKE, steps=4), tmp_path)
+    written.unlink()
+    assert train_and_score("m3ae", 0, SMOKE, tmp_path / "again") == scores, "a run is a function of its seed"
+
+
+def scored(folder, **linear):
+    for name in RUNS:
+        for seed, value in enumerate(linear.get(name.replace("-", "_"), (50.0, 50.0, 50.0))):
+            path = folder / f"{name}-{seed}" / "scores.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps({"scale": {}, "scores": {"linear": value}}))
+
+
+def test_the_report_says_what_agrees_and_what_does_not(tmp_path):
+    scored(tmp_path, m3ae=(80.0, 81.0, 82.0), mae=(30.0, 30.0, 33.0), clip=(70.0, 70.0, 70.0), supervised=(60, 80, 71))
+    text = write_report(tmp_path, ["objectives"], 3, SMOKE).read_text()
+    assert "| MAE | 31.0 +/- 1.7 | 44.6 |" in text and "| M3AE | 81.0 +/- 1.0 | 61.3 |" in text
+    assert "M3AE is above MAE: agrees (+50.0, standard error 0.6)" in text
+    assert "CLIP is above M3AE: **disagrees** (-11.0, standard error 0.6)" in text
+    assert "supervised training is above CLIP: not told apart (+0.3, standard error 5.8)" in text
+    assert (tmp_path / "objectives.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "experiments.json").read_text())["scores"]["clip"] == [{"linear": 70.0}] * 3
+
+
+def test_one_seed_shows_nothing(tmp_path):
+    scored(tmp_path, m3ae=(80.0,), mae=(30.0,), clip=(70.0,), supervised=(60.0,))
+    text = write_report(tmp_path, ["objectives"], 1, SMOKE).read_text()
+    assert "M3AE is above MAE: +50.0 in one seed, from which nothing follows" in text and "agrees" not in text
+
+
+def test_the_command(tmp_path, capsys):
+    options = ["--only", "paired", "--seeds", "1", "--jobs", "1", "--smoke"]
+    assert main(["experiments", "--out", str(tmp_path / "out"), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "| 10 % |" in printed and "experiments.md" in printed
+    folders = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
+    assert folders == {"m3ae-0", "mae-0", "m3ae-paired-10-0", "m3ae-paired-20-0", "m3ae-paired-30-0"}
