@@ -7,9 +7,13 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"m3ae_fast.data needs {error.name}: pip install '.[train]'", name=error.name) from error
 
 from m3ae_fast.data.folder import FolderDataset
+from m3ae_fast.data.hdf5 import HDF5Dataset
+from m3ae_fast.data.images import EncodedDataset, EncodedImage
 from m3ae_fast.data.loader import Loader
+from m3ae_fast.data.rows import JSONLinesDataset
 from m3ae_fast.data.sample import BadSample, Sample
 from m3ae_fast.data.shapes import Scene, SceneObject, ShapesDataset
+from m3ae_fast.data.shards import TarDataset
 from m3ae_fast.data.text import Tokenizer
 
 
@@ -28,12 +32,17 @@ def open_dataset(spec: str, *, image_size: int, seed: int) -> ShapesDataset | Fo
 
 __all__ = [
     "BadSample",
+    "EncodedDataset",
+    "EncodedImage",
     "FolderDataset",
+    "HDF5Dataset",
+    "JSONLinesDataset",
     "Loader",
     "Sample",
     "Scene",
     "SceneObject",
     "ShapesDataset",
+    "TarDataset",
     "Tokenizer",
     "open_dataset",
 ]
