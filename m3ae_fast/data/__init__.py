@@ -10,25 +10,13 @@ from m3ae_fast.data.folder import FolderDataset
 from m3ae_fast.data.hdf5 import HDF5Dataset
 from m3ae_fast.data.images import EncodedDataset, EncodedImage
 from m3ae_fast.data.loader import Loader
+from m3ae_fast.data.mixture import MixedDataset
 from m3ae_fast.data.rows import JSONLinesDataset
 from m3ae_fast.data.sample import BadSample, Sample
 from m3ae_fast.data.shapes import Scene, SceneObject, ShapesDataset
 from m3ae_fast.data.shards import TarDataset
+from m3ae_fast.data.specs import open_dataset
 from m3ae_fast.data.text import Tokenizer
-
-
-def open_dataset(spec: str, *, image_size: int, seed: int) -> ShapesDataset | FolderDataset:
-    """The data set a command line names.
-
-    Args:
-        spec: "shapes", the built-in scenes; anything else is the path of a folder ("./shapes" for one of that name).
-        image_size: pixels a side that `shapes` draws; a folder keeps its images' own sizes.
-        seed: of the scenes.
-    Raises:
-        FileNotFoundError, NotADirectoryError, ValueError: no such folder, or nothing in it.
-    """
-    return ShapesDataset(image_size, seed) if spec == "shapes" else FolderDataset(spec)
-
 
 __all__ = [
     "BadSample",
@@ -38,6 +26,7 @@ __all__ = [
     "HDF5Dataset",
     "JSONLinesDataset",
     "Loader",
+    "MixedDataset",
     "Sample",
     "Scene",
     "SceneObject",

@@ -96,7 +96,7 @@ def create(folder: Path, config: RunConfig):
     changes = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     changes |= config.options or {}
     model_config = _model_config(config, changes)
-    dataset = open_dataset(config.data, image_size=model_config.image_size, seed=config.seed)
+    dataset = open_dataset(config.data, image_size=model_config.image_size, seed=config.seed, strict=config.strict)
     tokenizer = None
     if config.objective == "supervised":
         if not dataset.classes:
@@ -153,7 +153,8 @@ def reopen(folder: Path, wanted: RunConfig | None):
         wanted = dataclasses.replace(config, **given).resolved()
         refuse_differences(folder / "run.json", config, wanted)
         config = wanted
-    dataset = open_dataset(config.data, image_size=config.model_config["image_size"], seed=config.seed)
+    image_size = config.model_config["image_size"]
+    dataset = open_dataset(config.data, image_size=image_size, seed=config.seed, strict=config.strict)
     return config, dataset, load_tokenizer(folder, config)
 
 
