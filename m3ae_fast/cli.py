@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import shlex
 import sys
 import warnings
@@ -59,26 +60,36 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    from m3ae_fast.data import DRAWN
     from m3ae_fast.train import RunConfig, pretrain
 
     fields = {field.name for field in dataclasses.fields(RunConfig)}
     given = {name: value for name, value in vars(args).items() if name in fields}
     if "options" in given:
         given["options"] = dict(given["options"])
+    if len(given.get("data", ())) == 1:
+        given["data"] = given["data"][0]
     config = RunConfig(**given)
-    data = config.data if config.data in DRAWN else Path(config.data).resolve().name
-    parts = (data, *([] if config.objective == "m3ae" else [config.objective]), config.model)
+    parts = (_name_of(config.data), *([] if config.objective == "m3ae" else [config.objective]), config.model)
     out = getattr(args, "out", Path("runs") / "-".join(parts))
     if args.resume and (out / "run.json").is_file():
         config = dataclasses.replace(RunConfig.load(out), **given)
+    shown = config.data if isinstance(config.data, str) else " + ".join(config.data)
     print(
-        f"training {config.objective} {config.model} on {config.data} into {out} (Ctrl-C saves and stops)",
+        f"training {config.objective} {config.model} on {shown} into {out} (Ctrl-C saves and stops)",
         file=sys.stderr,
     )
     summary = pretrain(config, out, resume=args.resume, stop_after=getattr(args, "stop_after", None))
     _print_summary(summary)
     return INTERRUPTED if summary.interrupted else 0
+
+
+def _name_of(data: str | list[str]) -> str:
+    """A short one, for the run's folder: "cc12m" of "/data/cc12m-{00..11}.tar=3", "cc12m-texts" of two."""
+    from m3ae_fast.data.specs import absolute, split_weight
+
+    specs = [data] if isinstance(data, str) else data
+    names = (Path(split_weight(absolute(spec))[0]).name for spec in specs)
+    return "-".join(re.sub(r"(\.(h5|hdf5|jsonl|ndjson|tar))?([{*?:&].*)?$", "", name).strip("-_.") for name in names)
 
 
 def _print_summary(summary) -> None:
@@ -221,8 +232,10 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     """One option for each setting of RunConfig, named alike."""
     run = command.add_argument_group("the run")
     run.add_argument(
-        "--data", metavar="shapes|cluttered|DIR", help="drawn images (shapes), or a folder of NAME.jpg + NAME.txt"
-    )
+        "--data", action="append", metavar="SPEC[=WEIGHT]",
+        help="shapes (default), cluttered: drawn; a folder of NAME.jpg + NAME.txt; FILE.h5, FILE.jsonl, "
+        "'x-{00..11}.tar', or a URL of shards (docs/data.md). More than one: mixed by weights (1)",
+    )  # fmt: skip
     run.add_argument("--objective", choices=("m3ae", "mae", "mamo", "clip", "supervised"), help="default: m3ae")
     run.add_argument("--model", choices=("tiny", "small", "base", "large", "huge"), help="default: tiny")
     run.add_argument("--steps", type=_positive, metavar="N", help="default: tiny 1,200, others 100,000")

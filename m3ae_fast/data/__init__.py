@@ -8,41 +8,35 @@ except ModuleNotFoundError as error:
 
 from m3ae_fast.data.cluttered import ClutteredShapes
 from m3ae_fast.data.folder import FolderDataset
+from m3ae_fast.data.hdf5 import HDF5Dataset
+from m3ae_fast.data.images import EncodedDataset, EncodedImage
 from m3ae_fast.data.loader import Loader
+from m3ae_fast.data.mixture import MixedDataset
 from m3ae_fast.data.paired import PairedShare
+from m3ae_fast.data.rows import JSONLinesDataset
 from m3ae_fast.data.sample import BadSample, Sample
 from m3ae_fast.data.shapes import Scene, SceneObject, ShapesDataset
+from m3ae_fast.data.shards import TarDataset
+from m3ae_fast.data.specs import DRAWN, open_dataset
 from m3ae_fast.data.text import Tokenizer
-
-DRAWN = {"shapes": ShapesDataset, "cluttered": ClutteredShapes}
-
-
-def open_dataset(spec: str, *, image_size: int, seed: int) -> ClutteredShapes | FolderDataset | ShapesDataset:
-    """The data set a command line names.
-
-    Args:
-        spec: "shapes", the built-in scenes, or "cluttered", small shapes whose colour is the label; anything else is
-            the path of a folder ("./shapes" for one of that name).
-        image_size: pixels a side of what is drawn; a folder keeps its images' own sizes.
-        seed: of what is drawn.
-    Raises:
-        FileNotFoundError, NotADirectoryError, ValueError: no such folder, or nothing in it.
-    """
-    drawn = DRAWN.get(spec)
-    return drawn(image_size, seed) if drawn else FolderDataset(spec)
-
 
 __all__ = [
     "DRAWN",
     "BadSample",
     "ClutteredShapes",
+    "EncodedDataset",
+    "EncodedImage",
     "FolderDataset",
+    "HDF5Dataset",
+    "JSONLinesDataset",
     "Loader",
+    "MixedDataset",
     "PairedShare",
     "Sample",
     "Scene",
     "SceneObject",
     "ShapesDataset",
+    "TarDataset",
     "Tokenizer",
     "open_dataset",
 ]

@@ -6,16 +6,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
-
+from m3ae_fast.data.images import EncodedDataset, EncodedImage
 from m3ae_fast.data.sample import BadSample, Sample
 
 IMAGES = (".jpg", ".jpeg", ".png")
 CAPTIONS = ".txt"
+SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
-class FolderDataset:
+class FolderDataset(EncodedDataset):
     """Images and captions of a folder and its subfolders, sorted by path; hidden files and folders are left out.
 
     `name.jpg`, `.jpeg` or `.png` (any case) is an image; `name.txt` beside it holds its captions, one a line, UTF-8,
@@ -25,15 +24,14 @@ class FolderDataset:
     Args:
         path: the folder.
     Attributes:
-        classes: the names of its subfolders, where every file lies in one and there are two or more; else ().
+        classes: the names of its subfolders, sorted and numbered as torchvision's ImageFolder does, where every file
+            lies in one and there are two or more; () otherwise, and where they are called train, val, test: each of
+            those is a data set of its own.
         names: the files, relative to the folder, in the order of the indices: images, and texts alone.
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such folder.
         ValueError: it holds no image and no caption file.
     """
-
-    flip_safe = True
-    crop_scale = (0.2, 1.0)
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -52,20 +50,21 @@ class FolderDataset:
         if not self.names:
             raise ValueError(f"path must hold {', '.join(f'name{e}' for e in (*IMAGES, CAPTIONS))}, got none in {path}")
         folders = [name.split("/")[0] if "/" in name else None for name in self.names]
-        self.classes = () if None in folders or len(set(folders)) < 2 else tuple(sorted(set(folders)))
+        named = None not in folders and len(set(folders)) >= 2 and not set(folders) <= SPLITS
+        self.classes = tuple(sorted(set(folders))) if named else ()
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Sample:
-        """Raises BadSample: the file cannot be read, or holds nothing."""
+    def read(self, index: int) -> Sample:
+        """The sample, its image still encoded. BadSample: the file cannot be read, or holds nothing."""
         name = self.names[index]
         captions = self.captions_of(name)
         labels = (self.classes.index(name.split("/")[0]),) if self.classes else ()
         if name.lower().endswith(IMAGES):
-            return Sample(read_image(self.path / name, name), captions, name, labels)
+            return Sample(EncodedImage(self.path / name, name), captions, name, labels)
         if not captions:
-            raise BadSample(name, "there is no caption in it, and no image beside it")
+            raise BadSample(name, "there is no caption in it, and no image beside it", "caption")
         return Sample(None, captions, name, labels)
 
     def captions(self) -> Iterator[str]:
@@ -93,7 +92,7 @@ def read_captions(path: Path, name: str) -> tuple[str, ...]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadSample(name, str(error)) from error
+        raise BadSample(name, str(error), "caption") from error
     return tuple(filter(None, map(str.strip, lines)))
 
 
@@ -112,27 +111,3 @@ def _files(root: Path) -> Iterator[str]:
         for name in files:
             if not name.startswith("."):
                 yield (Path(folder) / name).relative_to(root).as_posix()
-
-
-def read_image(path: Path, name: str) -> np.ndarray:
-    """An image file as [H, W, 3] uint8, upright, transparency on white.
-
-    Raises:
-        BadSample: it cannot be read or decoded.
-    """
-    try:
-        with Image.open(path) as image:
-            return np.asarray(_rgb(ImageOps.exif_transpose(image)))
-    except MemoryError:
-        raise
-    except Exception as error:  # of a damaged file, decoders raise OSError, SyntaxError, ValueError, struct.error ...
-        raise BadSample(name, str(error) or type(error).__name__) from error
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit gray: Pillow's conversion clips, so that all but the darkest is white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")

@@ -16,12 +16,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from m3ae_fast import ImageTextBatch, M3AEFastWarning, _checks
+from m3ae_fast.data.mixture import MixedDataset
 from m3ae_fast.data.sample import BadSample, Sample
 from m3ae_fast.data.seeds import ORDER, SAMPLE, check_seed, generator
+from m3ae_fast.data.shuffle import Shuffle
 from m3ae_fast.data.text import Tokenizer
 from m3ae_fast.data.transforms import augment, center_crop
 
 COUNTERS = ("seen", "images_skipped", "texts_cut", "captions_empty")
+MAX_WARNINGS = 20  # of bad samples: a web-scale data set has thousands
 MAX_TRIES = 1000  # samples in a row that cannot be read, after which the data set itself is at fault
 
 
@@ -32,12 +35,15 @@ class Loader:
     the data set drawn from (seed, epoch). Crops, mirroring and the choice of a caption are drawn from
     (seed, epoch, index). So batches are the same for any number of workers, and after any resume, and grouping
     the order into batches of another size changes no sample. The position is the sample's id, by which masks
-    are keyed: an image gets a new mask in every epoch.
+    are keyed: an image gets a new mask in every epoch. All of it holds for each data set of a MixedDataset; of a
+    StreamedDataset, less: see there.
 
-    A sample that cannot be read is replaced by the next good one of its epoch, with a warning, once for each file.
+    A sample that cannot be read is replaced by the next good one of its epoch, and counted; the first ones are warned
+    of, once for each file.
 
     Args:
-        dataset: a sequence of `Sample`s, whose `__getitem__` may raise BadSample. Optional attributes: `flip_safe`
+        dataset: a MixedDataset, a StreamedDataset, or a sequence of `Sample`s, whose `__getitem__` may raise BadSample;
+            one with a `read` is an EncodedDataset, of which no more is decoded than needed. Attributes: `flip_safe`
             (default True: images may be mirrored), `crop_scale` (default (0.2, 1): shares of the area that random
             crops keep; None: no random crops), `endless` (default False: True keeps the data set's own order, so
             that no permutation of it is ever in memory), `classes` (names, default none: what `labels` count).
@@ -60,7 +66,9 @@ class Loader:
     Attributes:
         counters: of the batches given out by this loader: `seen` samples, `images_skipped` (samples that could not
             be read and were replaced), `texts_cut`, `captions_empty` (captions without a word: the image alone).
-        wait_seconds: spent waiting for batches.
+        images: given out. wait_seconds: spent waiting for batches. read_seconds: spent making them, by all workers.
+        skipped: how many samples were replaced, by what was damaged (BadSample.kind).
+        bad: the first of them that were met, at most 20, by name: BadSample.
 
     Raises:
         ValueError, TypeError: an argument, or a data set without one sample that can be read.
@@ -93,8 +101,9 @@ class Loader:
         _checks.integer("rank", rank, 0, world_size)
         if not len(dataset):
             raise ValueError("dataset must hold at least one sample, got an empty one")
+        mixture = dataset if isinstance(dataset, MixedDataset) else MixedDataset([dataset], [1])
         batches = _Batches(
-            dataset, tokenizer, image_size, batch_size, check_seed(seed), max_text_length, strict, augment, pairs_only
+            mixture, tokenizer, image_size, batch_size, check_seed(seed), max_text_length, strict, augment, pairs_only
         )
         self._loader = DataLoader(
             batches,
@@ -107,9 +116,10 @@ class Loader:
         )
         self._world_size = world_size
         self._batches: Iterator[_Loaded] | None = None
-        self._warned: set[str] = set()
         self.counters = dict.fromkeys(COUNTERS, 0)
-        self.wait_seconds = 0.0
+        self.images, self.wait_seconds, self.read_seconds = 0, 0.0, 0.0
+        self.skipped: Counter[str] = Counter()
+        self.bad: dict[str, BadSample] = {}
 
     def __iter__(self) -> Loader:
         return self
@@ -125,11 +135,20 @@ class Loader:
             raise loaded
         for name, count in loaded.counters.items():
             self.counters[name] += count
+        self.images += sum(loaded.batch.has_image)
+        self.read_seconds += loaded.seconds
         for bad in loaded.skipped:
-            if bad.name not in self._warned:
-                self._warned.add(bad.name)
-                warnings.warn(f"{bad}; skipped (bad files so far: {len(self._warned)})", M3AEFastWarning, stacklevel=2)
+            self._note(bad)
         return loaded.number // self._world_size, loaded.batch
+
+    def _note(self, bad: BadSample) -> None:
+        self.skipped[bad.kind] += 1
+        if bad.name in self.bad or len(self.bad) == MAX_WARNINGS:
+            return
+        self.bad[bad.name] = bad
+        more = "; further ones are counted, not named" if len(self.bad) == MAX_WARNINGS else ""
+        message = f"{bad}; skipped (bad files so far: {len(self.bad)}{more})"
+        warnings.warn(message, M3AEFastWarning, stacklevel=3)
 
     def close(self) -> None:
         """End the worker processes; the stream ends with them."""
@@ -143,6 +162,7 @@ class _Loaded(NamedTuple):
     batch: ImageTextBatch
     counters: Counter
     skipped: list[BadSample]
+    seconds: float  # that it took to make
 
 
 class _Prepared(NamedTuple):
@@ -168,11 +188,41 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+class _Source:
+    """One of the data sets that are mixed, in the order in which it is walked through."""
+
+    def __init__(self, dataset: Sequence[Sample], number: int, classes: tuple[str, ...], seed: int):
+        self.read = getattr(dataset, "read", dataset.__getitem__)
+        self.size, self.number, self.seed = len(dataset), number, seed
+        self.flip = getattr(dataset, "flip_safe", True)
+        self.crop_scale = getattr(dataset, "crop_scale", (0.2, 1.0))
+        self.endless = getattr(dataset, "endless", False)
+        self.classes = [classes.index(name) for name in getattr(dataset, "classes", ())]
+        self._epoch: tuple[int, Shuffle] | None = None  # the last epoch asked for, and its order
+
+    def at(self, turn: int, offset: int) -> tuple[Sample, np.random.Generator]:
+        """The sample of its `turn`th position, or one `offset` further in the same epoch, and its random numbers.
+
+        Raises:
+            BadSample: it cannot be read.
+        """
+        epoch, place = divmod(turn, self.size)
+        place = (place + offset) % self.size
+        if self.endless:
+            index = place
+        else:
+            if self._epoch is None or self._epoch[0] != epoch:
+                order = Shuffle(self.size, generator(self.seed, ORDER, epoch, source=self.number))
+                self._epoch = epoch, order
+            index = self._epoch[1][place]
+        return self.read(index), generator(self.seed, SAMPLE, epoch, index, self.number)
+
+
 @dataclasses.dataclass
 class _Batches(Dataset):
     """Batch by number. A worker holds a copy of it."""
 
-    dataset: Sequence[Sample]
+    mixture: MixedDataset
     tokenizer: Tokenizer | None
     image_size: int
     batch_size: int
@@ -181,16 +231,14 @@ class _Batches(Dataset):
     strict: bool
     augment: bool
     pairs_only: bool
-    _epoch: tuple[int, np.ndarray] | None = None  # the last epoch asked for, and its permutation
 
     def __post_init__(self):
-        self.flip = getattr(self.dataset, "flip_safe", True)
-        self.crop_scale = getattr(self.dataset, "crop_scale", (0.2, 1.0))
-        self.endless = getattr(self.dataset, "endless", False)
-        self.classes = len(getattr(self.dataset, "classes", ()))
+        sources, classes = self.mixture.sources, self.mixture.classes
+        self.sources = [_Source(source, i, classes, self.seed) for i, source in enumerate(sources)]
 
     def __getitem__(self, number: int) -> _Loaded | Exception:
         """An error is returned, to be raised by the loader: on the way out of a worker, one raised becomes another."""
+        start = time.perf_counter()
         counters, skipped = Counter(), []
         positions = range(number * self.batch_size, (number + 1) * self.batch_size)
         try:
@@ -207,38 +255,30 @@ class _Batches(Dataset):
             sample_ids=positions,
             labels=self._labels(prepared),
         )
-        return _Loaded(number, batch, counters, skipped)
+        return _Loaded(number, batch, counters, skipped, time.perf_counter() - start)
 
     def _labels(self, prepared: list[_Prepared]) -> torch.Tensor | None:
-        if not self.classes:
+        if not self.mixture.classes:
             return None
-        labels = torch.zeros(len(prepared), self.classes, dtype=torch.bool)
+        labels = torch.zeros(len(prepared), len(self.mixture.classes), dtype=torch.bool)
         for row, sample in zip(labels, prepared, strict=True):
             row[list(sample.labels)] = True
         return labels
 
     def _at(self, position: int, counters: Counter, skipped: list[BadSample]) -> _Prepared:
         """The sample at a position of the endless order, or the next good one of its epoch."""
-        size = len(self.dataset)
-        epoch, place = divmod(position, size)
-        for offset in range(min(size, MAX_TRIES)):
-            index = self._index(epoch, (place + offset) % size)
+        number, turn = self.mixture.at(position, self.seed)
+        source = self.sources[number]
+        for offset in range(min(source.size, MAX_TRIES)):
             try:
-                return self._prepare(self.dataset[index], generator(self.seed, SAMPLE, epoch, index), counters)
+                return self._prepare(*source.at(turn, offset), source, counters)
             except BadSample as bad:
                 if self.strict:
                     raise
                 skipped.append(bad)
         raise _NoGoodSample(f"dataset must hold samples that can be read, none of {offset + 1} could; {skipped[-1]}")
 
-    def _index(self, epoch: int, place: int) -> int:
-        if self.endless:
-            return place
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = epoch, generator(self.seed, ORDER, epoch).permutation(len(self.dataset))
-        return int(self._epoch[1][place])
-
-    def _prepare(self, sample: Sample, rng: np.random.Generator, counters: Counter) -> _Prepared:
+    def _prepare(self, sample: Sample, rng: np.random.Generator, source: _Source, counters: Counter) -> _Prepared:
         ids = []
         captioned = bool(sample.captions) and self.tokenizer is not None
         if captioned:
@@ -248,13 +288,14 @@ class _Batches(Dataset):
                 raise BadSample(sample.name, "there is neither an image nor a word in it")
             image = None
         elif self.augment:
-            image = augment(sample.image, self.image_size, rng, scale=self.crop_scale, flip=self.flip)
+            image = augment(sample.image, self.image_size, rng, scale=source.crop_scale, flip=source.flip)
         else:
             image = center_crop(sample.image, self.image_size)
         if self.pairs_only and (image is None or not ids):
             raise BadSample(sample.name, f"pairs are wanted, there is no {'caption' if image is not None else 'image'}")
         counters.update(texts_cut=len(ids) > self.max_text_length, captions_empty=captioned and not ids)
-        return _Prepared(image, ids[: self.max_text_length], sample.labels)
+        labels = tuple(source.classes[label] for label in sample.labels)
+        return _Prepared(image, ids[: self.max_text_length], labels)
 
 
 class _NoGoodSample(ValueError):

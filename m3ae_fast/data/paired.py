@@ -17,14 +17,15 @@ class PairedShare:
     Args:
         dataset: of `Sample`s.
         share: in (0, 1]; each image is drawn for itself, so a small data set keeps about that share.
-        seed: of the draw, in [0, 2**63).
+        seed: of the draw, in [0, 2**63). number: tells data sets apart that are mixed and share the seed.
     """
 
-    def __init__(self, dataset: Sequence[Sample], share: float, seed: int):
+    def __init__(self, dataset: Sequence[Sample], share: float, seed: int, number: int = 0):
         _checks.number("share", share)
         if not 0 < share <= 1:
             raise ValueError(f"share must be in (0, 1], got {share}")
-        self.dataset, self.share, self.seed = dataset, share, check_seed(seed)
+        self.dataset, self.share, self.seed, self.number = dataset, share, check_seed(seed), number
+        self._read = getattr(dataset, "read", dataset.__getitem__)  # with its image still encoded, where that can be
         for name in ("flip_safe", "crop_scale", "endless", "classes"):  # what the loader asks a data set
             if hasattr(dataset, name):
                 setattr(self, name, getattr(dataset, name))
@@ -33,14 +34,20 @@ class PairedShare:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Sample:
-        sample = self.dataset[index]
+        return self._stripped(self.dataset[index], index)
+
+    def read(self, index: int) -> Sample:
+        """As `dataset[index]`; the image may be an EncodedImage."""
+        return self._stripped(self._read(index), index)
+
+    def _stripped(self, sample: Sample, index: int) -> Sample:
         if sample.image is None or self.keeps(index):
             return sample
         return dataclasses.replace(sample, captions=())
 
     def keeps(self, index: int) -> bool:
         """Whether image `index` keeps its captions."""
-        return generator(self.seed, PAIRED, index=index).random() < self.share
+        return generator(self.seed, PAIRED, index=index, source=self.number).random() < self.share
 
     def captions(self) -> Iterator[str]:
         """Those of the whole data set: a vocabulary does not depend on the share."""

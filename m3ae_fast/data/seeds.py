@@ -12,7 +12,7 @@ from m3ae_fast import _checks
 T = TypeVar("T")
 
 # Streams: two that must not share numbers never do, whatever the seed.
-SCENE, ORDER, SAMPLE, QUESTION, STATEMENT, PHRASE, CLUTTER, PAIRED = range(8)
+SCENE, ORDER, SAMPLE, QUESTION, STATEMENT, PHRASE, CLUTTER, PAIRED, MIX = range(9)
 
 
 def check_seed(seed: int) -> int:
@@ -21,9 +21,9 @@ def check_seed(seed: int) -> int:
     return seed
 
 
-def generator(seed: int, stream: int, epoch: int = 0, index: int = 0) -> np.random.Generator:
-    """The generator of one item: Philox4x64 keyed by (seed, stream), its counter starting at (epoch, index)."""
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, index, epoch]))
+def generator(seed: int, stream: int, epoch: int = 0, index: int = 0, source: int = 0) -> np.random.Generator:
+    """The generator of one item: Philox4x64 keyed by (seed, stream), its counter starting at (epoch, index, source)."""
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, source, index, epoch]))
 
 
 def choose(rng: np.random.Generator, options: Sequence[T]) -> T:

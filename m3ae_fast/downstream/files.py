@@ -22,7 +22,9 @@ import numpy as np
 
 from m3ae_fast import M3AEFastWarning, _checks
 from m3ae_fast.data import FolderDataset, Sample, open_dataset
-from m3ae_fast.data.folder import IMAGES, read_image
+from m3ae_fast.data.folder import IMAGES
+from m3ae_fast.data.images import read_image
+from m3ae_fast.data.rows import parse_object
 from m3ae_fast.downstream.examples import Pair, Phrase, Question, Statement
 from m3ae_fast.downstream.shapes import ShapesPairs, ShapesPhrases, ShapesQuestions, ShapesStatements
 
@@ -191,7 +193,7 @@ class _File(Sequence):
             if len(self.rows) == count:
                 break
             name = f"{self.path}, line {number}"
-            given = _object(name, line)
+            given = parse_object(name, line)
             self.rows.append(_Row(name, self._checked(name, given)))
             unread |= given.keys() - self.fields.keys() - self.optional.keys()
         if not self.rows:
@@ -344,13 +346,3 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise ValueError(f"{path}, line {number} must be UTF-8: {error}") from None
             if text.strip():
                 yield number, text
-
-
-def _object(name: str, line: str) -> dict:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} must be a JSON object, got {line.strip()[:60]!r}: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} must be a JSON object, got {type(value).__name__}")
-    return value

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from m3ae_fast import _checks
 from m3ae_fast._files import read_json, write_json
-from m3ae_fast.data import DRAWN
+from m3ae_fast.data.specs import absolute
 from m3ae_fast.models import OBJECTIVES
 from m3ae_fast.models.config import SIZES
 
@@ -34,7 +34,8 @@ class RunConfig:
     """A pre-training run. None stands for the model's default; `resolved()` fills it in.
 
     Attributes:
-        data: "shapes" or "cluttered" (drawn, built in) or a folder of name.jpg + name.txt.
+        data: "shapes" or "cluttered" (drawn, built in), a folder of name.jpg + name.txt, a file or shards, each
+            perhaps with a weight behind it ("A.h5=3"), or a list of such: see m3ae_fast.data.open_dataset.
         objective: what is trained: m3ae, mae, mamo, clip, supervised (m3ae_fast.models.OBJECTIVES).
         model: its size: tiny, small, base, large, huge.
         steps: optimiser steps. batch_size: samples of a forward pass. accumulate: passes of a step.
@@ -57,7 +58,7 @@ class RunConfig:
         ValueError: a value out of its range, naming it. TypeError: not a number.
     """
 
-    data: str = "shapes"
+    data: str | list[str] = "shapes"
     objective: str = "m3ae"
     model: str = "tiny"
     steps: int | None = None
@@ -85,6 +86,10 @@ class RunConfig:
     model_config: dict | None = None
 
     def __post_init__(self):
+        if not isinstance(self.data, str) and not (
+            isinstance(self.data, (list, tuple)) and self.data and all(isinstance(spec, str) for spec in self.data)
+        ):
+            raise TypeError(f"data must be a string or a list of strings, got {self.data!r}")
         _checks.choice("objective", self.objective, OBJECTIVES)
         _checks.choice("model", self.model, SIZES)
         _checks.choice("precision", self.precision, ("fp32", "bf16"))
@@ -124,8 +129,7 @@ class RunConfig:
             values["warmup"] = values["steps"] // 10
         if values["picture_every"] is None:
             values["picture_every"] = max(values["steps"] // 4, 1)
-        if self.data not in DRAWN:
-            values["data"] = os.path.abspath(self.data)
+        values["data"] = absolute(self.data) if isinstance(self.data, str) else [absolute(spec) for spec in self.data]
         if self.text_vocab is not None:
             values["text_vocab"] = os.path.abspath(self.text_vocab)
         return RunConfig(**values)

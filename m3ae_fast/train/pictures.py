@@ -14,7 +14,8 @@ from m3ae_fast import M3AEFastWarning
 from m3ae_fast._files import replacing
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader, Sample, Tokenizer, open_dataset
-from m3ae_fast.data.folder import read_captions, read_image
+from m3ae_fast.data.folder import read_captions
+from m3ae_fast.data.images import read_image
 from m3ae_fast.models import M3AEConfig
 from m3ae_fast.train import metrics
 from m3ae_fast.train.config import PAIRED, RunConfig

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from m3ae_fast._files import naming
-from m3ae_fast.data import PairedShare, Tokenizer, open_dataset
+from m3ae_fast.data import Tokenizer, open_dataset
 from m3ae_fast.models import OBJECTIVES
 from m3ae_fast.train import checkpoint
 from m3ae_fast.train.config import RunConfig
@@ -117,9 +117,10 @@ def create(folder: Path, config: RunConfig):
 
 
 def open_data(config: RunConfig, image_size: int):
-    """The run's data set, of which `paired_share` of the images keep their captions."""
-    dataset = open_dataset(config.data, image_size=image_size, seed=config.seed)
-    return dataset if config.paired_share == 1 else PairedShare(dataset, config.paired_share, config.seed)
+    """The run's data set."""
+    return open_dataset(
+        config.data, image_size=image_size, seed=config.seed, strict=config.strict, paired_share=config.paired_share
+    )
 
 
 def _model_config(config: RunConfig, changes: dict):

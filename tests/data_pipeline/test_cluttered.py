@@ -65,3 +65,17 @@ def test_paired_share_keeps_the_same_images():
     assert (some.endless, some.crop_scale, some.classes) == (whole.endless, whole.crop_scale, whole.classes)
     with pytest.raises(ValueError, match="share must be in"):
         PairedShare(whole, 0, seed=2)
+
+
+def test_paired_share_of_files_decodes_no_more_than_it_must_and_of_several_draws_for_each():
+    photos = "tests/data/photos"
+    whole, some = (
+        open_dataset(photos, image_size=32, seed=0),
+        open_dataset(photos, image_size=32, seed=0, paired_share=0.5),
+    )
+    for i in range(len(whole)):
+        assert some.read(i).name == whole.names[i] and not isinstance(some.read(i).image, np.ndarray)
+        assert np.array_equal(some[i].image, whole[i].image)
+        assert some[i].captions == some.read(i).captions == (whole[i].captions if some.keeps(i) else ())
+    first, second = open_dataset(["cluttered", "cluttered"], image_size=32, seed=0, paired_share=0.5).sources
+    assert [first.keeps(i) for i in range(64)] != [second.keeps(i) for i in range(64)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from m3ae_fast.data.seeds import SAMPLE, generator
-from m3ae_fast.data.transforms import augment, center_crop, random_crop
+from m3ae_fast.data.transforms import augment, center_crop, crop, random_box
 
 
 def gradient(height: int, width: int) -> np.ndarray:
@@ -42,23 +42,26 @@ def test_resizing_keeps_values():
 
 
 def test_random_crops_cover_the_range():
-    image = gradient(240, 240)
-    crops = [random_crop(image, (0.2, 1.0), generator(0, SAMPLE, 0, i)) for i in range(800)]
-    areas = np.array([c.shape[0] * c.shape[1] / 240**2 for c in crops])
-    ratios = np.array([c.shape[1] / c.shape[0] for c in crops])
-    corners = np.array([c[0, 0, :2] for c in crops])
+    boxes = np.array([random_box(240, 240, (0.2, 1.0), generator(0, SAMPLE, 0, i)) for i in range(800)])
+    corners, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+    areas = sides.prod(1) / 240**2
+    ratios = sides[:, 0] / sides[:, 1]
     assert 0.19 < areas.min() < 0.23 and 0.93 < areas.max() <= 1
     assert 0.74 < ratios.min() < 0.77 and 1.3 < ratios.max() < 1.35
-    assert corners.min() == 0 and corners.max() > 100
-    for crop, (y, x) in zip(crops, corners.tolist(), strict=True):
-        assert np.array_equal(crop, image[y : y + crop.shape[0], x : x + crop.shape[1]])
+    assert corners.min() == 0 and corners.max() > 100 and boxes.max() == 240
+
+
+def test_the_box_is_what_comes_out():
+    image, (x0, y0, x1, y1) = gradient(90, 120), (30, 20, 70, 60)
+    assert np.array_equal(crop(image, (x0, y0, x1, y1), 40), image[y0:y1, x0:x1])
+    halved = crop(image, (x0, y0, x1, y1), 20)
+    np.testing.assert_allclose(halved[..., 0], np.arange(20)[:, None].repeat(20, 1) * 2 + y0 + 0.5, atol=1)
+    np.testing.assert_allclose(halved[..., 1], np.arange(20)[None].repeat(20, 0) * 2 + x0 + 0.5, atol=1)
 
 
 def test_a_strip_falls_back_to_its_middle():
-    crop = random_crop(gradient(10, 250), (0.9, 1.0), generator(0, SAMPLE))
-    assert crop.shape == (10, 13, 3) and crop[0, 0, 1] == (250 - 13) // 2
-    crop = random_crop(gradient(250, 9), (0.9, 1.0), generator(0, SAMPLE))
-    assert crop.shape == (12, 9, 3)
+    assert random_box(10, 250, (0.9, 1.0), generator(0, SAMPLE)) == (118, 0, 131, 10)
+    assert random_box(250, 9, (0.9, 1.0), generator(0, SAMPLE)) == (0, 119, 9, 131)
 
 
 def test_mirroring():

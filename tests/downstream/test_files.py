@@ -11,7 +11,7 @@ import pytest
 
 from m3ae_fast import M3AEFastWarning
 from m3ae_fast.data import BadSample
-from m3ae_fast.data.folder import read_image
+from m3ae_fast.data.images import read_image
 from m3ae_fast.downstream import shapes
 from m3ae_fast.downstream.files import open_pairs, open_phrases, open_questions, open_statements, read_answers
 

@@ -84,7 +84,10 @@ def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
         (["pretrain", "--workers", "x"], "argument --workers: must be a whole number, at least 0, got 'x'"),
         (["pretrain", "--lr", "-1"], "lr must be finite and positive, got -1.0"),
         (["pretrain", "--image-size", "30"], "image_size must be a multiple of patch_size 8, got 30"),
-        (["pretrain", "--data", "nowhere"], "path must name a folder, there is no"),
+        (
+            ["pretrain", "--data", "nowhere"],
+            "data must name shapes, cluttered, a folder, an .h5 or .jsonl file",
+        ),
         (["pretrain", "--data", "empty"], "path must hold"),
         (["pretrain", "--text-vocab", "none.txt"], "none.txt"),
         (["pretrain", "--device", "abacus"], "device must be one that torch can use, got 'abacus'"),

@@ -1,0 +1,110 @@
+"""HDF5Dataset: the files that the paper's public code reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from m3ae_fast import _checks
+from m3ae_fast.data.images import EncodedDataset, EncodedImage
+from m3ae_fast.data.sample import BadSample, Sample, clean_captions
+
+# The names of (images, captions, labels) in a file, for each split; the first that is there counts.
+LAYOUTS = {
+    None: (("jpg", "caption", None), (None, "text", None)),
+    "train": (("train_jpg", None, "train_labels"),),
+    "val": (("val_jpg", None, "val_labels"),),
+}
+
+
+class HDF5Dataset(EncodedDataset):
+    """Rows of `jpg` (encoded images, a variable-length uint8 array each) and `caption` (strings), or of `text` alone;
+    of ImageNet's file, `train_jpg` and `train_labels`, or `val_jpg` and `val_labels`.
+
+    Without `caption`, images alone. The file is opened anew in each process that reads it.
+
+    Args:
+        path: the file.
+        split: "train" or "val" of a file that holds both; None of any other.
+    Attributes:
+        classes: "0" to the largest of the labels.
+    Raises:
+        FileNotFoundError: there is no such file. ModuleNotFoundError: h5py is missing.
+        ValueError: it is no HDF5 file, holds none of those, or columns of different lengths.
+    Source: github.com/young-geng/m3ae_public (arXiv:2205.14204).
+    """
+
+    def __init__(self, path: str | os.PathLike, split: str | None = None):
+        _checks.choice("split", split, tuple(LAYOUTS))
+        self.path, self.split = Path(path), split
+        self._file, self._process = None, None
+        with _open(self.path) as file:
+            there = set(file)
+            found = [[name if name in there else None for name in names] for names in LAYOUTS[split]]
+            found = [names for names in found if names[0] or names[1]]
+            if not found:
+                wanted = " or ".join("/".join(filter(None, names)) for names in LAYOUTS[split])
+                hint = "; its split, train or val, must be named" if there & {"train_jpg", "val_jpg"} else ""
+                held = ", ".join(sorted(there)) or "nothing"
+                raise ValueError(f"path must hold {wanted}, got {held} in {path}{hint}")
+            self._images, self._captions, self._labels = found[0]
+            lengths = {name: len(file[name]) for name in found[0] if name}
+            if len(set(lengths.values())) > 1:
+                raise ValueError(f"{path} must hold columns of one length, got {lengths}")
+            self._length = next(iter(lengths.values()))
+            if self._labels and self._length:
+                self._labels = file[self._labels][:].astype(np.int64).reshape(self._length)
+                if self._labels.min() < 0:
+                    raise ValueError(f"{path}: labels must not be negative, got {self._labels.min()}")
+                self.classes = tuple(map(str, range(self._labels.max() + 1)))
+        if not self._length:
+            raise ValueError(f"path must hold at least one row, got none in {path}")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, index: int) -> Sample:
+        """The sample, its image still encoded. BadSample: the row cannot be read, or holds nothing."""
+        name = f"{self.path.name}{f':{self.split}' if self.split else ''}, row {index}"
+        captions = clean_captions(name, self._cell(name, self._captions, index)) if self._captions else ()
+        if self._images is None:
+            if not captions:
+                raise BadSample(name, "there is no word in its text", "caption")
+            return Sample(None, captions, name)
+        labels = () if self._labels is None else (int(self._labels[index]),)
+        return Sample(EncodedImage(bytes(self._cell(name, self._images, index)), name), captions, name, labels)
+
+    def captions(self) -> Iterator[str]:
+        """All captions, no image read; rows that cannot be read are left out here, and named where they are used."""
+        for index in range(len(self) if self._captions else 0):
+            try:
+                yield from clean_captions("", self._cell("", self._captions, index))
+            except BadSample:
+                continue
+
+    def _cell(self, name: str, column: str, index: int):
+        if self._process != os.getpid():  # a handle does not survive a fork
+            self._file, self._process = _open(self.path), os.getpid()
+        try:
+            return self._file[column][index]
+        except (OSError, KeyError, RuntimeError) as error:
+            raise BadSample(name, f"{column}: {error}", "shard") from error
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_file": None, "_process": None}
+
+
+def _open(path: Path):
+    try:
+        import h5py
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{path}: HDF5 needs h5py: pip install '.[train]'", name="h5py") from error
+    if not path.is_file():
+        raise FileNotFoundError(f"path must name an HDF5 file, there is no {path}")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"path must name an HDF5 file, {path} cannot be read as one: {error}") from error

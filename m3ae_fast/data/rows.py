@@ -1,0 +1,129 @@
+"""JSONLinesDataset: a row an example, images beside the file."""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from m3ae_fast.data.images import EncodedDataset, EncodedImage
+from m3ae_fast.data.sample import BadSample, Sample, clean_captions
+
+MOST_CLASSES = 1 << 20  # a larger number is no class
+
+
+class JSONLinesDataset(EncodedDataset):
+    """Rows {"image": "a.jpg", "caption": "..."}, or {"text": "..."} of texts alone, one a line, UTF-8.
+
+    `image` is a path relative to the file's folder; `caption` a string or a list of several, and may be left out; so
+    may `label`, a class's number or name, and `labels`, a list of those. Only where the lines begin is kept in memory;
+    a row is read when it is asked for, and one that is damaged is a BadSample then, not an error of the whole file.
+
+    Args:
+        path: the file.
+    Attributes:
+        classes: the names of the labels, sorted; of numbers, "0" to the largest.
+    Raises:
+        FileNotFoundError, IsADirectoryError: there is no such file.
+        ValueError: there is no row in it, or labels are numbers here and names there.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        offsets, labels, position = array("q"), set(), 0
+        with open(self.path, "rb") as file:
+            for line in file:
+                if line.strip():
+                    offsets.append(position)
+                    if b'"label' in line:  # the others need not be parsed to know the classes
+                        labels |= _labels_met(line)
+                position += len(line)
+        if not offsets:
+            raise ValueError(f"path must hold a JSON object a line, got none in {path}")
+        self._offsets = np.frombuffer(offsets, np.int64)
+        names = {label for label in labels if isinstance(label, str)}
+        numbers = range(max(labels - names, default=-1) + 1)
+        if names and numbers:
+            raise ValueError(
+                f"{path}: labels must all be names or all be numbers, got {max(names)!r} and {max(numbers)}"
+            )
+        classes = sorted(names) or numbers
+        self.classes = tuple(map(str, classes))
+        self._numbers = {label: number for number, label in enumerate(classes)}
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def read(self, index: int) -> Sample:
+        """The sample, its image still encoded. BadSample: the row or its image cannot be read, or holds nothing."""
+        name, row = self._row(index)
+        if ("image" in row) == ("text" in row):
+            raise BadSample(name, f"it must have either image or text, got {', '.join(row) or 'no field'}", "row")
+        captions = clean_captions(name, row.get("caption") or row.get("text") or ())
+        labels = self._labels(name, row)
+        if "text" in row:
+            if not captions:
+                raise BadSample(name, "there is no word in its text", "caption")
+            return Sample(None, captions, name, labels)
+        if not isinstance(row["image"], str):
+            raise BadSample(name, f"image must be the path of an image file, got {json.dumps(row['image'])}", "row")
+        return Sample(EncodedImage(self.path.parent / row["image"], f"{name}: {row['image']}"), captions, name, labels)
+
+    def captions(self) -> Iterator[str]:
+        """All captions, no image read; rows that cannot be read are left out here, and named where they are used."""
+        for index in range(len(self)):
+            try:
+                name, row = self._row(index)
+                yield from clean_captions(name, row.get("caption") or row.get("text") or ())
+            except BadSample:
+                continue
+
+    def _row(self, index: int) -> tuple[str, dict]:
+        """Its name, and its fields. A file is opened anew each time: no handle to share between processes."""
+        begin = int(self._offsets[index])
+        name = f"{self.path.name}, row {index + 1}"
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(begin)
+                return name, parse_object(name, file.readline().decode("utf-8-sig" if begin == 0 else "utf-8"))
+        except OSError as error:
+            raise BadSample(name, str(error), "shard") from error
+        except ValueError as error:  # of UTF-8, too
+            raise BadSample(name, str(error).removeprefix(f"{name} "), "row") from None
+
+    def _labels(self, name: str, row: dict) -> tuple[int, ...]:
+        try:
+            return tuple(self._numbers[label] for label in _labels(row))
+        except (KeyError, TypeError):
+            raise BadSample(name, "label must be a class's number or name, or labels a list of those", "row") from None
+
+
+def _labels(row: dict) -> list:
+    return [*row.get("labels", ()), *([row["label"]] if "label" in row else [])]
+
+
+def _labels_met(line: bytes) -> set[int | str]:
+    """Those of a line that may be anything: what is wrong with it is said where it is used."""
+    try:
+        return {label for label in _labels(json.loads(line)) if isinstance(label, str) or _is_number(label)}
+    except (ValueError, TypeError, AttributeError):
+        return set()
+
+
+def _is_number(label: object) -> bool:
+    return type(label) is int and 0 <= label < MOST_CLASSES
+
+
+def parse_object(name: str, line: str) -> dict:
+    """A line of a JSON-lines file. ValueError: it is not a JSON object; `name` is what the message calls it."""
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} must be a JSON object, got {line.strip()[:60]!r}: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a JSON object, got {type(value).__name__}")
+    return value

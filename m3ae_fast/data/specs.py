@@ -1,0 +1,108 @@
+"""open_dataset: the data that a command line names."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from m3ae_fast.data.cluttered import ClutteredShapes
+from m3ae_fast.data.folder import FolderDataset
+from m3ae_fast.data.hdf5 import HDF5Dataset
+from m3ae_fast.data.mixture import MixedDataset
+from m3ae_fast.data.paired import PairedShare
+from m3ae_fast.data.rows import JSONLinesDataset
+from m3ae_fast.data.shapes import ShapesDataset
+from m3ae_fast.data.shards import TarDataset
+
+DRAWN = {"shapes": ShapesDataset, "cluttered": ClutteredShapes}
+HDF5, JSON_LINES = (".h5", ".hdf5"), (".jsonl", ".ndjson")
+SPLITS = ("train", "val")
+
+
+def open_dataset(
+    data: str | Sequence[str], *, image_size: int, seed: int, strict: bool = False, paired_share: float = 1.0
+):
+    """The data set that a specification names, or the MixedDataset of several.
+
+        shapes                  drawn scenes, built in ("./shapes" is a folder of that name)
+        cluttered               drawn images whose colour is their label, built in
+        DIR                     FolderDataset: name.jpg + name.txt, or a subfolder for each class
+        FILE.h5, FILE.hdf5      HDF5Dataset; FILE.h5:train and FILE.h5:val of a file of both
+        FILE.jsonl, .ndjson     JSONLinesDataset
+        a-{00..11}.tar, *.tar   TarDataset
+        URL.tar, pipe:COMMAND   StreamedDataset
+
+    Args:
+        data: SPEC or SPEC=WEIGHT, or a list of those (weight 1 where none is given). What stands behind the last "="
+            is a weight if it is a number: of a path that ends so, "DIR=3=1".
+        image_size: pixels a side of what is drawn; files keep their images' own sizes.
+        seed: of what is drawn.
+        strict: raise BadSample for a damaged shard, instead of a warning.
+        paired_share: of the images, which keep their captions: see PairedShare.
+    Raises:
+        FileNotFoundError, ValueError: no such data, or nothing in it; a weight that is not positive.
+        ModuleNotFoundError: what a format needs is not installed.
+    """
+    given = [data] if isinstance(data, str) else list(data)
+    if not given:
+        raise ValueError("data must name at least one data set, got none")
+    specs, weights = zip(*map(split_weight, given), strict=True)
+    sources = [open_source(spec, image_size=image_size, seed=seed, strict=strict) for spec in specs]
+    if paired_share != 1:
+        sources = [PairedShare(source, paired_share, seed, number) for number, source in enumerate(sources)]
+    return sources[0] if len(sources) == 1 else MixedDataset(sources, weights)
+
+
+def open_source(spec: str, *, image_size: int, seed: int, strict: bool = False):
+    """The data set of one specification, without a weight; arguments and errors are those of `open_dataset`."""
+    if spec in DRAWN:
+        return DRAWN[spec](image_size, seed)
+    path, split = split_of(spec)
+    suffix = Path(path).suffix.lower()
+    if os.path.isdir(path):
+        return FolderDataset(path)
+    if suffix in HDF5:
+        return HDF5Dataset(path, split)
+    if suffix in JSON_LINES:
+        return JSONLinesDataset(path)
+    if suffix == ".tar":
+        return TarDataset(path, strict=strict)
+    if os.path.exists(path):
+        raise ValueError(
+            f"data must be shapes, cluttered, a folder, or a file named .h5, .hdf5, .jsonl, .ndjson or .tar, got {spec}"
+        )
+    raise FileNotFoundError(
+        "data must name shapes, cluttered, a folder, an .h5 or .jsonl file or .tar shards that are there, "
+        f"there is no {spec}"
+    )
+
+
+def split_of(spec: str) -> tuple[str, str | None]:
+    """ "imagenet.h5:train" -> ("imagenet.h5", "train"); any other -> (itself, None)."""
+    path, colon, split = spec.rpartition(":")
+    return (path, split) if colon and split in SPLITS and path.lower().endswith(HDF5) else (spec, None)
+
+
+def split_weight(spec: str) -> tuple[str, float]:
+    """ "A.h5=3" -> ("A.h5", 3.0); weight 1 where none is given. ValueError: it is not positive."""
+    name, equals, weight = spec.rpartition("=")
+    if not equals or not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", weight):
+        return spec, 1.0
+    if not 0 < float(weight) < float("inf"):
+        raise ValueError(f"data must have a weight that is positive, got {spec}")
+    return name, float(weight)
+
+
+def absolute(spec: str) -> str:
+    """The same specification, whatever the current folder."""
+    name, _ = split_weight(spec)
+    if name in DRAWN or is_streamed(name):
+        return spec
+    return os.path.abspath(name) + spec[len(name) :]
+
+
+def is_streamed(spec: str) -> bool:
+    """Whether it is a URL or a command's output."""
+    return spec.startswith("pipe:") or "://" in spec
