@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -60,7 +61,7 @@ def experiments(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = min(jobs or cores, len(todo))
     pool = ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(max(cores // jobs, 1),)
+        jobs, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(max(cores // jobs, 1),)
     )
     with pool, tqdm(total=len(todo), disable=not progress, desc="runs") as bar:
         futures = {pool.submit(train_and_score, name, seed, scale, out): (name, seed) for name, seed in todo}
@@ -72,6 +73,17 @@ def experiments(
             pool.shutdown(cancel_futures=True)
             raise
     return write_report(out, list(tables), seeds, scale)
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A run whose parent was killed must not go on beside the same one started again."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def train_and_score(name: str, seed: int, scale: Scale, out: Path) -> dict[str, float]:

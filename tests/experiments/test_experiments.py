@@ -3,6 +3,9 @@ scored."""
 
 import dataclasses
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -88,3 +91,32 @@ def test_the_command(tmp_path, capsys):
     assert "| 10 % |" in printed and "experiments.md" in printed
     folders = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
     assert folders == {"m3ae-0", "mae-0", "m3ae-paired-10-0", "m3ae-paired-20-0", "m3ae-paired-30-0"}
+
+
+def test_runs_end_with_their_parent(tmp_path):
+    """Killed, it cannot end them: they must see to it."""
+    script = tmp_path / "start.py"
+    script.write_text(
+        "from m3ae_fast.experiments import Scale, experiments\n"
+        "if __name__ == '__main__':\n"
+        f"    experiments({str(tmp_path)!r}, tables=['objectives'], seeds=1, scale=Scale(steps=10**6), jobs=1)\n"
+    )
+    parent = subprocess.Popen([sys.executable, script], stderr=subprocess.DEVNULL)
+    rows = tmp_path / "m3ae-0" / "metrics.jsonl"
+    wait_until(lambda: rows.is_file() and rows.stat().st_size)
+    parent.kill()
+    parent.wait()
+
+    def still() -> bool:
+        before = rows.stat().st_size
+        time.sleep(2)  # some hundred steps
+        return rows.stat().st_size == before
+
+    wait_until(still, 30)
+
+
+def wait_until(done, seconds=120):
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.1)
