@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import signal
+import threading
 import time
 import warnings
 from collections import Counter
@@ -14,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data._utils import signal_handling
 
 from m3ae_fast import ImageTextBatch, M3AEFastWarning, _checks
 from m3ae_fast.data.mixture import MixedDataset
@@ -26,6 +29,7 @@ from m3ae_fast.data.transforms import augment, center_crop
 COUNTERS = ("seen", "images_skipped", "texts_cut", "captions_empty")
 MAX_WARNINGS = 20  # of bad samples: a web-scale data set has thousands
 MAX_TRIES = 1000  # samples in a row that cannot be read, after which the data set itself is at fault
+MAX_DEATHS = 3  # of workers without a batch between them, after which it is the batch that kills them
 
 
 class Loader:
@@ -40,6 +44,7 @@ class Loader:
 
     A sample that cannot be read is replaced by the next good one of its epoch, and counted; the first ones are warned
     of, once for each file.
+    When a worker process dies, all are started again at the batch that is due, with a warning: no batch is lost.
 
     Args:
         dataset: a MixedDataset, a StreamedDataset, or a sequence of `Sample`s, whose `__getitem__` may raise BadSample;
@@ -69,10 +74,11 @@ class Loader:
         images: given out. wait_seconds: spent waiting for batches. read_seconds: spent making them, by all workers.
         skipped: how many samples were replaced, by what was damaged (BadSample.kind).
         bad: the first of them that were met, at most 20, by name: BadSample.
+        workers_died: how often workers were started again.
 
     Raises:
         ValueError, TypeError: an argument, or a data set without one sample that can be read.
-        BadSample: with `strict`. RuntimeError: a worker process died.
+        BadSample: with `strict`. ChildProcessError: workers died, time after time, at the same batch.
     """
 
     def __init__(
@@ -105,10 +111,11 @@ class Loader:
         batches = _Batches(
             mixture, tokenizer, image_size, batch_size, check_seed(seed), max_text_length, strict, augment, pairs_only
         )
+        self._numbers = _Numbers(start_step * world_size + rank, world_size)
         self._loader = DataLoader(
             batches,
             batch_size=None,  # an item is a whole batch already
-            sampler=_Numbers(start_step * world_size + rank, world_size),
+            sampler=self._numbers,
             num_workers=workers,
             collate_fn=_as_it_is,
             worker_init_fn=_ignore_interrupts,
@@ -120,19 +127,19 @@ class Loader:
         self.images, self.wait_seconds, self.read_seconds = 0, 0.0, 0.0
         self.skipped: Counter[str] = Counter()
         self.bad: dict[str, BadSample] = {}
+        self.workers_died = 0
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> tuple[int, ImageTextBatch]:
         start = time.perf_counter()
-        if self._batches is None:
-            self._batches = iter(self._loader)
-        loaded = next(self._batches)
+        loaded = self._next()
         self.wait_seconds += time.perf_counter() - start
         if isinstance(loaded, Exception):
             self.close()
             raise loaded
+        self._numbers.start = loaded.number + self._world_size
         for name, count in loaded.counters.items():
             self.counters[name] += count
         self.images += sum(loaded.batch.has_image)
@@ -149,6 +156,26 @@ class Loader:
         more = "; further ones are counted, not named" if len(self.bad) == MAX_WARNINGS else ""
         message = f"{bad}; skipped (bad files so far: {len(self.bad)}{more})"
         warnings.warn(message, M3AEFastWarning, stacklevel=3)
+
+    def _next(self) -> _Loaded | Exception:
+        """The batch that is due. A batch is a function of its number: workers that died are started again at it."""
+        for _ in range(MAX_DEATHS):
+            try:
+                if self._batches is None:
+                    with _no_alarm():
+                        self._batches = iter(self._loader)
+                return next(self._batches)
+            except (RuntimeError, EOFError, OSError) as error:  # the latter two: it died while sending
+                if not self._loader.num_workers or "in DataLoader worker process" in str(error):  # the data set's own
+                    raise
+                self._batches, death = None, str(error) or type(error).__name__
+            self.workers_died += 1
+            step = self._numbers.start // self._world_size
+            warnings.warn(f"{death}; started again at batch {step}", M3AEFastWarning, stacklevel=3)
+        raise ChildProcessError(
+            f"workers died {MAX_DEATHS} times at batch {step}, the last: {death}; the system may have killed them for "
+            "memory (fewer workers need less), or a file crashes its reader (workers=0 shows where)"
+        )
 
     def close(self) -> None:
         """End the worker processes; the stream ends with them."""
@@ -181,6 +208,21 @@ class _Numbers(Sampler):
 
 def _as_it_is(loaded):
     return loaded
+
+
+@contextlib.contextmanager
+def _no_alarm():
+    """Takes back the signal handler that torch sets when it starts workers: it raises an error wherever the program is,
+    in the midst of a step, when one of them dies. Without it, the next batch asked for tells, within seconds."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield  # nor does torch set it here
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        torchs = getattr(before, "__module__", None) == signal_handling.__name__  # of an earlier DataLoader
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs or before is None else before)
 
 
 def _ignore_interrupts(worker: int) -> None:

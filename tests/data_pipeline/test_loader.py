@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from m3ae_fast import M3AEFastWarning
 from m3ae_fast.data import BadSample, FolderDataset, Loader, Sample, ShapesDataset, Tokenizer
+from m3ae_fast.data import loader as loader_module
 from m3ae_fast.data.transforms import center_crop
 
 PHOTOS = Path(__file__).parent.parent / "data" / "photos"
@@ -336,9 +338,44 @@ class Fails(Marked):
         raise KeyError("a mistake in the data set")
 
 
-def test_a_worker_that_dies():
-    with pytest.raises(RuntimeError, match=r"DataLoader worker .*exited unexpectedly"):
-        next(loader(Dies(), workers=1))
+def test_workers_that_die_every_time_are_given_up(monkeypatch):
+    monkeypatch.setattr(loader_module, "MAX_DEATHS", 2)  # each takes torch five seconds to notice
+    stream = loader(Dies(), workers=1, start_step=5)
+    warned = pytest.warns(M3AEFastWarning, match=r"DataLoader worker .*exited unexpectedly.*started again at batch 5")
+    with warned, pytest.raises(ChildProcessError, match=r"workers died 2 times at batch 5, the last: DataLoader"):
+        next(stream)
+    assert stream.workers_died == 2
+
+
+def other_loader_used():
+    """torch's handler for workers that die is there, as after any DataLoader."""
+    next(iter(DataLoader([0], num_workers=1)))
+    signal_handling._SIGCHLD_handler_set = False
+    signal_handling._set_SIGCHLD_handler()
+
+
+@pytest.mark.parametrize("other", [None, other_loader_used])
+@pytest.mark.parametrize("rank, world_size", [(0, 1), (1, 3)])
+def test_a_worker_that_is_killed_costs_no_batch(other, rank, world_size):
+    options = {"batch_size": 2, "rank": rank, "world_size": world_size}
+    whole = loader(Marked(10, bad=[4]), **options)
+    stream = loader(Marked(10, bad=[4]), workers=2, **options)
+    if other:
+        other()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", M3AEFastWarning)
+        expected = take(whole, 13)
+        batches = [next(stream) for _ in range(4)]
+        for worker in stream._batches._workers:
+            os.kill(worker.pid, signal.SIGKILL)
+            worker.join()  # its death is known here: no error comes before the next batch is asked for
+        batches += [next(stream) for _ in range(2)]
+        os.kill(stream._batches._workers[0].pid, signal.SIGKILL)
+        batches += [next(stream) for _ in range(7)]  # more than have been read ahead
+    stream.close()
+    assert_same(expected, batches)
+    assert stream.counters == whole.counters and stream.workers_died == 2
+    assert sum("started again at batch" in str(w.message) for w in caught) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])
