@@ -47,6 +47,12 @@ def replacing(path: Path):
         temporary.unlink(missing_ok=True)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Delete what processes that were killed left half-written: ours, and safetensors' own `.tmpQ4Ge76`."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob(".tmp*")]:
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: dict) -> None:
     """Indented, whole or not at all."""
     with replacing(path) as temporary:

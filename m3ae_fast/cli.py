@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         message = " ".join(str(error).split())
         if isinstance(error, ModuleNotFoundError) and "pip install" not in message:
             message += ": pip install '.[train]'"
+        if "Memory" in type(error).__name__:
+            message += "; --checkpoint-blocks needs less memory, for the same numbers"
         print(f"m3ae-fast {args.name}: error: {message}", file=sys.stderr)
         return 2
 
@@ -47,9 +49,8 @@ def _is_the_callers(error: Exception) -> bool:
     """Whether a line that names the argument or the file says all there is to say; anything else is our bug."""
     if isinstance(error, ModuleNotFoundError):  # of the train extra; none of our own modules is ever missing
         return not (error.name or "m3ae_fast").startswith("m3ae_fast")
-    return (
-        isinstance(error, (ValueError, TypeError, OSError, FloatingPointError)) or type(error).__name__ == "BadSample"
-    )
+    kinds = (ValueError, TypeError, OSError, FloatingPointError, MemoryError)
+    return isinstance(error, kinds) or type(error).__name__ in ("BadSample", "OutOfMemoryError")  # torch's, the latter
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
@@ -71,11 +72,13 @@ def _pretrain(args: argparse.Namespace) -> int:
     config = RunConfig(**given)
     parts = (_name_of(config.data), *([] if config.objective == "m3ae" else [config.objective]), config.model)
     out = getattr(args, "out", Path("runs") / "-".join(parts))
-    if args.resume and (out / "run.json").is_file():
+    resumed = args.resume and (out / "run.json").is_file()
+    if resumed:
         config = dataclasses.replace(RunConfig.load(out), **given)
     shown = config.data if isinstance(config.data, str) else " + ".join(config.data)
+    doing = "going on with" if resumed else "training"
     print(
-        f"training {config.objective} {config.model} on {shown} into {out} (Ctrl-C saves and stops)",
+        f"{doing} {config.objective} {config.model} on {shown} into {out} (Ctrl-C saves and stops)",
         file=sys.stderr,
     )
     summary = pretrain(config, out, resume=args.resume, stop_after=getattr(args, "stop_after", None))
@@ -110,6 +113,8 @@ def _print_summary(summary) -> None:
         print(f"steps skipped, not finite: {summary.bad_steps:,} (batches: {folder / 'bad_steps'})")
     counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in summary.counters.items())
     print(f"samples: {counts}")
+    if summary.workers_died:
+        print(f"data workers died and were started again: {summary.workers_died:,} times")
     if summary.step < summary.steps:
         print(f"continue with: m3ae-fast pretrain --out {shlex.quote(str(folder))} --resume")
     if not summary.interrupted:
@@ -265,7 +270,10 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     optimiser.add_argument("--grad-clip", type=float, metavar="NORM", help="largest gradient norm (1.0), 0: any")
     files = command.add_argument_group("where, and how far")
     files.add_argument("--out", type=Path, metavar="DIR", help="default: runs/DATA-MODEL")
-    files.add_argument("--resume", action="store_true", default=False, help="continue the run in --out, to the bit")
+    files.add_argument(
+        "--resume", nargs="?", choices=("auto",), const=True, default=False,
+        help="continue the run in --out, to the bit; auto: or start it, where there is none yet",
+    )  # fmt: skip
     files.add_argument("--stop-after", type=_positive, metavar="K", help="stop, to be resumed, when K steps are taken")
     files.add_argument("--checkpoint-every", type=_natural, metavar="STEPS", help="default: 500; 0: only at the end")
     files.add_argument(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from m3ae_fast._files import replacing
+from m3ae_fast._files import remove_unfinished, replacing
 
 FORMAT = 1
 
@@ -127,7 +127,8 @@ def latest(folder: Path) -> Path:
 
 def keep_last(folder: Path, count: int = 2) -> None:
     """Delete all but the newest checkpoints, and what a killed process left half-written."""
-    for path in [*all_in(folder)[:-count], *folder.glob(".*.tmp")]:
+    remove_unfinished(folder)
+    for path in all_in(folder)[:-count]:
         path.unlink(missing_ok=True)
 
 

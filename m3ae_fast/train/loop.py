@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from m3ae_fast import _checks
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader
 from m3ae_fast.nn import checkpoint_blocks
@@ -43,10 +44,16 @@ class Summary:
     seconds: float = 0.0  # of the call
     wait_seconds: float = 0.0  # of those, spent waiting for data
     counters: dict = field(default_factory=dict)  # images skipped, texts cut, ...: Loader.counters
+    workers_died: int = 0  # how often data workers were started again
 
 
 def pretrain(
-    config: RunConfig, out: str | Path, *, resume: bool = False, stop_after: int | None = None, progress: bool = True
+    config: RunConfig,
+    out: str | Path,
+    *,
+    resume: bool | str = False,
+    stop_after: int | None = None,
+    progress: bool = True,
 ) -> Summary:
     """Train a model, writing into the folder `out` (see `m3ae_fast.train.run`).
 
@@ -55,16 +62,21 @@ def pretrain(
     Args:
         config: the run. When resuming, what it is made of must be what run.json says.
         out: the run's folder, made if need be.
-        resume: continue from the newest checkpoint.
+        resume: continue from the newest checkpoint. "auto": where `out` holds no run yet, start it, so that the same
+            call can be repeated until the run is done.
         stop_after: end once this many of the run's steps are taken, with a checkpoint.
         progress: show a progress bar on stderr.
 
     Raises:
         FileExistsError: `out` holds a run, and `resume` is not set. FileNotFoundError: nothing to resume, no data.
         ValueError: a setting, the data or a file of the run is not as it must be. OSError: a file cannot be written.
+        ChildProcessError: data workers died again and again. Whatever is raised, the newest checkpoint stays whole.
         FloatingPointError: the loss or the gradient was not finite for more than config.max_bad_steps steps in a row.
     """
     folder = Path(out)
+    _checks.choice("resume", resume, (False, True, "auto"))
+    if resume == "auto":
+        resume = run.exists(folder)
     config, dataset, tokenizer = run.reopen(folder, config) if resume else run.create(folder, config)
     device = run.pick_device(config.device)
     model = run.build_model(config).to(device)
@@ -94,7 +106,9 @@ def pretrain(
     summary = Summary(folder, done, config.steps, bad_steps.total)
     if done >= config.steps:
         return summary
-    if not resume:
+    if resume:
+        checkpoint.keep_last(checkpoints)  # what a killed process left there takes the room of the next one
+    else:
         run.prepare_folder(folder, tokenizer)
     loader = Loader(
         dataset, tokenizer, image_size=model.config.image_size, batch_size=config.batch_size, seed=config.seed,
@@ -102,17 +116,16 @@ def pretrain(
         strict=config.strict, pairs_only=config.objective in PAIRED,
     )  # fmt: skip
     start = clock = time.perf_counter()
-    with _StopRequest() as request, metrics.Metrics(folder, done) as rows, _Progress(config, done, progress) as bar:
+    with (
+        _StopRequest() as request,
+        metrics.Metrics(folder, done) as rows,
+        _Progress(folder, config, done, progress) as bar,
+    ):
         if not resume:
             save()  # a full disk shows now, and there is always a checkpoint to resume from
             config.save(folder)
         while done < stop and not request.made:
-            try:
-                micro_batches = [next(loader)[1] for _ in range(config.accumulate)]
-            except RuntimeError:
-                if request.made:  # Ctrl-C reached the workers, too
-                    break
-                raise
+            micro_batches = [next(loader)[1] for _ in range(config.accumulate)]
             lr = learning_rate(done, steps=config.steps, warmup=config.warmup, peak=config.lr)
             try:
                 losses = train_step(model, optimiser, micro_batches, config, done, lr, device)
@@ -136,7 +149,7 @@ def pretrain(
         save()
         summary.seconds = time.perf_counter() - start
         summary.step, summary.interrupted = done, request.made and done < stop
-        summary.bad_steps = bad_steps.total
+        summary.bad_steps, summary.workers_died = bad_steps.total, loader.workers_died
         summary.wait_seconds, summary.counters = loader.wait_seconds, dict(loader.counters)
         if not summary.interrupted:
             draw()
@@ -224,9 +237,9 @@ class _StopRequest:
 
 
 class _Progress:
-    """tqdm: loss, tokens a second, time left."""
+    """tqdm: loss, tokens a second, time left; where the run breaks off, how to go on."""
 
-    def __init__(self, config: RunConfig, done: int, shown: bool):
+    def __init__(self, folder: Path, config: RunConfig, done: int, shown: bool):
         from tqdm import tqdm
 
         interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants fewer lines
@@ -234,13 +247,16 @@ class _Progress:
             total=config.steps, initial=done, disable=not shown, mininterval=interval, dynamic_ncols=True,
             bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
         )  # fmt: skip
-        self._rate = None
+        self._folder, self._shown, self._rate = folder, shown, None
 
     def __enter__(self) -> _Progress:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
         self._bar.close()
+        if error is not None and self._shown and run.exists(self._folder):
+            newest = checkpoint.latest(self._folder / "checkpoints").name
+            print(f"broken off by {error.__name__}; {newest} is there to go on from: --resume", file=sys.stderr)
 
     def show(self, row: dict) -> None:
         rate = row["tokens_per_second"]

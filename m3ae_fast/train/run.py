@@ -82,6 +82,11 @@ def build_model(config: RunConfig) -> nn.Module:
     return model(model_config.from_dict(config.model_config))
 
 
+def exists(folder: Path) -> bool:
+    """Whether the folder holds a run that can be resumed: run.json is written after the first checkpoint."""
+    return (folder / "run.json").is_file()
+
+
 def create(folder: Path, config: RunConfig):
     """Everything a new run needs, in memory: (config with its model_config, data set, tokenizer). Writes nothing."""
     if (folder / "run.json").exists():
@@ -144,8 +149,7 @@ def prepare_folder(folder: Path, tokenizer: Tokenizer | None) -> None:
     """All but run.json, which comes last, after the first checkpoint: a folder with it can be resumed."""
     with naming(folder):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for path in checkpoint.all_in(folder / "checkpoints"):  # of a run that could not even write its run.json
-        path.unlink()
+    checkpoint.keep_last(folder / "checkpoints", 0)  # of a run that could not even write its run.json
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")
 
@@ -153,8 +157,11 @@ def prepare_folder(folder: Path, tokenizer: Tokenizer | None) -> None:
 def reopen(folder: Path, wanted: RunConfig | None):
     """What `create` returned, read back. `wanted` may differ only in what does not change the numbers; its Nones
     stand for what the run has."""
-    if not (folder / "run.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no run to resume: there is no run.json in it")
+    if not exists(folder):
+        raise FileNotFoundError(
+            f"{folder} holds no run to resume: there is no run.json in it; without --resume, or with --resume auto, "
+            "the run starts"
+        )
     config = RunConfig.load(folder)
     if wanted is not None:
         given = {name: value for name, value in wanted.to_dict().items() if value is not None}

@@ -104,7 +104,8 @@ def test_other_files_are_refused(tmp_path):
 def test_the_newest_two_are_kept(trained, tmp_path):
     for step in (3, 20, 100):
         checkpoint.save(checkpoint.step_path(tmp_path, step), step, CONFIG, *trained)
-    (tmp_path / ".step-00000007.safetensors.tmp").write_text("left by a process that was killed")
+    for name in (".step-00000007.safetensors.tmp", ".tmpQ4Ge76"):
+        (tmp_path / name).write_text("left by a process that was killed")
     checkpoint.keep_last(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000020.safetensors", "step-00000100.safetensors"]
     assert checkpoint.latest(tmp_path).name == "step-00000100.safetensors"

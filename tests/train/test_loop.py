@@ -124,9 +124,17 @@ def test_a_new_run_does_not_touch_an_old_one(train):
 
 
 def test_nothing_to_resume(train, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"run holds no run to resume"):
+    with pytest.raises(FileNotFoundError, match=r"run holds no run to resume: .*with --resume auto, the run starts"):
         train(resume=True)
     assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="resume must be one of False, True, 'auto', got 'maybe'"):
+        train(resume="maybe")
+
+
+def test_auto_starts_or_resumes(train):
+    whole = train("whole")
+    assert train(resume="auto", stop_after=5) == whole[:5]
+    assert train(resume="auto") == whole
 
 
 def test_a_finished_run_is_left_alone(train, config, tmp_path):

@@ -1,0 +1,168 @@
+"""A run goes on to the bit after kill -9, a full disk, a dead worker and any error.
+
+M3AE_FAST_KILLS=50 kills the run of the first test fifty times instead of five (`-s` prints where it was hit).
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import m3ae_fast
+from m3ae_fast.train import checkpoint, metrics
+
+KILLS = int(os.environ.get("M3AE_FAST_KILLS", 5))
+
+# Starting Python and torch takes longer than the run: the process that is killed is forked from one that has done so.
+SERVER = '''
+import json, os, sys, traceback
+import matplotlib.figure, safetensors.torch, tokenizers, torch.utils.tensorboard
+from m3ae_fast import cli
+from m3ae_fast.train import run
+
+run.LEARN_WORDS_FROM = 300
+print("ready", flush=True)
+
+
+def die_before(change):
+    """kill -9 as it is about to open a file of the run to write it, to rename or delete one, or to make a folder."""
+
+    def hook(event, values):
+        nonlocal change
+        changes = event in ("os.mkdir", "os.rename", "os.remove") or (event == "open" and values[2] & os.O_ACCMODE)
+        if changes and "killed" in str(values[0]):
+            change -= 1
+            if change == 0:
+                os.kill(os.getpid(), 9)
+
+    sys.addaudithook(hook)
+
+
+for line in sys.stdin:
+    process = os.fork()
+    if process == 0:
+        os.dup2(2, 1)
+        arguments, change = json.loads(line)
+        die_before(change)
+        try:
+            status = cli.main(arguments)
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        os._exit(status)
+    print(process, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+'''
+
+
+class Server:
+    """start(*arguments): the process of a new `m3ae-fast pretrain`; wait(): its exit status, -9 where it was killed."""
+
+    def __init__(self, folder: Path):
+        package = str(Path(m3ae_fast.__file__).parents[1])
+        env = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.log = open(folder / "log", "w")  # noqa: SIM115  closed by stop
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
+        self.process = subprocess.Popen([sys.executable, "-c", SERVER], text=True, env=env, cwd=folder, **pipes)
+        assert self.process.stdout.readline() == "ready\n"
+
+    def start(self, *arguments, die_before: int = 0) -> int:
+        self.process.stdin.write(json.dumps([["pretrain", *map(str, arguments)], die_before]) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self) -> int:
+        return int(self.process.stdout.readline())
+
+    def stop(self):
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+        self.log.close()
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = Server(tmp_path)
+    yield server
+    server.stop()
+
+
+def numbers(folder):
+    """What metrics.jsonl says, to the bit, without the rate; and the bytes of the newest checkpoint."""
+    rows = metrics.read(folder / "metrics.jsonl")
+    for row in rows:
+        del row["tokens_per_second"]
+    return rows, checkpoint.latest(folder / "checkpoints").read_bytes()
+
+
+def newest_step(folder) -> int:
+    """Of the newest checkpoint, by its name; 0 where there is none."""
+    return max((int(path.stem.split("-")[1]) for path in checkpoint.all_in(folder / "checkpoints")), default=0)
+
+
+def lines(path) -> int:
+    """Whole ones."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for(condition):
+    end = time.monotonic() + 200
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_killed_at_random_moments_it_is_the_same_run(server, tmp_path):
+    steps, rng, hits, taken = 10 * KILLS + 10, random.Random(0), Counter(), 0
+    options = ["--steps", steps, "--batch-size", 2, "--image-size", 32, "--device", "cpu", "--checkpoint-every", 2]
+    begin = time.perf_counter()
+    server.start("--out", "whole", *options)
+    wait_for((tmp_path / "whole" / "run.json").exists)
+    started = time.perf_counter()
+    assert server.wait() == 0
+    to_start, a_step = started - begin, (time.perf_counter() - started) / steps
+
+    folder, unfinished = tmp_path / "killed", set()
+    for kill in range(KILLS):  # a third of them while the process starts, the others around some step
+        process = server.start("--out", "killed", *options, "--resume", "auto")
+        if kill == 0 or rng.random() < 1 / 3:
+            time.sleep(rng.uniform(0, to_start))
+        else:
+            step = rng.randint(10 * kill, 10 * kill + 9)
+            wait_for(lambda step=step: lines(folder / "metrics.jsonl") >= step and (folder / "run.json").exists())
+            time.sleep(rng.uniform(0, 2 * a_step))
+        os.kill(process, signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL
+        before, taken = taken, lines(folder / "metrics.jsonl")
+        unfinished, left = set(folder.glob("checkpoints/.*")), unfinished
+        hits["in a checkpoint's write"] += bool(unfinished - left)
+        hits["before there was a run"] += not (folder / "run.json").exists()
+        hits["steps taken twice"] += taken - newest_step(folder)
+        hits["while it started again"] += taken <= before
+    print(f"{KILLS} kills, the last in step {taken + 1} of {steps}: {dict(hits)}")
+    server.start("--out", "killed", *options, "--resume", "auto")
+    assert server.wait() == 0
+    assert numbers(folder) == numbers(tmp_path / "whole")
+    assert len(numbers(folder)[0]) == steps
+    assert not list(folder.rglob(".*")), "nothing half-written is left"
+
+
+def test_killed_before_any_change_to_its_files_it_is_the_same_run(server, tmp_path):
+    """Not left to chance: the k-th process dies before the k-th change, all but the last."""
+    options = ["--steps", 4, "--batch-size", 2, "--image-size", 32, "--device", "cpu", "--checkpoint-every", 2]
+    server.start("--out", "whole", *options)
+    assert server.wait() == 0
+    statuses = []
+    while 0 not in statuses:
+        server.start("--out", "killed", *options, "--resume", "auto", die_before=len(statuses) + 1)
+        statuses.append(server.wait())
+    assert set(statuses[:-1]) == {-signal.SIGKILL} and len(statuses) > 15
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
