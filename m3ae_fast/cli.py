@@ -17,6 +17,7 @@ from pathlib import Path
 from m3ae_fast import M3AEFastWarning, __version__, explain
 from m3ae_fast.downstream.commands import add_commands
 
+SHOWN = 5  # damaged samples that are named
 INTERRUPTED = 130  # as shells say it: 128 + SIGINT
 
 
@@ -115,11 +116,28 @@ def _print_summary(summary) -> None:
     print(f"samples: {counts}")
     if summary.workers_died:
         print(f"data workers died and were started again: {summary.workers_died:,} times")
+    _print_data(summary)
     if summary.step < summary.steps:
         print(f"continue with: m3ae-fast pretrain --out {shlex.quote(str(folder))} --resume")
     if not summary.interrupted:
         print(f"pictures: {folder / 'pictures'}")
     print(f"numbers: {folder / 'metrics.jsonl'}, tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
+
+
+def _print_data(summary) -> None:
+    """How fast it came, and what was wrong with it."""
+    if summary.images:
+        by = f"{summary.workers} worker{'s' if summary.workers > 1 else ''}" if summary.workers else "this process"
+        able = summary.images / summary.read_seconds * max(1, summary.workers)
+        used = summary.images / max(summary.seconds - summary.wait_seconds, 1e-9)
+        print(f"images: {able:,.0f}/s is what {by} can load, {used:,.0f}/s what the model takes")
+    if summary.skipped:
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(summary.skipped.items()))
+        print(f"replaced by other samples, for something was damaged: {kinds}")
+    for bad in summary.bad[:SHOWN]:
+        print(f"  {bad}")
+    if len(summary.bad) > SHOWN:
+        print("  ...")
 
 
 def _reconstruct(args: argparse.Namespace) -> int:

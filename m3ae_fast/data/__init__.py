@@ -18,6 +18,7 @@ from m3ae_fast.data.sample import BadSample, Sample
 from m3ae_fast.data.shapes import Scene, SceneObject, ShapesDataset
 from m3ae_fast.data.shards import TarDataset
 from m3ae_fast.data.specs import DRAWN, open_dataset
+from m3ae_fast.data.streamed import StreamedDataset
 from m3ae_fast.data.text import Tokenizer
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Scene",
     "SceneObject",
     "ShapesDataset",
+    "StreamedDataset",
     "TarDataset",
     "Tokenizer",
     "open_dataset",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import signal
 import threading
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from m3ae_fast.data.mixture import MixedDataset
 from m3ae_fast.data.sample import BadSample, Sample
 from m3ae_fast.data.seeds import ORDER, SAMPLE, check_seed, generator
 from m3ae_fast.data.shuffle import Shuffle
+from m3ae_fast.data.streamed import StreamedDataset
 from m3ae_fast.data.text import Tokenizer
 from m3ae_fast.data.transforms import augment, center_crop
 
@@ -73,7 +75,7 @@ class Loader:
             be read and were replaced), `texts_cut`, `captions_empty` (captions without a word: the image alone).
         images: given out. wait_seconds: spent waiting for batches. read_seconds: spent making them, by all workers.
         skipped: how many samples were replaced, by what was damaged (BadSample.kind).
-        bad: the first of them that were met, at most 20, by name: BadSample.
+        bad: BadSample by name, of damaged shards and of the first samples that were met, 20 in all or as many shards.
         workers_died: how often workers were started again.
 
     Raises:
@@ -109,7 +111,16 @@ class Loader:
             raise ValueError("dataset must hold at least one sample, got an empty one")
         mixture = dataset if isinstance(dataset, MixedDataset) else MixedDataset([dataset], [1])
         batches = _Batches(
-            mixture, tokenizer, image_size, batch_size, check_seed(seed), max_text_length, strict, augment, pairs_only
+            mixture,
+            tokenizer,
+            image_size,
+            batch_size,
+            check_seed(seed),
+            max_text_length,
+            strict,
+            augment,
+            pairs_only,
+            readers=world_size * max(1, workers),
         )
         self._numbers = _Numbers(start_step * world_size + rank, world_size)
         self._loader = DataLoader(
@@ -126,7 +137,7 @@ class Loader:
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.images, self.wait_seconds, self.read_seconds = 0, 0.0, 0.0
         self.skipped: Counter[str] = Counter()
-        self.bad: dict[str, BadSample] = {}
+        self.bad = {bad.name: bad for source in mixture.sources for bad in getattr(source, "damaged", ())}
         self.workers_died = 0
 
     def __iter__(self) -> Loader:
@@ -150,7 +161,7 @@ class Loader:
 
     def _note(self, bad: BadSample) -> None:
         self.skipped[bad.kind] += 1
-        if bad.name in self.bad or len(self.bad) == MAX_WARNINGS:
+        if bad.name in self.bad or len(self.bad) >= MAX_WARNINGS:
             return
         self.bad[bad.name] = bad
         more = "; further ones are counted, not named" if len(self.bad) == MAX_WARNINGS else ""
@@ -260,6 +271,28 @@ class _Source:
         return self.read(index), generator(self.seed, SAMPLE, epoch, index, self.number)
 
 
+class _Stream(_Source):
+    """The same of a StreamedDataset: positions are asked for in the order in which its samples come."""
+
+    def __init__(self, dataset: StreamedDataset, number: int, seed: int):
+        self.dataset, self.size, self.number, self.seed = dataset, len(dataset), number, seed
+        self.flip, self.crop_scale, self.classes = dataset.flip_safe, dataset.crop_scale, ()
+
+    def start(self, reader: int, readers: int, done: int) -> None:
+        """As one of the readers, which has given out `done` samples before."""
+        entries = self.dataset.stream(self.seed, reader, readers, self.number)
+        self._entries, self._ahead, self._turn = itertools.islice(entries, done, None), deque(), None
+
+    def at(self, turn: int, offset: int) -> tuple[Sample, np.random.Generator]:
+        if turn != self._turn:
+            if self._turn is not None:
+                self._ahead.popleft()
+            self._turn = turn
+        while len(self._ahead) <= offset:
+            self._ahead.append(next(self._entries))
+        return self._ahead[offset].sample(), generator(self.seed, SAMPLE, 0, turn, self.number)
+
+
 @dataclasses.dataclass
 class _Batches(Dataset):
     """Batch by number. A worker holds a copy of it."""
@@ -273,14 +306,23 @@ class _Batches(Dataset):
     strict: bool
     augment: bool
     pairs_only: bool
+    readers: int  # workers of all ranks: batches are dealt out to them in turns
 
     def __post_init__(self):
-        sources, classes = self.mixture.sources, self.mixture.classes
-        self.sources = [_Source(source, i, classes, self.seed) for i, source in enumerate(sources)]
+        self.sources = [
+            _Stream(source, i, self.seed)
+            if isinstance(source, StreamedDataset)
+            else _Source(source, i, self.mixture.classes, self.seed)
+            for i, source in enumerate(self.mixture.sources)
+        ]
+        self._next: int | None = None  # the batch that streams are ready for
 
     def __getitem__(self, number: int) -> _Loaded | Exception:
         """An error is returned, to be raised by the loader: on the way out of a worker, one raised becomes another."""
         start = time.perf_counter()
+        if number != self._next:
+            self._start_streams(number)
+        self._next = number + self.readers
         counters, skipped = Counter(), []
         positions = range(number * self.batch_size, (number + 1) * self.batch_size)
         try:
@@ -298,6 +340,14 @@ class _Batches(Dataset):
             labels=self._labels(prepared),
         )
         return _Loaded(number, batch, counters, skipped, time.perf_counter() - start)
+
+    def _start_streams(self, number: int) -> None:
+        reader, size = number % self.readers, self.batch_size
+        for i, source in enumerate(self.sources):
+            if isinstance(source, _Stream):
+                count = functools.partial(self.mixture.count, i, seed=self.seed)
+                before = range(reader, number, self.readers)
+                source.start(reader, self.readers, sum(count(n * size + size) - count(n * size) for n in before))
 
     def _labels(self, prepared: list[_Prepared]) -> torch.Tensor | None:
         if not self.mixture.classes:

@@ -24,9 +24,11 @@ class PairedShare:
         _checks.number("share", share)
         if not 0 < share <= 1:
             raise ValueError(f"share must be in (0, 1], got {share}")
+        if not hasattr(dataset, "__getitem__"):
+            raise TypeError(f"dataset must have numbered samples, got {type(dataset).__name__}")
         self.dataset, self.share, self.seed, self.number = dataset, share, check_seed(seed), number
         self._read = getattr(dataset, "read", dataset.__getitem__)  # with its image still encoded, where that can be
-        for name in ("flip_safe", "crop_scale", "endless", "classes"):  # what the loader asks a data set
+        for name in ("flip_safe", "crop_scale", "endless", "classes", "damaged"):  # what the loader asks a data set
             if hasattr(dataset, name):
                 setattr(self, name, getattr(dataset, name))
 

@@ -103,7 +103,10 @@ class JSONLinesDataset(EncodedDataset):
 
 
 def _labels(row: dict) -> list:
-    return [*row.get("labels", ()), *([row["label"]] if "label" in row else [])]
+    labels = row.get("labels", [])
+    if not isinstance(labels, list):  # a word is no list of letters
+        raise TypeError
+    return [*labels, *([row["label"]] if "label" in row else [])]
 
 
 def _labels_met(line: bytes) -> set[int | str]:

@@ -15,6 +15,7 @@ from m3ae_fast.data.paired import PairedShare
 from m3ae_fast.data.rows import JSONLinesDataset
 from m3ae_fast.data.shapes import ShapesDataset
 from m3ae_fast.data.shards import TarDataset
+from m3ae_fast.data.streamed import StreamedDataset
 
 DRAWN = {"shapes": ShapesDataset, "cluttered": ClutteredShapes}
 HDF5, JSON_LINES = (".h5", ".hdf5"), (".jsonl", ".ndjson")
@@ -59,6 +60,8 @@ def open_source(spec: str, *, image_size: int, seed: int, strict: bool = False):
     """The data set of one specification, without a weight; arguments and errors are those of `open_dataset`."""
     if spec in DRAWN:
         return DRAWN[spec](image_size, seed)
+    if is_streamed(spec):
+        return StreamedDataset(spec)
     path, split = split_of(spec)
     suffix = Path(path).suffix.lower()
     if os.path.isdir(path):

@@ -13,13 +13,14 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from m3ae_fast import _checks
+from m3ae_fast import M3AEFastWarning, _checks
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader
 from m3ae_fast.nn import checkpoint_blocks
@@ -28,6 +29,8 @@ from m3ae_fast.train.bad_steps import BadSteps, NotFinite
 from m3ae_fast.train.config import PAIRED, RunConfig
 from m3ae_fast.train.pictures import draw_pictures
 from m3ae_fast.train.schedule import learning_rate
+
+WAIT_STEPS, WAIT_SHARE = 100, 0.2  # waiting for data takes more than this share of so many steps: a word about it
 
 
 @dataclass
@@ -45,6 +48,11 @@ class Summary:
     wait_seconds: float = 0.0  # of those, spent waiting for data
     counters: dict = field(default_factory=dict)  # images skipped, texts cut, ...: Loader.counters
     workers_died: int = 0  # how often data workers were started again
+    images: int = 0  # of the batches
+    read_seconds: float = 0.0  # spent making batches, by all workers together
+    workers: int = 0  # processes that made them; 0: this one
+    skipped: dict = field(default_factory=dict)  # samples that could not be read and were replaced, by what was damaged
+    bad: list = field(default_factory=list)  # the first of those and all shards that are damaged, as text
 
 
 def pretrain(
@@ -116,6 +124,7 @@ def pretrain(
         strict=config.strict, pairs_only=config.objective in PAIRED,
     )  # fmt: skip
     start = clock = time.perf_counter()
+    waiting = _Waiting(loader)
     with (
         _StopRequest() as request,
         metrics.Metrics(folder, done) as rows,
@@ -140,6 +149,7 @@ def pretrain(
             summary.last["tokens_per_second"] = tokens / (clock - before)
             summary.tokens += tokens
             rows.write(summary.last)
+            waiting.look(clock)
             bar.show(summary.last)
             if done < stop and not request.made:
                 if config.checkpoint_every and done % config.checkpoint_every == 0:
@@ -151,6 +161,8 @@ def pretrain(
         summary.step, summary.interrupted = done, request.made and done < stop
         summary.bad_steps, summary.workers_died = bad_steps.total, loader.workers_died
         summary.wait_seconds, summary.counters = loader.wait_seconds, dict(loader.counters)
+        summary.images, summary.read_seconds, summary.workers = loader.images, loader.read_seconds, config.workers
+        summary.skipped, summary.bad = dict(loader.skipped), list(map(str, loader.bad.values()))
         if not summary.interrupted:
             draw()
     return summary
@@ -213,6 +225,28 @@ def make_optimiser(model: nn.Module, *, lr: float, weight_decay: float) -> torch
 def count_tokens(batch: ImageTextBatch, patches: int) -> int:
     """Patches of the images and words of the texts, masked or not: what `tokens_per_second` counts."""
     return patches * sum(batch.has_image) + batch.text_lengths.total
+
+
+class _Waiting:
+    """Warns, once, where training waits for its data."""
+
+    def __init__(self, loader: Loader):
+        self._loader, self._steps, self._warned = loader, 0, False
+        self._clock, self._waited = time.perf_counter(), 0.0
+
+    def look(self, clock: float) -> None:
+        """After each step, with the time."""
+        self._steps += 1
+        if self._warned or self._steps % WAIT_STEPS:
+            return
+        passed, waited = clock - self._clock, self._loader.wait_seconds - self._waited
+        self._clock, self._waited = clock, self._loader.wait_seconds
+        if waited > WAIT_SHARE * passed:
+            self._warned = True
+            message = (
+                f"data is the bottleneck: {waited / passed:.0%} of the last {WAIT_STEPS} steps went by waiting for it"
+            )
+            warnings.warn(f"{message}; more workers may help", M3AEFastWarning, stacklevel=3)
 
 
 class _StopRequest:

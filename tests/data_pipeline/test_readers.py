@@ -293,7 +293,7 @@ class TestJSONLines:
             {"text": " "},
             {"text": 4},
             {"text": "label", "label": -1},
-            {"text": "labels", "labels": 3},
+            {"text": "labels", "labels": "ab"},
         ]
         path = jsonl(tmp_path / "a.jsonl", *rows)
         path.write_bytes(path.read_bytes() + b'{"text": "Fu\xdf"}\n')

@@ -51,6 +51,7 @@ def files(tmp_path, monkeypatch):
         ("x-0.tar", "TarDataset", 1),
         ("x-{0..1}.tar=0.5", "TarDataset", 2),
         ("x-*.tar", "TarDataset", 2),
+        ("pipe:cat x-{0..1}.tar=2", "StreamedDataset", 2**31 - 1),
         (["pairs.h5=3", "rows.jsonl"], "MixedDataset", 3),
         (["pairs.h5=3"], "HDF5Dataset", 2),
     ],
@@ -79,6 +80,11 @@ def test_specifications(files, spec, kind, size):
 def test_wrong_specifications(files, spec, error, message):
     with pytest.raises(error, match=message):
         open_dataset(spec, image_size=32, seed=0)
+
+
+def test_a_stream_has_no_numbered_samples():
+    with pytest.raises(TypeError, match="dataset must have numbered samples, got StreamedDataset"):
+        open_dataset("pipe:cat x.tar", image_size=32, seed=0, paired_share=0.5)
 
 
 def test_weights():

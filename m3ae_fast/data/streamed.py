@@ -1,0 +1,161 @@
+"""StreamedDataset: WebDataset shards that lie elsewhere, read from their beginnings by the webdataset library."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from m3ae_fast import _checks
+from m3ae_fast.data.sample import BadSample, Sample
+from m3ae_fast.data.seeds import ORDER, generator
+from m3ae_fast.data.shards import BLOCK, captions_of, expand_braces, sample_of
+
+
+class StreamedDataset:
+    """Shards named by URLs (http, https, gs: what webdataset opens) or by commands ("pipe:aws s3 cp s3://... -").
+
+    Nothing is known of a stream before it is read, so less holds than of other data sets:
+
+    - In each epoch the shards are put in an order drawn from (seed, epoch) and dealt out to all workers of all ranks,
+      each of which walks through epochs of its own shards. Every sample is read by one of them, once in such an epoch;
+      but which batch it is in depends on how many there are, and who has less to read begins again earlier.
+    - Samples of a shard follow one another, through a buffer from which one is drawn at random.
+    - The same numbers of ranks and workers give the same batches. A run that is resumed with the same numbers goes on
+      exactly, but all that it has used is read again and thrown away: fast for a short run, not for a long one.
+    - Of a damaged shard what comes before the damage is used; the damage is met, and counted, in every epoch.
+
+    Args:
+        pattern: of the URLs, with braces: "https://host/cc12m-{00000..01242}.tar".
+        buffer: samples, still encoded, of which one is drawn; 1: the shards' own order.
+    Attributes:
+        urls: of the shards.
+        classes: (): those of a stream are not known.
+    Raises:
+        ModuleNotFoundError: webdataset is missing. ValueError: it does not know how to open such a URL.
+    """
+
+    flip_safe = True
+    crop_scale = (0.2, 1.0)
+    classes: tuple[str, ...] = ()
+
+    def __init__(self, pattern: str, *, buffer: int = 1000):
+        _checks.integer("buffer", buffer, 1)
+        self.urls, self.buffer = expand_braces(pattern), buffer
+        _, schemes = _webdataset()
+        scheme = pattern.partition(":")[0]
+        if scheme not in schemes:
+            known = ", ".join(sorted(name for name in schemes if name.isalnum()))
+            raise ValueError(f"pattern must begin with one of {known}, got {pattern}; pipe:COMMAND opens any other")
+
+    def __len__(self) -> int:
+        """Not known: more than will ever be read."""
+        return 2**31 - 1
+
+    def stream(self, seed: int, reader: int, readers: int, source: int = 0) -> Iterator[Entry]:
+        """What one of the readers reads, without end.
+
+        Args:
+            seed: of the orders. reader, readers: its number, and how many there are.
+            source: number of the data set, where several are mixed.
+        Raises:
+            ValueError: there are fewer shards than readers.
+        """
+        if len(self.urls) < readers:
+            raise ValueError(
+                f"pattern must name a shard for each reader, ranks x workers = {readers}, got {len(self.urls)}"
+            )
+        for epoch in itertools.count():
+            order = generator(seed, ORDER, epoch, source=source).permutation(len(self.urls))
+            entries = _read(self.urls[i] for i in order[reader::readers])
+            yield from _shuffled(entries, self.buffer, generator(seed, ORDER, epoch, reader + 1, source))
+
+    def captions(self) -> Iterator[str]:
+        """Those of the shards in the order of their names, read as far as they are asked for."""
+        for entry in _read(self.urls):
+            try:
+                yield from captions_of(entry.files, entry.name)
+            except BadSample:
+                continue
+
+
+class Entry(NamedTuple):
+    """A sample as it is stored; or what is wrong with a shard, in place of its rest."""
+
+    name: str
+    files: dict[str, bytes]  # by their suffixes
+    damage: str = ""
+
+    def sample(self) -> Sample:
+        """The sample, its image still encoded. BadSample: there is none."""
+        if self.damage:
+            raise BadSample(self.name, self.damage, "shard")
+        return sample_of(self.files, self.name)
+
+
+def _read(urls: Iterable[str]) -> Iterator[Entry]:
+    """The samples of all shards, and after those of a damaged one what is wrong with it."""
+    library, _ = _webdataset()
+    for url in urls:
+        errors, streams, last = [], [], None
+
+        def note(error: Exception, errors=errors) -> bool:
+            errors.append(error)
+            return False  # stop with this shard
+
+        def watched(url=url, streams=streams, note=note):
+            for source in library.url_opener([{"url": url}], handler=note):
+                streams.append(_Watched(source["stream"]))
+                yield source | {"stream": streams[0]}
+
+        for files in library.group_by_keys(library.tar_file_expander(watched(), handler=note), handler=note):
+            if last:
+                yield last
+            last = Entry(f"{url}: {files['__key__']}", {k: v for k, v in files.items() if not k.startswith("__")})
+        if not errors and any(streams[0].end):
+            errors.append("there is no end mark")
+        if last and not errors:  # what stands last before a damage may have lost its caption
+            yield last
+        elif errors or not last:
+            yield Entry(url, {}, str(errors[0]) if errors else "there is no sample in it")
+
+
+class _Watched:
+    """A stream whose last bytes are remembered: tarfile takes one that breaks off for one that ends."""
+
+    def __init__(self, stream):
+        self.stream, self.end = stream, b""
+
+    def read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        self.end = (self.end + data)[-BLOCK:]
+        return data
+
+
+def _shuffled(entries: Iterable[Entry], size: int, rng: np.random.Generator) -> Iterator[Entry]:
+    """In another order: what is next takes the place of one that is drawn from `size` held back."""
+    held = []
+    for entry in entries:
+        if len(held) < size - 1:
+            held.append(entry)
+            continue
+        i = rng.integers(size)
+        if i < len(held):
+            held[i], entry = entry, held[i]
+        yield entry
+    yield from (held[i] for i in rng.permutation(len(held)))
+
+
+def _webdataset():
+    """The library's reader of shards, and the schemes of the URLs that it opens."""
+    try:
+        reader, opener = (importlib.import_module(f"webdataset.{name}") for name in ("tariterators", "gopen"))
+    except ModuleNotFoundError as error:
+        if error.name not in ("webdataset", "webdataset.tariterators"):
+            raise
+        message = "shards behind URLs need webdataset: pip install '.[train]'"
+        raise ModuleNotFoundError(message, name="webdataset") from error
+    return reader, opener.gopen_schemes

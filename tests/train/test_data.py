@@ -1,0 +1,135 @@
+"""pretrain() on data of every format: mixed, damaged in the middle of an epoch, slow."""
+
+import io
+import json
+import tarfile
+import time
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from m3ae_fast import M3AEFastWarning
+from m3ae_fast.cli import _print_data
+from m3ae_fast.data import BadSample, ShapesDataset
+from m3ae_fast.train import loop, pretrain
+
+
+def image(i: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def hdf5(path, jpgs, captions):
+    with h5py.File(path, "w") as file:
+        column = file.create_dataset("jpg", len(jpgs), h5py.vlen_dtype(np.uint8))
+        for i, jpg in enumerate(jpgs):
+            column[i] = np.frombuffer(jpg, np.uint8)
+        file["caption"] = captions
+    return str(path)
+
+
+def tar(path, jpgs, captions):
+    with tarfile.open(path, "w") as shard:
+        for i, (jpg, caption) in enumerate(zip(jpgs, captions, strict=True)):
+            for name, data in ((f"{i}.jpg", jpg), (f"{i}.txt", caption)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                shard.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
+def jsonl(path, jpgs, captions):
+    with open(path, "wb") as file:
+        for i, (jpg, caption) in enumerate(zip(jpgs, captions, strict=True)):
+            (path.parent / f"{i}.jpg").write_bytes(jpg)
+            file.write(b'{"image": "%d.jpg", "caption": "%s"}\n' % (i, caption))
+    return str(path)
+
+
+FORMATS = {"pairs.h5": hdf5, "pairs.tar": tar, "pairs.jsonl": jsonl}
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """pairs("pairs.h5", damaged=False): eight pairs in that format, perhaps with an image and a caption damaged."""
+
+    def make(name, damaged=False):
+        jpgs = [image(i) for i in range(8)]
+        captions = [f"noise number {i} with all its colors".encode() for i in range(8)]
+        if damaged:
+            jpgs[2], captions[5] = jpgs[2][:200], b"Fu\xdf"
+        return FORMATS[name](tmp_path / name, jpgs, captions)
+
+    return make
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_damaged_in_the_middle_of_an_epoch(pairs, config, tmp_path, capsys, name):
+    """Counted, replaced by others, reported at the end; with strict, an error that names it."""
+    data = pairs(name, damaged=True)
+    with pytest.warns(M3AEFastWarning, match=f"{name}.*; skipped") as caught:
+        summary = pretrain(config(data=data, steps=8, picture_every=0), tmp_path / "run", progress=False)
+    assert summary.step == 8 and summary.counters["seen"] == 16, "two epochs"
+    caption = "row" if name == "pairs.jsonl" else "caption"
+    assert set(summary.skipped) == {"image", caption} and sum(summary.skipped.values()) >= 4
+    assert summary.counters["images_skipped"] == sum(summary.skipped.values())
+    assert len(summary.bad) == 2 and sum("skipped" in str(w.message) for w in caught) == 2
+    _print_data(summary)
+    out = capsys.readouterr().out
+    counts = ", ".join(f"{kind} {summary.skipped[kind]}" for kind in sorted(("image", caption)))
+    assert f"replaced by other samples, for something was damaged: {counts}\n  {summary.bad[0]}\n" in out
+    assert "images: " in out and "/s is what this process can load" in out
+    with pytest.raises(BadSample, match=name):
+        pretrain(config(data=data, steps=8, strict=True), tmp_path / "strict", progress=False)
+
+
+def test_a_damaged_shard(pairs, config, tmp_path):
+    path = pairs("pairs.tar")
+    data = (tmp_path / "pairs.tar").read_bytes()
+    (tmp_path / "pairs.tar").write_bytes(data[: len(data) // 2])
+    with pytest.warns(M3AEFastWarning, match=r"pairs\.tar: bytes .* cannot be read"):
+        summary = pretrain(config(data=path, steps=2, picture_every=0), tmp_path / "run", progress=False)
+    assert len(summary.bad) == 1 and "pairs.tar: bytes" in summary.bad[0] and summary.skipped == {}
+    with pytest.raises(BadSample, match=r"pairs\.tar: bytes"):
+        pretrain(config(data=path, steps=2, strict=True), tmp_path / "strict", progress=False)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_mixture_is_resumed_to_the_bit(pairs, train, tmp_path, workers):
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"words {i}"}) + "\n" for i in range(5)))
+    data = [pairs("pairs.h5"), f"{pairs('pairs.tar')}=2", f"{tmp_path}/texts.jsonl=1.5", "shapes"]
+    whole = train("whole", data=data, workers=workers, steps=9)
+    assert train("stopped", data=data, steps=9, stop_after=5) == whole[:5]
+    assert train("stopped", resume=True, data=data, steps=9, workers=workers) == whole
+    with pytest.raises(ValueError, match="is of another configuration: data: "):
+        train("stopped", resume=True, data=data[:2], steps=9)
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """slow(seconds): what each sample of `shapes` takes."""
+    read = ShapesDataset.__getitem__
+
+    def make(seconds):
+        monkeypatch.setattr(ShapesDataset, "__getitem__", lambda *args: (time.sleep(seconds), read(*args))[1])
+
+    return make
+
+
+def test_waiting_for_data_is_told_once(train, slow, monkeypatch):
+    monkeypatch.setattr(loop, "WAIT_STEPS", 3)
+    slow(0.2)
+    message = r"data is the bottleneck: \d+% of the last 3 steps went by waiting for it; more workers may help"
+    with pytest.warns(M3AEFastWarning, match=message) as caught:
+        train(steps=9)
+    assert len(caught) == 1
+
+
+def test_no_word_where_the_model_is_slower(train, monkeypatch):
+    monkeypatch.setattr(loop, "WAIT_STEPS", 3)
+    step = loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *args: (time.sleep(0.3), step(*args))[1])
+    train(steps=7)
