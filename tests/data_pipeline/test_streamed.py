@@ -4,6 +4,8 @@ import functools
 import http.server
 import io
 import itertools
+import os
+import signal
 import sys
 import tarfile
 import threading
@@ -104,6 +106,18 @@ def test_resume(shards, workers, mixed):
     assert mixed == any(len(images) < 4 for *_, images, _ in whole)
     for start in (1, 2, 7, 13):
         assert batches(loader(dataset, workers=workers, start_step=start), 24 - start) == whole[start:]
+
+
+def test_a_reader_that_dies_goes_on_where_it_was(shards):
+    dataset = StreamedDataset(shards, buffer=5)
+    whole = batches(loader(dataset, workers=2), 12)
+    stream = loader(dataset, workers=2)
+    found = [next(stream)[1].images[:, 0, 0, 0].tolist() for _ in range(5)]
+    os.kill(stream._batches._workers[0].pid, signal.SIGKILL)
+    with pytest.warns(M3AEFastWarning, match=r"started again at batch \d+"):
+        found += [next(stream)[1].images[:, 0, 0, 0].tolist() for _ in range(7)]
+    stream.close()
+    assert found == [images for _, _, images, _ in whole]
 
 
 def test_over_http(shards, tmp_path):
