@@ -7,7 +7,6 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-DRAWN = ("shapes", "cluttered")  # data sets that are drawn: as many scenes as are wanted, others for every seed
 CLASSES = "cluttered"  # what is classified where no data is named: drawn, of one class each
 TRAINING = 50_000  # drawn scenes to fine-tune on: more than are ever read
 PROBED = 2000  # drawn scenes to fit a probe to, all of which are
@@ -90,7 +89,13 @@ def _classes(command: argparse.ArgumentParser, natural: Callable, positive: Call
 def _fitted(command: argparse.ArgumentParser, positive: Callable) -> None:
     command.add_argument("--train", metavar="SPEC", help="data to fit to; like --data (default: new scenes)")
     command.add_argument("--train-samples", type=positive, metavar="N", help=f"drawn: {PROBED}; others: all")
+    command.add_argument(
+        "--crops", type=positive, metavar="N", help="of every image to fit to, random (default: the middle)"
+    )
     command.add_argument("--method", choices=("ridge", "lars", "sgd"), default="ridge", help="%(default)s")
+    command.add_argument("--epochs", type=positive, default=90, metavar="N", help="lars, sgd (%(default)s)")
+    command.add_argument("--batch-size", type=positive, default=256, metavar="B", help="lars, sgd (%(default)s)")
+    command.add_argument("--lr", type=float, default=0.1, help="lars, sgd: at its peak, for 256 samples (%(default)s)")
     command.add_argument("--text", action="store_true", help="encode each image beside its caption")
 
 
@@ -129,7 +134,8 @@ def _lr(command: argparse.ArgumentParser, lr: float = 5e-4) -> None:
 
 
 def _open(args: argparse.Namespace, *objectives: str):
-    """The run, and (open the data to score on, open the data to train on) by an opener of downstream.files."""
+    """The run, and (open the data to score on, open the data to train on) by an opener such as `open_pairs`."""
+    from m3ae_fast.data import DRAWN
     from m3ae_fast.train import load_run
 
     for name in ("out", "save", "picture"):
@@ -242,12 +248,33 @@ def _ground(args: argparse.Namespace) -> int:
 
 def _pair_of_classes(scored: Callable, trained: Callable, **options):
     """(data to score on, data to train on), which must have the same classes."""
-    from m3ae_fast.downstream.files import open_classes
+    from m3ae_fast.downstream.samples import open_classes
 
     test, training = scored(open_classes), trained(open_classes, **options)
     if test.classes != training.classes:
         raise ValueError(f"--train must have the classes of --data, {_few(test.classes)}, got {_few(training.classes)}")
     return test, training
+
+
+def _fit(args: argparse.Namespace, training, run):
+    """(features to fit to, options of `fit_probe`)."""
+    from m3ae_fast.downstream.features import extract
+    from m3ae_fast.downstream.samples import Crops
+
+    size = run.model.config.image_shape[0]
+    samples = Crops(training, args.crops, size, args.seed) if args.crops else training
+    names = ("method", "epochs", "batch_size", "lr", "seed")
+    options = {name: getattr(args, name) for name in names} | {"classes": len(training.classes)}
+    return extract(run.model, samples, run.tokenizer, text=args.text), options
+
+
+def _classifier(path: Path, model, classes: tuple[str, ...]):
+    from m3ae_fast.downstream.classify import load_classifier
+
+    classifier, theirs = load_classifier(path, model)
+    if tuple(theirs) != classes:
+        raise ValueError(f"{path} must be of the classes of --data, {_few(classes)}, got {_few(theirs)}")
+    return classifier
 
 
 def _few(names: tuple[str, ...]) -> str:
@@ -259,10 +286,12 @@ def _probe(args: argparse.Namespace) -> int:
     from m3ae_fast.downstream.probe import linear_probe
 
     run, scored, trained = _open(args)
-    pair = _pair_of_classes(scored, trained, count=args.train_samples, drawn=PROBED)
-    test, train = (extract(run.model, samples, run.tokenizer, text=args.text) for samples in pair)
-    result = linear_probe(train, test, method=args.method, classes=len(pair[0].classes), seed=args.seed)
-    return _finish(args, run, [result], method=args.method, text=args.text, train_samples=len(train.labels))
+    samples, training = _pair_of_classes(scored, trained, count=args.train_samples, drawn=PROBED)
+    test = extract(run.model, samples, run.tokenizer, text=args.text)
+    train, options = _fit(args, training, run)
+    result = linear_probe(train, test, **options)
+    about = {"method": args.method, "text": args.text, "train_samples": len(training)}
+    return _finish(args, run, [result], **about)
 
 
 def _finetune(args: argparse.Namespace) -> int:
@@ -283,38 +312,32 @@ def _finetune(args: argparse.Namespace) -> int:
 def _ood(args: argparse.Namespace) -> int:
     import torch
 
-    from m3ae_fast.downstream.classify import load_classifier
     from m3ae_fast.downstream.features import extract
-    from m3ae_fast.downstream.files import open_some
     from m3ae_fast.downstream.ood import Mahalanobis, max_softmax, score_ood
     from m3ae_fast.downstream.probe import fit_probe, score_logits
+    from m3ae_fast.downstream.samples import open_some
 
     if args.classifier and args.text:
         raise ValueError("--text must not be given with --classifier, which reads images alone")
     run, scored, trained = _open(args)
-    test, training = _pair_of_classes(scored, trained, count=args.train_samples, drawn=PROBED)
+    samples, training = _pair_of_classes(scored, trained, count=args.train_samples, drawn=PROBED)
     strange = scored(open_some, args.out_data)
-    classify = None
-    if args.classifier:
-        model, classes = load_classifier(args.classifier, run.model)
-        if tuple(classes) != test.classes:
-            raise ValueError(
-                f"{args.classifier} must be of --data's classes, {_few(test.classes)}, got {_few(classes)}"
-            )
-        classify = lambda cls: model.classify(cls.to(args.device)).cpu()  # noqa: E731
-    options = {"tokenizer": run.tokenizer, "text": args.text}
-    train, test = (extract(run.model, samples, **options) for samples in (training, test))
-    strange = extract(run.model, strange, **options, labelled=False)
-    classify = classify or fit_probe(train, method=args.method, classes=len(training.classes), seed=args.seed)
-    mahalanobis = Mahalanobis(train)
+    model = _classifier(args.classifier, run.model, samples.classes) if args.classifier else None
+    reading = {"tokenizer": run.tokenizer, "text": args.text}
+    known, unknown = extract(run.model, samples, **reading), extract(run.model, strange, **reading, labelled=False)
+    train, options = _fit(args, training, run)
     with torch.no_grad():
-        logits, unknown = classify(test.cls), classify(strange.cls)
+        if model:
+            logits, others = (model.classify(cls.to(args.device)).cpu() for cls in (known.cls, unknown.cls))
+        else:
+            logits, others = map(fit_probe(train, **options), (known.cls, unknown.cls))
+    mahalanobis = Mahalanobis(train)
     results = [
-        score_logits(logits, test.labels),
-        score_ood("AUROC, max softmax", max_softmax(logits), max_softmax(unknown)),
-        score_ood("AUROC, Mahalanobis", mahalanobis.score(test.cls), mahalanobis.score(strange.cls)),
+        score_logits(logits, known.labels),
+        score_ood("AUROC, max softmax", max_softmax(logits), max_softmax(others)),
+        score_ood("AUROC, Mahalanobis", mahalanobis.score(known.cls), mahalanobis.score(unknown.cls)),
     ]
-    by = {"classifier": str(args.classifier)} if args.classifier else {"method": args.method}
+    by = {"classifier": str(args.classifier)} if model else {"method": args.method}
     return _finish(args, run, results, out_data=args.out_data, text=args.text, **by)
 
 
@@ -339,8 +362,8 @@ def _attend(args: argparse.Namespace) -> int:
 
 def _project(args: argparse.Namespace) -> int:
     from m3ae_fast.downstream.features import extract
-    from m3ae_fast.downstream.files import open_classes
     from m3ae_fast.downstream.project import draw_projection, project
+    from m3ae_fast.downstream.samples import open_classes
 
     run, scored, _ = _open(args)
     samples = scored(open_classes)

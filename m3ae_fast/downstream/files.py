@@ -21,7 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from m3ae_fast import M3AEFastWarning, _checks
-from m3ae_fast.data import FolderDataset, Sample, open_dataset
+from m3ae_fast.data import FolderDataset
 from m3ae_fast.data.folder import IMAGES
 from m3ae_fast.data.images import read_image
 from m3ae_fast.data.rows import parse_object
@@ -65,54 +65,6 @@ def open_statements(spec: str, *, image_size: int, seed: int = 0, count: int | N
 def open_phrases(spec: str, *, image_size: int, seed: int = 0, count: int | None = None) -> Sequence[Phrase]:
     """Phrases to find in images, "shapes" or a JSON-lines file. Arguments and errors as those of `open_pairs`."""
     return _open(spec, ShapesPhrases, FilePhrases, image_size, seed, count)
-
-
-def open_some(spec: str, *, image_size: int, seed: int = 0, count: int | None = None) -> Some:
-    """Samples of a data set, labels or not.
-
-    Args:
-        spec, image_size, seed: as of `open_dataset`. count: as of `Some`.
-    Raises:
-        FileNotFoundError, NotADirectoryError, ValueError: no such folder, or nothing in it.
-    """
-    return Some(open_dataset(spec, image_size=image_size, seed=seed), count)
-
-
-def open_classes(spec: str, *, image_size: int, seed: int = 0, count: int | None = None) -> Some:
-    """Images of one class each, a folder with a subfolder for each class for instance. Arguments and errors as those of
-    `open_some`; ValueError, too: there are no classes."""
-    samples = open_some(spec, image_size=image_size, seed=seed, count=count)
-    if not samples.classes:
-        raise ValueError(f"{spec} must have classes, a subfolder for each of two or more, got none")
-    return samples
-
-
-class Some(Sequence):
-    """Some samples of a data set, as `Loader` takes them: of a folder spread evenly, for it is sorted by class; of
-    drawn scenes the first.
-
-    Args:
-        dataset: of samples, with `classes`.
-        count: of samples, at most; None: all, of drawn scenes 1000.
-    """
-
-    def __init__(self, dataset: Sequence[Sample], count: int | None = None):
-        _check_count(count)
-        self._dataset, self.classes, size = dataset, dataset.classes, len(dataset)
-        self.flip_safe = getattr(dataset, "flip_safe", True)
-        self.crop_scale = getattr(dataset, "crop_scale", (0.2, 1.0))
-        if getattr(dataset, "endless", False):
-            self._chosen = range(min(count or COUNT, size))
-        else:
-            count = min(count or size, size)
-            self._chosen = [i * size // count for i in range(count)]
-
-    def __len__(self) -> int:
-        return len(self._chosen)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Raises BadSample."""
-        return self._dataset[self._chosen[index]]
 
 
 def read_answers(path: str | os.PathLike) -> list[str]:

@@ -9,6 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from m3ae_fast import cli
+from m3ae_fast.downstream import features
+from m3ae_fast.downstream.classify import Classifier
 from m3ae_fast.train import RunConfig, load_run, loop, pretrain, run
 
 COLORS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
@@ -88,8 +90,16 @@ def test_probe(command, objective):
 
 @pytest.mark.parametrize("method", ["lars", "sgd"])
 def test_probe_by_descent(command, method):
-    status, *_ = command("probe", "m3ae", *DATA, "--method", method, "--out", "p.json", "--train-samples", 9)
+    options = ("--train-samples", 9, "--epochs", 9, "--batch-size", 4, "--lr", 0.5, "--crops", 3)
+    status, *_ = command("probe", "m3ae", *DATA, "--method", method, *options, "--out", "p.json")
     assert status == 0 and results("p.json")[0]["method"] == method and results("p.json")[0]["train_samples"] == 9
+
+
+def test_probe_of_crops_sees_them(command, monkeypatch):
+    seen = []
+    monkeypatch.setattr(features, "_label", lambda sample, _: seen.append(sample.image.shape) or 0)
+    status, *_ = command("probe", "m3ae", *DATA, "--train-samples", 4, "--crops", 3, "--samples", 5)
+    assert status == 0 and seen == [(36, 40, 3)] * 5 + [(32, 32, 3)] * 12
 
 
 @pytest.mark.parametrize("objective", ["m3ae", "mamo"])
@@ -170,8 +180,9 @@ def test_project(command):
         (["ood", "m3ae", *FIT, "--classifier", "none"], "path must name a file, there is no none"),
         (["ood", "m3ae", *FIT, "--classifier", "bad.safetensors"], "bad.safetensors must be a classifier fine-tuned"),
         (["ood", "m3ae", *FIT, "--classifier", "two.safetensors"], "two.safetensors must be a classifier fine-tuned"),
+        (["ood", "m3ae", *FIT, "--classifier", "named.safetensors"], "of --data, blue, green, red, got a, b, c"),
         (["ood", "m3ae", *FIT, "--classifier", "x", "--text"], "--text must not be given with --classifier"),
-        (["ood", "m3ae", *DATA, "--out-data", "nowhere"], "path must name a folder, there is no nowhere"),
+        (["ood", "m3ae", *DATA, "--out-data", "nowhere"], "there is no nowhere"),
         (["attend", "m3ae", "test/red/0.png", "--layer", "2"], "layer must be in [0, 2), a block of the encoder"),
         (["attend", "m3ae", "--layer", "0", "--rollout"], "layer must be None with rollout"),
         (["attend", "m3ae", "x.png"], "x.png"),
@@ -183,6 +194,9 @@ def test_project(command):
 def test_a_mistake_is_one_line_and_status_2(command, tmp_path, arguments, message):
     (tmp_path / "bad.safetensors").write_bytes(b"no tensors")
     save_file({"head.weight": torch.ones(2, 128)}, tmp_path / "two.safetensors", {"classes": '["a", "b"]'})
+    if "named.safetensors" in arguments:
+        state = Classifier(load_run("m3ae").model, 3).state_dict()
+        save_file(state, tmp_path / "named.safetensors", {"classes": '["a", "b", "c"]'})
     before = sorted(tmp_path.rglob("*"))
     status, out, err = command(*arguments)
     assert status == 2 and out == ""
