@@ -138,7 +138,11 @@ class Scale:
 
 
 def config_of(name: str, seed: int, scale: Scale) -> RunConfig:
-    """The run of that name in RUNS."""
+    """One run.
+
+    Args:
+        name: a key of RUNS. seed: of its data, weights and masks. scale: how long it is.
+    """
     changes = dict(RUNS[name])
     objective = changes.pop("objective", "m3ae")
     width, heads = WIDTHS[changes.pop("size", "")]

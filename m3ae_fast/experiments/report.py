@@ -12,7 +12,14 @@ Scores = dict[str, list[dict[str, float]]]  # run -> its scores, a seed each
 
 
 def write_report(out: Path, tables: list[str], seeds: int, scale: Scale) -> Path:
-    """Write `out/experiments.md`, experiments.json and a plot a table from the runs' scores.json; the first's path."""
+    """Write `out/experiments.md`, experiments.json and a plot for each table.
+
+    Args:
+        out: where every run that the tables need has its folder with scores.json.
+        tables: keys of TABLES. seeds: of each run. scale: of the runs, as the report says it.
+    Returns:
+        The path of experiments.md.
+    """
     out = Path(out)
     scores = {
         name: [read_json(out / f"{name}-{seed}" / "scores.json")["scores"] for seed in range(seeds)]

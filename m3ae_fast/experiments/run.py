@@ -87,7 +87,14 @@ def _end_with_parent() -> None:
 
 
 def train_and_score(name: str, seed: int, scale: Scale, out: Path) -> dict[str, float]:
-    """One run in `out/<name>-<seed>`: its scores in percent, also written as scores.json."""
+    """One run in `out/<name>-<seed>`: its scores in percent, also written as scores.json, and read from there if the
+    run is done already.
+
+    Args:
+        name, seed, scale: as of `config_of`. out: a folder.
+    Raises:
+        ValueError: what is there is of another scale. RuntimeError: it was stopped by Ctrl-C.
+    """
     folder = Path(out) / f"{name}-{seed}"
     path, about = folder / "scores.json", dataclasses.asdict(scale)
     if path.is_file():
