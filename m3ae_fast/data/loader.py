@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import signal
 import time
 import warnings
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from m3ae_fast import ImageTextBatch, M3AEFastWarning, _checks
@@ -184,8 +186,13 @@ def _as_it_is(loaded):
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal: the main one decides what becomes of the run, and ends these."""
+    """Ctrl-C reaches every process of the terminal: the main one decides what becomes of the run, and ends these.
+
+    torchrun sends SIGTERM, too, to all of a process's group; one that ignored it could not be ended by its loader.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if dist.is_torchelastic_launched():
+        os.setpgid(0, 0)
 
 
 class _Source:
