@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -59,10 +60,9 @@ def process_group(timeout: int) -> Iterator[None]:
         ConnectionError: another process is gone, or did not answer in time.
     """
     owned = launched() and not dist.is_initialized()
-    if owned:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
+        if owned:
+            _join(timedelta(seconds=timeout))
         yield
     except RuntimeError as error:
         # gloo's errors have no type of their own, but the file in which they were raised
@@ -75,6 +75,14 @@ def process_group(timeout: int) -> Iterator[None]:
         ) from error
     if owned:  # not after an error: it would wait for processes that are gone
         dist.destroy_process_group()
+
+
+def _join(timeout: timedelta) -> None:
+    store, number, count = next(rendezvous("env://", timeout=timeout))
+    # torchrun --max-restarts keeps its store: addresses of processes that are gone must not be found there
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -55,8 +55,8 @@ def pretrain(
 ) -> Summary:
     """Train a model, writing into the folder `out` (see `m3ae_fast.train.run`).
 
-    Under torchrun all of its processes take part (or all of a process group that is there already), each with its share
-    of every batch; the first one writes, into a folder that all see. docs/scale.md.
+    Under torchrun all of its processes take part (or all of a process group that is there already, with a backend for
+    CPUs), each with its share of every batch; the first one writes, into a folder that all see. docs/scale.md.
 
     Ctrl-C and SIGTERM end it after the step in hand, with a checkpoint; a second one ends it at once.
 

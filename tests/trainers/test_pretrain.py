@@ -1,5 +1,6 @@
 """pretrain() in two processes: the run of one, whichever way the model is spread; moved from one to the other."""
 
+import contextlib
 import functools
 import os
 import resource
@@ -9,9 +10,10 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from m3ae_fast.models import M3AE
-from m3ae_fast.train import RunConfig, checkpoint, load_bad_step, load_run, loop, metrics, pretrain, run
+from m3ae_fast.train import RunConfig, checkpoint, distributed, load_bad_step, load_run, loop, metrics, pretrain, run
 
 NAMES = ("loss", "image_loss", "text_loss", "text_accuracy", "lr")
 WAYS = {"DDP": {}, "FSDP2": {"shard": True}}
@@ -94,6 +96,29 @@ def test_gradients_are_of_the_same_size(pair, alone, tmp_path, way):
     assert_same(rows, expected)
     for name, value in load_run(tmp_path / "two").model.state_dict().items():
         torch.testing.assert_close(value, weights[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def sums(folder, **changes):
+    """Of a run's passes, whether their gradients were summed over the processes."""
+    summing, sharded, seen = distributed.summing_gradients, [], []
+
+    @contextlib.contextmanager
+    def watched(model, now):
+        with summing(model, now):
+            seen.append(sharded[-1] if sharded else model.require_backward_grad_sync)
+            yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "summing_gradients", watched)
+        patch.setattr(FSDPModule, "set_requires_gradient_sync", lambda self, now: sharded.append(now))
+        train(folder, **changes)
+    return seen
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_summed_once_a_step(pair, tmp_path, way):
+    for seen in pair(functools.partial(sums, steps=2, accumulate=3, **WAYS[way]), tmp_path / "run"):
+        assert seen == [False, False, True] * 2
 
 
 @pytest.mark.parametrize("way", WAYS)
