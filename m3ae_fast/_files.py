@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 
@@ -50,7 +51,10 @@ def replacing(path: Path):
 def remove_unfinished(folder: Path) -> None:
     """Delete what processes that were killed left half-written: ours, and safetensors' own `.tmpQ4Ge76`."""
     for path in [*folder.glob(".*.tmp"), *folder.glob(".tmp*")]:
-        path.unlink(missing_ok=True)
+        if path.is_dir():  # of a sharded checkpoint
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -1,6 +1,7 @@
 """m3ae-fast: the command line. `m3ae-fast pretrain` alone trains a tiny model on drawn scenes.
 
-Exit status: 0 done; 2 a mistake in the call, the data or a file, told in one line; 130 stopped by Ctrl-C.
+Exit status: 0 done; 2 a mistake in the call, the data or a file, or another process of torchrun's lost, told in one
+line; 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
 import shlex
 import sys
@@ -42,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
             message += ": pip install '.[train]'"
         if "Memory" in type(error).__name__:
             message += "; --checkpoint-blocks needs less memory, for the same numbers"
-        print(f"m3ae-fast {args.name}: error: {message}", file=sys.stderr)
+        if type(error).__name__ != "FailedElsewhere":  # the first process says what it was
+            print(f"{_process()}m3ae-fast {args.name}: error: {message}", file=sys.stderr)
         return 2
 
 
@@ -51,39 +54,59 @@ def _is_the_callers(error: Exception) -> bool:
     if isinstance(error, ModuleNotFoundError):  # of the train extra; none of our own modules is ever missing
         return not (error.name or "m3ae_fast").startswith("m3ae_fast")
     kinds = (ValueError, TypeError, OSError, FloatingPointError, MemoryError)
-    return isinstance(error, kinds) or type(error).__name__ in ("BadSample", "OutOfMemoryError")  # torch's, the latter
+    names = ("BadSample", "FailedElsewhere", "OutOfMemoryError")  # of what is imported late; the last is torch's
+    return isinstance(error, kinds) or type(error).__name__ in names
+
+
+def _process() -> str:
+    """What a line on stderr begins with, of any process but the first that torchrun started."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"process {rank}: "
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     if issubclass(category, M3AEFastWarning):
-        print(f"\nwarning: {message}", file=sys.stderr)  # below the progress bar
-    else:
+        print(f"\n{_process()}warning: {message}", file=sys.stderr)  # below the progress bar
+    elif not _process():  # what every process would say, once
         print(warnings.formatwarning(message, category, filename, lineno, line), file=sys.stderr, end="")
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    from m3ae_fast.train import RunConfig, pretrain
+    from m3ae_fast.train import RECIPES, RunConfig, pretrain
+    from m3ae_fast.train.distributed import is_first
+    from m3ae_fast.train.recipes import describe
 
+    recipe = getattr(args, "recipe", None)
+    if recipe == "list":
+        print(describe())
+        return 0
+    if recipe is not None and recipe not in RECIPES:
+        raise ValueError(f"recipe must be list or one of {', '.join(RECIPES)}, got {recipe}")
     fields = {field.name for field in dataclasses.fields(RunConfig)}
     given = {name: value for name, value in vars(args).items() if name in fields}
     if "options" in given:
         given["options"] = dict(given["options"])
     if len(given.get("data", ())) == 1:
         given["data"] = given["data"][0]
+    given = RECIPES.get(recipe, {}) | given
     config = RunConfig(**given)
     parts = (_name_of(config.data), *([] if config.objective == "m3ae" else [config.objective]), config.model)
     out = getattr(args, "out", Path("runs") / "-".join(parts))
-    resumed = args.resume and (out / "run.json").is_file()
+    # torchrun --max-restarts starts again with the same words: what has begun goes on
+    resume = args.resume or ("auto" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else False)
+    resumed = resume and (out / "run.json").is_file()
     if resumed:
         config = dataclasses.replace(RunConfig.load(out), **given)
     shown = config.data if isinstance(config.data, str) else " + ".join(config.data)
     doing = "going on with" if resumed else "training"
-    print(
-        f"{doing} {config.objective} {config.model} on {shown} into {out} (Ctrl-C saves and stops)",
-        file=sys.stderr,
-    )
-    summary = pretrain(config, out, resume=args.resume, stop_after=getattr(args, "stop_after", None))
-    _print_summary(summary)
+    if is_first():
+        print(
+            f"{doing} {config.objective} {config.model} on {shown} into {out} (Ctrl-C saves and stops)",
+            file=sys.stderr,
+        )
+    summary = pretrain(config, out, resume=resume, stop_after=getattr(args, "stop_after", None))
+    if is_first():
+        _print_summary(summary)
     return INTERRUPTED if summary.interrupted else 0
 
 
@@ -253,7 +276,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_run_options(command: argparse.ArgumentParser) -> None:
     """One option for each setting of RunConfig, named alike."""
+    command.epilog = (
+        "Several processes: torchrun --nproc-per-node 8 -m m3ae_fast pretrain ..., on GPUs or CPUs; batches are split "
+        "among them, and a run may go on with another number of them (docs/scale.md)."
+    )
     run = command.add_argument_group("the run")
+    run.add_argument(
+        "--recipe", metavar="NAME|list",
+        help="a paper's run, e.g. m3ae-cc12m-large; other options win over it; list: print all of them",
+    )  # fmt: skip
     run.add_argument(
         "--data", action="append", metavar="SPEC[=WEIGHT]",
         help="shapes (default), cluttered: drawn; a folder of NAME.jpg + NAME.txt; FILE.h5, FILE.jsonl, "
@@ -261,8 +292,13 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     run.add_argument("--objective", choices=("m3ae", "mae", "mamo", "clip", "supervised"), help="default: m3ae")
     run.add_argument("--model", choices=("tiny", "small", "base", "large", "huge"), help="default: tiny")
-    run.add_argument("--steps", type=_positive, metavar="N", help="default: tiny 1,200, others 100,000")
-    run.add_argument("--batch-size", type=_positive, metavar="B", help="of a pass; default: tiny 32, others 64")
+    length = run.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=_positive, metavar="N", help="default: tiny 1,200, others 100,000")
+    length.add_argument("--epochs", type=float, metavar="E", help="instead of steps: passes over the data")
+    run.add_argument(
+        "--batch-size", type=_positive, metavar="B",
+        help="of a pass, all processes together; default: tiny 32, others 64",
+    )  # fmt: skip
     run.add_argument("--accumulate", type=_positive, metavar="N", help="passes of a step (1)")
     run.add_argument("--seed", type=_natural, metavar="S", help="of weights, data order and masks (0)")
     run.add_argument("--precision", choices=("fp32", "bf16"), help="default: fp32")
@@ -286,6 +322,10 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     optimiser.add_argument("--warmup", type=_natural, metavar="STEPS", help="default: a tenth of all")
     optimiser.add_argument("--weight-decay", type=float, metavar="W", help="of weight matrices (0.05)")
     optimiser.add_argument("--grad-clip", type=float, metavar="NORM", help="largest gradient norm (1.0), 0: any")
+    optimiser.add_argument(
+        "--ema", type=float, metavar="DECAY",
+        help="keep a moving average of the weights, e.g. 0.9999, which is what is used afterwards; 0 (default): none",
+    )  # fmt: skip
     files = command.add_argument_group("where, and how far")
     files.add_argument("--out", type=Path, metavar="DIR", help="default: runs/DATA-MODEL")
     files.add_argument(
@@ -303,9 +343,18 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     machine = command.add_argument_group("the machine")
     machine.add_argument("--device", help="default: cuda if there is one, else cpu")
-    machine.add_argument("--workers", type=_natural, metavar="N", help="processes that load data (0)")
+    machine.add_argument(
+        "--workers", type=_natural, metavar="N", help="processes that load data, for each that trains (0)"
+    )
     machine.add_argument(
         "--checkpoint-blocks", action="store_true", help="gradient checkpointing: less memory, more work, the same bits"
+    )
+    machine.add_argument(
+        "--shard", action=argparse.BooleanOptionalAction,
+        help="under torchrun: share weights, gradients and moments out (FSDP2); default: each process has all (DDP)",
+    )  # fmt: skip
+    machine.add_argument(
+        "--rank-timeout", type=_positive, metavar="SECONDS", help="how long a process waits for the others (600)"
     )
     machine.add_argument("--strict", action="store_true", help="stop at an image that cannot be read; default: skip it")
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import os
 import signal
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data._utils import signal_handling
 
@@ -237,8 +239,13 @@ def _no_alarm():
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal: the main one decides what becomes of the run, and ends these."""
+    """Ctrl-C reaches every process of the terminal: the main one decides what becomes of the run, and ends these.
+
+    torchrun sends SIGTERM, too, to all of a process's group; one that ignored it could not be ended by its loader.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if dist.is_torchelastic_launched():
+        os.setpgid(0, 0)
 
 
 class _Source:

@@ -12,10 +12,12 @@ if _missing:  # now, not after an hour of training
 from m3ae_fast.train.bad_steps import BadStep, load_bad_step  # noqa: E402
 from m3ae_fast.train.config import RunConfig  # noqa: E402
 from m3ae_fast.train.loop import Summary, make_optimiser, pretrain  # noqa: E402
+from m3ae_fast.train.recipes import RECIPES  # noqa: E402
 from m3ae_fast.train.run import Run, load_run  # noqa: E402
 from m3ae_fast.train.schedule import learning_rate  # noqa: E402
 
 __all__ = [
+    "RECIPES",
     "BadStep",
     "Run",
     "RunConfig",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from m3ae_fast import M3AEFastWarning
 from m3ae_fast._files import naming, remove_unfinished, replacing
 from m3ae_fast.batch import ImageTextBatch
+from m3ae_fast.train import distributed
 from m3ae_fast.train.config import RunConfig
 
 FORMAT = 1
@@ -41,7 +42,8 @@ class NotFinite(FloatingPointError):
 
 
 class BadSteps:
-    """Counts a run's bad steps, and saves their batches as `<folder>/bad_steps/step-00000005.safetensors`.
+    """Counts a run's bad steps, and saves their batches as `<folder>/bad_steps/step-00000005.safetensors`; of several
+    processes each saves its own, as `step-00000005-<process>.safetensors`.
 
     Args:
         folder: of the run.
@@ -57,8 +59,9 @@ class BadSteps:
         """Count one more, save its batches and warn; raise FloatingPointError where it is one too many in a row."""
         self.total += 1
         self.in_a_row += 1
-        path = self.folder / f"step-{bad.step:08d}.safetensors"
-        if path.exists() or sum(1 for _ in self.folder.glob("step-*.safetensors")) < KEPT:
+        process = f"-{distributed.rank()}" if distributed.world_size() > 1 else ""
+        path = self.folder / f"step-{bad.step:08d}{process}.safetensors"
+        if path.exists() or sum(1 for _ in self.folder.glob(f"step-{8 * '?'}{process}.safetensors")) < KEPT:
             save_bad_step(path, bad.step, self.config, str(bad), batches)
             kept = f"its batch is in {path}"
         else:
@@ -70,7 +73,8 @@ class BadSteps:
                 f"{bad}{before}: {kept} (m3ae_fast.train.load_bad_step reads it); a lower lr or a longer warmup may "
                 "help, or --resume with more max_bad_steps"
             )
-        warnings.warn(f"{bad}; bad steps so far: {self.total}; {kept}", M3AEFastWarning, stacklevel=2)
+        if distributed.is_first():  # all of them know
+            warnings.warn(f"{bad}; bad steps so far: {self.total}; {kept}", M3AEFastWarning, stacklevel=2)
 
 
 class BadStep(NamedTuple):

@@ -1,8 +1,9 @@
-"""Checkpoints: one safetensors file each, written atomically, verified in full when read.
+"""Checkpoints: one safetensors file each, written atomically, verified in full when read. A sharded model's are folders
+(`m3ae_fast.train.sharded`), which hold the same; either is read into either.
 
-Tensors are named `model.<parameter>` and `optimiser.<parameter>.<moment>`. The file's metadata holds one entry,
-`m3ae_fast`: JSON with the step, the configuration, the counts of bad steps and a SHA-256 over all of it, tensors
-included.
+Tensors are named `model.<parameter>`, `optimiser.<parameter>.<moment>` and `ema.<parameter>`. The file's metadata holds
+one entry, `m3ae_fast`: JSON with the step, the configuration, the counts of bad steps and a SHA-256 over all of it,
+tensors included.
 """
 
 from __future__ import annotations
@@ -17,19 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from m3ae_fast._files import remove_unfinished, replacing
+from m3ae_fast.train import distributed, sharded
+from m3ae_fast.train.average import Average
 
 FORMAT = 1
 
 
 class Checkpoint(NamedTuple):
     """step: steps taken. config: the run's configuration (RunConfig.to_dict). model: its state dict.
-    optimiser: {parameter name: {moment name: tensor}}. bad_steps: those skipped, in all and just before this one."""
+    optimiser: {parameter name: {moment name: tensor}}. bad_steps: those skipped, in all and just before this one.
+    average: {parameter name: averaged}, empty where the run keeps none."""
 
     step: int
     config: dict
     model: dict[str, Tensor]
     optimiser: dict[str, dict[str, Tensor]]
     bad_steps: tuple[int, int] = (0, 0)
+    average: dict[str, Tensor] = {}  # noqa: RUF012  never changed
 
 
 def save(
@@ -39,22 +44,34 @@ def save(
     model: nn.Module,
     optimiser: torch.optim.Optimizer | None,
     bad_steps: tuple[int, int] = (0, 0),
+    average: Average | None = None,
 ) -> None:
     """Write the checkpoint under a temporary name and move it into place once it is on the disk.
 
+    Args:
+        path: NAME.safetensors, which the first process writes; or a folder, which all of a sharded model write.
     Raises:
-        OSError: the file cannot be written (a full disk); it names the path and leaves nothing behind.
+        OSError: it cannot be written (a full disk); it names the path and leaves nothing behind.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     if optimiser is not None:
         for name, parameter in model.named_parameters():
             for moment, value in optimiser.state.get(parameter, {}).items():
                 tensors[f"optimiser.{name}.{moment}"] = value
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    if average is not None:
+        tensors |= {f"ema.{name}": value for name, value in average.weights.items()}
     header = {"format": FORMAT, "step": step, "config": config, "bad_steps": list(bad_steps)}
+    if path.suffix:
+        distributed.on_first(lambda: _save_file(path, header, tensors))
+    else:
+        sharded.save(path, header, tensors)
+
+
+def _save_file(path: Path, header: dict, tensors: dict[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     header["sha256"] = _digest(header, tensors)
     with replacing(path) as temporary:
         try:
@@ -63,12 +80,34 @@ def save(
             raise OSError(f"{path} cannot be written: {error}") from None
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, model: nn.Module | None = None) -> Checkpoint:
     """Read a checkpoint back, on the CPU.
 
+    Args:
+        model: see `sharded.load`: a sharded model reads of a folder its own shares.
     Raises:
         FileNotFoundError: no such file. ValueError: it is cut short, altered, or not a checkpoint of m3ae_fast.
     """
+    if is_folder(path):
+        header, tensors = sharded.load(path, model)
+        if header.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a checkpoint of m3ae_fast (format {FORMAT})")
+    else:
+        header, tensors = _load_file(path)
+    model, moments, average = {}, {}, {}
+    for name, value in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "model":
+            model[rest] = value
+        elif kind == "ema":
+            average[rest] = value
+        else:
+            parameter, _, moment = rest.rpartition(".")
+            moments.setdefault(parameter, {})[moment] = value
+    return Checkpoint(header["step"], header["config"], model, moments, tuple(header.get("bad_steps", (0, 0))), average)
+
+
+def _load_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -83,38 +122,45 @@ def load(path: Path) -> Checkpoint:
         raise ValueError(f"{path} is a safetensors file, but not a checkpoint of m3ae_fast (format {FORMAT})")
     if header.pop("sha256", None) != _digest(header, tensors):
         raise ValueError(f"{path} is damaged: its contents do not match its checksum")
-    model, moments = {}, {}
-    for name, value in tensors.items():
-        kind, _, rest = name.partition(".")
-        if kind == "model":
-            model[rest] = value
-        else:
-            parameter, _, moment = rest.rpartition(".")
-            moments.setdefault(parameter, {})[moment] = value
-    return Checkpoint(header["step"], header["config"], model, moments, tuple(header.get("bad_steps", (0, 0))))
+    return header, tensors
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimiser: torch.optim.Optimizer | None = None) -> None:
-    """Put a checkpoint's weights and moments into a model and an optimiser built from the same configuration."""
-    model.load_state_dict(checkpoint.model)
+def restore(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer | None = None,
+    average: Average | None = None,
+) -> None:
+    """Put a checkpoint's weights, moments and average into what was built from the same configuration, sharded or
+    not."""
+    into = model.state_dict()
+    placed = distributed.placed_like
+    model.load_state_dict({n: placed(value, into[n]) if n in into else value for n, value in checkpoint.model.items()})
     if optimiser is not None:
         for name, parameter in model.named_parameters():
             if name in checkpoint.optimiser:
                 # AdamW keeps `step` on the CPU, as it was saved; moments live where the parameter does
                 optimiser.state[parameter] = {
-                    moment: value if moment == "step" else value.to(parameter.device)
+                    moment: value if moment == "step" else placed(value, parameter)
                     for moment, value in checkpoint.optimiser[name].items()
                 }
+    if average is not None:
+        average.weights = {name: placed(checkpoint.average[name], value) for name, value in average.weights.items()}
 
 
-def step_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is kept."""
-    return folder / f"step-{step:08d}.safetensors"
+def step_path(folder: Path, step: int, *, shards: bool = False) -> Path:
+    """Where the checkpoint of a step is kept: a file, or a folder of shards."""
+    return folder / (f"step-{step:08d}" if shards else f"step-{step:08d}.safetensors")
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is a sharded checkpoint; a run's folder is none."""
+    return (path / sharded.HEADER).is_file()
 
 
 def all_in(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first."""
-    return sorted(folder.glob("step-*.safetensors"))
+    return sorted(path for path in folder.glob("step-*") if path.suffix == ".safetensors" or is_folder(path))
 
 
 def latest(folder: Path) -> Path:
@@ -128,7 +174,15 @@ def latest(folder: Path) -> Path:
 def keep_last(folder: Path, count: int = 2) -> None:
     """Delete all but the newest checkpoints, and what a killed process left half-written."""
     remove_unfinished(folder)
-    for path in all_in(folder)[:-count]:
+    for path in all_in(folder)[: -count or None]:
+        delete(path)
+
+
+def delete(path: Path) -> None:
+    """Delete a checkpoint, of either kind; nothing where there is none."""
+    if path.is_dir():
+        sharded.remove(path)
+    else:
         path.unlink(missing_ok=True)
 
 

@@ -26,7 +26,10 @@ PAIRED = ("mamo", "clip")  # objectives of pairs alone: an image without a capti
 LR_PER_256 = 1.5e-4
 TINY_LR = {"mamo": 1e-3, "clip": 1e-3, "supervised": 1e-3}  # of other objectives
 # These change where and how a run is computed and watched, not what it computes: free to differ when resuming.
-FREE = ("device", "workers", "strict", "max_bad_steps", "checkpoint_blocks", "checkpoint_every", "picture_every")
+FREE = (
+    "device", "workers", "shard", "rank_timeout", "strict", "max_bad_steps", "checkpoint_blocks", "checkpoint_every",
+    "picture_every",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +41,21 @@ class RunConfig:
             perhaps with a weight behind it ("A.h5=3"), or a list of such: see m3ae_fast.data.open_dataset.
         objective: what is trained: m3ae, mae, mamo, clip, supervised (m3ae_fast.models.OBJECTIVES).
         model: its size: tiny, small, base, large, huge.
-        steps: optimiser steps. batch_size: samples of a forward pass. accumulate: passes of a step.
+        steps: optimiser steps. epochs: instead of steps, passes over the data; steps wins where both are given.
+        batch_size: samples of a forward pass, over all processes: a multiple of their number, which may differ when
+            resuming. accumulate: passes of a step.
         seed: of the weights, the data order and the masks.
         precision: "fp32", or "bf16": autocast, with weights and moments in fp32.
         lr: peak learning rate. warmup: steps of linear warm-up (default: a tenth of all), then a cosine to 0.
         weight_decay: AdamW's, on weight matrices only. grad_clip: largest gradient norm; 0: no clipping.
+        ema: decay of the moving average of the weights (`m3ae_fast.train.average`), in [0, 1); 0: none is kept.
         image_size: pixels a side; image_mask_ratio, text_mask_ratio: in [0, 1). None: the model's own.
         options: other fields of the model's configuration, by name: {"mim_weight": 0}.
         text_vocab: vocab.txt or tokenizer.json; None: WordPiece trained on the data's captions.
-        device: None: cuda if there is one, else cpu. workers: processes that load data.
+        device: None: cuda if there is one, else cpu. workers: processes that load data, for each that trains.
         paired_share: of the images, which keep their captions, the same ones in every epoch.
+        shard: of several processes (torchrun), each keeps a share of the weights, gradients and moments (FSDP2);
+            False: each keeps all (DDP). rank_timeout: seconds that one waits for the others before it gives up.
         strict: stop at an image that cannot be read, instead of skipping and counting it.
         max_bad_steps: steps in a row whose loss or gradient may be not finite: they are skipped; one more ends the run.
         checkpoint_blocks: gradient checkpointing: less memory for more work, the same bits.
@@ -62,6 +70,7 @@ class RunConfig:
     objective: str = "m3ae"
     model: str = "tiny"
     steps: int | None = None
+    epochs: float | None = None
     batch_size: int | None = None
     accumulate: int = 1
     seed: int = 0
@@ -70,6 +79,7 @@ class RunConfig:
     warmup: int | None = None
     weight_decay: float = 0.05
     grad_clip: float = 1.0
+    ema: float = 0.0
     image_size: int | None = None
     image_mask_ratio: float | None = None
     text_mask_ratio: float | None = None
@@ -78,6 +88,8 @@ class RunConfig:
     paired_share: float = 1.0
     device: str | None = None
     workers: int = 0
+    shard: bool = False
+    rank_timeout: int = 600
     strict: bool = False
     max_bad_steps: int = 10
     checkpoint_blocks: bool = False
@@ -101,11 +113,15 @@ class RunConfig:
         _checks.integer("workers", self.workers, 0)
         _checks.integer("max_bad_steps", self.max_bad_steps, 0)
         _checks.integer("checkpoint_every", self.checkpoint_every, 0)
+        _checks.integer("rank_timeout", self.rank_timeout, 1)
         _real("weight_decay", self.weight_decay, low_included=True)
         _real("grad_clip", self.grad_clip, low_included=True)
         _real("paired_share", self.paired_share)
         if self.paired_share > 1:
             raise ValueError(f"paired_share must be in (0, 1], got {self.paired_share}")
+        _real("ema", self.ema, low_included=True, high=1.0)
+        if self.epochs is not None:
+            _real("epochs", self.epochs)
         if self.lr is not None:
             _real("lr", self.lr)
         for name in ("image_mask_ratio", "text_mask_ratio"):
@@ -114,8 +130,12 @@ class RunConfig:
         if self.steps is not None and self.warmup is not None and self.warmup >= self.steps:
             raise ValueError(f"warmup must be less than steps ({self.steps}), got {self.warmup}")
 
-    def resolved(self) -> RunConfig:
-        """The same run with every None that stands for a default filled in, and absolute paths."""
+    def resolved(self, samples: int | None = None) -> RunConfig:
+        """The same run with every None that stands for a default filled in, and absolute paths.
+
+        Args:
+            samples: of the data set, by which epochs become steps; None: it has no end, and epochs must be None.
+        """
         values = dataclasses.asdict(self)
         defaults = dict(DEFAULTS[self.model])
         if self.model == "tiny" and self.objective in TINY_LR:
@@ -123,8 +143,13 @@ class RunConfig:
         for name, value in defaults.items():
             if values[name] is None:
                 values[name] = value
+        batch = values["batch_size"] * self.accumulate
+        if self.epochs is not None and self.steps is None:
+            if samples is None:
+                raise ValueError(f"epochs must be None for data without an end, such as shapes, got {self.epochs:g}")
+            values["steps"] = max(int(self.epochs * samples / batch), 1)
         if values["lr"] is None:
-            values["lr"] = LR_PER_256 * values["batch_size"] * self.accumulate / 256
+            values["lr"] = LR_PER_256 * batch / 256
         if values["warmup"] is None:
             values["warmup"] = values["steps"] // 10
         if values["picture_every"] is None:

@@ -7,6 +7,7 @@ and so are torch's random numbers, reseeded at every step.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +26,8 @@ from m3ae_fast import M3AEFastWarning, _checks
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader
 from m3ae_fast.nn import checkpoint_blocks
-from m3ae_fast.train import checkpoint, metrics, run
+from m3ae_fast.train import checkpoint, distributed, metrics, run
+from m3ae_fast.train.average import Average
 from m3ae_fast.train.bad_steps import BadSteps, NotFinite
 from m3ae_fast.train.config import PAIRED, RunConfig
 from m3ae_fast.train.pictures import draw_pictures
@@ -35,7 +38,8 @@ WAIT_STEPS, WAIT_SHARE = 100, 0.2  # waiting for data takes more than this share
 
 @dataclass
 class Summary:
-    """How a call of `pretrain` went; counts, times and rates are of this call, not of what it resumed."""
+    """How a call of `pretrain` went, the same in all of its processes but for wait_seconds; counts, times and rates are
+    of this call, not of what it resumed."""
 
     folder: Path  # of the run
     step: int = 0  # steps taken in all
@@ -49,8 +53,8 @@ class Summary:
     counters: dict = field(default_factory=dict)  # images skipped, texts cut, ...: Loader.counters
     workers_died: int = 0  # how often data workers were started again
     images: int = 0  # of the batches
-    read_seconds: float = 0.0  # spent making batches, by all workers together
-    workers: int = 0  # processes that made them; 0: this one
+    read_seconds: float = 0.0  # spent making batches, by all workers together; a mean over the run's processes
+    workers: int = 0  # processes that made them for each of those; 0: itself
     skipped: dict = field(default_factory=dict)  # samples that could not be read and were replaced, by what was damaged
     bad: list = field(default_factory=list)  # the first of those and all shards that are damaged, as text
 
@@ -64,6 +68,9 @@ def pretrain(
     progress: bool = True,
 ) -> Summary:
     """Train a model, writing into the folder `out` (see `m3ae_fast.train.run`).
+
+    Under torchrun all of its processes take part (or all of a process group that is there already, with a backend for
+    CPUs), each with its share of every batch; the first one writes, into a folder that all see. docs/scale.md.
 
     Ctrl-C and SIGTERM end it after the step in hand, with a checkpoint; a second one ends it at once.
 
@@ -80,46 +87,68 @@ def pretrain(
         ValueError: a setting, the data or a file of the run is not as it must be. OSError: a file cannot be written.
         ChildProcessError: data workers died again and again. Whatever is raised, the newest checkpoint stays whole.
         FloatingPointError: the loss or the gradient was not finite for more than config.max_bad_steps steps in a row.
+        ConnectionError: another process is gone. distributed.FailedElsewhere: the first one failed.
     """
-    folder = Path(out)
     _checks.choice("resume", resume, (False, True, "auto"))
+    with distributed.process_group(config.rank_timeout):
+        return _pretrain(config, Path(out), resume, stop_after, progress)
+
+
+def _pretrain(config: RunConfig, folder: Path, resume: bool | str, stop_after: int | None, progress: bool) -> Summary:
     if resume == "auto":
-        resume = run.exists(folder)
-    config, dataset, tokenizer = run.reopen(folder, config) if resume else run.create(folder, config)
-    device = run.pick_device(config.device)
+        resume = distributed.on_first(lambda: run.exists(folder))
+    config, dataset, tokenizer = run.open_run(folder, config, resume=resume)
+    rank, processes, first = distributed.rank(), distributed.world_size(), distributed.is_first()
+    distributed.on_first(lambda: _refuse_what_does_not_split(config, processes))
+    device = distributed.own_device(run.pick_device(config.device))
     model = run.build_model(config).to(device)
     checkpoint_blocks(model, config.checkpoint_blocks)
+    spread = distributed.spread(
+        model, device, shard=config.shard, bf16=config.precision == "bf16",
+        unused=config.objective == "mamo",  # what is of a loss of weight 0 has no gradient
+    )  # fmt: skip
     optimiser = make_optimiser(model, lr=config.lr, weight_decay=config.weight_decay)
+    average = Average(model, config.ema) if config.ema else None
     checkpoints = folder / "checkpoints"
     done, bad_steps = 0, BadSteps(folder, config)
     if resume:
-        path = checkpoint.latest(checkpoints)
-        saved = checkpoint.load(path)
+        path = distributed.on_first(lambda: checkpoint.latest(checkpoints))
+        saved = checkpoint.load(path, model)
         run.refuse_differences(path, RunConfig(**saved.config), config)
-        checkpoint.restore(saved, model, optimiser)
+        checkpoint.restore(saved, model, optimiser, average)
         done, bad_steps = saved.step, BadSteps(folder, config, *saved.bad_steps)
     stop = config.steps if stop_after is None else min(stop_after, config.steps)
     if stop_after is not None and stop_after <= done:
         raise ValueError(f"stop_after must be more than the {done} steps already taken, got {stop_after}")
 
     def save() -> None:
-        rows.flush()
+        if first:
+            rows.flush()
         counts = (bad_steps.total, bad_steps.in_a_row)
-        checkpoint.save(checkpoint.step_path(checkpoints, done), done, config.to_dict(), model, optimiser, counts)
-        checkpoint.keep_last(checkpoints)
+        path = checkpoint.step_path(checkpoints, done, shards=config.shard and processes > 1)
+        checkpoint.save(path, done, config.to_dict(), model, optimiser, counts, average)
+        if first:
+            checkpoint.keep_last(checkpoints)
 
     def draw() -> None:
-        draw_pictures(folder, model, tokenizer, config, done, device)
+        weights = {name: distributed.whole(value) for name, value in model.state_dict().items()}  # by all, if sharded
+        if first:
+            drawn = model
+            if config.shard and processes > 1:  # a sharded model draws nothing without the others
+                drawn = run.build_model(config).to(device)
+                drawn.load_state_dict(weights)
+            draw_pictures(folder, drawn, tokenizer, config, done, device)
 
     summary = Summary(folder, done, config.steps, bad_steps.total)
     if done >= config.steps:
         return summary
-    if resume:
-        checkpoint.keep_last(checkpoints)  # what a killed process left there takes the room of the next one
+    if resume:  # what a killed process left there takes the room of the next one
+        distributed.on_first(lambda: checkpoint.keep_last(checkpoints))
     else:
-        run.prepare_folder(folder, tokenizer)
+        distributed.on_first(lambda: run.prepare_folder(folder, tokenizer))
     loader = Loader(
-        dataset, tokenizer, image_size=model.config.image_size, batch_size=config.batch_size, seed=config.seed,
+        dataset, tokenizer, image_size=model.config.image_size, seed=config.seed,
+        batch_size=config.batch_size // processes, rank=rank, world_size=processes,
         max_text_length=model.config.max_text_length, start_step=done * config.accumulate, workers=config.workers,
         strict=config.strict, pairs_only=config.objective in PAIRED,
     )  # fmt: skip
@@ -127,45 +156,79 @@ def pretrain(
     waiting = _Waiting(loader)
     with (
         _StopRequest() as request,
-        metrics.Metrics(folder, done) as rows,
-        _Progress(folder, config, done, progress) as bar,
+        metrics.Metrics(folder, done) if first else contextlib.nullcontext() as rows,
+        _Progress(folder, config, done, progress and first) as bar,
     ):
         if not resume:
             save()  # a full disk shows now, and there is always a checkpoint to resume from
-            config.save(folder)
-        while done < stop and not request.made:
+            distributed.on_first(lambda: config.save(folder))
+        stopping = False  # all processes stop at the same step, whichever was asked to
+        while done < stop and not stopping:
             micro_batches = [next(loader)[1] for _ in range(config.accumulate)]
             lr = learning_rate(done, steps=config.steps, warmup=config.warmup, peak=config.lr)
             try:
-                losses = train_step(model, optimiser, micro_batches, config, done, lr, device)
+                losses = train_step(spread, optimiser, micro_batches, config, done, lr, device)
                 bad_steps.in_a_row = 0
+                if average is not None:
+                    average.update(model, done + 1)
             except NotFinite as bad:
                 bad_steps.add(bad, micro_batches)
                 losses = bad.values
             done += 1  # a step that was skipped, too: data order and masks go on
             tokens = sum(count_tokens(batch, model.config.patches) for batch in micro_batches)
+            tokens, requests = distributed.total(tokens, request.made)
+            stopping = requests > 0
             before, clock = clock, time.perf_counter()
             summary.last = {"step": done, **losses, "lr": lr, "bad_steps": bad_steps.total}
             summary.last["tokens_per_second"] = tokens / (clock - before)
-            summary.tokens += tokens
-            rows.write(summary.last)
+            summary.tokens += int(tokens)
             waiting.look(clock)
-            bar.show(summary.last)
-            if done < stop and not request.made:
+            if first:
+                rows.write(summary.last)
+                bar.show(summary.last)
+            if done < stop and not stopping:
                 if config.checkpoint_every and done % config.checkpoint_every == 0:
                     save()
                 if config.picture_every and done % config.picture_every == 0:
                     draw()
         save()
         summary.seconds = time.perf_counter() - start
-        summary.step, summary.interrupted = done, request.made and done < stop
-        summary.bad_steps, summary.workers_died = bad_steps.total, loader.workers_died
-        summary.wait_seconds, summary.counters = loader.wait_seconds, dict(loader.counters)
-        summary.images, summary.read_seconds, summary.workers = loader.images, loader.read_seconds, config.workers
-        summary.skipped, summary.bad = dict(loader.skipped), list(map(str, loader.bad.values()))
+        summary.step, summary.interrupted = done, stopping and done < stop
+        summary.bad_steps, summary.wait_seconds, summary.workers = bad_steps.total, loader.wait_seconds, config.workers
+        _add_up(summary, loader)
         if not summary.interrupted:
             draw()
     return summary
+
+
+def _add_up(summary: Summary, loader: Loader) -> None:
+    """What the loaders of all processes counted."""
+    counted = Counter(loader.counters, images=loader.images, died=loader.workers_died, read=loader.read_seconds)
+    every = distributed.gather((counted, loader.skipped, list(map(str, loader.bad.values()))))
+    sums = sum((each[0] for each in every), Counter(dict.fromkeys(counted, 0)))
+    summary.images, summary.workers_died = sums["images"], sums["died"]
+    summary.read_seconds = sums["read"] / len(every)
+    summary.counters = {name: sums[name] for name in loader.counters}
+    summary.skipped = dict(sum((each[1] for each in every), Counter()))
+    summary.bad = list(dict.fromkeys(text for each in every for text in each[2]))
+
+
+def _refuse_what_does_not_split(config: RunConfig, processes: int) -> None:
+    """ValueError, or a warning, about what would not be the run of one process."""
+    if processes == 1:
+        return
+    if config.batch_size % processes:
+        raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {config.batch_size}")
+    if config.objective not in PAIRED:
+        return
+    if config.model_config.get("queue_size"):
+        raise ValueError(f"queue_size must be 0 in {processes} processes, each of which would have a queue of its own")
+    warnings.warn(
+        f"{config.objective} compares the pairs that a process has, {config.batch_size // processes} of the "
+        f"{config.batch_size} of a pass: its losses are not those of one process, and change with their number",
+        M3AEFastWarning,
+        stacklevel=2,
+    )
 
 
 def train_step(
@@ -179,31 +242,35 @@ def train_step(
 ) -> dict[str, float]:
     """One optimiser step over the mean loss of the micro-batches; returns the means of the model's METRICS.
 
-    NotFinite: one of them or the gradient is not finite; then model and optimiser are as they were.
+    Both are means over all processes, too: these have the same number of samples each.
+    NotFinite: one of them or the gradient is not finite; then model and optimiser are as they were, in all processes.
     """
     torch.manual_seed((config.seed << 32) + step)
-    names = model.METRICS
-    buffers = [buffer.clone() for buffer in model.buffers()]  # a forward pass fills MAMO's queue
+    own = distributed.bare(model)
+    names = own.METRICS
+    buffers = [buffer.clone() for buffer in own.buffers()]  # a forward pass fills MAMO's queue
     totals = torch.zeros(len(names), device=device)
-    for batch in micro_batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            output = model(batch.to(device), seed=config.seed, step=step)
-        (output.loss / len(micro_batches)).backward()
+    for number, batch in enumerate(micro_batches, 1):
+        with distributed.summing_gradients(model, number == len(micro_batches)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                output = model(batch.to(device), seed=config.seed, step=step)
+            (output.loss / len(micro_batches)).backward()
         totals += torch.stack([getattr(output, name).detach().float() for name in names]) / len(micro_batches)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    norm = distributed.whole(nn.utils.clip_grad_norm_(own.parameters(), config.grad_clip or math.inf))
+    totals = distributed.mean(totals)
     *values, norm = torch.cat([totals, norm.reshape(1)]).tolist()  # the one wait for the device in a step
     values = dict(zip(names, values, strict=True))
     if not all(map(math.isfinite, (*values.values(), norm))):
         optimiser.zero_grad()
-        for buffer, before in zip(model.buffers(), buffers, strict=True):
+        for buffer, before in zip(own.buffers(), buffers, strict=True):
             buffer.copy_(before)
         raise NotFinite(step + 1, values, norm)
     for group in optimiser.param_groups:
         group["lr"] = lr
     optimiser.step()
     optimiser.zero_grad()
-    if hasattr(model, "update_target"):  # the momentum network follows, once for each step that is taken
-        model.update_target()
+    if hasattr(own, "update_target"):  # the momentum network follows, once for each step that is taken
+        own.update_target()
     return values
 
 
@@ -258,7 +325,8 @@ class _StopRequest:
     def _ask(self, number, frame) -> None:
         self.made = True
         self.__exit__()
-        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print could interrupt a print
+        if distributed.is_first():
+            os.write(2, b"\nstopping after this step; once more stops at once\n")  # print could interrupt a print
 
     def __enter__(self) -> _StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else

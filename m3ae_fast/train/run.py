@@ -2,7 +2,7 @@
 
 run.json            the RunConfig
 tokenizer.json      unless the data has no captions
-checkpoints/        step-00000500.safetensors, the newest two
+checkpoints/        step-00000500.safetensors, or step-00000500/ of a sharded model, the newest two
 metrics.jsonl       a row a step; the same numbers in tensorboard/
 pictures/           loss curves and reconstructions
 bad_steps/          the batches of steps that were not finite and were skipped, if there were any: load_bad_step
@@ -23,7 +23,7 @@ from torch import nn
 from m3ae_fast._files import naming
 from m3ae_fast.data import Tokenizer, open_dataset
 from m3ae_fast.models import OBJECTIVES
-from m3ae_fast.train import checkpoint
+from m3ae_fast.train import checkpoint, distributed
 from m3ae_fast.train.config import RunConfig
 
 LEARN_WORDS_FROM = 10_000  # captions; a data set may be endless
@@ -39,19 +39,26 @@ class Run(NamedTuple):
     step: int  # steps taken by the checkpoint
 
 
-def load_run(path: str | Path, device: str | None = "cpu", *, objectives: Collection[str] = tuple(OBJECTIVES)) -> Run:
+def load_run(
+    path: str | Path,
+    device: str | None = "cpu",
+    *,
+    objectives: Collection[str] = tuple(OBJECTIVES),
+    averaged: bool = True,
+) -> Run:
     """The model of a run's folder (its newest checkpoint), or of one checkpoint in it, ready for evaluation.
 
     Args:
-        path: the folder, or the checkpoint's file.
+        path: the folder, or the checkpoint's file (or folder, of a sharded one).
         device: where the model goes; None: cuda if there is one, else cpu.
         objectives: those that will do.
+        averaged: with the moving average of the weights, where the run keeps one (RunConfig.ema); False: as they are.
     Raises:
         FileNotFoundError: no such folder or checkpoint. ValueError: one of its files is damaged, or it is a run of
             another objective.
     """
     given, path, device = path, Path(path), pick_device(device)
-    if path.is_dir():
+    if path.is_dir() and not checkpoint.is_folder(path):
         folder, path = path, checkpoint.latest(path / "checkpoints")
     else:
         folder = path.parent.parent
@@ -61,6 +68,8 @@ def load_run(path: str | Path, device: str | None = "cpu", *, objectives: Collec
         raise ValueError(f"{given} must be a run of the objective {' or '.join(objectives)}, got {config.objective}")
     model = build_model(config)
     checkpoint.restore(saved, model)
+    if averaged:
+        model.load_state_dict(saved.average, strict=False)  # the parameters that are trained
     return Run(config, model.to(device).eval(), load_tokenizer(folder, config), saved.step)
 
 
@@ -87,11 +96,25 @@ def exists(folder: Path) -> bool:
     return (folder / "run.json").is_file()
 
 
+def open_run(folder: Path, config: RunConfig | None, *, resume: bool):
+    """What `reopen` or `create` returns, in all processes: the first alone looks at the folder and learns the words."""
+    dataset = None
+
+    def open_it():
+        nonlocal dataset
+        found, dataset, tokenizer = reopen(folder, config) if resume else create(folder, config)
+        return found, tokenizer
+
+    config, tokenizer = distributed.on_first(open_it)
+    if dataset is None:
+        dataset = open_data(config, config.model_config["image_size"])
+    return config, dataset, tokenizer
+
+
 def create(folder: Path, config: RunConfig):
     """Everything a new run needs, in memory: (config with its model_config, data set, tokenizer). Writes nothing."""
     if (folder / "run.json").exists():
         raise FileExistsError(f"{folder} holds a run already: --resume continues it, another --out starts a new one")
-    config = config.resolved()
     names = ("image_size", "image_mask_ratio", "text_mask_ratio")
     taken = sorted({*names, "vocab_size", "classes"} & set(config.options or {}))
     if taken:
@@ -103,6 +126,7 @@ def create(folder: Path, config: RunConfig):
     changes |= config.options or {}
     model_config = _model_config(config, changes)
     dataset = open_data(config, model_config.image_size)
+    config = config.resolved(_samples(dataset))
     tokenizer = None
     if config.objective == "supervised":
         if not dataset.classes:
@@ -126,6 +150,12 @@ def open_data(config: RunConfig, image_size: int):
     return open_dataset(
         config.data, image_size=image_size, seed=config.seed, strict=config.strict, paired_share=config.paired_share
     )
+
+
+def _samples(dataset) -> int | None:
+    """In an epoch; None for data without an end, or mixed with such."""
+    endless = any(getattr(source, "endless", False) for source in getattr(dataset, "sources", [dataset]))
+    return None if endless else len(dataset)
 
 
 def _model_config(config: RunConfig, changes: dict):

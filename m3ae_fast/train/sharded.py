@@ -1,0 +1,123 @@
+"""Sharded checkpoints: a folder written by all processes at once (torch.distributed.checkpoint), read by any number.
+
+`.metadata` and a `__<process>_0.distcp` of each process are torch's; `m3ae_fast.json` is ours: the header, and a
+SHA-256 of every file. `.metadata` is a pickle: read folders that you trust.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from m3ae_fast._files import naming, read_json, temporary_name, write_json
+from m3ae_fast.train import distributed
+
+HEADER = "m3ae_fast.json"
+
+
+def save(path: Path, header: dict, tensors: dict[str, Tensor]) -> None:
+    """Write the folder under a temporary name and move it into place once all of it is on the disk; called by all.
+
+    Raises:
+        OSError: something cannot be written (a full disk); the folder is not there then.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    temporary = temporary_name(path)
+    distributed.on_first(lambda: shutil.rmtree(temporary) if temporary.exists() else None)  # of a run that was killed
+    with _as(OSError, f"{path} cannot be written"):
+        dcp.save(tensors, checkpoint_id=temporary)
+    mine = [*temporary.glob(f"__{distributed.rank()}_*")] + [temporary / ".metadata"] * distributed.is_first()
+    digests = distributed.gather({file.name: _digest(file) for file in mine})
+
+    def finish() -> None:
+        with naming(path):
+            write_json(temporary / HEADER, header | {"sha256": {k: v for each in digests for k, v in each.items()}})
+            if path.exists():  # of the same step of the same run
+                remove(path)
+            os.replace(temporary, path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    distributed.on_first(finish)
+
+
+def load(path: Path, model: nn.Module | None = None) -> tuple[dict, dict[str, Tensor]]:
+    """(header, tensors).
+
+    Args:
+        model: sharded by FSDP2; every process of it calls, checks a part of the files and reads of what belongs to a
+            parameter its own share. None: this process reads everything, in full.
+    Raises:
+        ValueError: the folder is not whole, or was altered.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    header = read_json(path / HEADER)
+    files = sorted(header.pop("sha256", {}).items())
+    shares = distributed.world_size() if model is not None else 1
+    bad = [n for n, digest in files[distributed.rank() % shares :: shares] if _digest(path / n) != digest]
+    if shares > 1:
+        bad = [name for each in distributed.gather(bad) for name in each]
+    if bad or not files:
+        raise ValueError(f"{path} is damaged: {', '.join(bad) or HEADER} is missing or was altered")
+    with _as(ValueError, f"{path} cannot be read"):
+        entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    parameters = dict(model.named_parameters()) if model is not None else {}
+    tensors = {name: _room_for(name, entry, parameters) for name, entry in entries.items()}
+    with _as(ValueError, f"{path} cannot be read"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist asks for it
+        dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    return header, tensors
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint's folder, under another name first: no half of it is ever there under its own."""
+    hidden = temporary_name(path.with_name(f"{path.name}.old"))
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.replace(hidden)
+    shutil.rmtree(hidden)
+
+
+def _room_for(name: str, entry, parameters: dict[str, Tensor]) -> Tensor:
+    """An empty tensor: sharded as the parameter in the middle of its name is, if that is of the same shape."""
+    _, _, name = name.partition(".")
+    like = parameters.get(name, parameters.get(name.rpartition(".")[0]))
+    if isinstance(like, DTensor) and like.shape == entry.size:
+        return torch.empty_like(like, dtype=entry.properties.dtype, requires_grad=False)
+    return torch.empty(entry.size, dtype=entry.properties.dtype)
+
+
+@contextlib.contextmanager
+def _as(kind: type[Exception], message: str) -> Iterator[None]:
+    """torch.distributed.checkpoint raises a BaseException, in every process, where one of them failed."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        reasons = {f"{type(each).__name__}: {each}" for each, _ in error.failures.values()}
+        raise kind(f"{message}: {'; '.join(sorted(reasons))}") from None
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(file, "rb") as data:
+            while block := data.read(1 << 20):
+                digest.update(block)
+    except FileNotFoundError:
+        return "missing"
+    return digest.hexdigest()

@@ -1,0 +1,307 @@
+"""pretrain() in two processes: the run of one, whichever way the model is spread; moved from one to the other."""
+
+import contextlib
+import functools
+import os
+import resource
+import signal
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from m3ae_fast.models import M3AE
+from m3ae_fast.train import RunConfig, checkpoint, distributed, load_bad_step, load_run, loop, metrics, pretrain, run
+
+NAMES = ("loss", "image_loss", "text_loss", "text_accuracy", "lr")
+WAYS = {"DDP": {}, "FSDP2": {"shard": True}}
+
+
+def make_config(**changes):
+    settings = {"steps": 6, "batch_size": 4, "image_size": 32, "device": "cpu", "picture_every": 0}
+    return RunConfig(**(settings | changes))
+
+
+def train(folder, resume=False, stop_after=None, sgd=False, **changes):
+    """(summary, rows of metrics.jsonl) of a run, or of a part of it; in one process or as one of two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "LEARN_WORDS_FROM", 300)
+        patch.setattr(loop, "draw_pictures", lambda *_: None)
+        if sgd:
+            patch.setattr(loop, "make_optimiser", lambda model, lr, weight_decay: torch.optim.SGD(model.parameters()))
+        config = make_config(**changes)
+        summary = pretrain(config, folder, resume=resume, stop_after=stop_after, progress=False)
+    return summary, metrics.read(folder / "metrics.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def as_in_the_pair(threads):
+    """One thread."""
+    threads(1)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """alone(**changes): rows and weights of one process."""
+
+    @functools.cache
+    def of(settings):
+        folder = tmp_path / f"alone{len(list(tmp_path.iterdir()))}"
+        _, rows = train(folder, **dict(settings))
+        return rows, load_run(folder).model.state_dict()
+
+    return lambda **changes: of(tuple(sorted(changes.items())))
+
+
+def assert_same(rows, expected, rtol=1e-5):
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    found, wanted = (torch.tensor([[row[name] for name in NAMES] for row in each]) for each in (rows, expected))
+    torch.testing.assert_close(found, wanted, rtol=rtol, atol=1e-6)
+
+
+def distance(model, weights):
+    """Of two models, as a share of the way that they went in training; not by element: a gradient that is 0 but for
+    rounding (a key's bias) is worth a whole step to Adam."""
+    torch.manual_seed(0)
+    start = type(model)(model.config).state_dict()
+    found = model.state_dict()
+    squares = [((found[n] - w).square().sum(), (w - start[n]).square().sum()) for n, w in weights.items()]
+    apart, went = (sum(each) for each in zip(*squares, strict=True))
+    return (apart / went).sqrt().item()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"accumulate": 2, "checkpoint_blocks": True, "ema": 0.9}],
+    ids=["plain", "accumulated, checkpointed, averaged"],
+)
+def test_two_processes_are_one(pair, alone, tmp_path, way, changes):
+    expected, weights = alone(**changes)
+    (summary, rows), (other, _) = pair(functools.partial(train, **changes, **WAYS[way]), tmp_path / "two")
+    assert_same(rows, expected)
+    assert summary.last == rows[-1] and other.counters == summary.counters and other.step == summary.step == 6
+    assert summary.counters["seen"] == 6 * 4 * changes.get("accumulate", 1)
+    assert distance(load_run(tmp_path / "two").model, weights) < 1e-3
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_of_the_same_size(pair, alone, tmp_path, way):
+    """Adam, and clipping, would hide a sum in a mean's place."""
+    changes = {"sgd": True, "lr": 0.02, "grad_clip": 0.0, "accumulate": 2}
+    expected, weights = alone(**changes)
+    (_, rows), _ = pair(functools.partial(train, **changes, **WAYS[way]), tmp_path / "two")
+    assert_same(rows, expected)
+    for name, value in load_run(tmp_path / "two").model.state_dict().items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def sums(folder, **changes):
+    """Of a run's passes, whether their gradients were summed over the processes."""
+    summing, sharded, seen = distributed.summing_gradients, [], []
+
+    @contextlib.contextmanager
+    def watched(model, now):
+        with summing(model, now):
+            seen.append(sharded[-1] if sharded else model.require_backward_grad_sync)
+            yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "summing_gradients", watched)
+        patch.setattr(FSDPModule, "set_requires_gradient_sync", lambda self, now: sharded.append(now))
+        train(folder, **changes)
+    return seen
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_summed_once_a_step(pair, tmp_path, way):
+    for seen in pair(functools.partial(sums, steps=2, accumulate=3, **WAYS[way]), tmp_path / "run"):
+        assert seen == [False, False, True] * 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_bf16_stays_close(pair, alone, tmp_path, way):
+    """Sharded parameters are rounded before they are gathered: LayerNorms and tokens, too."""
+    expected, _ = alone(precision="bf16")
+    (_, rows), _ = pair(functools.partial(train, precision="bf16", **WAYS[way]), tmp_path / "two")
+    assert_same(rows, expected, rtol=5e-3)
+
+
+def test_a_run_moves(pair, alone, tmp_path):
+    """From one process to two, sharded, to one, to two that are not, each half-way to the next."""
+    expected, weights = alone(ema=0.9)
+    moved = tmp_path / "moved"
+    train(moved, stop_after=1, ema=0.9)
+    pair(functools.partial(train, resume=True, stop_after=3, ema=0.9, shard=True), moved)
+    assert checkpoint.latest(moved / "checkpoints").name == "step-00000003"
+    train(moved, resume=True, stop_after=4, ema=0.9)
+    assert checkpoint.latest(moved / "checkpoints").name == "step-00000004.safetensors"
+    pair(functools.partial(train, resume=True, stop_after=5, ema=0.9, shard=True), moved)
+    (_, rows), _ = pair(functools.partial(train, resume=True, ema=0.9), moved)
+    assert_same(rows, expected)
+    assert distance(load_run(moved).model, weights) < 1e-3
+
+
+def weights_and_checkpoint(folder):
+    """What a sharded model holds when it is saved."""
+    held, save = {}, checkpoint.save
+
+    def watched(path, step, config, model, *rest):
+        held.update({name: value.full_tensor() for name, value in model.state_dict().items()})
+        save(path, step, config, model, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", watched)
+        train(folder, shard=True, stop_after=2)
+    return held
+
+
+def test_a_sharded_checkpoint_is_read_to_the_bit_and_verified(pair, tmp_path):
+    held, _ = pair(weights_and_checkpoint, tmp_path / "run")
+    path = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    files = sorted(file.name for file in path.iterdir())
+    assert files == [".metadata", "__0_0.distcp", "__1_0.distcp", "m3ae_fast.json"]
+    for which in (tmp_path / "run", path):
+        found = load_run(which).model.state_dict()
+        assert found.keys() == held.keys() and all(torch.equal(found[name], held[name]) for name in held)
+    for name in files:
+        whole = (path / name).read_bytes()
+        for damaged in (whole[: len(whole) // 2], whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:]):
+            (path / name).write_bytes(damaged)
+            with pytest.raises(ValueError, match=r"step-00000002"):
+                load_run(tmp_path / "run")
+        (path / name).write_bytes(whole)
+    (path / "__1_0.distcp").unlink()
+    with pytest.raises(ValueError, match=r"step-00000002 is damaged: __1_0.distcp is missing or was altered"):
+        load_run(path)
+
+
+def attempt(*args, **changes):
+    """The error that train() ends with in this process."""
+    try:
+        train(*args, **changes)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_each_process_checks_its_files(pair, tmp_path):
+    pair(functools.partial(train, shard=True, stop_after=1), tmp_path / "run")
+    path = checkpoint.latest(tmp_path / "run" / "checkpoints") / "__1_0.distcp"
+    path.write_bytes(path.read_bytes()[:-1])
+    found = pair(functools.partial(attempt, resume=True, shard=True), tmp_path / "run")
+    assert all("step-00000001 is damaged: __1_0.distcp is missing or was altered" in each for each in found)
+
+
+def on_a_full_disk(folder):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        return attempt(folder, resume=True, shard=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_is_full_for_one_process_leaves_the_old_checkpoint(pair, tmp_path):
+    pair(functools.partial(train, shard=True, stop_after=2), tmp_path / "run")
+    for error in pair(on_a_full_disk, tmp_path / "run"):
+        assert error.startswith("OSError: ") and "checkpoints/step-00000006 cannot be written: " in error
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step-00000002"
+    (summary, _), _ = pair(functools.partial(train, shard=True, resume=True), tmp_path / "run")
+    assert summary.step == 6
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == ["step-00000002", "step-00000006"], "nor is anything half-written left"
+
+
+def not_finite_in_one(folder, **changes):
+    forward = M3AE.forward
+
+    def broken(self, batch, *, seed, step):
+        output = forward(self, batch, seed=seed, step=step)
+        if step == 2 and dist.get_rank() == 1:
+            output.loss = output.loss * torch.nan
+        return output
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True):
+        patch.setattr(M3AE, "forward", broken)
+        return train(folder, **changes)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(pair, tmp_path, way):
+    (summary, rows), (other, _) = pair(functools.partial(not_finite_in_one, **WAYS[way]), tmp_path / "run")
+    assert summary.bad_steps == other.bad_steps == 1 and summary.step == 6
+    assert [row["loss"] is None for row in rows] == [False, False, True, False, False, False]
+    assert all(p.isfinite().all() for p in load_run(tmp_path / "run").model.parameters())
+    parts = [load_bad_step(tmp_path / "run" / "bad_steps" / f"step-00000003-{rank}.safetensors") for rank in range(2)]
+    assert [part.batches[0].sample_ids.tolist() for part in parts] == [[8, 9], [10, 11]]
+
+
+def one_is_asked_to_stop(folder, **changes):
+    step = loop.train_step
+
+    def asked(model, optimiser, micro_batches, config, done, *rest):
+        if done == 2 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(model, optimiser, micro_batches, config, done, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", asked)
+        return train(folder, **changes)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_asked_to_stop_one_stops_all(pair, alone, tmp_path, way):
+    for summary, rows in pair(functools.partial(one_is_asked_to_stop, **WAYS[way]), tmp_path / "run"):
+        assert summary.interrupted and summary.step == len(rows) == 3
+    (_, rows), _ = pair(functools.partial(train, resume=True, **WAYS[way]), tmp_path / "run")
+    assert_same(rows, alone()[0])
+
+
+def test_what_fails_in_the_first_process_fails_in_all(pair, tmp_path):
+    pair(functools.partial(train, stop_after=1), tmp_path / "run")
+    first, second = pair(attempt, tmp_path / "run")
+    assert first.startswith("FileExistsError: ") and "holds a run already" in first
+    assert second.startswith("FailedElsewhere: the first process failed: FileExistsError: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 3}, "batch_size must be a multiple of the 2 processes, got 3"),
+        ({"objective": "mamo", "options": {"queue_size": 8}}, "queue_size must be 0 in 2 processes"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(pair, tmp_path, changes, message):
+    first, _ = pair(functools.partial(attempt, **changes), tmp_path / "run")
+    assert first.startswith(f"ValueError: {message}")
+    assert not (tmp_path / "run").exists()
+
+
+def warned(folder, **changes):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        summary, _ = train(folder, **changes)
+    return [str(warning.message) for warning in caught], summary
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("changes", [{"objective": "mamo", "options": {"mim_weight": 0}}, {"objective": "clip"}])
+def test_what_compares_pairs_says_what_it_compares(pair, tmp_path, way, changes):
+    settings = {"steps": 2, **WAYS[way], **changes}
+    (first, summary), (second, _) = pair(functools.partial(warned, **settings), tmp_path / "run")
+    assert summary.step == 2
+    said = f"{changes['objective']} compares the pairs that a process has, 2 of the 4 of a pass"
+    assert [said in message for message in first].count(True) == 1 and not any(said in message for message in second)
+
+
+def pictures(folder):
+    run.LEARN_WORDS_FROM = 300
+    pretrain(make_config(shard=True, steps=2), folder, progress=False)
+
+
+def test_a_sharded_model_is_drawn_too(pair, tmp_path):
+    pair(pictures, tmp_path / "run")
+    assert (tmp_path / "run" / "pictures" / "reconstruction-00000002.png").stat().st_size > 1000

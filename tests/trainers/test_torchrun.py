@@ -1,0 +1,123 @@
+"""torchrun -m m3ae_fast pretrain, as it is started: a process that dies ends the run, which goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import m3ae_fast
+from m3ae_fast.train import RunConfig, checkpoint, metrics, pretrain
+
+SECONDS = 600  # for a run, on a machine that does other things too
+RUN = ["--batch-size", "4", "--image-size", "32", "--device", "cpu", "--picture-every", "0", "--checkpoint-every", "2"]
+# The second process sends itself a signal, once, as the sixth step of the run begins.
+SIGNALLED = """
+import os, runpy, signal, sys
+from m3ae_fast.train import loop
+step = loop.train_step
+def hooked(model, optimiser, micro_batches, config, done, *rest):
+    if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"], done) == ("1", "0", 5):
+        os.kill(os.getpid(), signal.SIGNAL)
+    return step(model, optimiser, micro_batches, config, done, *rest)
+loop.train_step = hooked
+runpy.run_module("m3ae_fast", run_name="__main__")
+"""
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """torchrun(*options, script=None): the process, its stderr in a file; two processes of `pretrain`, in tmp_path."""
+    started = []
+
+    def start(*options, torchrun=(), script=None):
+        program = ["-m", "m3ae_fast"]
+        if script is not None:
+            (tmp_path / "script.py").write_text(script)
+            program = [str(tmp_path / "script.py")]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *torchrun]
+        env = {**os.environ, "PYTHONPATH": str(Path(m3ae_fast.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        if Path("/sys/class/net/lo").exists():
+            env["GLOO_SOCKET_IFNAME"] = "lo"  # a host's own name may not resolve
+        with open(tmp_path / "stderr", "w") as err:
+            process = subprocess.Popen(
+                [*command, *program, "pretrain", *RUN, *options],
+                env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=err,
+            )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.terminate()  # not kill: it is to end its processes, too
+        process.wait(60)
+
+
+KILLED, STOPPED = (SIGNALLED.replace("SIGNAL)", f"{name})") for name in ("SIGKILL", "SIGSTOP"))
+LOST = "m3ae-fast pretrain: error: process 0 of 2 has lost another one, which died, was stopped or took longer"
+
+
+def stderr(tmp_path):
+    return (tmp_path / "stderr").read_text()
+
+
+def losses(folder):
+    return torch.tensor([row["loss"] for row in metrics.read(folder / "metrics.jsonl")])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """losses of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    config = RunConfig(steps=9, batch_size=4, image_size=32, device="cpu", picture_every=0)
+    pretrain(config, folder, progress=False)
+    return losses(folder)
+
+
+@pytest.mark.parametrize("way", [[], ["--shard"]], ids=["DDP", "FSDP2"])
+def test_a_process_that_dies_ends_the_run_which_goes_on(torchrun, tmp_path, undisturbed, way):
+    process = torchrun("--steps", "9", "--out", "run", *way, script=KILLED)
+    assert process.wait(SECONDS) != 0
+    assert LOST in stderr(tmp_path) and "Start again with --resume." in stderr(tmp_path)
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints").stem == "step-00000004"
+
+    process = torchrun("--out", "run", "--resume", *way)
+    assert process.wait(SECONDS) == 0, stderr(tmp_path)
+    torch.testing.assert_close(losses(tmp_path / "run"), undisturbed, rtol=1e-5, atol=1e-6)
+
+
+def test_torchrun_starts_it_again(torchrun, tmp_path, undisturbed):
+    process = torchrun("--steps", "9", "--out", "run", torchrun=["--max-restarts", "1"], script=KILLED)
+    assert process.wait(SECONDS) == 0, stderr(tmp_path)
+    torch.testing.assert_close(losses(tmp_path / "run"), undisturbed, rtol=1e-5, atol=1e-6)
+
+
+def test_a_process_that_hangs_is_not_waited_for_for_ever(torchrun, tmp_path):
+    options = ["--steps", "9", "--out", "run", "--rank-timeout", "30"]
+    process = torchrun(*options, torchrun=["--shutdown-timeout", "1"], script=STOPPED)
+    assert process.wait(SECONDS) != 0
+    assert LOST in stderr(tmp_path) and "Timed out" in stderr(tmp_path)
+
+
+def test_sigterm_to_torchrun_saves_and_stops(torchrun, tmp_path):
+    """Also with processes that load data, which torchrun signals as well."""
+    process = torchrun("--steps", "100000", "--checkpoint-every", "0", "--workers", "1", "--out", "run")
+    until = time.monotonic() + SECONDS
+    while not len(metrics.read(tmp_path / "run" / "metrics.jsonl")) > 2 and time.monotonic() < until:
+        assert process.poll() is None, stderr(tmp_path)
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(SECONDS) != 0
+    steps = len(metrics.read(tmp_path / "run" / "metrics.jsonl"))
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == f"step-{steps:08d}.safetensors"
+    assert stderr(tmp_path).count("Traceback") == 1, "more than torchrun's own"
+
+
+def test_a_mistake_is_told_once(torchrun, tmp_path):
+    process = torchrun("--steps", "2", "--out", "run", "--data", "nowhere")
+    assert process.wait(SECONDS) != 0
+    assert stderr(tmp_path).count("error: data must name ") == 1
