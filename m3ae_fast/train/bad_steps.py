@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from m3ae_fast import M3AEFastWarning
-from m3ae_fast._files import naming, remove_unfinished, replacing
+from m3ae_fast._files import naming, replacing
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.train import distributed
 from m3ae_fast.train.config import RunConfig
@@ -123,7 +123,6 @@ def save_bad_step(path: Path, step: int, config: RunConfig, reason: str, batches
     header |= {"reason": reason, "batches": len(batches)}
     with naming(path.parent):
         path.parent.mkdir(exist_ok=True)
-        remove_unfinished(path.parent)
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={"m3ae_fast": json.dumps(header)})

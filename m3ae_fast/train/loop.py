@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from m3ae_fast import M3AEFastWarning, _checks
+from m3ae_fast._files import remove_unfinished
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader
 from m3ae_fast.nn import checkpoint_blocks
@@ -143,7 +144,7 @@ def _pretrain(config: RunConfig, folder: Path, resume: bool | str, stop_after: i
     if done >= config.steps:
         return summary
     if resume:  # what a killed process left there takes the room of the next one
-        distributed.on_first(lambda: checkpoint.keep_last(checkpoints))
+        distributed.on_first(lambda: (checkpoint.keep_last(checkpoints), remove_unfinished(bad_steps.folder)))
     else:
         distributed.on_first(lambda: run.prepare_folder(folder, tokenizer))
     loader = Loader(
