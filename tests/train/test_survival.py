@@ -3,6 +3,7 @@
 M3AE_FAST_KILLS=50 kills the run of the first test fifty times instead of five (`-s` prints where it was hit).
 """
 
+import contextlib
 import json
 import os
 import random
@@ -139,10 +140,13 @@ def test_killed_at_random_moments_it_is_the_same_run(server, tmp_path):
             time.sleep(rng.uniform(0, to_start))
         else:
             step = rng.randint(10 * kill, 10 * kill + 9)
-            wait_for(lambda step=step: lines(folder / "metrics.jsonl") >= step and (folder / "run.json").exists())
-            time.sleep(rng.uniform(0, 2 * a_step))
-        os.kill(process, signal.SIGKILL)
-        assert server.wait() == -signal.SIGKILL
+            wait_for(lambda step=step: (folder / "run.json").exists() and lines(folder / "metrics.jsonl") >= step - 1)
+            begin = time.perf_counter()
+            wait_for(lambda step=step: lines(folder / "metrics.jsonl") >= step)
+            time.sleep(rng.uniform(0, 2 * min(a_step, time.perf_counter() - begin)))  # another may be at work here
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()[-2000:]
         before, taken = taken, lines(folder / "metrics.jsonl")
         unfinished, left = set(folder.glob("checkpoints/.*")), unfinished
         hits["in a checkpoint's write"] += bool(unfinished - left)
@@ -204,9 +208,7 @@ def test_a_disk_full_at_any_write_names_the_file_and_costs_nothing(train, disk, 
             train("disk/run", resume="auto", checkpoint_every=2, stop_after=before + 3 if before < 9 else None)
         except OSError as error:
             assert str(tmp_path / "disk" / "run") in str(error)
-            named.update(
-                part for part in ("tokenizer", "metrics", "tensorboard", "step-", "run.json") if part in str(error)
-            )
+            named.update(part for part in ("metrics", "tensorboard", "step-") if part in str(error))
         assert newest_step(checkpoints.parent) >= before
         if before:
             checkpoint.load(checkpoint.latest(checkpoints))  # verified in full
@@ -289,9 +291,7 @@ def test_any_error_leaves_a_run_that_goes_on(train, rows, at_step, tmp_path, cap
         raise error
 
     at_step(6, fail)
-    options = [
-        *["--steps", "12", "--batch-size", "2", "--image-size", "32", "--device", "cpu", "--checkpoint-every", "2"]
-    ]
+    options = ["--steps", "12", "--batch-size", "2", "--image-size", "32", "--device", "cpu", "--checkpoint-every", "2"]
     call = ["pretrain", *options, "--out", str(tmp_path / "run")]
     if shown is None:
         with pytest.raises(RuntimeError, match="a kernel failed"):
