@@ -3,6 +3,7 @@
 M3AE_FAST_KILLS=50 kills the run of the first test fifty times instead of five (`-s` prints where it was hit).
 """
 
+import contextlib
 import json
 import os
 import random
@@ -14,9 +15,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 import m3ae_fast
-from m3ae_fast.train import checkpoint, metrics
+from m3ae_fast import cli
+from m3ae_fast.train import checkpoint, loop, metrics, pretrain
 
 KILLS = int(os.environ.get("M3AE_FAST_KILLS", 5))
 
@@ -137,10 +140,13 @@ def test_killed_at_random_moments_it_is_the_same_run(server, tmp_path):
             time.sleep(rng.uniform(0, to_start))
         else:
             step = rng.randint(10 * kill, 10 * kill + 9)
-            wait_for(lambda step=step: lines(folder / "metrics.jsonl") >= step and (folder / "run.json").exists())
-            time.sleep(rng.uniform(0, 2 * a_step))
-        os.kill(process, signal.SIGKILL)
-        assert server.wait() == -signal.SIGKILL
+            wait_for(lambda step=step: (folder / "run.json").exists() and lines(folder / "metrics.jsonl") >= step - 1)
+            begin = time.perf_counter()
+            wait_for(lambda step=step: lines(folder / "metrics.jsonl") >= step)
+            time.sleep(rng.uniform(0, 2 * min(a_step, time.perf_counter() - begin)))  # another may be at work here
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()[-2000:]
         before, taken = taken, lines(folder / "metrics.jsonl")
         unfinished, left = set(folder.glob("checkpoints/.*")), unfinished
         hits["in a checkpoint's write"] += bool(unfinished - left)
@@ -166,3 +172,134 @@ def test_killed_before_any_change_to_its_files_it_is_the_same_run(server, tmp_pa
         statuses.append(server.wait())
     assert set(statuses[:-1]) == {-signal.SIGKILL} and len(statuses) > 15
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """fill(bytes): a small disk at tmp_path / "disk" is full but for this many; None: has room."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a disk of its own needs root; test_checkpoint.py and test_metrics.py fill files instead")
+
+    def fill(free):
+        ballast = folder / "ballast"
+        ballast.unlink(missing_ok=True)
+        if free is not None:
+            room = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+            with open(ballast, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, room - free)
+
+    yield fill
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard writes in a thread
+def test_a_disk_full_at_any_write_names_the_file_and_costs_nothing(train, disk, tmp_path):
+    whole = train("whole", checkpoint_every=2)
+    size = checkpoint.latest(tmp_path / "whole" / "checkpoints").stat().st_size
+    places = [0, 4096, 8192, 16384, 40960, size // 2, size + 65536, 2 * size + 65536]
+    checkpoints, named = tmp_path / "disk" / "run" / "checkpoints", set()
+    for free in places * 2:
+        disk(free)
+        before = newest_step(checkpoints.parent)
+        try:
+            train("disk/run", resume="auto", checkpoint_every=2, stop_after=before + 3 if before < 9 else None)
+        except OSError as error:
+            assert str(tmp_path / "disk" / "run") in str(error)
+            named.update(part for part in ("metrics", "tensorboard", "step-") if part in str(error))
+        assert newest_step(checkpoints.parent) >= before
+        if before:
+            checkpoint.load(checkpoint.latest(checkpoints))  # verified in full
+        assert not list(checkpoints.glob(".*"))
+    assert named >= {"metrics", "tensorboard", "step-"}, named
+    disk(None)
+    train("disk/run", resume="auto", checkpoint_every=2)
+    assert numbers(tmp_path / "disk" / "run") == numbers(tmp_path / "whole") and len(whole) == 12
+
+
+def test_a_disk_full_while_drawing_names_the_picture(config, disk, tmp_path, monkeypatch):
+    drawing = loop.draw_pictures
+
+    def full(*arguments):
+        disk(0)
+        drawing(*arguments)
+
+    monkeypatch.setattr(loop, "draw_pictures", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*disk/run/pictures"):
+        pretrain(config(steps=4, picture_every=2, checkpoint_every=1), tmp_path / "disk" / "run", progress=False)
+    disk(None)
+    monkeypatch.setattr(loop, "draw_pictures", drawing)
+    pretrain(config(steps=4, picture_every=2), tmp_path / "disk" / "run", resume=True, progress=False)
+    assert {path.name for path in (tmp_path / "disk" / "run" / "pictures").iterdir()} == {
+        "losses.png", "reconstruction-00000004.png",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(n, do): call do() in the midst of step n, counted from 1: gradients are there, moments are not moved."""
+    step = torch.optim.AdamW.step
+    counted = Counter()
+
+    def hook(number, do):
+        def hooked(self):
+            counted["steps"] += 1
+            if counted["steps"] == number:
+                do()
+            return step(self)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", hooked)
+
+    return hook
+
+
+def test_a_killed_worker_costs_no_batch(config, rows, train, at_step, tmp_path, counted_warnings, monkeypatch):
+    whole = train("whole")
+    started = []
+    loaded = loop.Loader
+
+    def started_loader(*arguments, **options):
+        started.append(loaded(*arguments, **options))
+        return started[0]
+
+    def kill():
+        for worker in started[0]._batches._workers:
+            os.kill(worker.pid, signal.SIGKILL)
+            worker.join()  # torch's own handler would raise here, in the midst of the step
+
+    monkeypatch.setattr(loop, "Loader", started_loader)
+    at_step(3, kill)
+    summary = pretrain(config(workers=2), tmp_path / "run", progress=False)
+    assert rows() == whole and summary.workers_died == 1
+    assert "started again at batch" in str(counted_warnings[-1].message)
+
+
+@pytest.mark.parametrize(
+    "error, shown",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory; --checkpoint-blocks needs less memory"),
+        (ChildProcessError("workers died 3 times at batch 5"), "error: workers died 3 times at batch 5"),
+        (RuntimeError("a kernel failed"), None),  # ours, or the machine's: with its traceback
+    ],
+)
+def test_any_error_leaves_a_run_that_goes_on(train, rows, at_step, tmp_path, capsys, error, shown):
+    whole = train("whole")
+
+    def fail():
+        raise error
+
+    at_step(6, fail)
+    options = ["--steps", "12", "--batch-size", "2", "--image-size", "32", "--device", "cpu", "--checkpoint-every", "2"]
+    call = ["pretrain", *options, "--out", str(tmp_path / "run")]
+    if shown is None:
+        with pytest.raises(RuntimeError, match="a kernel failed"):
+            cli.main(call)
+    else:
+        assert cli.main(call) == 2
+    told = capsys.readouterr().err
+    assert f"broken off by {type(error).__name__}; step-00000004.safetensors is there to go on from: --resume" in told
+    assert shown is None or shown in told.splitlines()[-1]
+    assert cli.main([*call, "--resume"]) == 0
+    assert rows() == whole
