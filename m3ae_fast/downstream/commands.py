@@ -51,7 +51,7 @@ def _add_class_commands(add: Callable[..., argparse.ArgumentParser], natural: Ca
 
     finetune = add("finetune", _finetune, "Fine-tune the image encoder to classify images.")
     _classes(finetune, natural, positive)
-    _trained(finetune, positive, lr=1e-3, batch_size=64)
+    _trained(finetune, positive, batch_size=64, lr=1e-3, unit=", for 256 samples of a step")
     finetune.add_argument("--layer-decay", type=float, default=0.75, metavar="D", help="of the rate (%(default)s)")
     finetune.add_argument("--drop-path", type=float, default=0.1, metavar="P", help="in the last block (%(default)s)")
     finetune.add_argument("--mixup", type=float, default=0.8, metavar="A", help="0: none (%(default)s)")
@@ -119,9 +119,9 @@ def _common(
     command.add_argument("--device", default="cpu", help="%(default)s")
 
 
-def _trained(command: argparse.ArgumentParser, positive: Callable, *, lr: float = 5e-4, batch_size: int = 32) -> None:
+def _trained(command: argparse.ArgumentParser, positive: Callable, batch_size: int = 32, **lr) -> None:
     command.add_argument("--train", metavar="SPEC", help="data to train on; like --data (default: new scenes)")
-    _lr(command, lr)
+    _lr(command, **lr)
     command.add_argument("--steps", type=positive, default=600, metavar="N", help="of training (%(default)s)")
     command.add_argument(
         "--batch-size", type=positive, default=batch_size, metavar="B", help="of training (%(default)s)"
@@ -129,8 +129,8 @@ def _trained(command: argparse.ArgumentParser, positive: Callable, *, lr: float 
     command.add_argument("--save", type=Path, metavar="FILE", help="the trained model, as safetensors")
 
 
-def _lr(command: argparse.ArgumentParser, lr: float = 5e-4) -> None:
-    command.add_argument("--lr", type=float, default=lr, help="of training, at its peak (%(default)s)")
+def _lr(command: argparse.ArgumentParser, lr: float = 5e-4, unit: str = "") -> None:
+    command.add_argument("--lr", type=float, default=lr, help=f"of training, at its peak{unit} (%(default)s)")
 
 
 def _open(args: argparse.Namespace, *objectives: str):
