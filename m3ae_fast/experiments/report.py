@@ -45,8 +45,8 @@ def _about(seeds: int, scale: Scale) -> str:
         f"{scale.steps:,} steps of {scale.batch_size} images of `cluttered`. Figures are means over seeds, in percent, "
         "+/- the standard deviation over seeds. Linear classification: a closed-form probe on frozen CLS features of "
         f"{scale.train:,} whole images, scored on {scale.test:,} others; no word is read; chance is about 8 %. Below "
-        "each table, the paper's claims: differences seed by seed, told apart where every seed has the same sign and "
-        "the mean is more than two standard errors from 0."
+        "each table, the paper's claims: the mean difference, seed by seed, and its standard error; told apart where "
+        "Student's 95 % interval leaves out 0, so one in twenty is by chance. All runs are scored on the same images."
     )
 
 
@@ -56,8 +56,8 @@ def _table(table: Table, scores: Scores) -> str:
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for row in table.rows:
         cells = [row.label, *(_figure([each[score] for each in scores[row.run]]) for score in table.scores)]
-        lines.append(f"| {' | '.join([*cells, *([str(row.paper)] if papers else [])])} |")
-    return "\n".join([*lines, "", f"The paper's: {table.paper}."])
+        lines.append(f"| {' | '.join([*cells, *([str(row.paper or '-')] if papers else [])])} |")
+    return "\n".join([*lines, "", f"{table.note}."])
 
 
 def _figure(values: list[float]) -> str:
@@ -66,7 +66,9 @@ def _figure(values: list[float]) -> str:
 
 
 def _verdict(claim: Claim, scores: Scores) -> str:
-    """Differences seed by seed: told apart where all have one sign and their mean is over two standard errors."""
+    """Of differences seed by seed."""
+    from scipy.stats import t
+
     high, low = ([each[claim.score] for each in scores[run]] for run in (claim.high, claim.low))
     differences = [a - b for a, b in zip(high, low, strict=True)]
     mean = statistics.fmean(differences)
@@ -74,7 +76,7 @@ def _verdict(claim: Claim, scores: Scores) -> str:
         return f"{claim.text}: {mean:+.1f} in one seed, from which nothing follows"
     error = statistics.stdev(differences) / len(differences) ** 0.5
     word = "agrees" if mean > 0 else "**disagrees**"
-    if abs(mean) <= 2 * error or min(differences) * max(differences) <= 0:
+    if abs(mean) <= t.ppf(0.975, len(differences) - 1) * error:
         word = "not told apart"
     return f"{claim.text}: {word} ({mean:+.1f}, standard error {error:.1f})"
 

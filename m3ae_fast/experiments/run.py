@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import multiprocessing
 import os
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+from m3ae_fast import _checks
 from m3ae_fast._files import read_json, write_json
 from m3ae_fast.data import ClutteredShapes, Sample, ShapesDataset
 from m3ae_fast.downstream.features import Features, extract
 from m3ae_fast.downstream.ood import Mahalanobis, auroc, max_softmax
 from m3ae_fast.downstream.probe import fit_probe, linear_probe
-from m3ae_fast.experiments.plan import IMAGE_SIZE, TABLES, Scale, config_of, runs_of
+from m3ae_fast.experiments.plan import IMAGE_SIZE, TABLES, UNTRAINED, Scale, config_of, runs_of
 from m3ae_fast.experiments.report import write_report
-from m3ae_fast.train import load_run, pretrain
+from m3ae_fast.train import RunConfig, load_run, pretrain
+from m3ae_fast.train.run import build_model, create
 
 TRAIN_SEED, TEST_SEED, FAR_SEED = 10**6, 10**6 + 1, 10**6 + 2  # of images that no run is trained on
 KNOWN = 8  # classes of the twelve that an OOD classifier is fitted to
@@ -48,30 +55,41 @@ def experiments(
     Returns:
         The path of experiments.md.
     Raises:
-        ValueError: a table that is not there, or results in `out` of another scale. RuntimeError: a run failed.
+        ValueError: a table that is not there, or runs in `out` of other settings. RuntimeError: a run was stopped or
+            killed.
     """
     from tqdm import tqdm
 
     scale, out = scale or Scale(), Path(out)
     unknown = sorted(set(tables) - set(TABLES))
-    if unknown:
-        raise ValueError(f"tables must be of {', '.join(TABLES)}, got {', '.join(unknown)}")
+    if unknown or not tables:
+        raise ValueError(f"tables must be of {', '.join(TABLES)}, got {', '.join(unknown) or 'none'}")
+    _checks.integer("seeds", seeds, 1)
     names = runs_of(list(tables))
     todo = [(name, seed) for seed in range(seeds) for name in names]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = min(jobs or cores, len(todo))
+    jobs = min(cores if jobs is None else jobs, len(todo))
+    _checks.integer("jobs", jobs, 1)
     pool = ProcessPoolExecutor(
         jobs, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(max(cores // jobs, 1),)
     )
+    left, running = iter(todo), {}
     with pool, tqdm(total=len(todo), disable=not progress, desc="runs") as bar:
-        futures = {pool.submit(train_and_score, name, seed, scale, out): (name, seed) for name, seed in todo}
-        try:
-            for future in as_completed(futures):
-                future.result()
+        while True:
+            # no more than are run: what a pool has been given it would train, whatever happened meanwhile
+            for name, seed in itertools.islice(left, jobs - len(running)):
+                running[pool.submit(train_and_score, name, seed, scale, out)] = f"{name}-{seed}"
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name = running.pop(future)
+                try:
+                    future.result()
+                except BrokenProcessPool:
+                    raise RuntimeError(
+                        f"{out / name} or a run beside it was killed; the same command goes on"
+                    ) from None
                 bar.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
     return write_report(out, list(tables), seeds, scale)
 
 
@@ -93,37 +111,55 @@ def train_and_score(name: str, seed: int, scale: Scale, out: Path) -> dict[str, 
     Args:
         name, seed, scale: as of `config_of`. out: a folder.
     Raises:
-        ValueError: what is there is of another scale. RuntimeError: it was stopped by Ctrl-C.
+        ValueError: what is there is of other settings. RuntimeError: it was stopped by Ctrl-C.
     """
     folder = Path(out) / f"{name}-{seed}"
-    path, about = folder / "scores.json", dataclasses.asdict(scale)
+    path, config = folder / "scores.json", config_of(name, seed, scale)
+    about = {"scale": dataclasses.asdict(scale), "run": config.identity()}
     if path.is_file():
         found = read_json(path)
-        if found["scale"] != about:
-            raise ValueError(f"out must hold results of the same scale, got {found['scale']} in {path}")
+        if found["about"] != about:
+            raise ValueError(f"out must hold runs of the same settings, got others in {path}: {found['about']}")
         return found["scores"]
-    summary = pretrain(config_of(name, seed, scale), folder, resume=(folder / "run.json").is_file(), progress=False)
-    if summary.interrupted:
-        raise RuntimeError(f"{folder} was stopped after {summary.step} steps; the same command goes on")
-    scores = score(folder, scale, ood=any(row.run == name for row in TABLES["ood"].rows))
-    write_json(path, {"scale": about, "scores": scores})
+    encode = _pixels if name == "pixels" else functools.partial(extract, _model(name, config, folder))
+    scores = score(encode, scale, ood=any(row.run == name for row in TABLES["ood"].rows))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"about": about, "scores": scores})
     return scores
 
 
-def score(folder: Path, scale: Scale, *, ood: bool) -> dict[str, float]:
-    """Linear classification of frozen CLS features of whole images without a word; with `ood` the AUROCs, too."""
-    run = load_run(folder)
-    train = extract(run.model, _first(ClutteredShapes(IMAGE_SIZE, TRAIN_SEED), scale.train))
-    test = extract(run.model, _first(ClutteredShapes(IMAGE_SIZE, TEST_SEED), scale.test))
+def _model(name: str, config: RunConfig, folder: Path) -> nn.Module:
+    if name in UNTRAINED:
+        return build_model(create(folder, config)[0])
+    summary = pretrain(config, folder, resume="auto", progress=False)
+    if summary.interrupted:
+        raise RuntimeError(f"{folder} was stopped after {summary.step} steps; the same command goes on")
+    return load_run(folder).model
+
+
+def _pixels(samples: Sequence[Sample], labelled: bool = True) -> Features:
+    """Averages of 4 x 4 pixels, in place of features."""
+    images = torch.stack([torch.from_numpy(sample.image) for sample in samples]).permute(0, 3, 1, 2)
+    labels = [sample.labels[0] if labelled else -1 for sample in samples]
+    return Features(F.avg_pool2d(images / 255, 4).flatten(1), torch.tensor(labels))
+
+
+def score(encode: Callable[..., Features], scale: Scale, *, ood: bool) -> dict[str, float]:
+    """Linear classification of frozen features of whole images without a word; with `ood` the AUROCs, too.
+
+    Args:
+        encode: encode(samples, labelled=True) -> Features. scale: how many images. ood: see above.
+    """
+    train = encode(_first(ClutteredShapes(IMAGE_SIZE, TRAIN_SEED), scale.train))
+    test = encode(_first(ClutteredShapes(IMAGE_SIZE, TEST_SEED), scale.test))
     classes = len(ClutteredShapes.classes)
     scores = {"linear": 100 * linear_probe(train, test, classes=classes).value}
     if not ood:
         return scores
     fitted = _part(train, train.labels < KNOWN)
     probe, distance = fit_probe(fitted, classes=KNOWN), Mahalanobis(fitted)
-    far = extract(run.model, _first(ShapesDataset(IMAGE_SIZE, FAR_SEED), scale.test // 2), labelled=False)
-    inside = _part(test, test.labels < KNOWN)
-    near = _part(test, test.labels >= KNOWN)
+    far = encode(_first(ShapesDataset(IMAGE_SIZE, FAR_SEED), scale.test // 2), labelled=False)
+    inside, near = _part(test, test.labels < KNOWN), _part(test, test.labels >= KNOWN)
     with torch.no_grad():
         ways = {"softmax": lambda x: max_softmax(probe(x.cls)), "Mahalanobis": lambda x: distance.score(x.cls)}
         for way, of in ways.items():

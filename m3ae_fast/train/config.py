@@ -122,6 +122,8 @@ class RunConfig:
         _real("ema", self.ema, low_included=True, high=1.0)
         if self.epochs is not None:
             _real("epochs", self.epochs)
+        if self.paired_share < 1 and self.objective in PAIRED:
+            raise ValueError(f"paired_share must be 1 for {self.objective}, which trains on pairs alone")
         if self.lr is not None:
             _real("lr", self.lr)
         for name in ("image_mask_ratio", "text_mask_ratio"):

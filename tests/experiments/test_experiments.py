@@ -26,10 +26,12 @@ def test_every_run_differs_from_m3ae_in_what_its_name_says():
             assert different == {"paired_share"} and config["paired_share"] == int(name[-2:]) / 100
         elif name.startswith("m3ae-ratio"):
             assert different == {"text_mask_ratio"} and config["text_mask_ratio"] == int(name[-2:]) / 100
-        elif name.startswith("m3ae-"):
-            assert different == {"options"}
-        elif name == "mae":
+        elif name.endswith(("-narrow", "-wide")):
+            assert different == ({"options"} if name.startswith("m3ae") else {"options", "objective"})
+        elif name in ("mae", "untrained"):
             assert different == {"objective"}, "MAE must be M3AE without words, in every other respect the same"
+        elif name in ("clip", "supervised"):
+            assert different == {"objective", "options"} and config["options"]["width"] == base["options"]["width"]
     assert config_of("mae", 1, SMOKE) == dataclasses.replace(config_of("mae", 0, SMOKE), seed=1)
 
 
@@ -40,8 +42,12 @@ def test_tables_and_claims_name_runs_and_scores_that_exist():
     for claim in CLAIMS:
         assert {claim.high, claim.low} <= set(RUNS) and claim.table in TABLES
         assert claim.score in TABLES[claim.table].scores
-    with pytest.raises(ValueError, match=r"tables must be of objectives, .* got nothing"):
-        experiments("never", tables=["nothing"])
+    for tables, got in ((["nothing"], "nothing"), ([], "none")):
+        with pytest.raises(ValueError, match=f"tables must be of objectives, .* got {got}"):
+            experiments("never", tables=tables)
+    for name in ("seeds", "jobs"):
+        with pytest.raises(ValueError, match=f"{name} must be .*, got 0"):
+            experiments("never", **{name: 0})
 
 
 def test_a_run_is_trained_and_scored_once(tmp_path):
@@ -51,9 +57,10 @@ def test_a_run_is_trained_and_scored_once(tmp_path):
     assert all(0 <= value <= 100 for value in scores.values())
     written = tmp_path / "m3ae-0" / "scores.json"
     assert json.loads(written.read_text())["scores"] == scores
-    (tmp_path / "m3ae-0" / "run.json").unlink()
-    assert train_and_score("m3ae", 0, SMOKE, tmp_path) == scores, "what is there is not trained again"
-    with pytest.raises(ValueError, match="same scale"):
+    invented = json.loads(written.read_text()) | {"scores": {"linear": 1.0}}
+    written.write_text(json.dumps(invented))
+    assert train_and_score("m3ae", 0, SMOKE, tmp_path) == {"linear": 1.0}, "what is there is not scored again"
+    with pytest.raises(ValueError, match="runs of the same settings"):
         train_and_score("m3ae", 0, dataclasses.replace(SMOKE, steps=4), tmp_path)
     written.unlink()
     assert train_and_score("m3ae", 0, SMOKE, tmp_path / "again") == scores, "a run is a function of its seed"
@@ -71,6 +78,7 @@ def test_the_report_says_what_agrees_and_what_does_not(tmp_path):
     scored(tmp_path, m3ae=(80.0, 81.0, 82.0), mae=(30.0, 30.0, 33.0), clip=(70.0, 70.0, 70.0), supervised=(60, 80, 71))
     text = write_report(tmp_path, ["objectives"], 3, SMOKE).read_text()
     assert "| MAE | 31.0 +/- 1.7 | 44.6 |" in text and "| M3AE | 81.0 +/- 1.0 | 61.3 |" in text
+    assert "| MAE, untrained | 50.0 +/- 0.0 | - |" in text
     assert "M3AE is above MAE: agrees (+50.0, standard error 0.6)" in text
     assert "CLIP is above M3AE: **disagrees** (-11.0, standard error 0.6)" in text
     assert "supervised training is above CLIP: not told apart (+0.3, standard error 5.8)" in text
@@ -120,3 +128,11 @@ def wait_until(done, seconds=120):
     while not done():
         assert time.monotonic() < end, f"not within {seconds} s"
         time.sleep(0.1)
+
+
+def test_nothing_is_trained_after_a_run_that_failed(tmp_path):
+    (tmp_path / "pixels-0").mkdir()
+    (tmp_path / "pixels-0" / "scores.json").write_text(json.dumps({"about": "another run", "scores": {}}))
+    with pytest.raises(ValueError, match="runs of the same settings"):
+        experiments(tmp_path, tables=["objectives"], seeds=1, scale=SMOKE, jobs=1, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["pixels-0"]
