@@ -109,6 +109,9 @@ def train_classifier(
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
     config, classes, device = model.config, model.head.out_features, next(model.parameters()).device
+    named = len(getattr(samples, "classes", ()))
+    if not 0 < named <= classes:
+        raise ValueError(f"samples must have 1 to {classes} classes, as the model has, got {named}")
     optimiser = layer_decayed(model, weight_decay=weight_decay, layer_decay=layer_decay)
     loader = Loader(
         samples, None, image_size=config.image_shape[0], batch_size=batch_size, seed=seed, workers=workers,
@@ -118,8 +121,8 @@ def train_classifier(
 
     def loss_at(step: int) -> Tensor:
         batch = next(loader)[1].to(device)
-        if batch.labels is None or batch.labels.shape[1] > classes or (batch.labels.sum(1) != 1).any():
-            raise ValueError(f"samples must have one label each, of {classes} classes, got others in batch {step}")
+        if (batch.labels.sum(1) != 1).any():
+            raise ValueError(f"samples must have one label each, got none or several in batch {step}")
         target = F.one_hot(batch.labels.int().argmax(1), classes) * (1 - smoothing) + smoothing / classes
         images, target = mix(normalised(batch.images, config), target, rng, mixup=mixup, cutmix=cutmix)
         return F.cross_entropy(model(images).float(), target)

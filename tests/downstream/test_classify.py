@@ -173,7 +173,7 @@ def test_soft_targets(monkeypatch):
 @pytest.mark.parametrize(
     "labels, options, message",
     [
-        ((0, 1), {}, "samples must have one label each, of 3 classes, got others in batch 0"),
+        ((0, 1), {}, "samples must have one label each, got none or several in batch 0"),
         ((), {}, "samples must have one label each"),
         ((1,), {"smoothing": 1.0}, r"smoothing must be in \[0, 1\), got 1.0"),
         ((1,), {"drop_path": 1.0}, r"rate must be in \[0, 1\), got 1.0"),
@@ -187,7 +187,9 @@ def test_arguments(labels, options, message):
         train_classifier(make(), samples, steps=1, batch_size=2, progress=False, **options)
 
 
-def test_no_classes():
-    samples = [Sample(np.zeros((16, 16, 3), np.uint8), (), "x", (0,))]
-    with pytest.raises(ValueError, match="samples must have one label each"):
+@pytest.mark.parametrize("classes", [(), tuple("abcd")])
+def test_classes(classes):
+    samples = Colors(4)
+    samples.classes = classes
+    with pytest.raises(ValueError, match=f"samples must have 1 to 3 classes, as the model has, got {len(classes)}"):
         train_classifier(make(), samples, steps=1, batch_size=1, progress=False)
