@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -57,6 +58,13 @@ def number(name: str, value: object) -> None:
     """An int or a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def positive(name: str, value: object) -> None:
+    """A number that is finite and above 0."""
+    number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be finite and positive, got {value}")
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> None:

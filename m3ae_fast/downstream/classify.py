@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3ae_fast import ImageTextBatch
+from m3ae_fast import ImageTextBatch, _checks
 from m3ae_fast import nn as fast
 from m3ae_fast.data import Loader, Sample
 from m3ae_fast.downstream.features import encode_cls, extract, image_encoder
@@ -108,6 +108,9 @@ def train_classifier(
     """
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
+    if not 0 <= drop_path < 1:
+        raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
+    _checks.positive("lr", lr)
     config, classes, device = model.config, model.head.out_features, next(model.parameters()).device
     named = len(getattr(samples, "classes", ()))
     if not 0 < named <= classes:

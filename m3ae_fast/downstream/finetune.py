@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from m3ae_fast import _checks
 from m3ae_fast.data.seeds import ORDER, generator
 from m3ae_fast.train.loop import make_optimiser
 from m3ae_fast.train.schedule import learning_rate
@@ -33,8 +34,9 @@ def finetune(
         lr: peak; a tenth of the steps warm up, then a cosine to 0.
 
     Raises:
-        FloatingPointError: the loss or the gradient is not finite; the step was not taken.
+        ValueError: lr is not finite and positive. FloatingPointError: as `descend`.
     """
+    _checks.positive("lr", lr)
     batch_size, order, epoch = min(batch_size, len(examples)), [], 0
 
     def loss_at(step: int) -> Tensor:

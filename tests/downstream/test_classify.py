@@ -118,7 +118,7 @@ def test_mixup():
 
 
 def test_cutmix():
-    shares = []
+    shares, before = [], IMAGES.clone()
     for seed in range(20):
         mixed, target = mix(IMAGES, TARGET, np.random.default_rng(seed), mixup=0, cutmix=1.0)
         own, others = (mixed == IMAGES).all(1), (mixed == IMAGES[[3, 2, 1, 0]]).all(1)
@@ -131,7 +131,7 @@ def test_cutmix():
         shares.append(target[0, 0].item())
         assert shares[-1] == pytest.approx(own[0].double().mean().item()), "the share of what is left, at the edges too"
     assert len({round(share, 3) for share in shares}) > 8
-    assert torch.equal(IMAGES, IMAGES.clone())
+    assert torch.equal(IMAGES, before), "the caller's images are left alone"
 
 
 def test_half_of_the_batches_are_pasted():
@@ -176,7 +176,9 @@ def test_soft_targets(monkeypatch):
         ((0, 1), {}, "samples must have one label each, got none or several in batch 0"),
         ((), {}, "samples must have one label each"),
         ((1,), {"smoothing": 1.0}, r"smoothing must be in \[0, 1\), got 1.0"),
-        ((1,), {"drop_path": 1.0}, r"rate must be in \[0, 1\), got 1.0"),
+        ((1,), {"drop_path": 1.0}, r"drop_path must be in \[0, 1\), got 1.0"),
+        ((1,), {"lr": -1.0}, "lr must be finite and positive, got -1.0"),
+        ((1,), {"lr": float("nan")}, "lr must be finite and positive, got nan"),
         ((1,), {"mixup": -1.0}, "mixup must be finite and not negative, got -1.0"),
     ],
 )
