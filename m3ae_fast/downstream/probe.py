@@ -71,6 +71,7 @@ def fit_probe(
     batch_size: int = 256,
     lr: float = 0.1,
     seed: int = 0,
+    crops: int = 1,
 ) -> LinearProbe:
     """A probe in evaluation mode.
 
@@ -78,12 +79,13 @@ def fit_probe(
         train: features of two images or more.
         method: "ridge": least squares to one-hot targets in closed form, the strength of its penalty the power of ten
             with the highest leave-one-out accuracy (of equal ones the strongest), then times the power of two whose
-            softmax has the lowest leave-one-out cross-entropy; no randomness, no setting. "lars", "sgd": cross-entropy,
-            momentum .9, no weight decay, a ninth of the epochs (of 90: ten) warm up, then a cosine to 0. LARS steps are
-            shares of the weights' length: it wants the many steps of a large data set.
+            softmax has the lowest leave-one-out cross-entropy; no randomness, no setting but `crops`. "lars", "sgd":
+            cross-entropy, momentum .9, no weight decay, a ninth of the epochs (of 90: ten) warm up, then a cosine to 0.
+            LARS steps are shares of the weights' length: it wants the many steps of a large data set.
         classes: C; None: as many as the labels name.
         epochs: passes over the features ("lars", "sgd"). batch_size: of a step; a last smaller batch is left out.
         lr: peak, for 256 samples of a batch. seed: of the initial weights and of the order.
+        crops: features of each image, in the order of `Crops`; "ridge" leaves out those of an image together.
     Raises:
         ValueError, TypeError: naming the argument.
     """
@@ -93,41 +95,57 @@ def fit_probe(
         raise ValueError(f"train must hold two features or more, got {len(train.labels)}")
     if classes is None:
         classes = 1 + int(train.labels.max())
+    _checks.integer("crops", crops, 1)
+    images, rest = divmod(len(train.labels), crops)
+    if images < 2 or rest or (train.labels.view(crops, images) != train.labels[:images]).any():
+        raise ValueError(f"train must hold two images or more, {crops} times all of them in order, got others")
     if method == "ridge":
-        return _ridge(train, classes)
+        return _ridge(train, classes, crops)
+    _checks.positive("lr", lr)
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         _checks.integer(name, value, 1 if name == "epochs" else 2)  # BatchNorm knows no variance of one sample
     probe = _initial(train.cls.shape[1], classes, seed)
     _descend(probe, train, LARS if method == "lars" else torch.optim.SGD, epochs, batch_size, lr, seed)
+    _measure(probe, train.cls)  # of the last steps BatchNorm has averages, on the way from 0 and 1
     return probe.eval()
 
 
-def _ridge(train: Features, classes: int) -> LinearProbe:
-    """Centred features X and targets Y; W = (X'X + N s I)^-1 X'Y, from one eigendecomposition for every strength s.
-
-    Left out, sample i is guessed y_i - (y_i - f_i) / (1 - h_i), h_i = 1/N + x_i'(X'X + N s I)^-1 x_i: nothing is fitted
-    again (nor standardised: mean and variance are those of all samples).
-    """
-    probe = LinearProbe(train.cls.shape[1], classes)
-    x, count = train.cls.double(), len(train.labels)
-    variance, mean = torch.var_mean(x, 0, correction=0)
+def _measure(probe: LinearProbe, cls: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance [D] float64 of all training features, by which the probe normalises from now on."""
+    variance, mean = torch.var_mean(cls.double(), 0, correction=0)
     probe.norm.running_mean.copy_(mean)
     probe.norm.running_var.copy_(variance)
+    return mean, variance
+
+
+def _ridge(train: Features, classes: int, crops: int) -> LinearProbe:
+    """Centred features X and targets Y; W = (X'X + N s I)^-1 X'Y, from one eigendecomposition for every strength s.
+
+    Left out together, the crops i of an image are guessed y_i - (I - H_i)^-1 (y_i - f_i), where
+    H_i = 1/N + x_i (X'X + N s I)^-1 x_i': nothing is fitted again (nor standardised: mean and variance are those of all
+    samples). Were only one crop left out, the others would tell its class, and the weakest penalty would be chosen.
+    """
+    probe, count = LinearProbe(train.cls.shape[1], classes), len(train.labels)
+    mean, variance = _measure(probe, train.cls)
+    by_image = torch.arange(count).view(crops, -1).T.flatten()
+    x, labels = train.cls[by_image].double(), train.labels[by_image]
     x = (x - mean) / (variance + probe.norm.eps).sqrt()
-    target = F.one_hot(train.labels, classes).double()
+    target = F.one_hot(labels, classes).double()
     y = target - target.mean(0)
     values, vectors = torch.linalg.eigh(x.T @ x)
     turned = x @ vectors  # [N, D], columns orthogonal
+    images, one = turned.unflatten(0, (-1, crops)), torch.eye(crops, dtype=x.dtype)
     right, best = turned.T @ y, -1.0
     for strength in STRENGTHS:
         inverse = 1 / (values.clamp(min=0) + count * strength)
         fitted = turned @ (inverse[:, None] * right)
-        lever = 1 / count + (turned**2) @ inverse
-        left_out = target - (y - fitted) / (1 - lever)[:, None]
-        accuracy = (left_out.argmax(1) == train.labels).double().mean().item()
+        lever = 1 / count + images * inverse @ images.mT  # [images, crops, crops]
+        error = torch.linalg.solve(one - lever, (y - fitted).unflatten(0, (-1, crops)))
+        left_out = target - error.flatten(0, 1)
+        accuracy = (left_out.argmax(1) == labels).double().mean().item()
         if accuracy >= best:
             best, guesses, weight = accuracy, left_out, vectors @ (inverse[:, None] * right)
-    scale = min(SCALES, key=lambda scale: F.cross_entropy(scale * guesses, train.labels).item())
+    scale = min(SCALES, key=lambda scale: F.cross_entropy(scale * guesses, labels).item())
     with torch.no_grad():
         probe.linear.weight.copy_(scale * weight.T)
         probe.linear.bias.copy_(scale * target.mean(0))

@@ -41,9 +41,9 @@ def test_the_same_bits_again(method):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("count, width", [(40, 6), (30, 50)])
-def test_ridge_is_the_best_of_all_strengths_refitted_without_each_sample(count, width):
-    train = blobs(count, width=width, spread=3.0)
+@pytest.mark.parametrize("count, width, crops", [(40, 6, 1), (30, 50, 1), (60, 30, 3)])
+def test_ridge_is_the_best_of_all_strengths_refitted_without_each_image(count, width, crops):
+    train = repeated(blobs(count // crops, width=width, spread=3.0), crops)
     x = train.cls.double()
     x = (x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt()
     y = F.one_hot(train.labels, 3).double()
@@ -59,7 +59,7 @@ def test_ridge_is_the_best_of_all_strengths_refitted_without_each_sample(count, 
     for strength in STRENGTHS:
         guesses[strength] = []
         for i in range(count):
-            others = torch.arange(count) != i
+            others = (torch.arange(count) - i) % (count // crops) != 0
             weight, bias = fit(x[others], y[others], strength)
             guesses[strength].append(x[i] @ weight + bias)
         guesses[strength] = torch.stack(guesses[strength])
@@ -70,9 +70,17 @@ def test_ridge_is_the_best_of_all_strengths_refitted_without_each_sample(count, 
     entropy = {2.0**k: F.cross_entropy(2.0**k * guesses[chosen], train.labels).item() for k in range(11)}
     scale = min(entropy, key=entropy.get)
     assert 1 < scale < 1024, "the scale matters here"
-    probe = fit_probe(train)
+    probe = fit_probe(train, crops=crops)
     with torch.no_grad():
         torch.testing.assert_close(probe(train.cls).double(), scale * (x @ weight + bias), atol=1e-3, rtol=1e-4)
+
+
+def repeated(features, crops):
+    """Features of as many crops of each image, in the order of `Crops`; the first are the features given."""
+    cls, labels = features.cls.repeat(crops, 1), features.labels.repeat(crops)
+    noise = torch.randn(cls.shape, generator=torch.Generator().manual_seed(5))
+    noise[: len(features.labels)] = 0
+    return Features(cls + 0.1 * cls.std(0) * noise, labels)
 
 
 def test_logits_of_new_features_do_not_depend_on_their_batch():
@@ -81,10 +89,12 @@ def test_logits_of_new_features_do_not_depend_on_their_batch():
         torch.testing.assert_close(probe(new)[3], probe(new[3:4])[0])
 
 
-def test_batch_norm_sees_the_training_features():
+@pytest.mark.parametrize("method", METHODS)
+def test_mean_and_variance_are_those_of_the_training_features(method):
     train = blobs(64)
-    probe = fit_probe(train, method="sgd", batch_size=64, epochs=200)
-    torch.testing.assert_close(probe.norm.running_mean, train.cls.mean(0), rtol=1e-3, atol=1e-3)
+    probe = fit_probe(train, method=method, batch_size=24, epochs=2)
+    torch.testing.assert_close(probe.norm.running_mean, train.cls.mean(0))
+    torch.testing.assert_close(probe.norm.running_var, train.cls.var(0, correction=0))
 
 
 def test_lars_step_by_step():
@@ -131,6 +141,12 @@ GOOD = blobs(10)
         (GOOD, {"classes": 2}, ValueError, r"train.labels must be in \[0, 2\)"),
         (GOOD, {"method": "sgd", "epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
         (GOOD, {"method": "sgd", "batch_size": 1}, ValueError, "batch_size must be at least 2, got 1"),
+        (GOOD, {"method": "sgd", "lr": -1.0}, ValueError, "lr must be finite and positive, got -1.0"),
+        (GOOD, {"method": "lars", "lr": float("nan")}, ValueError, "lr must be finite and positive, got nan"),
+        (GOOD, {"crops": 0}, ValueError, "crops must be at least 1, got 0"),
+        (GOOD, {"crops": 3}, ValueError, "train must hold two images or more, 3 times all of them in order"),
+        (GOOD, {"crops": 10}, ValueError, "train must hold two images or more, 10 times all of them in order"),
+        (GOOD, {"crops": 5}, ValueError, "train must hold two images or more, 5 times all of them in order"),
         (GOOD._replace(labels=GOOD.labels[:4]), {}, ValueError, r"train.labels must have shape \(10,\), got \(4,\)"),
         (GOOD._replace(labels=GOOD.labels.int()), {}, TypeError, "train.labels must be of dtype int64, got int32"),
         (GOOD._replace(cls=GOOD.cls.double()), {}, TypeError, "train.cls must be of dtype float32, got float64"),
