@@ -11,9 +11,11 @@ from m3ae_fast.downstream.report import Result
 
 
 def max_softmax(logits: Tensor) -> Tensor:
-    """Logits [N, C] -> [N]: the probability of the likeliest class. Source: arXiv:1610.02136."""
+    """Logits [N, C] -> [N] float64: log(p / (1 - p)) of the probability p of the likeliest class, whose order it has
+    without the ties where p is 1 to rounding; of a single class infinity. Source: arXiv:1610.02136."""
     _checks.shape("logits", logits, (None, None))
-    return logits.softmax(1).amax(1)
+    best, rest = logits.double().sort(1, descending=True).values.tensor_split([1], dim=1)
+    return best[:, 0] - rest.logsumexp(1)
 
 
 class Mahalanobis:

@@ -14,8 +14,16 @@ def normal(*shape, seed=0):
 def test_max_softmax():
     logits = normal(7, 4) * 3
     wanted = [max(torch.exp(row) / torch.exp(row).sum()) for row in logits]
-    torch.testing.assert_close(max_softmax(logits), torch.stack(wanted))
-    assert max_softmax(torch.tensor([[1000.0, -1000.0]])).item() == 1.0
+    torch.testing.assert_close(max_softmax(logits).sigmoid().float(), torch.stack(wanted))
+    assert max_softmax(torch.ones(2, 1)).tolist() == [float("inf")] * 2, "a single class is certain"
+
+
+def test_max_softmax_has_no_ties_near_one():
+    sure = torch.tensor([[40.0, 0.0, 0.0], [0.0, 41.0, 0.0], [2000.0, -1000.0, 1000.0]])
+    assert (sure.softmax(1).amax(1) == 1).all()
+    scores = max_softmax(sure)
+    assert scores.dtype == torch.float64 and scores.tolist() == sorted(set(scores.tolist()))
+    assert auroc(scores[2:], scores[:2]) == 1.0
 
 
 @pytest.mark.parametrize("shrinkage", [0.0, 0.3, 1.0])
