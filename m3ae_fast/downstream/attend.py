@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from m3ae_fast.batch import ImageTextBatch
-from m3ae_fast.downstream.features import encode_cls, image_encoder, reads_pairs
+from m3ae_fast.downstream.features import encode_cls, evaluating, image_encoder, reads_pairs
 from m3ae_fast.models import MAMO
 from m3ae_fast.nn import Transformer
 
@@ -59,10 +59,8 @@ def attend(
         raise ValueError(f"layer must be None with rollout, which goes through all of them, got {layer}")
     if layer is not None and not 0 <= layer < depth:
         raise ValueError(f"layer must be in [0, {depth}), a block of the encoder, got {layer}")
-    training = model.training
-    model.eval()
-    blocks = weights_of(transformer, lambda: encode_cls(model, batch))
-    model.train(training)
+    with evaluating(model):
+        blocks = weights_of(transformer, lambda: encode_cls(model, batch))
     found = []
     for weights in zip(*blocks, strict=True):  # of every block [S, S], for each sequence [CLS; patches; words]
         chosen = _rollout(weights) if rollout else weights[depth - 1 if layer is None else layer]

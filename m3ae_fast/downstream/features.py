@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -52,18 +53,25 @@ def extract(
         raise ValueError(f"text must be False: {type(model).__name__} encodes no image beside its words, got True")
     if not len(samples):
         raise ValueError("samples must hold at least one, got none")
-    device, training, cls, labels = next(model.parameters()).device, model.training, [], []
+    device, cls, labels = next(model.parameters()).device, [], []
+    with evaluating(model), torch.inference_mode():
+        for chunk in chunks(samples, batch_size):
+            labels += [_label(sample, labelled) for sample in chunk]
+            texts = [_caption(sample) for sample in chunk] if text else None
+            batch = pack_for(model, [sample.image for sample in chunk], texts, tokenizer)
+            cls.append(encode_cls(model, batch.to(device)).float().cpu())
+    return Features(torch.cat(cls).clone(), torch.tensor(labels))  # the clone is made outside: an ordinary tensor
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`with evaluating(model):` in evaluation mode, then in the mode it was in, whatever is raised."""
+    training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
-            for chunk in chunks(samples, batch_size):
-                labels += [_label(sample, labelled) for sample in chunk]
-                texts = [_caption(sample) for sample in chunk] if text else None
-                batch = pack_for(model, [sample.image for sample in chunk], texts, tokenizer)
-                cls.append(encode_cls(model, batch.to(device)).float().cpu())
+        yield
     finally:
         model.train(training)
-    return Features(torch.cat(cls).clone(), torch.tensor(labels))  # the clone is made outside: an ordinary tensor
 
 
 def encode_cls(model: nn.Module, batch: ImageTextBatch) -> Tensor:

@@ -108,6 +108,14 @@ def test_arguments(options, message):
         attend(make("mae"), batch(), **options)
 
 
+def test_the_mode_is_restored_whatever_happens(monkeypatch):
+    model = make("mae")
+    monkeypatch.setattr(module, "encode_cls", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attend(model, batch())
+    assert model.training
+
+
 def test_texts_alone():
     texts = pack(None, TEXTS, TOKENIZER, image_size=16, max_text_length=40)
     with pytest.raises(ValueError, match="batch must have an image in every sample"):
