@@ -148,25 +148,29 @@ def _open(args: argparse.Namespace, *objectives: str):
     def scored(opener: Callable, spec: str | None = None):
         spec = spec or args.data
         count = args.samples or (500 if spec in DRAWN else None)
-        return opener(spec, image_size=size, seed=args.seed + run.config.seed + 1, count=count)
+        seed = 2 * (args.seed + run.config.seed) + 1  # odd
+        return opener(spec, image_size=size, seed=seed, count=count)
 
     def trained(opener: Callable, count: int | None = None, drawn: int = TRAINING):
         spec = args.train or args.data
         if not args.train and args.data not in DRAWN:
             raise ValueError(f"--train must name data to train on, beside --data {args.data}, got none")
-        seed = args.seed + run.config.seed + 2  # scenes that are not scored
-        return opener(spec, image_size=size, seed=seed, count=count or (drawn if spec in DRAWN else None))
+        count = count or (drawn if spec in DRAWN else None)
+        seed = 2 * (args.seed + run.config.seed) + 2  # even: of scenes that no --seed scores
+        return opener(spec, image_size=size, seed=seed, count=count)
 
     return run, scored, trained
 
 
-def _finish(args: argparse.Namespace, run, results: list, **settings) -> int:
+def _finish(args: argparse.Namespace, run, results: list, **about) -> int:
+    """Print the results; write them beside the command's arguments, of which `about` names what they left open."""
     from m3ae_fast.downstream import report
 
     print(report.table(results))
     if args.out:
-        about = {"command": args.name, "run": str(args.run), "step": run.step, "data": args.data, "seed": args.seed}
-        report.write(args.out, results, about | settings)
+        given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        del given["name"], given["out"]
+        report.write(args.out, results, given | {"command": args.name, "step": run.step} | about)
         print(f"results: {args.out}")
     return 0
 
@@ -264,7 +268,8 @@ def _fit(args: argparse.Namespace, training, run):
     size = run.model.config.image_shape[0]
     samples = Crops(training, args.crops, size, args.seed) if args.crops else training
     names = ("method", "epochs", "batch_size", "lr", "seed")
-    options = {name: getattr(args, name) for name in names} | {"classes": len(training.classes)}
+    options = {name: getattr(args, name) for name in names}
+    options |= {"classes": len(training.classes), "crops": args.crops or 1}
     return extract(run.model, samples, run.tokenizer, text=args.text), options
 
 
@@ -289,9 +294,7 @@ def _probe(args: argparse.Namespace) -> int:
     samples, training = _pair_of_classes(scored, trained, count=args.train_samples, drawn=PROBED)
     test = extract(run.model, samples, run.tokenizer, text=args.text)
     train, options = _fit(args, training, run)
-    result = linear_probe(train, test, **options)
-    about = {"method": args.method, "text": args.text, "train_samples": len(training)}
-    return _finish(args, run, [result], **about)
+    return _finish(args, run, [linear_probe(train, test, **options)], train_samples=len(training))
 
 
 def _finetune(args: argparse.Namespace) -> int:
@@ -303,10 +306,9 @@ def _finetune(args: argparse.Namespace) -> int:
     test, training = _pair_of_classes(scored, trained)
     model = Classifier(run.model, len(training.classes))
     names = ("steps", "batch_size", "lr", "layer_decay", "drop_path", "mixup", "cutmix", "smoothing", "seed", "workers")
-    settings = {name: getattr(args, name) for name in names}
-    train_classifier(model, training, **settings)
+    train_classifier(model, training, **{name: getattr(args, name) for name in names})
     _save(args, model, classes=json.dumps(training.classes))
-    return _finish(args, run, [score_classifier(model, test)], **settings)
+    return _finish(args, run, [score_classifier(model, test)])
 
 
 def _ood(args: argparse.Namespace) -> int:
@@ -337,12 +339,12 @@ def _ood(args: argparse.Namespace) -> int:
         score_ood("AUROC, max softmax", max_softmax(logits), max_softmax(others)),
         score_ood("AUROC, Mahalanobis", mahalanobis.score(known.cls), mahalanobis.score(unknown.cls)),
     ]
-    by = {"classifier": str(args.classifier)} if model else {"method": args.method}
-    return _finish(args, run, results, out_data=args.out_data, text=args.text, **by)
+    return _finish(args, run, results, train_samples=len(training))
 
 
 def _attend(args: argparse.Namespace) -> int:
     from m3ae_fast.downstream.attend import draw_attention
+    from m3ae_fast.downstream.features import reads_pairs
     from m3ae_fast.train.pictures import batch_of_files, held_out
 
     if args.captions and len(args.captions) != len(args.images):
@@ -350,6 +352,9 @@ def _attend(args: argparse.Namespace) -> int:
             f"--caption must be given once for each image, got {len(args.captions)} for {len(args.images)}"
         )
     run, *_ = _open(args)
+    if args.captions and not reads_pairs(run.model):
+        kind = type(run.model).__name__
+        raise ValueError(f"--caption must not be given: {kind} encodes no image beside its words, got {args.captions}")
     if args.images:
         batch = batch_of_files(args.images, args.captions, run.model.config, run.tokenizer)
     else:

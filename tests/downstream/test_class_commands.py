@@ -1,6 +1,8 @@
 """m3ae-fast probe, finetune, ood, attend, project: what they print and write, and how they refuse."""
 
 import json
+from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from m3ae_fast import cli
-from m3ae_fast.downstream import features
+from m3ae_fast import cli, train
+from m3ae_fast.downstream import commands, features, probe
 from m3ae_fast.downstream.classify import Classifier
 from m3ae_fast.train import RunConfig, load_run, loop, pretrain, run
 
@@ -82,8 +84,9 @@ def test_probe(command, objective):
     status, out, _ = command("probe", objective, *DATA, "--out", "p.json", "--seed", 3)
     assert status == 0 and out.splitlines()[1].startswith("accuracy") and out.endswith("results: p.json\n")
     about, found = results("p.json")
-    base = {"command": "probe", "run": objective, "step": 2, "data": "test", "seed": 3}
-    assert about == base | {"method": "ridge", "text": False, "train_samples": 36}
+    given = {"command": "probe", "run": objective, "step": 2, "data": "test", "seed": 3, "samples": None}
+    given |= {"train": "train", "train_samples": 36, "crops": None, "text": False, "device": "cpu"}
+    assert about == given | {"method": "ridge", "epochs": 90, "batch_size": 256, "lr": 0.1}
     assert found["accuracy"]["value"] > 0.9 and found["accuracy"]["chance"] == pytest.approx(1 / 3)
     assert found["accuracy"]["count"] == 15
 
@@ -92,7 +95,8 @@ def test_probe(command, objective):
 def test_probe_by_descent(command, method):
     options = ("--train-samples", 9, "--epochs", 9, "--batch-size", 4, "--lr", 0.5, "--crops", 3)
     status, *_ = command("probe", "m3ae", *DATA, "--method", method, *options, "--out", "p.json")
-    assert status == 0 and results("p.json")[0]["method"] == method and results("p.json")[0]["train_samples"] == 9
+    wanted = {"method": method, "train_samples": 9, "epochs": 9, "batch_size": 4, "lr": 0.5, "crops": 3}
+    assert status == 0 and wanted.items() <= results("p.json")[0].items()
 
 
 def test_probe_of_crops_sees_them(command, monkeypatch):
@@ -100,6 +104,33 @@ def test_probe_of_crops_sees_them(command, monkeypatch):
     monkeypatch.setattr(features, "_label", lambda sample, _: seen.append(sample.image.shape) or 0)
     status, *_ = command("probe", "m3ae", *DATA, "--train-samples", 4, "--crops", 3, "--samples", 5)
     assert status == 0 and seen == [(36, 40, 3)] * 5 + [(32, 32, 3)] * 12
+
+
+@pytest.mark.parametrize("options, crops", [((), 1), (("--crops", 2), 2)])
+def test_crops_of_an_image_are_left_out_together(command, monkeypatch, options, crops):
+    seen, fit = [], probe.fit_probe
+    monkeypatch.setattr(
+        probe, "fit_probe", lambda *args, **options: seen.append(options["crops"]) or fit(*args, **options)
+    )
+    assert command("probe", "m3ae", *DATA, *options)[0] == 0
+    assert command("ood", "m3ae", *FIT, *options)[0] == 0 and seen == [crops] * 2
+
+
+def test_no_seed_trains_on_what_another_scores(monkeypatch):
+    """Of other runs neither: `ood --classifier` takes a classifier of any of them."""
+
+    def seeds(of_run, given):
+        model = SimpleNamespace(config=SimpleNamespace(image_shape=(32,)))
+        monkeypatch.setattr(train, "load_run", lambda *_: SimpleNamespace(model=model, config=RunConfig(seed=of_run)))
+        _, *openers = commands._open(
+            Namespace(run="r", device="cpu", data="cluttered", train=None, samples=1, seed=given)
+        )
+        return [each(lambda spec, *, seed, **_: seed) for each in openers]
+
+    found = [seeds(of_run, given) for of_run in range(4) for given in range(4)]
+    scored, trained = map(set, zip(*found, strict=True))
+    assert not scored & trained and len(scored) == len(trained) == 7
+    assert seeds(0, 0) == [1, 2]
 
 
 @pytest.mark.parametrize("objective", ["m3ae", "mamo"])
@@ -130,7 +161,8 @@ def test_ood(command):
     status, out, _ = command("ood", "m3ae", *FIT, "--out", "o.json")
     assert status == 0 and "AUROC, Mahalanobis" in out
     about, found = results("o.json")
-    assert about["out_data"] == "other" and about["method"] == "ridge"
+    given = {"out_data": "other", "method": "ridge", "classifier": None, "train": "train", "train_samples": 36}
+    assert (given | {"crops": None}).items() <= about.items()
     assert list(found) == ["accuracy", "AUROC, max softmax", "AUROC, Mahalanobis"]
     for name in ("AUROC, max softmax", "AUROC, Mahalanobis"):
         assert found[name]["chance"] == 0.5 and found[name]["count"] == 15 + 8 and found[name]["error"] is not None
@@ -174,6 +206,9 @@ def test_project(command):
         (["probe", "m3ae", *DATA, "--method", "magic"], "argument --method: invalid choice: 'magic'"),
         (["probe", "m3ae", *DATA, "--out", "no/p.json"], "--out must name a file in a folder that exists, got no"),
         (["finetune", "m3ae", *DATA, "--layer-decay", "2"], "layer_decay must be in (0, 1], got 2.0"),
+        (["finetune", "m3ae", *DATA, "--drop-path", "1"], "drop_path must be in [0, 1), got 1.0"),
+        (["finetune", "m3ae", *DATA, "--lr", "-1"], "lr must be finite and positive, got -1.0"),
+        (["probe", "m3ae", *DATA, "--method", "sgd", "--lr", "nan"], "lr must be finite and positive, got nan"),
         (["finetune", "m3ae", *DATA, "--save", "no/x"], "--save must name a file in a folder that exists, got no/x"),
         (["finetune", "m3ae", *DATA, "--steps", "3", "--lr", "1e38"], "of fine-tuning is not finite"),
         (["ood", "m3ae", *DATA], "the following arguments are required: --out-data"),
@@ -187,6 +222,7 @@ def test_project(command):
         (["attend", "m3ae", "--layer", "0", "--rollout"], "layer must be None with rollout"),
         (["attend", "m3ae", "x.png"], "x.png"),
         (["attend", "m3ae", "--caption", "a"], "--caption must be given once for each image, got 1 for 0"),
+        (["attend", "mae", "test/red/0.png", "--caption", "a"], "--caption must not be given: MAE encodes no image"),
         (["attend", "m3ae", "--out", "."], "--out must name a file in a folder that exists, got ."),
         (["project", "m3ae", "--data", "test"], "perplexity must be in (0, 15), below the number of features, got 30"),
     ],

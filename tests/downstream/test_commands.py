@@ -78,6 +78,7 @@ def test_retrieve(command):
     assert [line.split("   ")[0].strip() for line in out.splitlines()[1:13]] == ITC + BOTH_WAYS
     assert out.endswith("results: r.json\n")
     about = {"command": "retrieve", "run": "runs/mamo", "step": 2, "data": "shapes", "seed": 7}
+    about |= {"samples": 5, "rerank": 3, "finetune": 0, "train": None, "lr": 5e-4, "device": "cpu"}
     assert results("r.json") == (about, ITC + BOTH_WAYS)
 
 
@@ -172,6 +173,7 @@ QUESTIONS, SAVED = ["--data", "questions.jsonl"], ["--steps", "1", "--save"]
         (["retrieve", "runs/mamo", "--out", "."], "--out must name a file in a folder that exists, got ."),
         (["reason", "runs/mamo", *SAVED, "no/x"], "--save must name a file in a folder that exists, got no/x"),
         (["vqa", "runs/mamo", "--seed", "-1"], "argument --seed: must be a whole number, at least 0, got '-1'"),
+        (["vqa", "runs/mamo", "--lr", "nan"], "lr must be finite and positive, got nan"),
         (["vqa", "runs/mamo", "--lr", "1e38"], "of fine-tuning is not finite"),
         (["vqa", "runs/mamo", "--device", "abacus"], "device must be one that torch can use, got 'abacus'"),
     ],
