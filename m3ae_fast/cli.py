@@ -154,9 +154,12 @@ def _print_data(summary) -> None:
         able = summary.images / summary.read_seconds * max(1, summary.workers)
         used = summary.images / max(summary.seconds - summary.wait_seconds, 1e-9)
         print(f"images: {able:,.0f}/s is what {by} can load, {used:,.0f}/s what the model takes")
-    if summary.skipped:
-        kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(summary.skipped.items()))
-        print(f"replaced by other samples, for something was damaged: {kinds}")
+    from m3ae_fast.data.loader import LEFT_OUT
+
+    for left_out, why in ((False, "for something was damaged"), (True, "for they are not of the kind wanted")):
+        skipped = sorted((kind, count) for kind, count in summary.skipped.items() if (kind in LEFT_OUT) == left_out)
+        if skipped:
+            print(f"replaced by other samples, {why}: {', '.join(f'{kind} {count:,}' for kind, count in skipped)}")
     for bad in summary.bad[:SHOWN]:
         print(f"  {bad}")
     if len(summary.bad) > SHOWN:
@@ -288,7 +291,8 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--data", action="append", metavar="SPEC[=WEIGHT]",
         help="shapes (default), cluttered: drawn; a folder of NAME.jpg + NAME.txt; FILE.h5, FILE.jsonl, "
-        "'x-{00..11}.tar', or a URL of shards (docs/data.md). More than one: mixed by weights (1)",
+        "'x-{00..11}.tar', or a URL of shards (docs/data.md). More than one: mixed by weights (1); of a "
+        "command, or a URL with a ?, =WEIGHT stands behind a blank",
     )  # fmt: skip
     run.add_argument("--objective", choices=("m3ae", "mae", "mamo", "clip", "supervised"), help="default: m3ae")
     run.add_argument("--model", choices=("tiny", "small", "base", "large", "huge"), help="default: tiny")

@@ -16,6 +16,7 @@ SPLITS = {"train", "val", "valid", "validation", "test"}
 
 class FolderDataset(EncodedDataset):
     """Images and captions of a folder and its subfolders, sorted by path; hidden files and folders are left out.
+    Links are followed, but for those to a folder that they lie in.
 
     `name.jpg`, `.jpeg` or `.png` (any case) is an image; `name.txt` beside it holds its captions, one a line, UTF-8,
     blank lines ignored. An image whose text file is missing or blank is an image alone; a text file without an
@@ -52,6 +53,7 @@ class FolderDataset(EncodedDataset):
         folders = [name.split("/")[0] if "/" in name else None for name in self.names]
         named = None not in folders and len(set(folders)) >= 2 and not set(folders) <= SPLITS
         self.classes = tuple(sorted(set(folders))) if named else ()
+        self._numbers = {name: number for number, name in enumerate(self.classes)}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -60,7 +62,7 @@ class FolderDataset(EncodedDataset):
         """The sample, its image still encoded. BadSample: the file cannot be read, or holds nothing."""
         name = self.names[index]
         captions = self.captions_of(name)
-        labels = (self.classes.index(name.split("/")[0]),) if self.classes else ()
+        labels = (self._numbers[name.split("/")[0]],) if self.classes else ()
         if name.lower().endswith(IMAGES):
             return Sample(EncodedImage(self.path / name, name), captions, name, labels)
         if not captions:
@@ -100,14 +102,15 @@ def _stem(name: str) -> str:
     return os.path.splitext(name)[0]
 
 
-def _files(root: Path) -> Iterator[str]:
-    """Relative paths, with / on every system, of all files that are not hidden."""
-
-    def fail(error: OSError):
-        raise error  # os.walk leaves out what it cannot list, and says nothing
-
-    for folder, subfolders, files in os.walk(root, onerror=fail):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith("."):
-                yield (Path(folder) / name).relative_to(root).as_posix()
+def _files(root: Path, folder: str = "", above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Relative paths, with / on every system, of all files that are not hidden. above: the folders it lies in."""
+    here = os.path.realpath(root / folder)
+    if here in above:  # a link back: without end
+        return
+    for entry in os.scandir(root / folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _files(root, f"{folder}{entry.name}/", above | {here})
+        else:
+            yield folder + entry.name

@@ -10,7 +10,7 @@ import numpy as np
 
 from m3ae_fast import _checks
 from m3ae_fast.data.images import EncodedDataset, EncodedImage
-from m3ae_fast.data.sample import BadSample, Sample, clean_captions
+from m3ae_fast.data.sample import BadSample, Sample, check_classes, clean_captions
 
 # The names of (images, captions, labels) in a file, for each split; the first that is there counts.
 LAYOUTS = {
@@ -33,7 +33,7 @@ class HDF5Dataset(EncodedDataset):
         classes: "0" to the largest of the labels.
     Raises:
         FileNotFoundError: there is no such file. ModuleNotFoundError: h5py is missing.
-        ValueError: it is no HDF5 file, holds none of those, or columns of different lengths.
+        ValueError: it is no HDF5 file, holds none of those, columns of different lengths, or labels that are none.
     Source: github.com/young-geng/m3ae_public (arXiv:2205.14204).
     """
 
@@ -51,14 +51,22 @@ class HDF5Dataset(EncodedDataset):
                 held = ", ".join(sorted(there)) or "nothing"
                 raise ValueError(f"path must hold {wanted}, got {held} in {path}{hint}")
             self._images, self._captions, self._labels = found[0]
+            for name in filter(None, found[0]):
+                if not getattr(file[name], "shape", ()):  # a group has none, a single value has ()
+                    raise ValueError(f"{path}: {name} must be a column, a data set with rows, got {file[name]!r}")
             lengths = {name: len(file[name]) for name in found[0] if name}
             if len(set(lengths.values())) > 1:
                 raise ValueError(f"{path} must hold columns of one length, got {lengths}")
             self._length = next(iter(lengths.values()))
             if self._labels and self._length:
-                self._labels = file[self._labels][:].astype(np.int64).reshape(self._length)
+                name, labels = self._labels, file[self._labels]
+                if labels.dtype.kind not in "iu" or labels.size != self._length:
+                    got = f"{labels.dtype} {list(labels.shape)}"
+                    raise ValueError(f"{path}: {name} must hold a class's number in each row, got {got}")
+                self._labels = labels[:].astype(np.int64).reshape(self._length)
                 if self._labels.min() < 0:
-                    raise ValueError(f"{path}: labels must not be negative, got {self._labels.min()}")
+                    raise ValueError(f"{path}: {name} must not be negative, got {self._labels.min()}")
+                check_classes(f"{path}: {name}", int(self._labels.max()) + 1)
                 self.classes = tuple(map(str, range(self._labels.max() + 1)))
         if not self._length:
             raise ValueError(f"path must hold at least one row, got none in {path}")

@@ -8,12 +8,21 @@ import io
 import os
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from m3ae_fast.data.sample import BadSample, Sample
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, x1 and y1 just outside
 ORIENTATION = 0x0112  # the EXIF tag
+TURNS = {  # what makes the image upright, by the tag; where it is anything else, as it is stored
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 JPEG_SCALES = (8, 4, 2)  # a JPEG can be decoded at 1/8, 1/4 or 1/2 of its size, for little more than that share of work
 REDUCING_GAP = 2.0  # what is decoded so keeps at least so many times the size wanted
 
@@ -34,10 +43,10 @@ class EncodedImage:
         self.name = name
         with _naming(name):
             self._image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-            self._upright = self._image.getexif().get(ORIENTATION, 1) == 1
-            if not self._upright:  # as cameras store photos: turned before anything is cut out of them
+            turn = TURNS.get(self._image.getexif().get(ORIENTATION))
+            if turn is not None:  # as cameras store photos: turned before anything is cut out of them
                 with self._image as stored:
-                    self._image = ImageOps.exif_transpose(stored)
+                    self._image = stored.transpose(turn)
             width, height = self._image.size
         self.shape = (height, width, 3)
 

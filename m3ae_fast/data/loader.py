@@ -33,6 +33,8 @@ from m3ae_fast.data.transforms import augment, center_crop
 COUNTERS = ("seen", "images_skipped", "texts_cut", "captions_empty")
 MAX_WARNINGS = 20  # of bad samples: a web-scale data set has thousands
 MAX_TRIES = 1000  # samples in a row that cannot be read, after which the data set itself is at fault
+MAX_LEFT_OUT = 100_000  # samples in a row that are not of the kind wanted, after which there may be none
+LEFT_OUT = ("unpaired", "unlabelled")  # BadSample.kind where nothing is damaged: pairs_only, labelled_only
 MAX_DEATHS = 3  # of workers without a batch between them, after which it is the batch that kills them
 
 
@@ -65,7 +67,8 @@ class Loader:
         workers: processes that read ahead; 0 reads in this one.
         strict: raise BadSample where a sample cannot be read, instead of replacing it.
         augment: random crops and mirroring; False: the square in the middle, for evaluation.
-        pairs_only: what is not an image with a caption counts as a sample that cannot be read.
+        pairs_only: what is not an image with a caption is left out: replaced and counted, as "unpaired", but warned of
+            only once, and not decoded. labelled_only: the same of what has no label, "unlabelled".
         rank, world_size: of this process, where several share the work. Each gets batches of `batch_size` of its own,
             together those of one process with world_size * batch_size samples in a batch.
 
@@ -76,7 +79,7 @@ class Loader:
         counters: of the batches given out by this loader: `seen` samples, `images_skipped` (samples that could not
             be read and were replaced), `texts_cut`, `captions_empty` (captions without a word: the image alone).
         images: given out. wait_seconds: spent waiting for batches. read_seconds: spent making them, by all workers.
-        skipped: how many samples were replaced, by what was damaged (BadSample.kind).
+        skipped: how many samples were replaced, by what was damaged (BadSample.kind) or why they were left out.
         bad: BadSample by name, of damaged shards and of the first samples that were met, 20 in all or as many shards.
         workers_died: how often workers were started again.
 
@@ -99,6 +102,7 @@ class Loader:
         strict: bool = False,
         augment: bool = True,
         pairs_only: bool = False,
+        labelled_only: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ):
@@ -122,6 +126,7 @@ class Loader:
             strict,
             augment,
             pairs_only,
+            labelled_only,
             readers=world_size * max(1, workers),
         )
         self._numbers = _Numbers(start_step * world_size + rank, world_size)
@@ -163,6 +168,10 @@ class Loader:
 
     def _note(self, bad: BadSample) -> None:
         self.skipped[bad.kind] += 1
+        if bad.kind in LEFT_OUT:
+            if self.skipped[bad.kind] == 1:
+                warnings.warn(f"{bad}; left out, as all such will be", M3AEFastWarning, stacklevel=3)
+            return
         if bad.name in self.bad or len(self.bad) >= MAX_WARNINGS:
             return
         self.bad[bad.name] = bad
@@ -257,7 +266,8 @@ class _Source:
         self.flip = getattr(dataset, "flip_safe", True)
         self.crop_scale = getattr(dataset, "crop_scale", (0.2, 1.0))
         self.endless = getattr(dataset, "endless", False)
-        self.classes = [classes.index(name) for name in getattr(dataset, "classes", ())]
+        numbers = {name: number for number, name in enumerate(classes)}
+        self.classes = [numbers[name] for name in getattr(dataset, "classes", ())]
         self._epoch: tuple[int, Shuffle] | None = None  # the last epoch asked for, and its order
 
     def at(self, turn: int, offset: int) -> tuple[Sample, np.random.Generator]:
@@ -281,7 +291,8 @@ class _Source:
 class _Stream(_Source):
     """The same of a StreamedDataset: positions are asked for in the order in which its samples come."""
 
-    def __init__(self, dataset: StreamedDataset, number: int, seed: int):
+    def __init__(self, dataset: StreamedDataset, number: int, seed: int, readers: int):
+        dataset.check_readers(readers)
         self.dataset, self.size, self.number, self.seed = dataset, len(dataset), number, seed
         self.flip, self.crop_scale, self.classes = dataset.flip_safe, dataset.crop_scale, ()
 
@@ -313,11 +324,12 @@ class _Batches(Dataset):
     strict: bool
     augment: bool
     pairs_only: bool
+    labelled_only: bool
     readers: int  # workers of all ranks: batches are dealt out to them in turns
 
     def __post_init__(self):
         self.sources = [
-            _Stream(source, i, self.seed)
+            _Stream(source, i, self.seed, self.readers)
             if isinstance(source, StreamedDataset)
             else _Source(source, i, self.mixture.classes, self.seed)
             for i, source in enumerate(self.mixture.sources)
@@ -326,17 +338,20 @@ class _Batches(Dataset):
 
     def __getitem__(self, number: int) -> _Loaded | Exception:
         """An error is returned, to be raised by the loader: on the way out of a worker, one raised becomes another."""
+        try:
+            return self._batch(number)
+        except (BadSample, ValueError, TypeError, OSError) as error:  # the caller's; a bug keeps its worker's traceback
+            return error
+
+    def _batch(self, number: int) -> _Loaded:
         start = time.perf_counter()
         if number != self._next:
             self._start_streams(number)
         self._next = number + self.readers
         counters, skipped = Counter(), []
         positions = range(number * self.batch_size, (number + 1) * self.batch_size)
-        try:
-            prepared = [self._at(position, counters, skipped) for position in positions]
-        except (BadSample, _NoGoodSample) as error:
-            return error
-        counters.update(seen=len(prepared), images_skipped=len(skipped))
+        prepared = [self._at(position, counters, skipped) for position in positions]
+        counters.update(seen=len(prepared), images_skipped=sum(bad.kind not in LEFT_OUT for bad in skipped))
         images = [sample.image for sample in prepared if sample.image is not None]
         batch = ImageTextBatch(
             torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) if images else None,
@@ -368,20 +383,31 @@ class _Batches(Dataset):
         """The sample at a position of the endless order, or the next good one of its epoch."""
         number, turn = self.mixture.at(position, self.seed)
         source = self.sources[number]
-        for offset in range(min(source.size, MAX_TRIES)):
+        damaged = 0
+        for offset in range(min(source.size, MAX_LEFT_OUT)):
             try:
                 return self._prepare(*source.at(turn, offset), source, counters)
             except BadSample as bad:
-                if self.strict:
-                    raise
                 skipped.append(bad)
-        raise _NoGoodSample(f"dataset must hold samples that can be read, none of {offset + 1} could; {skipped[-1]}")
+                if bad.kind not in LEFT_OUT:
+                    if self.strict:
+                        raise
+                    damaged += 1
+                    if damaged == MAX_TRIES:
+                        break
+        wanted = "that can be read" if damaged else "of the kind wanted"
+        raise ValueError(f"dataset must hold samples {wanted}, none of {offset + 1} could be used; {skipped[-1]}")
 
     def _prepare(self, sample: Sample, rng: np.random.Generator, source: _Source, counters: Counter) -> _Prepared:
+        if self.labelled_only and not sample.labels:
+            raise BadSample(sample.name, "labels are wanted, there is none", "unlabelled")
         ids = []
         captioned = bool(sample.captions) and self.tokenizer is not None
         if captioned:
             ids = self.tokenizer.encode(sample.captions[rng.integers(len(sample.captions))])
+        if self.pairs_only and (sample.image is None or not ids):
+            missing = "image" if sample.image is None else "caption"
+            raise BadSample(sample.name, f"pairs are wanted, there is no {missing}", "unpaired")
         if sample.image is None:
             if not ids:
                 raise BadSample(sample.name, "there is neither an image nor a word in it")
@@ -390,12 +416,6 @@ class _Batches(Dataset):
             image = augment(sample.image, self.image_size, rng, scale=source.crop_scale, flip=source.flip)
         else:
             image = center_crop(sample.image, self.image_size)
-        if self.pairs_only and (image is None or not ids):
-            raise BadSample(sample.name, f"pairs are wanted, there is no {'caption' if image is not None else 'image'}")
         counters.update(texts_cut=len(ids) > self.max_text_length, captions_empty=captioned and not ids)
         labels = tuple(source.classes[label] for label in sample.labels)
         return _Prepared(image, ids[: self.max_text_length], labels)
-
-
-class _NoGoodSample(ValueError):
-    pass

@@ -27,7 +27,8 @@ class MixedDataset:
         classes: those of all data sets, each name once, in the order in which they come.
         shares: samples of each in a thousand.
     Raises:
-        ValueError: no data set, one that is empty, or a weight that is not positive or makes less than a thousandth.
+        ValueError: no data set, one that is empty or itself a mixture, or a weight that is not positive or makes less
+            than a thousandth.
     """
 
     def __init__(self, sources: Sequence, weights: Sequence[float]):
@@ -36,6 +37,8 @@ class MixedDataset:
             raise ValueError(f"weights must be one for each source, got {len(weights)} for {len(sources)} sources")
         if not all(isinstance(weight, Real) and 0 < weight < float("inf") for weight in self.weights):
             raise ValueError(f"weights must be finite and positive, got {self.weights}")
+        if any(isinstance(source, MixedDataset) for source in self.sources):
+            raise ValueError("sources must not be mixtures themselves: give theirs, and the products of the weights")
         if not all(map(len, self.sources)):
             raise ValueError("sources must each hold at least one sample, got an empty one")
         self.shares = _rounded(BLOCK * np.array(self.weights, float) / sum(self.weights))

@@ -11,17 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from m3ae_fast.data.images import EncodedDataset, EncodedImage
-from m3ae_fast.data.sample import BadSample, Sample, clean_captions
-
-MOST_CLASSES = 1 << 20  # a larger number is no class
+from m3ae_fast.data.sample import BadSample, Sample, check_classes, clean_captions
 
 
 class JSONLinesDataset(EncodedDataset):
     """Rows {"image": "a.jpg", "caption": "..."}, or {"text": "..."} of texts alone, one a line, UTF-8.
 
     `image` is a path relative to the file's folder; `caption` a string or a list of several, and may be left out; so
-    may `label`, a class's number or name, and `labels`, a list of those. Only where the lines begin is kept in memory;
-    a row is read when it is asked for, and one that is damaged is a BadSample then, not an error of the whole file.
+    may `label`, a class's number or name, and `labels`, a list of those; null is as if left out. Only where the lines
+    begin is kept in memory; a row is read when it is asked for, and one that is damaged is a BadSample then, not an
+    error of the whole file.
 
     Args:
         path: the file.
@@ -29,7 +28,7 @@ class JSONLinesDataset(EncodedDataset):
         classes: the names of the labels, sorted; of numbers, "0" to the largest.
     Raises:
         FileNotFoundError, IsADirectoryError: there is no such file.
-        ValueError: there is no row in it, or labels are numbers here and names there.
+        ValueError: there is no row in it, labels are numbers here and names there, or of over 100,000 classes.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -46,12 +45,11 @@ class JSONLinesDataset(EncodedDataset):
             raise ValueError(f"path must hold a JSON object a line, got none in {path}")
         self._offsets = np.frombuffer(offsets, np.int64)
         names = {label for label in labels if isinstance(label, str)}
-        numbers = range(max(labels - names, default=-1) + 1)
-        if names and numbers:
-            raise ValueError(
-                f"{path}: labels must all be names or all be numbers, got {max(names)!r} and {max(numbers)}"
-            )
-        classes = sorted(names) or numbers
+        largest = max(labels - names, default=-1)
+        if names and largest >= 0:
+            raise ValueError(f"{path}: labels must all be names or all be numbers, got {max(names)!r} and {largest}")
+        check_classes(path, len(names) or largest + 1)
+        classes = sorted(names) or range(largest + 1)
         self.classes = tuple(map(str, classes))
         self._numbers = {label: number for number, label in enumerate(classes)}
 
@@ -89,7 +87,7 @@ class JSONLinesDataset(EncodedDataset):
         try:
             with open(self.path, "rb") as file:
                 file.seek(begin)
-                return name, parse_object(name, file.readline().decode("utf-8-sig" if begin == 0 else "utf-8"))
+                return name, _fields(name, file.readline().decode("utf-8-sig" if begin == 0 else "utf-8"))
         except OSError as error:
             raise BadSample(name, str(error), "shard") from error
         except ValueError as error:  # of UTF-8, too
@@ -102,6 +100,11 @@ class JSONLinesDataset(EncodedDataset):
             raise BadSample(name, "label must be a class's number or name, or labels a list of those", "row") from None
 
 
+def _fields(name: str, line: str | bytes) -> dict:
+    """Those of a row; null stands for one that is missing."""
+    return {field: value for field, value in parse_object(name, line).items() if value is not None}
+
+
 def _labels(row: dict) -> list:
     labels = row.get("labels", [])
     if not isinstance(labels, list):  # a word is no list of letters
@@ -112,20 +115,20 @@ def _labels(row: dict) -> list:
 def _labels_met(line: bytes) -> set[int | str]:
     """Those of a line that may be anything: what is wrong with it is said where it is used."""
     try:
-        return {label for label in _labels(json.loads(line)) if isinstance(label, str) or _is_number(label)}
-    except (ValueError, TypeError, AttributeError):
+        return {label for label in _labels(_fields("", line)) if isinstance(label, str) or _is_number(label)}
+    except (ValueError, TypeError):
         return set()
 
 
 def _is_number(label: object) -> bool:
-    return type(label) is int and 0 <= label < MOST_CLASSES
+    return type(label) is int and label >= 0
 
 
-def parse_object(name: str, line: str) -> dict:
+def parse_object(name: str, line: str | bytes) -> dict:
     """A line of a JSON-lines file. ValueError: it is not a JSON object; `name` is what the message calls it."""
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # the latter: lists in lists in lists
         raise ValueError(f"{name} must be a JSON object, got {line.strip()[:60]!r}: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be a JSON object, got {type(value).__name__}")

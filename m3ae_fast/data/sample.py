@@ -10,6 +10,8 @@ import numpy as np
 if TYPE_CHECKING:
     from m3ae_fast.data.images import EncodedImage
 
+MOST_CLASSES = 100_000  # a batch holds a flag for each class and sample
+
 
 @dataclasses.dataclass(frozen=True, eq=False)  # no ==: comparing arrays gives an array
 class Sample:
@@ -33,7 +35,8 @@ class BadSample(Exception):
 
     Args:
         name: of the sample. reason: what is wrong with it.
-        kind: what is damaged, for the counts: "image", "caption", "shard" (the file that holds it), "row", or "sample".
+        kind: what is damaged, for the counts: "image", "caption", "shard" (the file that holds it), "row", or "sample";
+            or, where nothing is, why it is left out: "unpaired", "unlabelled".
     """
 
     def __init__(self, name: str, reason: str, kind: str = "sample"):
@@ -53,6 +56,16 @@ def clean_captions(name: str, value: object) -> tuple[str, ...]:
     values = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
     try:
         texts = [text.decode("utf-8") if isinstance(text, bytes) else str.strip(text) for text in values]
-    except (UnicodeDecodeError, TypeError) as error:
+        for text in texts:
+            text.encode("utf-8")  # half a surrogate pair, "\\ud83d" in JSON, is no text: tokenizers refuse it
+    except (UnicodeError, TypeError) as error:
         raise BadSample(name, f"caption must be UTF-8 text, or a list of such: {error}", "caption") from None
     return tuple(filter(None, map(str.strip, texts)))
+
+
+def check_classes(path: object, count: int) -> None:
+    """ValueError: there are too many for what a file calls labels to be classes."""
+    if count > MOST_CLASSES:
+        raise ValueError(
+            f"{path}: labels must be of at most {MOST_CLASSES:,} classes, numbered from 0, got {count:,}: are they ids?"
+        )

@@ -5,28 +5,30 @@ from __future__ import annotations
 import functools
 import glob
 import io
-import json
 import os
 import re
 import tarfile
 import warnings
 from array import array
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from m3ae_fast import M3AEFastWarning
 from m3ae_fast.data.images import EncodedDataset, EncodedImage
-from m3ae_fast.data.sample import BadSample, Sample, clean_captions
+from m3ae_fast.data.rows import parse_object
+from m3ae_fast.data.sample import BadSample, Sample, check_classes, clean_captions
 
 IMAGES = ("jpg", "jpeg", "png")
+SUFFIXES = (*IMAGES, "txt", "json", "cls")
 BLOCK = 512  # of a tar file: headers and contents begin at its multiples
 
 
 class TarDataset(EncodedDataset):
     """`.tar` files in which what belongs together stands together: `key.jpg` (or jpeg, png), `key.txt` (captions, one a
-    line), `key.json` (its "caption", a string or a list), `key.cls` (a class's number).
+    line), `key.json` (its "caption", a string or a list), `key.cls` (a class's number). A key ends at its first dot: of
+    `a.b.jpg` it is `a`, and no image. A key whose second image (or text ...) comes begins another sample.
 
     Every shard is gone through once, and of each sample only its place is kept: 20 bytes. A sample is one read, so
     any order will do on a disk that finds its place quickly; where it does not, or the shards lie elsewhere, see
@@ -40,7 +42,7 @@ class TarDataset(EncodedDataset):
         damaged: BadSample for each damaged shard, which says from which byte on it cannot be read.
     Raises:
         FileNotFoundError: a file of the braces is missing, or nothing matches the glob.
-        ValueError: there is no sample in any of them.
+        ValueError: there is no sample in any of them, or `cls` are of over 100,000 classes.
         BadSample: with `strict`.
     """
 
@@ -55,6 +57,7 @@ class TarDataset(EncodedDataset):
             raise ValueError(f"pattern must name .tar files with name.jpg, .png, .txt or .json in them, got {pattern}")
         self._labels = labels if labels.min() >= 0 else None
         if self._labels is not None:
+            check_classes(pattern, int(labels.max()) + 1)
             self.classes = tuple(map(str, range(labels.max() + 1)))
 
     def __len__(self) -> int:
@@ -74,19 +77,20 @@ class TarDataset(EncodedDataset):
             except BadSample:
                 continue
 
-    def _files(self, index: int) -> tuple[str, dict[str, bytes]]:
+    def _files(self, index: int) -> tuple[str, dict[str, bytes | None]]:
         """The sample's name, and what is in its files, by their suffixes."""
         begin, length = self._places[index].tolist()
         path = self.paths[np.searchsorted(self._first, index, "right") - 1]
+        shard, reason = os.path.basename(path), "the file has changed"
         try:
             with open(path, "rb") as file:  # no handle to share between processes, nor thousands of them
                 file.seek(begin)
-                with tarfile.open(fileobj=io.BytesIO(file.read(length)), mode="r:") as part:
-                    members = {member.name: part.extractfile(member).read() for member in part if member.isreg()}
+                part = io.BytesIO(file.read(length) + bytes(BLOCK))
+            for key, files in samples_in(part, contents):
+                return f"{shard}/{key}", files
         except (OSError, tarfile.TarError) as error:
-            raise BadSample(f"{os.path.basename(path)}, byte {begin}", str(error), "shard") from error
-        key = split_name(next(iter(members), ""))[0]
-        return f"{os.path.basename(path)}/{key}", {split_name(name)[1]: data for name, data in members.items()}
+            reason = str(error)
+        raise BadSample(f"{shard}, byte {begin}", reason, "shard")
 
 
 class _Shard(NamedTuple):
@@ -116,39 +120,77 @@ def _index(versions: tuple[tuple[str, int, int], ...]):
 
 def _scan(path: str, size: int) -> _Shard:
     """Goes through a shard from header to header."""
-    places, labels, key, end, damage = array("q"), array("i"), None, 0, ""
+    places, labels, damage = array("q"), array("i"), ""
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                tar.members = []  # or it would keep them all
-                name, suffix = split_name(member.name)
-                if not member.isreg() or suffix not in (*IMAGES, "txt", "json", "cls"):
-                    continue
-                if name != key:
-                    key = name
-                    places.extend((member.offset, 0))
-                    labels.append(-1)
-                if suffix == "cls":
-                    labels[-1] = _label(tar.extractfile(member).read())
-                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                places[-1] = end - places[-2]
-            end = tar.offset
-        with open(path, "rb") as file:  # tarfile takes a broken header for the end
-            file.seek(end)
-            if file.read(BLOCK) != bytes(BLOCK):
-                damage = "there is no end mark"
+        with open(path, "rb") as file:
+            for _, files in samples_in(file, _place):
+                begins, ends, named = zip(*files.values(), strict=True)
+                places.extend((begins[0], ends[-1] - begins[0]))
+                labels.append(max(named))
     except (OSError, tarfile.TarError) as error:
-        damage = str(error)
-    if damage:
-        del places[-2:], labels[-1:]  # it may have lost its caption
         kept = places[-2] + places[-1] if places else 0
-        damage = f"bytes {kept:,} to {size:,} cannot be read ({damage})"
-    places, labels = np.array(places, np.int64).reshape(-1, 2), np.array(labels, np.int32)
-    return _Shard(places, labels, damage)
+        damage = f"bytes {kept:,} to {size:,} cannot be read ({error})"
+    return _Shard(np.array(places, np.int64).reshape(-1, 2), np.array(labels, np.int32), damage)
+
+
+def _place(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[int, int, int]:
+    """Where a file begins, header and all, where it ends, and the class that it names: -1 for none."""
+    label = _label(contents(tar, member) or b"") if member.name.lower().endswith(".cls") else -1
+    return member.offset, tar.offset, label
 
 
 def _label(data: bytes) -> int:
-    return int(data) if data.strip().isdigit() else -1
+    number = data.strip()
+    return int(min(float(number), 2**31 - 1)) if number.isdigit() else -1  # what is larger is refused with it
+
+
+def samples_in(file: BinaryIO, take: Callable) -> Iterator[tuple[str, dict]]:
+    """The samples of a shard, read forwards: (key, what `take(tar, member)` makes of each file, by its suffix).
+
+    A sample is given out when it is known to be whole: the next one, or the end mark, stands behind it.
+
+    Raises:
+        tarfile.TarError, OSError: it is damaged; or goes on behind its end mark, as shards do that were concatenated.
+    """
+    file = _Watched(file)
+    key, files = None, {}
+    with tarfile.TarFile(fileobj=file) as tar:
+        for member in tar:
+            tar.members = []  # or it would keep them all
+            name, suffix = split_name(member.name)
+            if not (member.isreg() or member.islnk()) or suffix.rpartition(".")[2] not in SUFFIXES:
+                continue
+            if name != key or suffix in files:
+                if files:
+                    yield key, files
+                key, files = name, {}
+            elif suffix not in SUFFIXES:  # key.mask.png beside key.png
+                continue
+            files[suffix] = take(tar, member)
+    if file.last != bytes(BLOCK):  # tarfile takes a broken header for the end
+        raise tarfile.ReadError("there is no end mark")
+    if files:
+        yield key, files
+    while rest := file.read(1 << 20):
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError("there is more behind its end mark: tar -A joins shards, cat does not")
+
+
+def contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
+    """Of a file; None of a hard link, which names another one."""
+    return tar.extractfile(member).read() if member.isreg() else None
+
+
+class _Watched:
+    """A file, and what was read of it last."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.last = file, b""
+        self.tell, self.seek = file.tell, file.seek
+
+    def read(self, size: int) -> bytes:
+        self.last = self._file.read(size)
+        return self.last
 
 
 def find_shards(pattern: str) -> list[str]:
@@ -167,44 +209,53 @@ def find_shards(pattern: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """ "a-{00..11}.tar", "{train,val}.tar": every name it stands for."""
-    braces = re.search(r"\{([^{}]*)\}", pattern)
+    """ "a-{00..11}.tar", "{train,val}.tar": every name it stands for, as in bash; other braces are left alone."""
+    braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if not braces:
         return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
-    if span:
-        choices = [str(i).zfill(len(span[1])) for i in range(int(span[1]), int(span[2]) + 1)]
+    first, last, words = braces.groups()
+    if words is None:
+        step = 1 if int(first) <= int(last) else -1
+        width = max(len(first), len(last)) if any(n[0] == "0" and len(n) > 1 for n in (first, last)) else 0
+        choices = [str(i).zfill(width) for i in range(int(first), int(last) + step, step)]
     else:
-        choices = braces[1].split(",")
+        choices = words.split(",")
     begin, end = pattern[: braces.start()], pattern[braces.end() :]
     return [name for choice in choices for name in expand_braces(f"{begin}{choice}{end}")]
 
 
 def split_name(path: str) -> tuple[str, str]:
-    """WebDataset's rule: the key ends, and the suffix begins, at the first dot of the last part of the path."""
+    """WebDataset's rule: the key ends, and the suffix begins, at the first dot of the last part of the path; a hidden
+    file has neither."""
     folder, slash, name = path.rpartition("/")
     key, _, suffix = name.partition(".")
-    return folder + slash + key, suffix.lower()
+    return (folder + slash + key, suffix.lower()) if key else ("", "")
 
 
-def sample_of(files: Mapping[str, bytes], name: str, labels: tuple[int, ...] = ()) -> Sample:
+def sample_of(files: Mapping[str, bytes | None], name: str, labels: tuple[int, ...] = ()) -> Sample:
     """The sample that a key's files make, by their suffixes, its image still encoded. BadSample: they make none."""
     captions = captions_of(files, name)
     for suffix in IMAGES:
         if suffix in files:
             return Sample(EncodedImage(files[suffix], f"{name}.{suffix}"), captions, name, labels)
     if not captions:
-        raise BadSample(name, "there is neither an image nor a caption in it")
+        odd = next((suffix for suffix in files if suffix not in SUFFIXES), "")
+        why = f": what is behind the key's first dot, .{odd}, is no known suffix" if odd else ""
+        raise BadSample(name, f"there is neither an image nor a caption in it{why}")
     return Sample(None, captions, name, labels)
 
 
-def captions_of(files: Mapping[str, bytes], name: str) -> tuple[str, ...]:
+def captions_of(files: Mapping[str, bytes | None], name: str) -> tuple[str, ...]:
     """Those of its txt, or else of its json. BadSample: they cannot be read."""
+    for suffix, data in files.items():
+        if data is None:
+            raise BadSample(f"{name}.{suffix}", "it is a hard link to another file of its shard: they are not followed")
     if "txt" in files:
         return clean_captions(f"{name}.txt", files["txt"].splitlines())
     if "json" not in files:
         return ()
     try:
-        return clean_captions(f"{name}.json", json.loads(files["json"]).get("caption") or ())
-    except (ValueError, AttributeError) as error:
-        raise BadSample(f"{name}.json", f"it must be a JSON object: {error}", "caption") from None
+        row = parse_object("it", files["json"])
+    except ValueError as error:
+        raise BadSample(f"{name}.json", str(error), "caption") from None
+    return clean_captions(f"{name}.json", row.get("caption") or ())

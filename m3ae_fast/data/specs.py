@@ -37,7 +37,8 @@ def open_dataset(
 
     Args:
         data: SPEC or SPEC=WEIGHT, or a list of those (weight 1 where none is given). What stands behind the last "="
-            is a weight if it is a number: of a path that ends so, "DIR=3=1".
+            is a weight if it is a number: of a path that ends so, "DIR=3=1". Of a command, or a URL with a "?", it is
+            one only behind a blank: "pipe:aws s3 cp s3://b/a.tar - =3".
         image_size: pixels a side of what is drawn; files keep their images' own sizes.
         seed: of what is drawn.
         strict: raise BadSample for a damaged shard, instead of a warning.
@@ -89,10 +90,16 @@ def split_of(spec: str) -> tuple[str, str | None]:
 
 
 def split_weight(spec: str) -> tuple[str, float]:
-    """ "A.h5=3" -> ("A.h5", 3.0); weight 1 where none is given. ValueError: it is not positive."""
+    """ "A.h5=3" -> ("A.h5", 3.0); weight 1 where none is given. ValueError: it is not positive, or there is no name."""
     name, equals, weight = spec.rpartition("=")
-    if not equals or not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", weight):
-        return spec, 1.0
+    number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", weight)
+    if name.startswith("pipe:") or ("://" in name and "?" in name):  # "x=3" may be part of it
+        number = number and name.endswith(" ")
+        name = name.rstrip()
+    if not equals or not number:
+        name, weight = spec, "1"
+    if not name:
+        raise ValueError(f"data must name a data set, got {spec!r}")
     if not 0 < float(weight) < float("inf"):
         raise ValueError(f"data must have a weight that is positive, got {spec}")
     return name, float(weight)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
+import re
+import tarfile
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -12,7 +15,7 @@ import numpy as np
 from m3ae_fast import _checks
 from m3ae_fast.data.sample import BadSample, Sample
 from m3ae_fast.data.seeds import ORDER, generator
-from m3ae_fast.data.shards import BLOCK, captions_of, expand_braces, sample_of
+from m3ae_fast.data.shards import captions_of, contents, expand_braces, sample_of, samples_in
 
 
 class StreamedDataset:
@@ -35,7 +38,8 @@ class StreamedDataset:
         urls: of the shards.
         classes: (): those of a stream are not known.
     Raises:
-        ModuleNotFoundError: webdataset is missing. ValueError: it does not know how to open such a URL.
+        ModuleNotFoundError: webdataset is missing. ValueError: it does not know how to open such a URL, or the
+            shards are compressed.
     """
 
     flip_safe = True
@@ -45,15 +49,24 @@ class StreamedDataset:
     def __init__(self, pattern: str, *, buffer: int = 1000):
         _checks.integer("buffer", buffer, 1)
         self.urls, self.buffer = expand_braces(pattern), buffer
-        _, schemes = _webdataset()
+        schemes = _opener().gopen_schemes
         scheme = pattern.partition(":")[0]
         if scheme not in schemes:
             known = ", ".join(sorted(name for name in schemes if name.isalnum()))
             raise ValueError(f"pattern must begin with one of {known}, got {pattern}; pipe:COMMAND opens any other")
+        if re.search(r"\.(tar\.\w+|tgz)$", pattern.partition("?")[0]):
+            raise ValueError(f"pattern must name .tar files that are not compressed, got {pattern}")
 
     def __len__(self) -> int:
         """Not known: more than will ever be read."""
         return 2**31 - 1
+
+    def check_readers(self, readers: int) -> None:
+        """ValueError: there are fewer shards than readers."""
+        if len(self.urls) < readers:
+            raise ValueError(
+                f"pattern must name a shard for each reader, ranks x workers = {readers}, got {len(self.urls)}"
+            )
 
     def stream(self, seed: int, reader: int, readers: int, source: int = 0) -> Iterator[Entry]:
         """What one of the readers reads, without end.
@@ -64,10 +77,7 @@ class StreamedDataset:
         Raises:
             ValueError: there are fewer shards than readers.
         """
-        if len(self.urls) < readers:
-            raise ValueError(
-                f"pattern must name a shard for each reader, ranks x workers = {readers}, got {len(self.urls)}"
-            )
+        self.check_readers(readers)
         for epoch in itertools.count():
             order = generator(seed, ORDER, epoch, source=source).permutation(len(self.urls))
             entries = _read(self.urls[i] for i in order[reader::readers])
@@ -86,7 +96,7 @@ class Entry(NamedTuple):
     """A sample as it is stored; or what is wrong with a shard, in place of its rest."""
 
     name: str
-    files: dict[str, bytes]  # by their suffixes
+    files: dict[str, bytes | None]  # by their suffixes
     damage: str = ""
 
     def sample(self) -> Sample:
@@ -98,41 +108,46 @@ class Entry(NamedTuple):
 
 def _read(urls: Iterable[str]) -> Iterator[Entry]:
     """The samples of all shards, and after those of a damaged one what is wrong with it."""
-    library, _ = _webdataset()
     for url in urls:
-        errors, streams, last = [], [], None
-
-        def note(error: Exception, errors=errors) -> bool:
-            errors.append(error)
-            return False  # stop with this shard
-
-        def watched(url=url, streams=streams, note=note):
-            for source in library.url_opener([{"url": url}], handler=note):
-                streams.append(_Watched(source["stream"]))
-                yield source | {"stream": streams[0]}
-
-        for files in library.group_by_keys(library.tar_file_expander(watched(), handler=note), handler=note):
-            if last:
-                yield last
-            last = Entry(f"{url}: {files['__key__']}", {k: v for k, v in files.items() if not k.startswith("__")})
-        if not errors and any(streams[0].end):
-            errors.append("there is no end mark")
-        if last and not errors:  # what stands last before a damage may have lost its caption
-            yield last
-        elif errors or not last:
-            yield Entry(url, {}, str(errors[0]) if errors else "there is no sample in it")
+        damage = "there is no sample in it"
+        try:
+            with _opened(url) as stream:
+                for key, files in samples_in(_Forward(stream), contents):
+                    damage = ""
+                    yield Entry(f"{url}: {key}", files)
+        except (OSError, tarfile.TarError) as error:
+            damage = str(error)
+        if damage:
+            yield Entry(url, {}, damage)
 
 
-class _Watched:
-    """A stream whose last bytes are remembered: tarfile takes one that breaks off for one that ends."""
+@contextlib.contextmanager
+def _opened(url: str):
+    stream = _opener().gopen(url)
+    try:
+        yield stream
+    finally:
+        with contextlib.suppress(OSError):  # a command that is not read to its end has something to say about it
+            stream.close()
+
+
+class _Forward:
+    """A stream as a file that is read forwards: all that tarfile asks of one."""
 
     def __init__(self, stream):
-        self.stream, self.end = stream, b""
+        self._stream, self._position = stream, 0
+
+    def tell(self) -> int:
+        return self._position
 
     def read(self, size: int) -> bytes:
-        data = self.stream.read(size)
-        self.end = (self.end + data)[-BLOCK:]
+        data = self._stream.read(size)
+        self._position += len(data)
         return data
+
+    def seek(self, position: int) -> None:
+        while self._position < position and self.read(min(position - self._position, 1 << 20)):
+            pass
 
 
 def _shuffled(entries: Iterable[Entry], size: int, rng: np.random.Generator) -> Iterator[Entry]:
@@ -149,13 +164,12 @@ def _shuffled(entries: Iterable[Entry], size: int, rng: np.random.Generator) -> 
     yield from (held[i] for i in rng.permutation(len(held)))
 
 
-def _webdataset():
-    """The library's reader of shards, and the schemes of the URLs that it opens."""
+def _opener():
+    """The library's module that opens URLs."""
     try:
-        reader, opener = (importlib.import_module(f"webdataset.{name}") for name in ("tariterators", "gopen"))
+        return importlib.import_module("webdataset.gopen")
     except ModuleNotFoundError as error:
-        if error.name not in ("webdataset", "webdataset.tariterators"):
+        if error.name not in ("webdataset", "webdataset.gopen"):
             raise
         message = "shards behind URLs need webdataset: pip install '.[train]'"
         raise ModuleNotFoundError(message, name="webdataset") from error
-    return reader, opener.gopen_schemes

@@ -8,6 +8,7 @@ and so are torch's random numbers, reseeded at every step.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import signal
@@ -31,7 +32,7 @@ from m3ae_fast.train import checkpoint, distributed, metrics, run
 from m3ae_fast.train.average import Average
 from m3ae_fast.train.bad_steps import BadSteps, NotFinite
 from m3ae_fast.train.config import PAIRED, RunConfig
-from m3ae_fast.train.pictures import draw_pictures
+from m3ae_fast.train.pictures import draw_pictures, held_out
 from m3ae_fast.train.schedule import learning_rate
 
 WAIT_STEPS, WAIT_SHARE = 100, 0.2  # waiting for data takes more than this share of so many steps: a word about it
@@ -131,6 +132,10 @@ def _pretrain(config: RunConfig, folder: Path, resume: bool | str, stop_after: i
         if first:
             checkpoint.keep_last(checkpoints)
 
+    @functools.cache  # one for all pictures: a stream is read to a thousand samples for it
+    def shown() -> ImageTextBatch:
+        return held_out(model.config, tokenizer, config)
+
     def draw() -> None:
         weights = {name: distributed.whole(value) for name, value in model.state_dict().items()}  # by all, if sharded
         if first:
@@ -138,21 +143,22 @@ def _pretrain(config: RunConfig, folder: Path, resume: bool | str, stop_after: i
             if config.shard and processes > 1:  # a sharded model draws nothing without the others
                 drawn = run.build_model(config).to(device)
                 drawn.load_state_dict(weights)
-            draw_pictures(folder, drawn, tokenizer, config, done, device)
+            draw_pictures(folder, drawn, tokenizer, config, done, device, shown)
 
     summary = Summary(folder, done, config.steps, bad_steps.total)
     if done >= config.steps:
         return summary
-    if resume:  # what a killed process left there takes the room of the next one
-        distributed.on_first(lambda: (checkpoint.keep_last(checkpoints), remove_unfinished(bad_steps.folder)))
-    else:
-        distributed.on_first(lambda: run.prepare_folder(folder, tokenizer))
     loader = Loader(
         dataset, tokenizer, image_size=model.config.image_size, seed=config.seed,
         batch_size=config.batch_size // processes, rank=rank, world_size=processes,
         max_text_length=model.config.max_text_length, start_step=done * config.accumulate, workers=config.workers,
         strict=config.strict, pairs_only=config.objective in PAIRED,
+        labelled_only=config.objective == "supervised",
     )  # fmt: skip
+    if resume:  # what a killed process left there takes the room of the next one
+        distributed.on_first(lambda: (checkpoint.keep_last(checkpoints), remove_unfinished(bad_steps.folder)))
+    else:
+        distributed.on_first(lambda: run.prepare_folder(folder, tokenizer))
     start = clock = time.perf_counter()
     waiting = _Waiting(loader)
     with (

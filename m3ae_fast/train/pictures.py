@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,17 +50,27 @@ STRIPES = ((223, 226, 232), (240, 242, 245))  # a masked patch: unlike any plain
 
 
 def draw_pictures(
-    folder: Path, model: nn.Module, tokenizer: Tokenizer | None, config: RunConfig, step: int, device: torch.device
+    folder: Path,
+    model: nn.Module,
+    tokenizer: Tokenizer | None,
+    config: RunConfig,
+    step: int,
+    device: torch.device,
+    shown: Callable[[], ImageTextBatch],
 ) -> None:
     """Write pictures/losses.png of a run and, of models that rebuild what they cannot see, a picture of it:
-    pictures/reconstruction-<step>.png (M3AE, MAE), pictures/words-<step>.png (MAMO)."""
+    pictures/reconstruction-<step>.png (M3AE, MAE), pictures/words-<step>.png (MAMO).
+
+    Args:
+        shown: gives the samples of those, and is asked for them only then.
+    """
     (folder / "pictures").mkdir(exist_ok=True)
     draw_losses(metrics.read(folder / "metrics.jsonl"), folder / "pictures" / "losses.png")
     if config.objective not in ("m3ae", "mae", "mamo"):
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", M3AEFastWarning)  # the training loader has told of files it cannot read
-        batch = held_out(model.config, tokenizer, config)
+        batch = shown()
     draw, name = (draw_words, "words") if config.objective == "mamo" else (draw_reconstruction, "reconstruction")
     path = folder / "pictures" / f"{name}-{step:08d}.png"
     draw(model, tokenizer, batch, path, seed=config.seed, device=device)

@@ -55,6 +55,17 @@ def test_layout(tmp_path):
     assert [s.captions for s in samples] == [(), ("one", "two words"), ("one", "two words"), ("one", "two words"), ()]
 
 
+def test_links_are_followed_but_not_round_and_round(tmp_path):
+    for name in ("data/cat", "data/dog", "elsewhere/ant"):
+        (tmp_path / name).mkdir(parents=True)
+        HALVES.save(tmp_path / name / "x.png")
+    (tmp_path / "data" / "ant").symlink_to(tmp_path / "elsewhere" / "ant")
+    (tmp_path / "data" / "dog" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "elsewhere" / "ant" / "back").symlink_to(tmp_path / "data")
+    dataset = FolderDataset(tmp_path / "data")
+    assert dataset.classes == ("ant", "cat", "dog") and dataset.names == ["ant/x.png", "cat/x.png", "dog/x.png"]
+
+
 def test_two_images_of_a_name_share_its_captions(tmp_path):
     HALVES.save(tmp_path / "a.jpg")
     HALVES.save(tmp_path / "a.png")

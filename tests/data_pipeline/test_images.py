@@ -74,6 +74,27 @@ def test_a_turned_photo_is_cut_upright(orientation):
     np.testing.assert_allclose(got.resized(box, 30), resize(upright, box, 30).astype(int), atol=6)
 
 
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_a_turn_that_there_is_not_is_none(drafts, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    EncodedImage(encoded(smooth(600, 900), exif=exif), "x.jpg").resized((0, 0, 600, 600), 30)
+    assert drafts == [(113, 75)], "decoded at an eighth"
+
+
+def test_an_odd_tag_does_not_keep_a_photo_from_being_turned(monkeypatch):
+    """Of the EXIF data nothing is written again."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(smooth(60, 90), exif=exif)
+
+    def fail(self, offset=8):
+        raise ValueError("cannot write this tag")
+
+    monkeypatch.setattr(Image.Exif, "tobytes", fail)
+    assert EncodedImage(data, "x.jpg").shape == (90, 60, 3)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "I;16"])
 def test_a_part_is_the_part_of_the_whole(mode):
     kind = "JPEG" if mode == "CMYK" else "PNG"

@@ -1,9 +1,11 @@
 """Loader: the same stream for any number of workers and after any resume, whatever the files are like."""
 
+import dataclasses
 import os
 import pickle
 import shutil
 import signal
+import time
 import warnings
 from pathlib import Path
 
@@ -310,7 +312,7 @@ def test_strict(workers):
 def test_nothing_can_be_read(workers):
     stream = loader(Marked(5, bad=range(5)), workers=workers)
     with pytest.raises(
-        ValueError, match=r"dataset must hold samples that can be read, none of 5 could; file\d\.jpg: it"
+        ValueError, match=r"dataset must hold samples that can be read, none of 5 could be used; file\d\.jpg: it"
     ):
         next(stream)
 
@@ -322,8 +324,42 @@ def test_a_huge_unreadable_data_set_is_not_read_to_its_end():
         def __getitem__(self, index):
             raise BadSample(str(index), "the disk went away")
 
-    with pytest.raises(ValueError, match="none of 1000 could; 999: the disk went away"):
+    with pytest.raises(ValueError, match="none of 1000 could be used; 999: the disk went away"):
         next(loader(Unreadable(2**31)))
+
+
+class Unlike(Marked):
+    """Most have no caption and no label; their images are not to be decoded."""
+
+    classes = ("a",)
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        if index == 7:
+            return dataclasses.replace(sample, labels=(0,))
+        return Sample("cannot be decoded", (), sample.name)
+
+
+@pytest.mark.parametrize("option, kind", [("pairs_only", "unpaired"), ("labelled_only", "unlabelled")])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_not_wanted_is_left_out(monkeypatch, option, kind, workers):
+    monkeypatch.setattr(loader_module, "MAX_TRIES", 2)
+    stream = loader(Unlike(), strict=True, workers=workers, **{option: True})
+    with pytest.warns(M3AEFastWarning, match="are wanted, there is no.*; left out, as all such") as caught:
+        assert indices(take(stream, 5)) == [7] * 20
+    assert len(caught) == 1 and set(stream.skipped) == {kind} and stream.skipped[kind] > 20
+    assert stream.counters["images_skipped"] == 0 and stream.bad == {}
+    with pytest.raises(ValueError, match="dataset must hold samples of the kind wanted, none of 5 could be used; file"):
+        next(loader(Unlike(5), **{option: True}))
+
+
+def test_names_of_many_classes_are_numbered_at_once():
+    class Many(Marked):
+        classes = tuple(map(str, range(50_000)))
+
+    start = time.perf_counter()
+    loader(Many())
+    assert time.perf_counter() - start < 2, "seconds; a minute where each is searched for"
 
 
 class Dies(Marked):

@@ -208,3 +208,8 @@ def test_captions_come_in_turns():
 def test_wrong_mixtures(sources, weights, message):
     with pytest.raises(ValueError, match=message):
         MixedDataset(sources, weights)
+
+
+def test_a_mixture_of_mixtures_is_refused():
+    with pytest.raises(ValueError, match="sources must not be mixtures themselves"):
+        MixedDataset([MixedDataset([[1]], [1]), [2]], [1, 1])

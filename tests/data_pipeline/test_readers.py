@@ -1,6 +1,7 @@
 """HDF5, tar shards and JSON lines: what they hold, and what is damaged in them."""
 
 import io
+import itertools
 import json
 import pickle
 import tarfile
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from m3ae_fast import M3AEFastWarning
-from m3ae_fast.data import BadSample, FolderDataset, HDF5Dataset, JSONLinesDataset, TarDataset
+from m3ae_fast.data import BadSample, FolderDataset, HDF5Dataset, JSONLinesDataset, StreamedDataset, TarDataset
 from m3ae_fast.data.shards import expand_braces
 
 PHOTOS = Path(__file__).parent.parent / "data" / "photos"
@@ -42,13 +43,29 @@ def pairs_file(path, **columns):
     return path
 
 
-def tar(path, files: dict[str, bytes]):
+def tar(path, files):
+    """files: (name, bytes) pairs, or a dict of them; None: a hard link to the first."""
+    files = list(files.items() if isinstance(files, dict) else files)
     with tarfile.open(path, "w") as shard:
-        for name, data in files.items():
+        for name, data in files:
             member = tarfile.TarInfo(name)
-            member.size = len(data)
-            shard.addfile(member, io.BytesIO(data))
+            if data is None:
+                member.type, member.linkname = tarfile.LNKTYPE, files[0][0]
+            else:
+                member.size = len(data)
+            shard.addfile(member, io.BytesIO(data or b""))
     return path
+
+
+def streamed(path, count) -> list:
+    """The first samples of a shard that is read forwards, or what is wrong with them."""
+    found = []
+    for entry in itertools.islice(StreamedDataset(f"pipe:cat {path}", buffer=1).stream(0, 0, 1), count):
+        try:
+            found.append(entry.sample())
+        except BadSample as bad:
+            found.append(bad)
+    return found
 
 
 def jsonl(path, *rows):
@@ -133,6 +150,19 @@ class TestHDF5:
             HDF5Dataset(pairs_file(tmp_path / "o.h5", other=["a"]))
         with pytest.raises(ValueError, match=r"must hold columns of one length, got \{'jpg': 3, 'caption': 1\}"):
             HDF5Dataset(pairs_file(tmp_path / "l.h5", jpg=JPEGS, caption=["a"]))
+        with h5py.File(tmp_path / "g.h5", "w") as file:
+            file["jpg/a"], file["text"] = [1], 3
+        with pytest.raises(ValueError, match=r"g\.h5: jpg must be a column, a data set with rows, got <HDF5 group"):
+            HDF5Dataset(tmp_path / "g.h5")
+        for number, labels in enumerate(([[1.0, 0.0]] * 3, [0.5, 1, 2], [b"cat"] * 3, [[0, 1]] * 3)):
+            path = pairs_file(tmp_path / f"l{number}.h5", train_jpg=JPEGS, train_labels=labels)
+            with pytest.raises(
+                ValueError, match=rf"l{number}\.h5: train_labels must hold a class's number in each row"
+            ):
+                HDF5Dataset(path, "train")
+        path = pairs_file(tmp_path / "ids.h5", train_jpg=JPEGS, train_labels=[1, 2, 1_000_000])
+        with pytest.raises(ValueError, match=r"ids\.h5: train_labels: labels must be of at most 100,000 classes"):
+            HDF5Dataset(path, "train")
         with pytest.raises(ValueError, match="path must hold at least one row, got none"):
             HDF5Dataset(pairs_file(tmp_path / "e.h5", text=[]))
         with pytest.raises(ValueError, match="split must be one of None, 'train', 'val', got 'test'"):
@@ -172,6 +202,47 @@ class TestTar:
         assert [s.name for s in TarDataset(tmp_path / "*.tar")] == names
         assert pickle.loads(pickle.dumps(dataset))[4].captions == ("x", "y")
 
+    def test_a_key_that_comes_twice_is_two_samples(self, tmp_path):
+        a, b, c = ("k.jpg", JPEGS[0]), ("k.txt", b"one"), ("k.txt", b"two")
+        path = tar(tmp_path / "a.tar", [a, b, ("k.jpg", JPEGS[1]), c, c, ("x.jpg", JPEGS[2])])
+        for samples in (list(TarDataset(path)), streamed(path, 4)):
+            assert [s.captions for s in samples] == [("one",), ("two",), ("two",), ()]
+            assert [s.image is None for s in samples] == [False, False, True, False]
+        assert_photo(TarDataset(path)[1], 1, ("two",))
+
+    def test_what_cat_put_behind_the_end_mark_is_told_of(self, tmp_path):
+        one, two = (tar(tmp_path / f"{x}.tar", {f"{x}.txt": b"one"}).read_bytes() for x in "ab")
+        (tmp_path / "c.tar").write_bytes(one + two)
+        with pytest.warns(
+            M3AEFastWarning, match=r"c\.tar: bytes 1,024 to 20,480 cannot .*there is more behind its end"
+        ):
+            assert [s.name for s in TarDataset(tmp_path / "c.tar")] == ["c.tar/a"]
+        sample, damage = streamed(tmp_path / "c.tar", 2)
+        assert sample.captions == ("one",) and damage.kind == "shard" and "more behind its end mark" in str(damage)
+
+    def test_a_key_ends_at_its_first_dot(self, tmp_path):
+        """What is behind it and no suffix makes a sample that says so; beside a sample it is left alone."""
+        files = {"2021.01.jpg": JPEGS[0], "2021.02.jpg": JPEGS[1], "b.jpg": JPEGS[1], "b.mask.png": b"", "b.txt": b"b"}
+        path = tar(tmp_path / "a.tar", {"._x.jpg": b"hidden", **files, "._b.txt": b"hidden"})
+        dataset = TarDataset(path)
+        assert len(dataset) == 2
+        assert_photo(dataset[1], 1, ("b",))
+        for bad, good in ((all_bad(dataset)[0], dataset[1]), streamed(path, 2)):
+            assert str(bad).endswith("2021: there is neither an image nor a caption in it: what is behind the key's "
+                                     "first dot, .01.jpg, is no known suffix")  # fmt: skip
+            assert good.captions == ("b",)
+
+    def test_hard_links_are_told_of(self, tmp_path):
+        path = tar(tmp_path / "a.tar", {"a.jpg": JPEGS[0], "b.jpg": None, "b.txt": b"words", "c.txt": b"c"})
+        for bad in (all_bad(TarDataset(path))[1], streamed(path, 3)[1]):
+            assert "b.jpg: it is a hard link to another file of its shard" in str(bad)
+        assert streamed(path, 3)[2].captions == ("c",)
+
+    @pytest.mark.parametrize("number", [b"3000000000", b"9" * 5000])
+    def test_ids_are_no_classes(self, tmp_path, number):
+        with pytest.raises(ValueError, match=r"a\.tar: labels must be of at most 100,000 classes"):
+            TarDataset(tar(tmp_path / "a.tar", {"a.jpg": JPEGS[0], "a.cls": number}))
+
     def test_classes(self, tmp_path):
         files = {"0.jpg": JPEGS[0], "0.cls": b"3", "1.jpg": JPEGS[1], "1.cls": b"0\n"}
         dataset = TarDataset(tar(tmp_path / "a.tar", files))
@@ -181,6 +252,12 @@ class TestTar:
 
     def test_braces(self):
         assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+        assert expand_braces("a-{11..08}") == ["a-11", "a-10", "a-09", "a-08"] and expand_braces("{10..9}") == [
+            "10",
+            "9",
+        ]
+        assert expand_braces("{099..100}") == ["099", "100"]
+        assert expand_braces("awk '{print $1}' {a..b} {}") == ["awk '{print $1}' {a..b} {}"]
         assert expand_braces("{x,y}/{0..1}.tar") == ["x/0.tar", "x/1.tar", "y/0.tar", "y/1.tar"]
 
     def test_damaged_samples(self, tmp_path):
@@ -192,9 +269,11 @@ class TestTar:
             "3.txt": b" \n",
             "4.json": b"{",
             "5.json": b'{"caption": {"en": "x"}}',
+            "6.json": b'{"caption": "half a pair: \\ud83d"}',
+            "7.json": b"[" * 100_000,
         }
         bad = all_bad(TarDataset(tar(tmp_path / "a.tar", files)))
-        kinds = {0: "image", 2: "caption", 3: "sample", 4: "caption", 5: "caption"}
+        kinds = {0: "image", 2: "caption", 3: "sample", 4: "caption", 5: "caption", 6: "caption", 7: "caption"}
         assert {i: b.kind for i, b in bad.items()} == kinds
         assert bad[0].name == "a.tar/0.jpg" and bad[2].name == "a.tar/2.txt"
 
@@ -202,6 +281,7 @@ class TestTar:
     def test_a_damaged_shard(self, tmp_path, damage):
         """What comes before is used, the rest is told of; other shards are whole."""
         files = {f"{i}.jpg": JPEGS[i % 3] for i in range(6)}
+        whole = {"cut in an image": 4, "cut in a header": 3, "no end mark": 3, "broken header": 3}[damage]
         tar(tmp_path / "whole.tar", {"a.jpg": JPEGS[0], "b.jpg": JPEGS[1]})
         with tarfile.open(tar(tmp_path / "bad.tar", files)) as shard:
             member = shard.getmember("4.jpg")
@@ -215,12 +295,9 @@ class TestTar:
         (tmp_path / "bad.tar").write_bytes(data)
         with pytest.warns(M3AEFastWarning, match=r"bad\.tar: bytes [\d,]+ to [\d,]+ cannot be read"):
             dataset = TarDataset(tmp_path / "*.tar")
-        whole = [f"bad.tar/{i}" for i in range(3)]  # the last one before the damage may have lost its caption
-        assert [s.name for s in dataset][:3] == whole and [s.name for s in dataset][-2:] == [
-            "whole.tar/a",
-            "whole.tar/b",
-        ]
-        assert len(dataset) in (5, 6) and [bad.kind for bad in dataset.damaged] == ["shard"]
+        before = [f"bad.tar/{i}" for i in range(whole)]  # the last one before the damage may have lost its caption
+        assert [s.name for s in dataset] == [*before, "whole.tar/a", "whole.tar/b"]
+        assert [bad.kind for bad in dataset.damaged] == ["shard"]
         with pytest.raises(BadSample, match=r"bad\.tar: bytes"):
             TarDataset(tmp_path / "*.tar", strict=True)
 
@@ -280,6 +357,24 @@ class TestJSONLines:
         with pytest.raises(ValueError, match="labels must all be names or all be numbers, got 'dog' and 1"):
             JSONLinesDataset(jsonl(tmp_path / "c.jsonl", *({"text": "a", "label": x} for x in ("dog", 1))))
 
+    def test_null_is_as_if_left_out(self, tmp_path):
+        (tmp_path / "a.jpg").write_bytes(JPEGS[0])
+        rows = (
+            {"image": "a.jpg", "text": None, "caption": None, "label": None},
+            {"image": None, "text": "b", "label": 1},
+        )
+        dataset = JSONLinesDataset(jsonl(tmp_path / "a.jsonl", *rows))
+        assert_photo(dataset[0], 0, ())
+        assert (dataset[1].captions, dataset[1].labels, dataset.classes) == (("b",), (1,), ("0", "1"))
+
+    @pytest.mark.parametrize("labels", [[1_000_000], [10**30], [str(i) for i in range(100_001)]])
+    def test_ids_are_no_classes(self, tmp_path, labels):
+        path = jsonl(tmp_path / "a.jsonl", *({"text": "a", "label": label} for label in labels))
+        with pytest.raises(
+            ValueError, match=r"a\.jsonl: labels must be of at most 100,000 classes, .* got 1[\d,]+: are"
+        ):
+            JSONLinesDataset(path)
+
     def test_damaged_rows(self, tmp_path):
         (tmp_path / "cut.jpg").write_bytes(JPEGS[0][:200])
         rows = [
@@ -294,10 +389,14 @@ class TestJSONLines:
             {"text": 4},
             {"text": "label", "label": -1},
             {"text": "labels", "labels": "ab"},
+            {"text": "half a pair: \ud83d"},
+            "[" * 100_000,
+            '{"label": ' + "[" * 100_000,
         ]
         path = jsonl(tmp_path / "a.jsonl", *rows)
         path.write_bytes(path.read_bytes() + b'{"text": "Fu\xdf"}\n')
-        kinds = ["row", "row", "image", "image", "row", "row", "caption", "caption", "row", "row", "row"]
+        kinds = ["row", "row", "image", "image", "row", "row", "caption", "caption", "row", "row"]
+        kinds += ["caption", "row", "row", "row"]
         bad = all_bad(JSONLinesDataset(path))
         assert {i: b.kind for i, b in bad.items()} == dict(enumerate(kinds, 1))
         assert str(bad[2]) == "a.jsonl, row 3: must be a JSON object, got list"

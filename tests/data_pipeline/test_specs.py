@@ -51,7 +51,7 @@ def files(tmp_path, monkeypatch):
         ("x-0.tar", "TarDataset", 1),
         ("x-{0..1}.tar=0.5", "TarDataset", 2),
         ("x-*.tar", "TarDataset", 2),
-        ("pipe:cat x-{0..1}.tar=2", "StreamedDataset", 2**31 - 1),
+        ("pipe:cat x-{0..1}.tar =2", "StreamedDataset", 2**31 - 1),
         (["pairs.h5=3", "rows.jsonl"], "MixedDataset", 3),
         (["pairs.h5=3"], "HDF5Dataset", 2),
     ],
@@ -74,6 +74,10 @@ def test_specifications(files, spec, kind, size):
         ("pairs.h5=0", ValueError, "data must have a weight that is positive, got pairs.h5=0"),
         ("pairs.h5=-1", ValueError, "data must have a weight that is positive"),
         ([], ValueError, "data must name at least one data set, got none"),
+        ("", ValueError, "data must name a data set, got ''"),
+        (["shapes", "=3"], ValueError, "data must name a data set, got '=3'"),
+        ("pipe:cat x-0.tar.gz", ValueError, r"pattern must name \.tar files that are not compressed, got pipe:cat x-0"),
+        ("https://h/x.tgz?key=a", ValueError, r"pattern must name \.tar files that are not compressed"),
         (["pairs.h5=1", "rows.jsonl=5000"], ValueError, "weights must each be at least a thousandth"),
     ],
 )
@@ -92,6 +96,12 @@ def test_weights():
     assert (
         split_weight("a=1e-1") == ("a", 0.1) and split_weight("a") == ("a", 1.0) and split_weight("a=") == ("a=", 1.0)
     )
+
+
+def test_a_command_or_a_query_may_end_in_a_number():
+    for spec in ("pipe:fetch --part=3", "https://host/a.tar?part=3"):
+        assert split_weight(spec) == (spec, 1.0) and split_weight(f"{spec} =0.5") == (spec, 0.5)
+    assert split_weight("https://host/a.tar=3") == ("https://host/a.tar", 3.0)
 
 
 def test_a_run_keeps_what_it_was_given(monkeypatch, tmp_path):

@@ -135,15 +135,16 @@ def test_over_http(shards, tmp_path):
         server.shutdown()
 
 
-@pytest.mark.parametrize("cut", [4096, 4300, 4650])  # after two samples, in the header of a third one, in its image
-def test_a_damaged_shard_in_mid_epoch(shards, tmp_path, cut):
+# after two samples, in the header of a third one, in its image
+@pytest.mark.parametrize("cut, whole", [(4096, 1), (4300, 1), (4650, 2)])
+def test_a_damaged_shard_in_mid_epoch(shards, tmp_path, cut, whole):
     """What comes before the damage is used but for the last sample, the rest is counted; or is an error (strict)."""
     data = (tmp_path / "x-2.tar").read_bytes()
     (tmp_path / "x-2.tar").write_bytes(data[:cut])
-    stream = loader(StreamedDataset(shards), batch_size=3)
+    stream = loader(StreamedDataset(shards), batch_size=1)
     with pytest.warns(M3AEFastWarning, match=r"x-2\.tar: .*; skipped \(bad files so far: 1\)$") as caught:
-        seen = Counter(i for *_, images, _ in batches(stream, 9) for i in images)
-    assert set(range(30)) - set(seen) == {11, 12, 13, 14} and len(caught) == 1
+        seen = Counter(i for *_, images, _ in batches(stream, 26 + whole) for i in images)
+    assert set(range(30)) - set(seen) == set(range(10 + whole, 15)) and len(caught) == 1
     assert stream.skipped == {"shard": 1} and [bad.kind for bad in stream.bad.values()] == ["shard"]
     with pytest.raises(BadSample, match=r"x-2\.tar"):
         batches(loader(StreamedDataset(shards), batch_size=3, strict=True), 9)
@@ -161,6 +162,12 @@ def test_a_damaged_image_and_caption(tmp_path):
     assert set(stream.skipped) == {"image", "caption"}
 
 
+def test_what_is_wrong_with_a_shard_is_said_in_words(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"no tar file" * 100)
+    (entry,) = itertools.islice(StreamedDataset(f"pipe:cat {tmp_path}/a.tar").stream(0, 0, 1), 1)
+    assert entry.damage == "invalid header"
+
+
 def test_captions(shards):
     assert list(StreamedDataset(shards).captions()) == WORDS[:30]
     assert np.isfinite(len(StreamedDataset(shards)))
@@ -172,11 +179,11 @@ def test_wrong_patterns(shards, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="buffer must be at least 1, got 0"):
         StreamedDataset(shards, buffer=0)
     with pytest.raises(ValueError, match="pattern must name a shard for each reader, ranks x workers = 8, got 6"):
-        next(loader(StreamedDataset(shards), rank=1, world_size=8))
+        loader(StreamedDataset(shards), rank=1, world_size=8)
     monkeypatch.setattr("m3ae_fast.data.loader.MAX_TRIES", 20)
-    with pytest.raises(ValueError, match=r"none of 20 could; pipe:cat .*none\.tar.*: .*"):
+    with pytest.raises(ValueError, match=r"none of 20 could be used; pipe:cat .*none\.tar.*: .*"):
         next(loader(StreamedDataset(f"pipe:cat {tmp_path}/none.tar 2> /dev/null")))
     monkeypatch.setitem(sys.modules, "webdataset", None)
-    monkeypatch.delitem(sys.modules, "webdataset.tariterators")
+    monkeypatch.delitem(sys.modules, "webdataset.gopen")
     with pytest.raises(ModuleNotFoundError, match="shards behind URLs need webdataset"):
         StreamedDataset(shards)

@@ -97,7 +97,7 @@ def folder(tmp_path):
 
 
 def test_what_is_no_pair_is_left_out_and_told(go, folder):
-    with pytest.warns(M3AEFastWarning, match=r"cat/b.png: pairs are wanted, there is no caption; skipped"):
+    with pytest.warns(M3AEFastWarning, match=r"cat/b.png: pairs are wanted, there is no caption; left out"):
         assert len(go("clip", data=str(folder))) == 4
 
 
