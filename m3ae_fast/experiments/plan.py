@@ -48,8 +48,8 @@ TABLES: dict[str, Table] = {
         f"{LINEAR}. CLIP and supervised are trained with their models' own settings, half the learning rate and the "
         "erf GELU",
         (
-            Row("pixels, averaged to 12 x 12", "pixels"),
-            Row("MAE, untrained", "untrained"),
+            Row("pixels, 12 x 12", "pixels"),
+            Row("untrained", "untrained"),
             Row("MAE", "mae", 44.6),
             Row("M3AE", "m3ae", 61.3),
             Row("CLIP", "clip", 69.0),

@@ -78,7 +78,7 @@ def test_the_report_says_what_agrees_and_what_does_not(tmp_path):
     scored(tmp_path, m3ae=(80.0, 81.0, 82.0), mae=(30.0, 30.0, 33.0), clip=(70.0, 70.0, 70.0), supervised=(60, 80, 71))
     text = write_report(tmp_path, ["objectives"], 3, SMOKE).read_text()
     assert "| MAE | 31.0 +/- 1.7 | 44.6 |" in text and "| M3AE | 81.0 +/- 1.0 | 61.3 |" in text
-    assert "| MAE, untrained | 50.0 +/- 0.0 | - |" in text
+    assert "| untrained | 50.0 +/- 0.0 | - |" in text
     assert "M3AE is above MAE: agrees (+50.0, standard error 0.6)" in text
     assert "CLIP is above M3AE: **disagrees** (-11.0, standard error 0.6)" in text
     assert "supervised training is above CLIP: not told apart (+0.3, standard error 5.8)" in text
