@@ -133,3 +133,39 @@ def test_no_word_where_the_model_is_slower(train, monkeypatch):
     step = loop.train_step
     monkeypatch.setattr(loop, "train_step", lambda *args: (time.sleep(0.3), step(*args))[1])
     train(steps=7)
+
+
+def test_more_workers_than_shards_are_refused_before_a_folder_is_made(pairs, config, tmp_path):
+    with pytest.raises(ValueError, match="pattern must name a shard for each reader, ranks x workers = 2, got 1"):
+        pretrain(config(data=f"pipe:cat {pairs('pairs.tar')}", workers=2), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stream_is_opened_once_for_all_pictures(pairs, config, tmp_path):
+    opened = tmp_path / "opened"
+    stream = f"pipe:echo >> {opened}; cat {pairs('pairs.tar')}"
+    settings = {"text_vocab": str(vocabulary(tmp_path)), "objective": "m3ae", "steps": 3}
+    pretrain(config(data=stream, picture_every=0, **settings), tmp_path / "one", progress=False)
+    once = len(opened.read_text())
+    pretrain(config(data=stream, picture_every=1, **settings), tmp_path / "three", progress=False)
+    assert len(list((tmp_path / "three" / "pictures").glob("reconstruction-*"))) == 3
+    assert len(opened.read_text()) == 2 * once
+
+
+def vocabulary(folder):
+    (folder / "vocab.txt").write_text("[UNK]\nnoise\nnumber\n")
+    return folder / "vocab.txt"
+
+
+def test_what_has_no_label_does_not_train_a_supervised_model(config, tmp_path, capsys):
+    for i in range(4):
+        (tmp_path / f"{i}.jpg").write_bytes(image(i))
+    fields = ('"label": "a"', '"label": "b"', '"caption": "c"', '"label": null')
+    (tmp_path / "x.jsonl").write_text("".join(f'{{"image": "{i}.jpg", {x}}}\n' for i, x in enumerate(fields)))
+    settings = {"data": str(tmp_path / "x.jsonl"), "objective": "supervised", "steps": 4, "strict": True}
+    with pytest.warns(M3AEFastWarning, match="labels are wanted, there is none; left out"):
+        summary = pretrain(config(**settings), tmp_path / "run", progress=False)
+    assert set(summary.skipped) == {"unlabelled"} and summary.bad == [] and summary.counters["images_skipped"] == 0
+    _print_data(summary)
+    out = capsys.readouterr().out
+    assert "not of the kind wanted: unlabelled" in out and "damaged" not in out
