@@ -15,6 +15,8 @@ from pathlib import Path
 import measure
 import torch
 
+FOLDER = Path(__file__).parent
+
 
 def peak_beyond(function: str, *args) -> int:
     """Bytes of resident memory that `run` adds at its peak, less `owned`.
@@ -28,8 +30,9 @@ def peak_beyond(function: str, *args) -> int:
     """
     command = [sys.executable, str(Path(__file__)), function, json.dumps(args)]
     # glibc would keep much of what is freed, in holes: what is measured then is its heap, not what the step holds.
-    # what this process can import, that one can: benchmarks are found where PYTHONSAFEPATH is set, too
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "PYTHONPATH": os.pathsep.join(sys.path)}
+    # benchmarks, and what this process can import: named, since PYTHONSAFEPATH may be set
+    path = os.pathsep.join([*(str(FOLDER / name) for name in ("", "models", "ops")), *sys.path])
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "PYTHONPATH": path}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}: {result.stderr}")
