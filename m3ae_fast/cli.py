@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 
 from m3ae_fast import M3AEFastWarning, __version__, explain
-from m3ae_fast.downstream.commands import add_commands
+from m3ae_fast.downstream.commands import add_commands, check_captions
 
 SHOWN = 5  # damaged samples that are named
 INTERRUPTED = 130  # as shells say it: 128 + SIGINT
@@ -172,10 +172,7 @@ def _reconstruct(args: argparse.Namespace) -> int:
 
     if args.images and args.data:
         raise ValueError("give images or --data, not both")
-    if args.captions and len(args.captions) != len(args.images):
-        raise ValueError(
-            f"--caption must be given once for each image, got {len(args.captions)} for {len(args.images)}"
-        )
+    check_captions(args)
     run = load_run(args.run, args.device, objectives=("m3ae", "mae"))
     if args.images:
         batch = batch_of_files(args.images, args.captions, run.model.config, run.tokenizer)
@@ -206,14 +203,9 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from safetensors import SafetensorError
-
     from m3ae_fast.convert import convert_flax_checkpoint
 
-    try:
-        config = convert_flax_checkpoint(args.source, args.target)
-    except SafetensorError as error:
-        raise OSError(f"{args.target} cannot be written: {error}") from None
+    config = convert_flax_checkpoint(args.source, args.target)
     shown = ", ".join(f"{name} {value}" for name, value in config.items())
     print(f"{args.target}: {shown}")
     return 0

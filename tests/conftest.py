@@ -55,6 +55,21 @@ def isa(request):
 
 
 @pytest.fixture
+def command_line(capsys):
+    """command_line(*arguments): (status, stdout, stderr) of m3ae-fast."""
+    from m3ae_fast import cli
+
+    def call(*arguments):
+        try:
+            status = cli.main(list(map(str, arguments)))
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
 def poison():
     """torch.empty starts as NaN: what a kernel forgets to write shows.
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3ae_fast._files import replacing
+from m3ae_fast._files import write_tensors
 from m3ae_fast.convert.inert_pickle import Inert, load_inert
 
 # Their module -> ours. A Dense kernel is [in, out]; torch's weight is its transpose.
@@ -155,15 +155,13 @@ def convert_flax_checkpoint(source: str | os.PathLike, target: str | os.PathLike
         source: the checkpoint, a pickle of which nothing is run. target: the file to write.
 
     Raises:
-        ValueError: `source`, which it names, is not a checkpoint of the public code.
+        ValueError: `source`, which it names, is not a checkpoint of the public code. OSError: `target` cannot be
+            written.
     """
-    from safetensors.torch import save_file
-
     tree = load_flax_checkpoint(source)
     try:
         state, config = flax_to_torch(tree), config_from_flax(tree)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{os.fspath(source)} is not a checkpoint of the public M3AE code: {error}") from error
-    with replacing(Path(target)) as temporary:
-        save_file(state, temporary, metadata={"format": "pt", "config": json.dumps(config)})
+    write_tensors(Path(target), state, {"format": "pt", "config": json.dumps(config)})
     return config

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from m3ae_fast import ImageTextBatch, _checks
 from m3ae_fast import nn as fast
+from m3ae_fast._files import read_tensors
 from m3ae_fast.data import Loader, Sample
 from m3ae_fast.downstream.features import encode_cls, extract, image_encoder
 from m3ae_fast.downstream.finetune import descend
@@ -198,14 +199,13 @@ def load_classifier(path: str | os.PathLike, model: nn.Module) -> tuple[Classifi
     Raises:
         FileNotFoundError: there is none. ValueError: it is no such file, or of another model.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"path must name a file, there is no {path}")
     try:
-        with safe_open(path, "pt") as file:
-            classes = json.loads((file.metadata() or {})["classes"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        metadata, tensors = read_tensors(path)
+        classes = json.loads(metadata["classes"])
         classifier = Classifier(model, len(classes))
         classifier.load_state_dict(tensors)
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:

@@ -176,18 +176,10 @@ def _finish(args: argparse.Namespace, run, results: list, **about) -> int:
 
 
 def _save(args: argparse.Namespace, model, **metadata: str) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    from m3ae_fast._files import replacing
+    from m3ae_fast._files import write_tensors
 
     if args.save:
-        tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        with replacing(args.save) as temporary:
-            try:
-                save_file(tensors, temporary, metadata)
-            except SafetensorError as error:  # a full disk
-                raise OSError(f"{args.save} cannot be written: {error}") from None
+        write_tensors(args.save, model.state_dict(), metadata)
         print(f"model: {args.save}")
 
 
@@ -342,15 +334,20 @@ def _ood(args: argparse.Namespace) -> int:
     return _finish(args, run, results, train_samples=len(training))
 
 
+def check_captions(args: argparse.Namespace) -> None:
+    """ValueError: captions were given, but not one for each image."""
+    if args.captions and len(args.captions) != len(args.images):
+        raise ValueError(
+            f"--caption must be given once for each image, got {len(args.captions)} for {len(args.images)}"
+        )
+
+
 def _attend(args: argparse.Namespace) -> int:
     from m3ae_fast.downstream.attend import draw_attention
     from m3ae_fast.downstream.features import reads_pairs
     from m3ae_fast.train.pictures import batch_of_files, held_out
 
-    if args.captions and len(args.captions) != len(args.images):
-        raise ValueError(
-            f"--caption must be given once for each image, got {len(args.captions)} for {len(args.images)}"
-        )
+    check_captions(args)
     run, *_ = _open(args)
     if args.captions and not reads_pairs(run.model):
         kind = type(run.model).__name__

@@ -23,6 +23,7 @@ from m3ae_fast.data import ClutteredShapes, Sample, ShapesDataset
 from m3ae_fast.downstream.features import Features, extract
 from m3ae_fast.downstream.ood import Mahalanobis, auroc, max_softmax
 from m3ae_fast.downstream.probe import fit_probe, linear_probe
+from m3ae_fast.downstream.samples import Some
 from m3ae_fast.experiments.plan import IMAGE_SIZE, TABLES, UNTRAINED, Scale, config_of, runs_of
 from m3ae_fast.experiments.report import write_report
 from m3ae_fast.train import RunConfig, load_run, pretrain
@@ -139,6 +140,7 @@ def _model(name: str, config: RunConfig, folder: Path) -> nn.Module:
 
 def _pixels(samples: Sequence[Sample], labelled: bool = True) -> Features:
     """Averages of 4 x 4 pixels, in place of features."""
+    samples = list(samples)  # drawn once
     images = torch.stack([torch.from_numpy(sample.image) for sample in samples]).permute(0, 3, 1, 2)
     labels = [sample.labels[0] if labelled else -1 for sample in samples]
     return Features(F.avg_pool2d(images / 255, 4).flatten(1), torch.tensor(labels))
@@ -150,15 +152,15 @@ def score(encode: Callable[..., Features], scale: Scale, *, ood: bool) -> dict[s
     Args:
         encode: encode(samples, labelled=True) -> Features. scale: how many images. ood: see above.
     """
-    train = encode(_first(ClutteredShapes(IMAGE_SIZE, TRAIN_SEED), scale.train))
-    test = encode(_first(ClutteredShapes(IMAGE_SIZE, TEST_SEED), scale.test))
+    train = encode(Some(ClutteredShapes(IMAGE_SIZE, TRAIN_SEED), scale.train))
+    test = encode(Some(ClutteredShapes(IMAGE_SIZE, TEST_SEED), scale.test))
     classes = len(ClutteredShapes.classes)
     scores = {"linear": 100 * linear_probe(train, test, classes=classes).value}
     if not ood:
         return scores
     fitted = _part(train, train.labels < KNOWN)
     probe, distance = fit_probe(fitted, classes=KNOWN), Mahalanobis(fitted)
-    far = encode(_first(ShapesDataset(IMAGE_SIZE, FAR_SEED), scale.test // 2), labelled=False)
+    far = encode(Some(ShapesDataset(IMAGE_SIZE, FAR_SEED), scale.test // 2), labelled=False)
     inside, near = _part(test, test.labels < KNOWN), _part(test, test.labels >= KNOWN)
     with torch.no_grad():
         ways = {"softmax": lambda x: max_softmax(probe(x.cls)), "Mahalanobis": lambda x: distance.score(x.cls)}
@@ -166,10 +168,6 @@ def score(encode: Callable[..., Features], scale: Scale, *, ood: bool) -> dict[s
             for kind, outside in (("near", near), ("far", far)):
                 scores[f"{kind} {way}"] = 100 * auroc(of(inside), of(outside))
     return scores
-
-
-def _first(dataset: Sequence[Sample], count: int) -> list[Sample]:
-    return [dataset[i] for i in range(count)]
 
 
 def _part(features: Features, chosen: torch.Tensor) -> Features:

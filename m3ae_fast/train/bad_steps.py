@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from m3ae_fast import M3AEFastWarning
-from m3ae_fast._files import naming, replacing
+from m3ae_fast._files import naming, read_tensors, write_tensors
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.train import distributed
 from m3ae_fast.train.config import RunConfig
@@ -115,19 +115,12 @@ def save_bad_step(path: Path, step: int, config: RunConfig, reason: str, batches
     Raises:
         OSError: the file cannot be written (a full disk); it names the path and leaves nothing behind.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     tensors = {f"{i}.{name}": value for i, batch in enumerate(batches) for name, value in _tensors(batch).items()}
     header = {"format": FORMAT, "note": NOTE, "step": step, "seed": config.seed, "precision": config.precision}
     header |= {"reason": reason, "batches": len(batches)}
     with naming(path.parent):
         path.parent.mkdir(exist_ok=True)
-    with replacing(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={"m3ae_fast": json.dumps(header)})
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from None
+    write_tensors(path, tensors, {"m3ae_fast": json.dumps(header)})
 
 
 def load_bad_step(path: str | Path) -> BadStep:
@@ -139,14 +132,13 @@ def load_bad_step(path: str | Path) -> BadStep:
     Raises:
         FileNotFoundError: no such file. ValueError: it is not such a file, or it is cut short.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a bad step: no such file")
     try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("m3ae_fast", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        metadata, tensors = read_tensors(path)
+        header = json.loads(metadata.get("m3ae_fast", "null"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is cut short or altered: {error}") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT or "reason" not in header:
@@ -169,7 +161,7 @@ def _tensors(batch: ImageTextBatch) -> dict[str, Tensor]:
         found["images"] = batch.images.permute(0, 2, 3, 1)  # as the loader has them in memory
     if batch.labels is not None:
         found["labels"] = batch.labels
-    return {name: value.cpu().contiguous() for name, value in found.items()}
+    return found
 
 
 def _batch(tensors: dict[str, Tensor]) -> ImageTextBatch:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from m3ae_fast._files import remove_unfinished, replacing
+from m3ae_fast._files import read_tensors, remove_unfinished, write_tensors
 from m3ae_fast.train import distributed, sharded
 from m3ae_fast.train.average import Average
 
@@ -68,16 +68,9 @@ def save(
 
 
 def _save_file(path: Path, header: dict, tensors: dict[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     header["sha256"] = _digest(header, tensors)
-    with replacing(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={"m3ae_fast": json.dumps(header)})
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from None
+    write_tensors(path, tensors, {"m3ae_fast": json.dumps(header)})
 
 
 def load(path: Path, model: nn.Module | None = None) -> Checkpoint:
@@ -108,14 +101,13 @@ def load(path: Path, model: nn.Module | None = None) -> Checkpoint:
 
 
 def _load_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a checkpoint: no such file")
     try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("m3ae_fast", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        metadata, tensors = read_tensors(path)
+        header = json.loads(metadata.get("m3ae_fast", "null"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole checkpoint, it is cut short or altered: {error}") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from m3ae_fast import cli, train
+from m3ae_fast import train
 from m3ae_fast.downstream import commands, features, probe
 from m3ae_fast.downstream.classify import Classifier
-from m3ae_fast.train import RunConfig, load_run, loop, pretrain, run
+from m3ae_fast.train import RunConfig, load_run
 
 COLORS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
 OBJECTIVES = ("m3ae", "mae", "mamo", "clip", "supervised")
@@ -27,15 +27,9 @@ def small(threads):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(pretrained):
     """A folder with runs of two steps, by objective, and images: train and test (three colors), other, flat."""
-    folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "draw_pictures", lambda *_: None)
-        patch.setattr(run, "LEARN_WORDS_FROM", 300)
-        for objective in OBJECTIVES:
-            config = RunConfig(objective=objective, steps=2, batch_size=4, image_size=32, device="cpu")
-            pretrain(config, folder / objective, progress=False)
+    folder = pretrained(*OBJECTIVES)
     rng = np.random.default_rng(0)
     for part, count in (("train", 12), ("test", 5)):
         for name, color in COLORS.items():
@@ -56,20 +50,12 @@ def paint(folder, color, count, rng, caption=None, noise=20):
 
 
 @pytest.fixture
-def command(capsys, tmp_path, monkeypatch, runs):
+def command(command_line, tmp_path, monkeypatch, runs):
     """command(*arguments): (status, stdout, stderr), in a folder where the runs and images are."""
     monkeypatch.chdir(tmp_path)
     for path in runs.iterdir():
         (tmp_path / path.name).symlink_to(path)
-
-    def call(*arguments):
-        try:
-            status = cli.main(list(map(str, arguments)))
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return call
+    return command_line
 
 
 def results(path):

@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from m3ae_fast import cli
 from m3ae_fast.models.vqa import VQA
-from m3ae_fast.train import RunConfig, load_run, loop, pretrain, run
+from m3ae_fast.train import load_run
 
 COLORS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
@@ -21,20 +20,13 @@ def small(threads):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(pretrained):
     """The folders of runs of two steps, by objective."""
-    folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "draw_pictures", lambda *_: None)
-        patch.setattr(run, "LEARN_WORDS_FROM", 300)
-        for objective in ("mamo", "clip"):
-            config = RunConfig(objective=objective, steps=2, batch_size=4, image_size=32, device="cpu")
-            pretrain(config, folder / objective, progress=False)
-    return folder
+    return pretrained("mamo", "clip")
 
 
 @pytest.fixture
-def command(capsys, tmp_path, monkeypatch, runs):
+def command(command_line, tmp_path, monkeypatch, runs):
     """command(*arguments): (status, stdout, stderr), in a folder with data; runs/mamo and runs/clip are there."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").symlink_to(runs)
@@ -44,15 +36,7 @@ def command(capsys, tmp_path, monkeypatch, runs):
     write("questions", *({"image": f"{name}.png", "question": "what color?", "answer": name} for name in COLORS))
     write("statements", {"left": "red.png", "right": "blue.png", "sentence": "both are red", "label": False})
     write("phrases", {"image": "red.png", "phrase": "a red circle", "box": [0, 0, 40, 32]})
-
-    def call(*arguments):
-        try:
-            status = cli.main(list(map(str, arguments)))
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return call
+    return command_line
 
 
 def write(name, *rows):

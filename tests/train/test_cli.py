@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m3ae_fast import cli
 from m3ae_fast.models import OBJECTIVES
 from m3ae_fast.models.config import SIZES
 from m3ae_fast.train import RunConfig, loop
@@ -18,18 +17,10 @@ SMALL = ["--steps", "3", "--batch-size", "2", "--image-size", "32", "--device", 
 
 
 @pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
+def run(command_line, tmp_path, monkeypatch):
     """run(*arguments): (status, stdout, stderr), in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        try:
-            status = cli.main(list(map(str, arguments)))
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return call
+    return command_line
 
 
 def test_pretrain_resume_reconstruct(run, tmp_path):
@@ -134,12 +125,8 @@ def test_a_missing_extra_is_named(run, monkeypatch):
 
 def test_a_converted_file_that_cannot_be_written_is_named(run, monkeypatch):
     """The library's own error for a full disk or a missing folder is no OSError."""
-    from safetensors.torch import save_file
-
-    def convert(source, target):
-        save_file({}, target)
-
-    monkeypatch.setattr("m3ae_fast.convert.convert_flax_checkpoint", convert)
+    for name in ("load_flax_checkpoint", "flax_to_torch", "config_from_flax"):  # all but the writing
+        monkeypatch.setattr(f"m3ae_fast.convert.flax.{name}", lambda _: {})
     status, _, err = run("convert", "model.pkl", "no folder/out.safetensors")
     assert status == 2 and "error: no folder/out.safetensors cannot be written" in err
 

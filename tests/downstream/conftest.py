@@ -1,0 +1,22 @@
+"""Runs of two steps to try the commands on."""
+
+import pytest
+
+from m3ae_fast.train import RunConfig, loop, pretrain, run
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """pretrained(*objectives): a folder with a run of each, by its name, of the module's tests."""
+
+    def make(*objectives):
+        folder = tmp_path_factory.mktemp("runs")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "draw_pictures", lambda *_: None)
+            patch.setattr(run, "LEARN_WORDS_FROM", 300)
+            for objective in objectives:
+                config = RunConfig(objective=objective, steps=2, batch_size=4, image_size=32, device="cpu")
+                pretrain(config, folder / objective, progress=False)
+        return folder
+
+    return make
