@@ -44,6 +44,7 @@ class StreamedDataset:
 
     flip_safe = True
     crop_scale = (0.2, 1.0)
+    endless = True  # as far as anybody knows
     classes: tuple[str, ...] = ()
 
     def __init__(self, pattern: str, *, buffer: int = 1000):

@@ -148,7 +148,10 @@ class RunConfig:
         batch = values["batch_size"] * self.accumulate
         if self.epochs is not None and self.steps is None:
             if samples is None:
-                raise ValueError(f"epochs must be None for data without an end, such as shapes, got {self.epochs:g}")
+                raise ValueError(
+                    "epochs must be None (steps say how long) for data without an end, such as shapes, or streamed, "
+                    f"got {self.epochs:g}"
+                )
             values["steps"] = max(int(self.epochs * samples / batch), 1)
         if values["lr"] is None:
             values["lr"] = LR_PER_256 * batch / 256

@@ -74,7 +74,7 @@ def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
         (["pretrain", "--steps", "0"], "argument --steps: must be a whole number, at least 1, got '0'"),
         (["pretrain", "--workers", "x"], "argument --workers: must be a whole number, at least 0, got 'x'"),
         (["pretrain", "--steps", "3", "--epochs", "1"], "argument --epochs: not allowed with argument --steps"),
-        (["pretrain", "--recipe", "m3ae-cc12m-base"], "epochs must be None for data without an end, such as shapes"),
+        (["pretrain", "--recipe", "m3ae-cc12m-base"], "epochs must be None (steps say how long) for data"),
         (["pretrain", "--lr", "-1"], "lr must be finite and positive, got -1.0"),
         (["pretrain", "--image-size", "30"], "image_size must be a multiple of patch_size 8, got 30"),
         (

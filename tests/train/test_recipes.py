@@ -31,8 +31,10 @@ def test_epochs_are_of_the_data(photos, tmp_path):
     config, *_ = create(tmp_path / "run", RunConfig(data=str(photos), epochs=5, batch_size=2))
     assert config.steps == 7 and config.warmup == 0, "five times three photos in twos"
     assert RunConfig(epochs=5, steps=3).resolved(100).steps == 3
-    with pytest.raises(ValueError, match="epochs must be None for data without an end, such as shapes, got 5"):
+    with pytest.raises(ValueError, match="for data without an end, such as shapes, or streamed, got 5"):
         create(tmp_path / "run", RunConfig(epochs=5))
+    with pytest.raises(ValueError, match="or streamed, got 5"):
+        create(tmp_path / "run", RunConfig(data="pipe:cat cc12m.tar", objective="mae", epochs=5))
 
 
 def test_options_win_over_a_recipe(capsys, tmp_path, monkeypatch):
