@@ -5,13 +5,17 @@
 
 namespace m3ae {
 
-enum class Dtype : int { f32 = 0, bf16 = 1, f64 = 2, u8 = 3 };
+enum class Dtype : int { f32 = 0, bf16 = 1, f64 = 2, u8 = 3, f16 = 4 };  // f16: on GPUs alone
 
 inline int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : dtype == Dtype::bf16 ? 2 : 1;
+  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : dtype == Dtype::u8 ? 1 : 2;
 }
 
 struct bfloat16 {
+  uint16_t bits;
+};
+
+struct float16 {
   uint16_t bits;
 };
 

@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 IMPLS = ("reference", "cpp", "triton", "cuda")
-PREFERENCE = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}  # best first; the reference closes every list
-DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.uint8: 3}  # csrc/dtype.h
+# Best first; the reference closes every list. No measurement has shown "cuda" faster than "triton" yet: it must be asked
+# for.
+PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton",)}
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.uint8: 3, torch.float16: 4}  # csrc/dtype.h
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs on CPU tensors, slowly, to be tested
+EMULATED = os.environ.get("M3AE_FAST_EMULATE") == "1"  # so do then the CUDA kernels: csrc/cuda/emulator.h
+TESTED = "triton" if INTERPRETED else "cuda" if EMULATED else None  # the one backend that such a run is for
 RUNS_ON = {  # devices, floating dtypes
     "cpp": (("cpu",), (torch.float32, torch.bfloat16, torch.float64)),
     "triton": (("cpu", "cuda") if INTERPRETED else ("cuda",), (torch.float32, torch.bfloat16, torch.float16)),
-    "cuda": (("cuda",), (torch.float32, torch.bfloat16, torch.float16)),
+    "cuda": (("cpu", "cuda") if EMULATED else ("cuda",), (torch.float32, torch.bfloat16, torch.float16)),
 }
 _FORCED = os.environ.get("M3AE_FAST_IMPL") or None
 if _FORCED is not None and _FORCED not in IMPLS:
@@ -36,11 +40,15 @@ class Backends:
     def __getitem__(self, impl: str) -> ModuleType:
         return self.modules[impl]
 
+    def floats(self, impl: str) -> tuple[torch.dtype, ...]:
+        """The floating dtypes that `impl` takes: RUNS_ON's, or fewer where its module says so (FLOATS)."""
+        return getattr(self.modules[impl], "FLOATS", RUNS_ON[impl][1])
+
     def refusal(self, impl: str, device: str, *dtypes: torch.dtype) -> str | None:
         """Why `impl` cannot run this op on tensors of these dtypes; None where it can. Integers: the op checks them."""
         if impl not in self.modules:
             return self.reasons.get(impl, "this op has no such backend")
-        runs_on, floats = RUNS_ON[impl]
+        runs_on, floats = RUNS_ON[impl][0], self.floats(impl)
         if device not in runs_on:
             return f"it runs on {' and '.join(runs_on)} tensors, got {device}"
         for dtype in dtypes:

@@ -130,34 +130,37 @@ def cases(op: str):
 
 
 def devices() -> list[str]:
-    """Where every backend is tested: the CPU and, where torch sees one, a GPU. Triton's interpreter runs on the CPU."""
-    return ["cpu", "cuda"] if torch.cuda.is_available() and not _backends.INTERPRETED else ["cpu"]
+    """Where every backend is tested: the CPU and, where torch sees one, a GPU. Triton's interpreter and the CUDA
+    emulator run on the CPU."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() and _backends.TESTED is None else ["cpu"]
 
 
 def impls(op: str, device: str = "cpu") -> list[str]:
     """The backends of an op that can run here on a device, the reference left out.
 
-    Under TRITON_INTERPRET=1 the Triton backend alone: another run tests the others, at their speed.
+    Under TRITON_INTERPRET=1 the Triton backend alone, under M3AE_FAST_EMULATE=1 the CUDA kernels: another run tests the
+    others, at their speed.
     """
     backends = _backends.LOADED[op]
-    names = [name for name in backends.modules if name == "triton" or not _backends.INTERPRETED]
-    return [name for name in names if backends.refusal(name, device, torch.float32) is None]
+    names = [name for name in backends.modules if _backends.TESTED in (None, name)]
+    return [name for name in names if backends.refusal(name, device, dtypes(name, op)[0]) is None]
 
 
-def dtypes(impl: str) -> tuple[torch.dtype, ...]:
-    """The floating dtypes that a backend takes."""
-    return _backends.RUNS_ON[impl][1] if impl != "reference" else _checks.FLOATS
+def dtypes(impl: str, op: str) -> tuple[torch.dtype, ...]:
+    """The floating dtypes that a backend of an op takes."""
+    return _backends.LOADED[op].floats(impl) if impl != "reference" else _checks.FLOATS
 
 
-def widest(impl: str) -> torch.dtype:
-    """float64 where the backend takes it, else float32."""
-    return torch.float64 if torch.float64 in dtypes(impl) else torch.float32
+def widest(impl: str, op: str) -> torch.dtype:
+    """float64 where the backend takes it, else the first dtype that it takes."""
+    floats = dtypes(impl, op)
+    return torch.float64 if torch.float64 in floats else floats[0]
 
 
 def isas() -> list[str]:
     """Instruction sets of this build that this machine runs; [] without the compiled module, or where it is not tested
-    (TRITON_INTERPRET=1)."""
-    if _backends.INTERPRETED:
+    (TRITON_INTERPRET=1, M3AE_FAST_EMULATE=1)."""
+    if _backends.TESTED is not None:
         return []
     try:
         from m3ae_fast._cpp import _C

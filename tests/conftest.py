@@ -21,7 +21,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """TRITON_INTERPRET=1 is a run for the Triton backends: what does not concern them runs without it, faster.
+    """TRITON_INTERPRET=1 is a run for the Triton backends: what does not concern them runs without it, faster. So is
+    M3AE_FAST_EMULATE=1 for the CUDA kernels.
 
     Instruction sets are the CPU's: what runs on a GPU runs once.
     """
@@ -29,19 +30,19 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         on_gpu_again = params.get("device") == "cuda" and params.get("isa", ISAS[0]) != ISAS[0]
-        wanted = params.get("impl") == "triton" if _backends.INTERPRETED else not on_gpu_again
+        wanted = not on_gpu_again if _backends.TESTED is None else params.get("impl") == _backends.TESTED
         (kept if wanted else left).append(item)
     config.hook.pytest_deselected(items=left)
     items[:] = kept
 
 
-ISAS = ["interpreter"] if _backends.INTERPRETED else testing.isas() or ["none"]
+ISAS = [_backends.TESTED] if _backends.TESTED else testing.isas() or ["none"]
 
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    """Run the test once per instruction set this build and machine have; on a GPU and in Triton's interpreter once."""
-    if request.param == "interpreter" or request.node.callspec.params.get("device") == "cuda":
+    """Run the test once per instruction set this build and machine have; on a GPU, interpreted and emulated once."""
+    if request.param == _backends.TESTED or request.node.callspec.params.get("device") == "cuda":
         yield None
         return
     if request.param == "none":

@@ -1,29 +1,14 @@
-// m3ae_fast._cuda: CUDA kernels, torch-free, static runtime. For now it answers what it was built for and what it sees.
-#include <cuda_runtime.h>
+// m3ae_fast._cuda: the CUDA kernels. Tensors come as addresses, sizes and dtype codes, with the device and torch's
+// current stream there; torch is never linked, the CUDA runtime is static. Built by a C++ compiler with M3AE_EMULATED,
+// it is _cuda_emulated: the same kernels on CPU tensors, to be tested (cuda/emulator.h).
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
-#include <string>
+#include "cuda/launch.cuh"
 
+namespace m3ae::cuda {
 namespace {
 
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
-
-__global__ void fill_kernel(float* out, float value, long long count) {
-  const long long i = blockIdx.x * static_cast<long long>(blockDim.x) + threadIdx.x;
-  if (i < count) out[i] = value;
-}
-
-// A launch on the caller's stream: proves that this build's machine code runs on this device.
-void fill(std::uintptr_t out, float value, long long count, std::uintptr_t stream) {
-  if (count <= 0) return;
-  const unsigned blocks = static_cast<unsigned>((count + 255) / 256);
-  fill_kernel<<<blocks, 256, 0, reinterpret_cast<cudaStream_t>(stream)>>>(reinterpret_cast<float*>(out), value, count);
-  check(cudaGetLastError(), "fill_kernel");
-}
-
+#ifndef M3AE_EMULATED
 int device_count() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
@@ -31,12 +16,27 @@ int device_count() {
   check(error, "cudaGetDeviceCount");
   return count;
 }
+#endif
 
 }  // namespace
 
+#define M3AE_OP(op) void bind_##op(pybind11::module_& module);
+#include "cuda/ops.inc"
+#undef M3AE_OP
+
+}  // namespace m3ae::cuda
+
+#ifdef M3AE_EMULATED
+PYBIND11_MODULE(_cuda_emulated, module) {
+  module.doc() = "m3ae_fast CUDA kernels in the emulator";
+  module.def("reverse", &m3ae::emulator::reverse, "run threads and blocks in descending order, or ascending again");
+#else
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "m3ae_fast CUDA kernels";
   module.attr("runtime_version") = CUDART_VERSION;
-  module.def("device_count", &device_count, "CUDA devices that this build's runtime sees");
-  module.def("fill", &fill, "write value to count floats at an address, on a stream");
+  module.def("device_count", &m3ae::cuda::device_count, "CUDA devices that this build's runtime sees");
+#endif
+#define M3AE_OP(op) m3ae::cuda::bind_##op(module);
+#include "cuda/ops.inc"
+#undef M3AE_OP
 }

@@ -16,11 +16,11 @@ from m3ae_fast import _backends, testing
 
 OPS = sorted(_backends.LOADED)
 PAIRS = [(op, impl, device) for device in testing.devices() for op in OPS for impl in testing.impls(op, device)]
-MIXES = 6 if _backends.INTERPRETED else 50  # of lengths: the interpreter takes a second for each
+MIXES = 6 if _backends.TESTED else 50  # of lengths: an interpreter takes a second for each
 CASES = [(*pair, case) for pair in PAIRS for case in testing.cases(pair[0]).SMALL]
 FIRST = [(*pair, testing.cases(pair[0]).SMALL[0]) for pair in PAIRS]
 REAL = [(*pair, case) for pair in PAIRS if pair[2] == "cuda" for case in testing.cases(pair[0]).REAL]
-WITH_FP64 = [each for each in FIRST if torch.float64 in testing.dtypes(each[1])]
+WITH_FP64 = [each for each in FIRST if torch.float64 in testing.dtypes(each[1], each[0])]
 THREADED = [each for each in CASES if each[1] == "cpp"]
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -41,7 +41,7 @@ def assert_same_bits(a, b):
 
 @pytest.mark.parametrize(
     ("op", "impl", "device", "case", "dtype"),
-    [(*each, dtype) for each in CASES + REAL for dtype in testing.dtypes(each[1])],
+    [(*each, dtype) for each in CASES + REAL for dtype in testing.dtypes(each[1], each[0])],
     ids=lambda value: str(value).removeprefix("torch."),
 )
 def test_error_rule(op, impl, device, case, dtype, isa):
@@ -86,7 +86,7 @@ class _Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("op", "impl", "device", "case"), FIRST if _backends.INTERPRETED else CASES)
+@pytest.mark.parametrize(("op", "impl", "device", "case"), FIRST if _backends.TESTED else CASES)
 def test_opcheck(op, impl, device, case):
     call = testing.cases(op).make(case).on(device)
     with _Record() as record:
@@ -108,10 +108,24 @@ def test_thread_counts_give_the_same_bits(op, impl, device, case, threads):
     assert_same_bits(results[0], results[2])
 
 
-@pytest.mark.parametrize(("op", "impl", "device", "case"), FIRST if _backends.INTERPRETED else CASES + REAL)
+@pytest.mark.parametrize(("op", "impl", "device", "case"), FIRST if _backends.TESTED else CASES + REAL)
 def test_two_runs_give_the_same_bits(op, impl, device, case):
     call = testing.cases(op).make(case).on(device)
     assert_same_bits(call.run(function(op), impl=impl), call.run(function(op), impl=impl))
+
+
+@pytest.mark.parametrize(("op", "impl", "device", "case"), [each for each in CASES if _backends.EMULATED])
+def test_the_order_of_threads_changes_nothing(op, impl, device, case):
+    """Between two barriers the emulator runs them one after the other: a missing barrier shows in one of the orders."""
+    import _cuda_emulated
+
+    call = testing.cases(op).make(case, testing.dtypes(impl, op)[0]).on(device)
+    ascending = call.run(function(op), impl=impl)
+    _cuda_emulated.reverse(True)
+    try:
+        assert_same_bits(ascending, call.run(function(op), impl=impl))
+    finally:
+        _cuda_emulated.reverse(False)
 
 
 @pytest.mark.parametrize(("op", "impl", "device", "case"), CASES)

@@ -9,8 +9,8 @@ from m3ae_fast import SeqLens, _backends, testing, varlen_attention, varlen_atte
 IMPLS = ["reference", *testing.impls("varlen_attention")]
 COMPILED = testing.impls("varlen_attention")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-TYPED = [(impl, dtype) for impl in IMPLS for dtype in DTYPES if dtype in testing.dtypes(impl)]
-EXACT = [impl for impl in IMPLS if testing.widest(impl) == torch.float64]
+TYPED = [(impl, dtype) for impl in IMPLS for dtype in DTYPES if dtype in testing.dtypes(impl, "varlen_attention")]
+EXACT = [impl for impl in IMPLS if testing.widest(impl, "varlen_attention") == torch.float64]
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -156,7 +156,7 @@ def test_qkvpacked(impl, dtype, isa):
 @pytest.mark.parametrize("impl", COMPILED)
 def test_qkvpacked_passes_opcheck_and_gradcheck(impl):
     lens = SeqLens([3, 0, 5])
-    qkv = randn(9, 3, 2, 8, dtype=testing.widest(impl), grad=True)
+    qkv = randn(9, 3, 2, 8, dtype=testing.widest(impl, "varlen_attention"), grad=True)
     if impl in EXACT:
         torch.autograd.gradcheck(lambda x: varlen_attention_qkvpacked(x, lens, impl=impl), (qkv,), fast_mode=True)
     out, lse = varlen_attention_qkvpacked(qkv.detach(), lens, return_lse=True, impl=impl)

@@ -12,7 +12,7 @@ from m3ae_fast import _backends, _checks
 from m3ae_fast.ops.sample_mask import reference
 from m3ae_fast.seqlens import SeqLens
 
-BACKENDS = _backends.load(__package__, "cpp", "triton")
+BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
 
 
 class SampledMask(NamedTuple):
@@ -54,7 +54,7 @@ def sample_mask(
         shared: one draw for the batch, that of sample id 0 (all lengths and all num_keep must be equal), as the public
             code of arXiv:2205.14204 does.
         device: where the result lives; None: where the SeqLens does, else the CPU.
-        impl: "reference", "cpp", "triton"; None takes the fastest for the device.
+        impl: "reference", "cpp", "triton", "cuda"; None takes the fastest for the device.
 
     Returns:
         SampledMask(ids_keep, ids_mask).

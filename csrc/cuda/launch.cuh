@@ -1,0 +1,112 @@
+// Kernels and their launches: the one place that knows whether this is CUDA or its emulator.
+#pragma once
+
+#ifdef M3AE_EMULATED
+#include <cmath>
+#include <utility>
+
+#include "cuda/emulator.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+#include <stdexcept>
+#include <string>
+
+#include "check.h"
+#include "dtype.h"
+
+namespace m3ae::cuda {
+
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+constexpr int kWarp = 32;
+
+// Where a call's kernels run.
+struct Stream {
+  int device;
+  std::uintptr_t handle;  // of torch's current stream there
+};
+
+template <class T>
+struct Plain {
+  using type = T;
+};
+
+#ifdef M3AE_EMULATED
+
+template <class T>
+__device__ T* dynamic_shared() {
+  return reinterpret_cast<T*>(emulator::shared.data());
+}
+
+template <class... Args>
+void launch(const char* name, void (*kernel)(Args...), dim3 grid, int threads, size_t shared, const Stream&,
+            typename Plain<Args>::type... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  try {
+    emulator::run(grid, dim3(static_cast<unsigned>(threads)), shared, [&] { kernel(args...); });
+  } catch (const std::exception& error) {
+    throw std::runtime_error(std::string(name) + ": " + error.what());
+  }
+}
+
+#else
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// A block's dynamic shared memory.
+template <class T>
+__device__ __forceinline__ T* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char m3ae_dynamic_shared[];
+  return reinterpret_cast<T*>(m3ae_dynamic_shared);
+}
+
+// The device of a call is the thread's own until the call returns: torch's choice is left as it was.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+    moved_ = before_ != device;
+  }
+  ~OnDevice() {
+    if (moved_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool moved_ = false;
+};
+
+// One launch; RuntimeError that names the kernel if CUDA refuses it. An empty grid launches nothing.
+template <class... Args>
+void launch(const char* name, void (*kernel)(Args...), dim3 grid, int threads, size_t shared, const Stream& stream,
+            typename Plain<Args>::type... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  const OnDevice on(stream.device);
+  const void* function = reinterpret_cast<const void*>(kernel);
+  constexpr size_t kWithoutAsking = 48 << 10;
+  if (shared > kWithoutAsking)
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
+  void* pointers[] = {&args...};
+  check(cudaLaunchKernel(function, grid, dim3(static_cast<unsigned>(threads)), pointers, shared,
+                         reinterpret_cast<cudaStream_t>(stream.handle)),
+        name);
+}
+
+#endif
+
+// Rows, samples or (row, head) pairs as a grid's x, one block or more each.
+inline dim3 grid(int64_t blocks) {
+  M3AE_CHECK(blocks >= 0 && blocks < (int64_t{1} << 31), "a grid must have fewer than 2^31 blocks, got ", blocks);
+  return dim3(static_cast<unsigned>(blocks));
+}
+
+}  // namespace m3ae::cuda
+
+// The name that an error has is the kernel's own.
+#define M3AE_LAUNCH(kernel, ...) ::m3ae::cuda::launch(#kernel, kernel, __VA_ARGS__)
