@@ -7,7 +7,7 @@ from m3ae_fast._backends import EMULATED
 
 try:
     if EMULATED:
-        import _cuda_emulated as _cuda  # noqa: F401  in CMake's build folder, which is on the path: CONTRIBUTING.md
+        import _cuda_emulated as _cuda  # CMake's build folder is on the path: CONTRIBUTING.md
     else:
         from m3ae_fast import _cuda  # noqa: F401
 except ImportError as error:
