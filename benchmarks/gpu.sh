@@ -2,7 +2,8 @@
 # Tests and measures on a GPU: benchmarks/gpu.sh [part ...], by default every part.
 #
 #   build          pip install . (no CUDA toolkit needed)
-#   tests          contract tests of the Triton backends, masks against the CPU's, a training step in a CUDA graph
+#   tests          contract tests of the Triton and, where they are built, CUDA backends, masks against the CPU's, a training step in a CUDA graph
+#   sanitize       compute-sanitizer's memcheck and racecheck over the CUDA kernels at small sizes (CUDA toolkit)
 #   resources      registers, spills, shared memory and tensor-core instructions of every kernel
 #   ops            the memory-bound ops, against eager and compiled PyTorch
 #   linear         linear, against the same
@@ -16,7 +17,7 @@
 # until then is written. SMOKE=1: a dry run on the CPU that measures nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-parts=(build tests resources ops linear attention cross_entropy step)
+parts=(build tests sanitize resources ops linear attention cross_entropy step)
 smoke=${SMOKE:+1}
 device=(--device cuda)
 [ -z "$smoke" ] || device=(--device cpu --smoke)
@@ -24,11 +25,11 @@ device=(--device cuda)
 run() {
   local safe=()  # away from the source tree, if the package is installed
   if (cd / && python3 -c "import m3ae_fast") 2> /dev/null; then safe=(PYTHONSAFEPATH=1); fi
-  env "${safe[@]}" timeout --signal=INT --kill-after=60 "${LIMIT:-600}" python3 "$@"
+  env "${safe[@]}" timeout --signal=INT --kill-after=60 "${LIMIT:-600}" "$@"
 }
 measure() {  # measure <part> <files and options>
   local table=${OUT:-docs}/${NAME:-gpu}_$1.md
-  run -m pytest "${@:2}" --benchmark-only -q "${device[@]}" --table "$table"
+  run python3 -m pytest "${@:2}" --benchmark-only -q "${device[@]}" --table "$table"
 }
 
 build() {
@@ -38,12 +39,21 @@ build() {
 }
 tests() {
   if [ -n "$smoke" ]; then
-    run -m pytest -q tests/ops/test_contract.py -k "layer_norm and small"
+    run python3 -m pytest -q tests/ops/test_contract.py -k "layer_norm and small"
   else
-    M3AE_FAST_REQUIRE=triton run -m pytest -q tests -k cuda
+    M3AE_FAST_REQUIRE=triton run python3 -m pytest -q tests -k cuda
   fi
 }
-resources() { timeout --signal=INT "${LIMIT:-600}" python3 -m benchmarks.resources; }
+sanitize() {
+  for tool in memcheck racecheck; do
+    run compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      python3 -m pytest -q tests/ops/test_contract.py -k "strided and cuda-cuda"
+  done
+}
+resources() {
+  timeout --signal=INT "${LIMIT:-600}" python3 -m benchmarks.resources
+  if python3 -c "import m3ae_fast._cuda" 2> /dev/null; then python3 -m benchmarks.resources --cuda; fi
+}
 ops() { measure ops benchmarks/ops --ignore-glob="*_linear*.py" --ignore-glob="*_attention.py"; }
 linear() { measure linear benchmarks/ops/bench_linear.py; }
 attention() { measure attention benchmarks/ops/bench_varlen_attention.py; }

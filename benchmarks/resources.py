@@ -1,8 +1,11 @@
-"""Registers, spills, shared memory and tensor-core instructions of every Triton kernel, compiled without a GPU.
+"""Registers, spills, shared memory and tensor-core instructions of every GPU kernel, without a GPU.
 
-python -m benchmarks.resources [--arch sm_80,sm_90] [--op layer_norm] fails where a kernel spills, where the
-instruction that it means is missing, or where an exact one holds a fused multiply-add. What is compiled is what each
-backend's resources() declares (m3ae_fast/_triton.py).
+python -m benchmarks.resources [--arch sm_80,sm_90] [--op layer_norm] compiles the Triton kernels. It fails where one
+spills, where the instruction that it means is missing, or where an exact one holds a fused multiply-add. What is
+compiled is what each backend's resources() declares (m3ae_fast/_triton.py).
+
+python -m benchmarks.resources --cuda [--op layer_norm] reads the compiled module m3ae_fast._cuda. It fails where a
+kernel spills, and where one of attention runs outside the tensor cores.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 PRODUCTS = {"mma": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async"}
 
@@ -54,16 +58,86 @@ def compile_for(resource, capability: int):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=resource.options)
 
 
-def usage(cubin: bytes) -> dict[str, int]:
-    """What cuobjdump says of the one kernel: REG, STACK, SHARED, LOCAL."""
+def cuobjdump(path: str | Path, *options: str) -> str:
+    """What it prints of a file; Triton's package holds it."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, *options, path], capture_output=True, text=True, check=True).stdout
+
+
+def numbers(text: str) -> dict[str, int]:
+    """REG, STACK, SHARED and LOCAL of a kernel."""
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """What cuobjdump says of the one kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+        return numbers(cuobjdump(file.name, "-res-usage"))
+
+
+class CudaKernel(NamedTuple):
+    """One kernel of the compiled module for one architecture."""
+
+    arch: str
+    name: str  # with its template arguments, without namespaces and parameters
+    used: dict[str, int]
+    tensor_cores: bool
+
+    def complaints(self) -> list[str]:
+        """Why it fails the check."""
+        spilled = self.used["STACK"] + self.used["LOCAL"]
+        return [f"spills {spilled} bytes"] * (spilled > 0) + ["no tensor-core instruction"] * (
+            self.name.startswith("varlen_attention") and not self.tensor_cores
+        )
+
+
+def cuda_kernels(module: str | Path) -> list[CudaKernel]:
+    """Every kernel in the machine code of a compiled module."""
+    kernels, arch = [], ""
+    for line in cuobjdump(module, "-res-usage").splitlines():
+        if line.startswith("arch = "):
+            arch = line.removeprefix("arch = ")
+        elif line.startswith(" Function "):
+            mangled = line.removeprefix(" Function ").rstrip(":")
+        elif "REG:" in line:
+            kernels.append((arch, mangled, numbers(line)))
+    products = set()
+    for line in cuobjdump(module, "-sass").splitlines():
+        if line.startswith("arch = "):
+            arch = line.removeprefix("arch = ")
+        elif "Function :" in line:
+            mangled = line.partition(":")[2].strip()
+        elif re.search(r"\b(HMMA|HGMMA|UTCHMMA)\b", line):
+            products.add((arch, mangled))
+    names = subprocess.run(
+        ["c++filt", "-p"], input="\n".join(name for _, name, _ in kernels), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    return [
+        CudaKernel(arch, re.sub(r"(\(anonymous namespace\)|\b\w+)::", "", name), used, (arch, mangled) in products)
+        for (arch, mangled, used), name in zip(kernels, names, strict=True)
+    ]
+
+
+def show_cuda(op: str | None) -> int:
+    """Print the compiled module's table; how many kernels failed."""
+    import m3ae_fast._cuda
+
+    failed = 0
+    print(f"{'arch':<9}{'kernel':<72}{'regs':>6}{'spill':>7}{'shared':>8}  tensor cores")
+    for kernel in sorted(cuda_kernels(m3ae_fast._cuda.__file__), key=lambda each: (each.name, each.arch)):
+        if not kernel.name.startswith(op or ""):
+            continue
+        wrong, used = kernel.complaints(), kernel.used
+        failed += bool(wrong)
+        print(
+            f"{kernel.arch:<9}{kernel.name:<72}{used['REG']:>6}{used['STACK'] + used['LOCAL']:>7}{used['SHARED']:>8}  "
+            f"{'mma' if kernel.tensor_cores else '-'}{'   FAILED: ' + '; '.join(wrong) if wrong else ''}"
+        )
+    return failed
 
 
 def complaints(resource, capability: int, used: dict[str, int], found: set[str], fused: int) -> list[str]:
@@ -82,21 +156,29 @@ def complaints(resource, capability: int, used: dict[str, int], found: set[str],
 
 
 def main() -> None:
-    """Print the table; exit 1 with complaints."""
+    """Print a table; exit 1 with complaints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="sm_80,sm_90", help="comma-separated; default sm_80,sm_90")
     parser.add_argument("--op", help="one op alone")
+    parser.add_argument("--cuda", action="store_true", help="the compiled CUDA module instead")
     options = parser.parse_args()
     if importlib.util.find_spec("triton") is None:
         sys.exit("Triton is not installed: pip install '.[test]' brings it on Linux")
+    failed = show_cuda(options.op) if options.cuda else show_triton(options.op, options.arch.split(","))
+    if failed:
+        sys.exit(f"{failed} kernels failed")
+
+
+def show_triton(only: str | None, archs: list[str]) -> int:
+    """Compile, and print the table; how many kernels failed."""
     os.environ.pop("TRITON_INTERPRET", None)  # read at import: an interpreted kernel cannot be compiled
     failed = 0
     print(f"{'arch':<7}{'kernel':<58}{'warps':>6}{'regs':>6}{'spill':>7}{'shared':>8}  tensor cores")
-    for op, backend in backends(options.op):
+    for op, backend in backends(only):
         if not hasattr(backend, "resources"):
             sys.exit(f"{op}: triton_backend.py declares no resources()")
         for resource in backend.resources():
-            for arch in options.arch.split(","):
+            for arch in archs:
                 if resource.architecture not in (None, arch):
                     continue
                 capability = int(arch.removeprefix("sm_"))
@@ -111,8 +193,7 @@ def main() -> None:
                     f"{'   FAILED: ' + '; '.join(wrong) if wrong else ''}",
                     flush=True,
                 )
-    if failed:
-        sys.exit(f"{failed} kernels failed")
+    return failed
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def cuda_module() -> str:
         from m3ae_fast import _cuda
     except ImportError as error:
         return f"built, but cannot be imported: {error}"
-    return f"built with CUDA {_cuda.runtime_version // 1000}.{_cuda.runtime_version % 1000 // 10}"
+    version = f"{_cuda.runtime_version // 1000}.{_cuda.runtime_version % 1000 // 10}"
+    return f'built with CUDA {version}; unverified, never run on a GPU: its kernels run where impl="cuda" asks for them'
 
 
 def explain() -> str:

@@ -37,6 +37,14 @@ def test_compiled_ops_are_listed_where_they_are_built():
             assert (ROOT / f"csrc/ops/{op}/{op}{suffix}").exists(), f"{op}{suffix}"
 
 
+def test_cuda_kernels_are_listed_where_they_are_built():
+    sources = sorted(path.parent.name for path in (ROOT / "csrc/ops").glob("*/*_cuda.cu"))
+    cmake = re.search(r"set\(M3AE_CUDA_OPS(.*?)\)", (ROOT / "CMakeLists.txt").read_text(), re.S)[1].split()
+    module = re.findall(r"M3AE_OP\((\w+)\)", (ROOT / "csrc/cuda/ops.inc").read_text())
+    backends = sorted(path.parent.name for path in (ROOT / "m3ae_fast/ops").glob("*/cuda_backend.py"))
+    assert sorted(cmake) == sorted(module) == sorted(set(sources)) == backends
+
+
 def test_kernels_stay_out_of_the_standard_library():
     """An inline function of the standard library, compiled for AVX-512, could be linked for every machine."""
     # constants, types, and what is always inlined

@@ -9,7 +9,7 @@ namespace m3ae::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kWords = 8192;  // that fit: positions of a sample; those of a longer one are drawn again when needed
+constexpr int kWords = 2048;  // that fit: positions of a sample; those of a longer one are drawn again when needed
 
 // One of a sample's random words: see m3ae_fast/ops/sample_mask/reference.py.
 struct Words {

@@ -1,0 +1,25 @@
+"""What nvcc made of every CUDA kernel, read from the compiled module: no GPU needed, nothing is run."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ARCHS = {"sm_80", "sm_90a", "sm_100a"}
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("m3ae_fast._cuda") is None, reason="built without nvcc")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton, whose cuobjdump is used, is missing")
+def test_no_kernel_spills_and_attention_runs_on_tensor_cores():
+    import resources
+
+    import m3ae_fast._cuda
+
+    kernels = resources.cuda_kernels(m3ae_fast._cuda.__file__)
+    assert not [(k.arch, k.name, k.complaints()) for k in kernels if k.complaints()]
+    for op in re.findall(r"M3AE_OP\((\w+)\)", (ROOT / "csrc/cuda/ops.inc").read_text()):
+        assert {k.arch for k in kernels if k.name.startswith(op)} == ARCHS, op
+    # all that the test above can see would be seen: kernels have registers, and not all of them products
+    assert all(k.used["REG"] > 0 for k in kernels) and not all(k.tensor_cores for k in kernels)
