@@ -111,16 +111,6 @@ def sum_values_resources():
     yield Resource("sum_values", _sum_values_kernel, pointers, {"BLOCK": VALUES}, VALUES_OPTIONS)
 
 
-def group(ids: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(order, starts): id g is at order[starts[g] : starts[g + 1]] in `ids`, ascending, for each g below `groups`.
-
-    Other ids are in no group.
-    """
-    ids, order = torch.sort(ids, stable=True)
-    starts = torch.searchsorted(ids, torch.arange(groups + 1, dtype=ids.dtype, device=ids.device), out_int32=True)
-    return order, starts
-
-
 GROUP_TILE, GROUP_COLUMNS = 2048, 512
 
 

@@ -11,7 +11,7 @@ from m3ae_fast.ops.assemble_tokens import reference
 from m3ae_fast.ops.assemble_tokens.gradients import empty_gradients
 from m3ae_fast.seqlens import SeqLens, cu_seqlens
 
-BACKENDS = _backends.load(__package__, "cpp", "triton")
+BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
 
 
 def assemble_tokens(
@@ -49,7 +49,7 @@ def assemble_tokens(
         text_embedding: [V, D], looked up where text_tokens are ids; None where they are float rows.
         image_position: [P, D], text_position: [L, D]; None: no position.
         image_type, text_type: [D]; None: none is added.
-        impl: "reference", "cpp", "triton"; None takes the fastest for the device.
+        impl: "reference", "cpp", "triton", "cuda"; None takes the fastest for the device.
 
     Returns:
         [(B if cls_token is given) + Ki + Kt, D] in the widest of the dtypes given; rows past the last sample are zero.

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from m3ae_fast import _triton
+from m3ae_fast._groups import group
 from m3ae_fast._triton import Resource, element, load_or_zero
 from m3ae_fast.ops.assemble_tokens.gradients import empty_gradients
 
@@ -61,7 +62,7 @@ def backward(
     )
     for needed, ids, rows, grad in tables:
         if needed:
-            order, starts = _triton.group(torch.where(rows < 0, -1, ids), grad.shape[0])
+            order, starts = group(torch.where(rows < 0, -1, ids), grad.shape[0])
             _triton.sum_groups(dout, rows[order], starts, grad)
     return tuple(grads)
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from m3ae_fast import _triton
+from m3ae_fast._groups import group
 from m3ae_fast._triton import Resource, element, sequence_of
 
 BLOCK = 1024  # values of a patch in one program, at most
@@ -31,7 +32,7 @@ def backward(dout, ids, cu, shape, patch_size, scale, dtype):
     place = torch.arange(ids.shape[0], dtype=torch.int32, device=ids.device)
     image = torch.bucketize(place, cu[1:], right=True)
     patches = count * rows * columns
-    order, starts = _triton.group(torch.where(image < count, image * (rows * columns) + ids, patches), patches)
+    order, starts = group(torch.where(image < count, image * (rows * columns) + ids, patches), patches)
     values = patch_size * patch_size * channels
     block = min(triton.next_power_of_2(values), BLOCK)
     _backward_kernel[(patches, triton.cdiv(values, block))](

@@ -9,7 +9,7 @@ from m3ae_fast import _backends, _checks
 from m3ae_fast._autograd import Function, differentiable_once, kept
 from m3ae_fast.ops.layer_norm import reference
 
-BACKENDS = _backends.load(__package__, "cpp", "triton")
+BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
 
 
 def layer_norm(
@@ -33,7 +33,7 @@ def layer_norm(
         residual: the shape of x, any float dtype; None: s is x.
         eps: added to the variance, which is the biased one.
         dtype: of y; None: s's. Autocast changes nothing: float32 rows stay float32, as PyTorch keeps its norms.
-        impl: "reference", "cpp", "triton"; None takes the fastest for the device.
+        impl: "reference", "cpp", "triton", "cuda"; None takes the fastest for the device.
 
     Returns:
         y [..., D]; with residual (y, s), s in the wider of x's and residual's dtypes: the sum is made in fp32, rounded

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from m3ae_fast import _triton
+from m3ae_fast._groups import group
 from m3ae_fast._triton import Resource, load_or_zero
 
 BLOCK = 2048  # values of a row in one program, at most
@@ -37,7 +38,7 @@ def backward(dout, rows, slots, kept_rows, kept_dtype, patches, words, need):
     dimage_position = dout.new_empty(patches if need_image_position else 0, width)
     dtext_position = dout.new_empty(words if need_text_position else 0, width)
     if need_image_position or need_text_position:
-        order, starts = _triton.group(slots, patches + words)
+        order, starts = group(slots, patches + words)
         _triton.sum_groups(dout, order, starts, dimage_position)
         _triton.sum_groups(dout, order, starts[patches:], dtext_position)
     return dkept, dsums, dimage_position, dtext_position

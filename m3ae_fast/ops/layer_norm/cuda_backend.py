@@ -1,0 +1,34 @@
+"""layer_norm in CUDA: csrc/ops/layer_norm/layer_norm_cuda.cu."""
+
+import torch
+
+from m3ae_fast._backends import address, code
+from m3ae_fast._cuda_module import _cuda, place
+
+PARTIALS, ROWS = 256, 8  # partial sums at most, rows of each at least: the same for a count, whatever the machine
+
+
+def forward(x, residual, weight, bias, eps, dtype):
+    count, width = x.shape
+    sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    y = x.new_empty(count, width, dtype=dtype)
+    s = x.new_empty(0 if residual is None else count, width, dtype=sum_dtype)
+    stats = x.new_empty(2, count, dtype=torch.float32)
+    _cuda.layer_norm(
+        address(x), address(residual), address(weight), address(bias), address(y), address(s), address(stats),
+        count, width, eps, code(x), code(x if residual is None else residual), code(y), *place(x),
+    )  # fmt: skip
+    return y, s, stats
+
+
+def backward(dy, ds, s, weight, stats, need_input, need_params):
+    count, width = s.shape
+    dx = torch.empty_like(s) if need_input else s.new_empty(0, width)
+    dparams = s.new_empty(2 if need_params else 0, width, dtype=torch.float32)
+    number = min(-(-count // ROWS), PARTIALS)
+    partials = s.new_empty(number if need_params else 0, 2, width, dtype=torch.float32)
+    _cuda.layer_norm_backward(
+        address(dy), address(ds), address(s), address(weight), address(stats), address(dx), address(partials),
+        address(dparams), number, count, width, code(s), code(dy), *place(s),
+    )  # fmt: skip
+    return dx, dparams
