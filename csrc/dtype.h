@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace m3ae {
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f64 = 2, u8 = 3, f16 = 4 };  // f16: on GPUs alone
@@ -20,9 +22,9 @@ struct float16 {
 };
 
 template <class T>
-const T* as(const void* address) { return static_cast<const T*>(address); }
+M3AE_HOST_DEVICE const T* as(const void* address) { return static_cast<const T*>(address); }
 template <class T>
-T* as(void* address) { return static_cast<T*>(address); }
+M3AE_HOST_DEVICE T* as(void* address) { return static_cast<T*>(address); }
 
 // An address from Python (tensor.data_ptr(), 0 for None).
 using Address = std::uintptr_t;

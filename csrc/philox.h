@@ -1,15 +1,10 @@
 // Philox4x32-10, the counter-based generator of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11):
 // four random words that depend on counter and key alone, so every machine and every order of work draws the same.
-// For host and device. Internal linkage and always inlined: each instruction set vectorises its own copy.
 #pragma once
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define M3AE_PHILOX static __host__ __device__ __forceinline__
-#else
-#define M3AE_PHILOX static inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
 
 namespace m3ae {
 
@@ -17,7 +12,7 @@ struct Philox4 {
   uint32_t x, y, z, w;
 };
 
-M3AE_PHILOX Philox4 philox4x32(Philox4 counter, uint32_t key0, uint32_t key1) {
+M3AE_HOST_DEVICE Philox4 philox4x32(Philox4 counter, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = uint64_t{0xD2511F53u} * counter.x;
     const uint64_t b = uint64_t{0xCD9E8D57u} * counter.z;
