@@ -27,6 +27,7 @@
 #define __noinline__
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static  // of a block, and blocks run one after the other
 #define threadIdx (::m3ae::emulator::current->index)
 #define blockIdx (::m3ae::emulator::block_index)
@@ -248,7 +249,12 @@ inline unsigned __ballot_sync(unsigned mask, int vote) {
   for (int i = 0; i < 32; ++i) votes |= static_cast<unsigned>(shown.read<bool>(i)) << i;
   return votes;
 }
+using std::max;
+using std::min;
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
+inline float __fmul_rn(float a, float b) { return a * b; }  // built with -ffp-contract=off
+inline float __fadd_rn(float a, float b) { return a + b; }
 inline void __threadfence() {}
 inline unsigned atomicAdd(unsigned* at, unsigned value) {  // fibers take turns: nothing comes between
   const unsigned before = *at;

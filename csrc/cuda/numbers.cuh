@@ -77,26 +77,24 @@ __device__ __forceinline__ T narrow(float x) {
   return out;
 }
 
-// N elements that lie side by side: one instruction of up to sixteen bytes loads or stores them.
+// N elements that lie side by side: instructions of up to sixteen bytes load or store them.
 template <class T, int N>
-struct alignas(sizeof(T) * N) Pack {
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T at[N];
 };
 
 template <int N, class T>
 __device__ __forceinline__ Pack<T, N> load(const T* from) {
-  static_assert(sizeof(T) * N <= 16);
 #ifdef M3AE_EMULATED
-  if (reinterpret_cast<std::uintptr_t>(from) % (sizeof(T) * N)) throw std::logic_error("a load is not aligned");
+  if (reinterpret_cast<std::uintptr_t>(from) % alignof(Pack<T, N>)) throw std::logic_error("a load is not aligned");
 #endif
   return *reinterpret_cast<const Pack<T, N>*>(from);
 }
 
 template <class T, int N>
 __device__ __forceinline__ void store(T* to, const Pack<T, N>& values) {
-  static_assert(sizeof(T) * N <= 16);
 #ifdef M3AE_EMULATED
-  if (reinterpret_cast<std::uintptr_t>(to) % (sizeof(T) * N)) throw std::logic_error("a store is not aligned");
+  if (reinterpret_cast<std::uintptr_t>(to) % alignof(Pack<T, N>)) throw std::logic_error("a store is not aligned");
 #endif
   *reinterpret_cast<Pack<T, N>*>(to) = values;
 }
@@ -105,6 +103,9 @@ __device__ __forceinline__ void store(T* to, const Pack<T, N>& values) {
 inline bool in_packs(const void* address, int64_t width, size_t size) {
   return reinterpret_cast<std::uintptr_t>(address) % 16 == 0 && width * static_cast<int64_t>(size) % 16 == 0;
 }
+
+// x * a + b, rounded twice, as PyTorch does it.
+__device__ __forceinline__ float multiply_add(float x, float a, float b) { return __fadd_rn(__fmul_rn(x, a), b); }
 
 template <class T>
 struct Type {

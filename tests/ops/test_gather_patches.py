@@ -103,6 +103,19 @@ def test_a_patch_named_twice_gets_both_gradients(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("patch", [8, 17, 24])
+def test_gradients_of_wide_patches(impl, patch, poison):
+    """Exact, so wherever a pixel lies in its patch: twice the sum of its rows."""
+    images = torch.zeros(2, 3, patch, 2 * patch, requires_grad=True)
+    image, ids = torch.tensor([0, 0, 0, 1]), torch.tensor([1, 0, 1, 0])
+    out = gather_patches(images, ids, SeqLens([3, 1]), patch_size=patch, std=[0.5] * 3, impl=impl)
+    dout = torch.randint(-8, 9, out.shape, generator=torch.Generator().manual_seed(0)).float()
+    (gradient,) = torch.autograd.grad(out, images, dout)
+    want = torch.zeros(2, 2, dout.shape[1]).index_put((image, ids), 2 * dout, accumulate=True)
+    assert torch.equal(patchify(gradient, patch), want)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_rows_past_the_end_are_zero(impl, poison):
     images = torch.ones(2, 3, 4, 4, requires_grad=True)
     ids = torch.tensor([0, 0, 10**6, -1], dtype=torch.int64)

@@ -40,7 +40,7 @@ def problem(patch=4, seed=0, counts=(3, 0, 12)):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("norm_pix", [False, True])
-@pytest.mark.parametrize("patch", [1, 4, 7, 16])
+@pytest.mark.parametrize("patch", [1, 4, 7, 16, 20])
 def test_values_and_gradients(impl, norm_pix, patch, isa, poison):
     padded, images, mask, pred, ids, cu = problem(patch)
     options = {"patch_size": patch, "norm_pix": norm_pix, "mean": MEAN, "std": STD, "impl": impl}
@@ -121,16 +121,17 @@ def test_bfloat16_predictions_give_a_float32_loss(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("patch", [7, 8])
 @pytest.mark.parametrize("layout", ["planes", "pixels", "crop", "flipped"])
-def test_layouts_agree(impl, layout, isa):
-    _, images, _, pred, ids, cu = problem(7)
+def test_layouts_agree(impl, layout, patch, isa):
+    _, images, _, pred, ids, cu = problem(patch)
     laid_out = {
         "planes": images.contiguous(),
         "pixels": images.contiguous(memory_format=torch.channels_last),
         "crop": torch.nn.functional.pad(images, (1, 2, 3, 4))[:, :, 3:-4, 1:-2],
         "flipped": images.transpose(2, 3).contiguous().transpose(2, 3),
     }[layout]
-    options = {"patch_size": 7, "norm_pix": True, "mean": MEAN, "std": STD, "impl": impl}
+    options = {"patch_size": patch, "norm_pix": True, "mean": MEAN, "std": STD, "impl": impl}
     assert torch.equal(masked_mse(pred, images, ids, cu, **options), masked_mse(pred, laid_out, ids, cu, **options))
 
 

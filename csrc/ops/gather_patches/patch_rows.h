@@ -31,8 +31,7 @@ struct accumulate_in<double, Value> { using type = Vec<double>; };
 
 template <class Pixel>
 M3AE_INLINE const Pixel* patch_corner(const PatchSource& s, int64_t image, int32_t id) {
-  return as<Pixel>(s.images) + image * s.stride_n + id / s.columns * s.patch * s.stride_h +
-         id % s.columns * s.patch * s.stride_w;
+  return as<Pixel>(s.images) + patch_offset(s, image, id);
 }
 
 // Patches lie in short pieces, a line of the image apart, which the hardware does not foresee. Called for row t, asks for

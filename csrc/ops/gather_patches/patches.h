@@ -1,5 +1,5 @@
-// Images of any strides and how their patches are read: what gather_patches and masked_mse take. For the host; the
-// kernels' half is patch_rows.h.
+// Images of any strides and how their patches are read: what gather_patches and masked_mse take. The kernels' half is
+// patch_rows.h, on a GPU patch_rows.cuh.
 #pragma once
 
 #include <array>
@@ -19,7 +19,7 @@ enum class Layout : int {
 // value = pixel * scale + shift. Sizes and strides in elements.
 struct PatchSource {
   const void* images;  // [N, channels, height, width]
-  const void* scale;   // [patch * channels], one patch row, in the accumulation type
+  const void* scale;   // [patch * channels], one patch row, in the accumulation type; not on a GPU: PatchTables
   const void* shift;
   int64_t stride_n, stride_c, stride_h, stride_w;
   int64_t channels, patch;
@@ -28,21 +28,33 @@ struct PatchSource {
   Dtype dtype;
 };
 
+// shape, strides: of [N, C, H, W].
+inline PatchSource patch_source(Address images, int dtype, const std::array<int64_t, 4>& shape,
+                                const std::array<int64_t, 4>& strides, int64_t patch) {
+  const auto [stride_n, stride_c, stride_h, stride_w] = strides;
+  const int64_t channels = shape[1];
+  const bool on_end = stride_w == channels && (channels == 1 || stride_c == 1);
+  return {pointer(images), nullptr,  nullptr, stride_n,         stride_c,         stride_h,
+          stride_w,        channels, patch,   shape[2] / patch, shape[3] / patch,
+          on_end                           ? Layout::pixels
+          : channels == 3 && stride_w == 1 ? Layout::planes
+                                           : Layout::strided,
+          Dtype(dtype)};
+}
+
+// How far a patch's first pixel lies from the images' first.
+M3AE_HOST_DEVICE int64_t patch_offset(const PatchSource& s, int64_t image, int32_t id) {
+  const int32_t columns = static_cast<int32_t>(s.columns);
+  return image * s.stride_n + id / columns * s.patch * s.stride_h + id % columns * s.patch * s.stride_w;
+}
+
 // A PatchSource and the tables it points to.
 class Patches {
  public:
-  // shape, strides: of [N, C, H, W]. scale, shift: a value a channel. accumulator: f32 or f64.
+  // scale, shift: a value a channel. accumulator: f32 or f64.
   Patches(Address images, int dtype, const std::array<int64_t, 4>& shape, const std::array<int64_t, 4>& strides,
-          int64_t patch, const std::vector<double>& scale, const std::vector<double>& shift, Dtype accumulator) {
-    const auto [stride_n, stride_c, stride_h, stride_w] = strides;
-    const int64_t channels = shape[1];
-    const bool on_end = stride_w == channels && (channels == 1 || stride_c == 1);
-    source_ = {pointer(images), nullptr,  nullptr,  stride_n,          stride_c,          stride_h,
-               stride_w,        channels, patch,    shape[2] / patch,  shape[3] / patch,
-               on_end                             ? Layout::pixels
-               : channels == 3 && stride_w == 1   ? Layout::planes
-                                                  : Layout::strided,
-               Dtype(dtype)};
+          int64_t patch, const std::vector<double>& scale, const std::vector<double>& shift, Dtype accumulator)
+      : source_(patch_source(images, dtype, shape, strides, patch)) {
     if (accumulator == Dtype::f64) {
       fill(scale64_, scale, source_.scale);
       fill(shift64_, shift, source_.shift);

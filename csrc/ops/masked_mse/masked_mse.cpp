@@ -12,21 +12,12 @@ namespace py = pybind11;
 namespace m3ae {
 namespace {
 
-// What the loss of a row of image n is multiplied with before all are added up.
-std::vector<double> row_weights(const std::string& reduction, const int32_t* cu, int64_t images) {
-  std::vector<double> weights(static_cast<size_t>(images), 1.0);
-  for (int64_t n = 0; n < images; ++n) {
-    if (reduction == "mean") weights[n] = 1.0 / (cu[images] > 0 ? cu[images] : 1);
-    if (reduction == "sample_mean") weights[n] = 1.0 / images / (cu[n + 1] > cu[n] ? cu[n + 1] - cu[n] : 1);
-  }
-  return weights;
-}
-
 // loss: one, or with reduction "none" one a row; fp64 where pred is, else fp32.
 void forward(Address pred, int pred_dtype, int64_t rows, Address images, int dtype, std::array<int64_t, 4> shape,
              std::array<int64_t, 4> strides, int64_t patch, const std::vector<double>& scale,
-             const std::vector<double>& shift, Address ids, Address cu, bool norm_pix, const std::string& reduction,
-             Address loss, Address error) {
+             const std::vector<double>& shift, Address ids, Address cu, bool norm_pix,
+             const std::string& reduction_name, Address loss, Address error) {
+  const Reduction reduction = reduction_of(reduction_name);
   const bool wide = Dtype(dtype) == Dtype::f64 || Dtype(pred_dtype) == Dtype::f64;
   const Patches patches(images, dtype, shape, strides, patch, scale, shift, wide ? Dtype::f64 : Dtype::f32);
   const PatchSource& source = patches.source();
@@ -45,27 +36,30 @@ void forward(Address pred, int pred_dtype, int64_t rows, Address images, int dty
     else
       as<float>(pointer(loss))[at] = static_cast<float>(value);
   };
-  if (reduction == "none") {
+  if (reduction == Reduction::none) {
     for (int64_t t = 0; t < rows; ++t) write(t, row_loss[t]);
     return;
   }
-  const std::vector<double> weights = row_weights(reduction, args.cu, args.images);
   double sum = 0;
-  for (int64_t n = 0; n < args.images; ++n)
-    for (int64_t t = args.cu[n]; t < args.cu[n + 1]; ++t) sum += weights[n] * row_loss[t];
+  for (int64_t n = 0; n < args.images; ++n) {
+    const double weight = row_weight(reduction, args.cu, args.images, n);
+    for (int64_t t = args.cu[n]; t < args.cu[n + 1]; ++t) sum += weight * row_loss[t];
+  }
   write(0, sum);
 }
 
 void backward(Address dloss, Address error, int dtype, int64_t rows, int64_t width, Address cu, int64_t images,
-              const std::string& reduction, Address dpred) {
-  const std::vector<double> weights = row_weights(reduction, int32s(cu), images);
+              const std::string& reduction_name, Address dpred) {
+  const Reduction reduction = reduction_of(reduction_name);
   std::vector<double> factors(static_cast<size_t>(rows), 0.0);
-  for (int64_t n = 0; n < images; ++n)
+  for (int64_t n = 0; n < images; ++n) {
+    const double weight = row_weight(reduction, int32s(cu), images, n);
     for (int64_t t = int32s(cu)[n]; t < int32s(cu)[n + 1]; ++t) {
-      const int64_t at = reduction == "none" ? t : 0;
+      const int64_t at = reduction == Reduction::none ? t : 0;
       const bool wide = Dtype(dtype) == Dtype::f64;
-      factors[t] = weights[n] * 2 / width * (wide ? as<double>(pointer(dloss))[at] : as<float>(pointer(dloss))[at]);
+      factors[t] = weight * 2 / width * (wide ? as<double>(pointer(dloss))[at] : as<float>(pointer(dloss))[at]);
     }
+  }
   const MaskedMseBackward args{pointer(error), factors.data(), pointer(dpred), int32s(cu)[images], width, Dtype(dtype)};
   const auto kernel = M3AE_DISPATCH(masked_mse_backward);
   parallel_for(rows, grain_rows(width), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });

@@ -12,7 +12,7 @@ from m3ae_fast._autograd import Function, differentiable_once
 from m3ae_fast.ops.gather_patches import patches, reference
 from m3ae_fast.seqlens import SeqLens, cu_seqlens
 
-BACKENDS = _backends.load(__package__, "cpp", "triton")
+BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
 
 
 def gather_patches(
@@ -39,7 +39,7 @@ def gather_patches(
         mean, std: C numbers in the units of 0 .. 1; None: 0 and 1. A tensor is read on the host: from a GPU that syncs,
             under torch.compile give numbers.
         dtype: of the result, any float; None: float32 for uint8 images, else the images' own.
-        impl: "reference", "cpp", "triton"; None takes the fastest for the device.
+        impl: "reference", "cpp", "triton", "cuda"; None takes the fastest for the device.
 
     Returns:
         [T, patch_size * patch_size * C]; a patch lies in (row, column, channel) order. Computed as

@@ -13,7 +13,7 @@ from m3ae_fast.ops.gather_patches import patches
 from m3ae_fast.ops.masked_mse import reference
 from m3ae_fast.seqlens import SeqLens, cu_seqlens
 
-BACKENDS = _backends.load(__package__, "cpp", "triton")
+BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
 REDUCTIONS = ("sample_mean", "mean", "sum", "none")
 
 
@@ -44,7 +44,7 @@ def masked_mse(
         mean, std: C numbers in the units of 0 .. 1, as in gather_patches; None: 0 and 1.
         reduction: "sample_mean": the mean over all N images of the mean over an image's rows (0 for one without rows),
             "mean": over the rows that cu_mask names, "sum": of them, "none": [M].
-        impl: "reference", "cpp", "triton"; None takes the fastest for the device.
+        impl: "reference", "cpp", "triton", "cuda"; None takes the fastest for the device.
 
     Returns:
         The loss, float32 (float64 for float64): a scalar, or [M] with reduction "none". Rows past the end of cu_mask

@@ -1,0 +1,210 @@
+// masked_mse on a GPU: a row's targets stay in the registers of its warp, or warps, for mean, variance, loss and error.
+// Every block leaves one partial sum of weighted losses; one block adds them up.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cuda/reduce.cuh"
+#include "cuda/sequences.cuh"
+#include "ops/gather_patches/patch_rows.cuh"
+#include "ops/masked_mse/masked_mse.h"
+
+namespace m3ae::cuda {
+namespace {
+
+constexpr int kRows = 4;        // of a block, where a row takes one warp
+constexpr int kMostWarps = 12;  // of a row: with more, two blocks would not have the registers they need
+constexpr int kSumThreads = 1024;
+
+// Over the lanes of a row: a warp's, or all of the block's.
+struct RowSum {
+  bool alone;  // one warp a row
+  float* scratch;
+
+  __device__ float operator()(float value) const {
+    value = warp_sum(value);
+    if (alone) return value;
+    __syncthreads();  // scratch may still be read
+    if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
+    __syncthreads();
+    float sum = 0;
+    for (int i = 0; i < static_cast<int>(blockDim.x) / kWarp; ++i) sum += scratch[i];
+    return sum;
+  }
+};
+
+template <class T, int pack>
+__device__ __forceinline__ void load_row(const T* row, int first, int width, Pack<T, pack> (&values)[kValues / pack]) {
+#pragma unroll
+  for (int i = 0; i < kValues / pack; ++i) values[i] = load<pack>(row + pack_in_row<pack>(first, i, width));
+}
+
+// Targets of mean 0 and unbiased variance 1. Sums run over differences from the patch's first value, so that flat
+// patches come out flat.
+template <int pack>
+__device__ __forceinline__ void standardise(float origin, int width, int first, const RowSum& row_sum,
+                                            float (&target)[kValues]) {
+  float sum = 0, squares = 0;
+#pragma unroll
+  for (int k = 0; k < kValues; ++k) {
+    target[k] = first + pack_at<pack>(k / pack) < width ? target[k] - origin : 0;
+    sum += target[k];
+  }
+  const float mean = row_sum(sum) / static_cast<float>(width);
+#pragma unroll
+  for (int k = 0; k < kValues; ++k) {
+    target[k] -= mean;
+    if (first + pack_at<pack>(k / pack) < width) squares += target[k] * target[k];
+  }
+  const float scale = 1 / sqrtf(row_sum(squares) / static_cast<float>(width - 1) + 1e-6f);
+#pragma unroll
+  for (int k = 0; k < kValues; ++k) target[k] *= scale;
+}
+
+// The mean of a row's squared errors, times the row's weight; rows of no image have none. A warp holds a part of the
+// row, from `first` on.
+template <class Pred, int pack>
+__device__ __forceinline__ double row_loss(const MaskedMse& a, const PatchTables& t, Reduction reduction, int64_t row,
+                                           int first, const RowSum& row_sum) {
+  Pack<Pred, pack> pred[kValues / pack];
+  const int64_t at = row * t.width;
+  constexpr bool early = sizeof(pred[0]) == 16;  // while pixels are read, where there are registers for both
+  if (early) load_row(as<Pred>(a.pred) + at, first, t.width, pred);
+  const int id = a.ids[row], image = sequence_of(a.cu, a.images, row);
+  const bool named = image < a.images;
+  float target[kValues] = {}, squares = 0;
+  if (named) {
+    read_patch<pack>(a.source, t, image, id, first, target);
+    if (a.norm_pix) standardise<pack>(first_value(a.source, t, image, id), t.width, first, row_sum, target);
+  }
+  if (!early) load_row(as<Pred>(a.pred) + at, first, t.width, pred);
+#pragma unroll
+  for (int i = 0; i < kValues / pack; ++i) {
+    if (first + pack_at<pack>(i) >= t.width) continue;
+#pragma unroll
+    for (int j = 0; j < pack; ++j) {
+      const float error = named ? widen(pred[i].at[j]) - target[i * pack + j] : 0;
+      squares += error * error;
+      narrow(error, pred[i].at[j]);
+    }
+    if (a.error) store(as<Pred>(a.error) + at + first + pack_at<pack>(i), pred[i]);
+  }
+  squares = row_sum(squares);
+  return named ? static_cast<double>(squares) / t.width * row_weight(reduction, a.cu, a.images, image) : 0;
+}
+
+template <class Pred, int pack>
+__global__ void __launch_bounds__(kMostWarps* kWarp, 2)
+    masked_mse_kernel(const __grid_constant__ MaskedMse a, const __grid_constant__ PatchTables t, int64_t rows,
+                      Reduction reduction, float* losses, double* partials) {
+  __shared__ float scratch[kMostWarps];
+  __shared__ double weighted[kMostWarps];
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
+  const bool alone = t.width <= kWarpValues, leads = threadIdx.x % kWarp == 0 && (alone || warp == 0);
+  const int64_t row = alone ? int64_t{blockIdx.x} * warps + warp : blockIdx.x;
+  double loss = 0;
+  if (row < rows)
+    loss = row_loss<Pred, pack>(a, t, reduction, row, alone ? 0 : warp * kWarpValues, RowSum{alone, scratch});
+  if (reduction == Reduction::none) {
+    if (row < rows && leads) losses[row] = static_cast<float>(loss);
+    return;
+  }
+  if (threadIdx.x % kWarp == 0) weighted[warp] = leads ? loss : 0;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  double sum = 0;
+  for (int i = 0; i < warps; ++i) sum += weighted[i];
+  partials[blockIdx.x] = sum;
+}
+
+__global__ void __launch_bounds__(kSumThreads)
+    masked_mse_sum_kernel(const double* partials, int64_t count, float* loss) {
+  __shared__ double scratch[kSumThreads / kWarp];
+  double sum = 0;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < count; i += kSumThreads) sum += partials[i];
+  sum = block_sum<kSumThreads / kWarp>(sum, scratch);
+  if (threadIdx.x == 0) *loss = static_cast<float>(sum);
+}
+
+// dpred = error * 2 / width * (weight of the row) * dloss. Of rows of no image the error is 0, but dloss may be NaN.
+template <class Pred, int pack>
+__global__ void __launch_bounds__(kRows* kWarp)
+    masked_mse_backward_kernel(const Pred* error, const float* dloss, const int32_t* cu, int64_t images, Pred* dpred,
+                               int64_t rows, int width, Reduction reduction) {
+  const int64_t row = int64_t{blockIdx.x} * kRows + threadIdx.x / kWarp;
+  if (row >= rows) return;
+  const int first = static_cast<int>(blockIdx.y) * kWarpValues;
+  const int64_t at = row * width;
+  Pack<Pred, pack> values[kValues / pack];
+  load_row(error + at, first, width, values);
+  const int image = sequence_of(cu, images, row);
+  float factor = 0;
+  if (image < images)
+    factor = static_cast<float>(row_weight(reduction, cu, images, image) * 2 / width *
+                                dloss[reduction == Reduction::none ? row : 0]);
+#pragma unroll
+  for (int i = 0; i < kValues / pack; ++i) {
+    if (first + pack_at<pack>(i) >= width) continue;
+#pragma unroll
+    for (int j = 0; j < pack; ++j) narrow(widen(values[i].at[j]) * factor, values[i].at[j]);
+    store(dpred + at + first + pack_at<pack>(i), values[i]);
+  }
+}
+
+// partials: [rows], enough for one a block. Not taken for the reduction "none".
+void forward(Address pred, int pred_dtype, int64_t rows, Address images, int dtype, std::array<int64_t, 4> shape,
+             std::array<int64_t, 4> strides, int64_t patch, const std::vector<double>& scale,
+             const std::vector<double>& shift, Address ids, Address cu, bool norm_pix,
+             const std::string& reduction_name, Address loss, Address error, Address partials, int device, Address on) {
+  const Stream stream{device, on};
+  const PatchTables tables = patch_tables(shape[1], patch, scale, shift);
+  const int row_warps = (tables.width + kWarpValues - 1) / kWarpValues;
+  M3AE_CHECK(row_warps <= kMostWarps, "patches must have at most ", kMostWarps * kWarpValues,
+             " values for impl='cuda', got ", tables.width);
+  const MaskedMse args{read_in_packs(patch_source(images, dtype, shape, strides, patch)),
+                       int32s(ids),
+                       int32s(cu),
+                       pointer(pred),
+                       pointer(error),
+                       nullptr,
+                       shape[0],
+                       Dtype(pred_dtype),
+                       norm_pix};
+  const Reduction reduction = reduction_of(reduction_name);
+  const int warps = row_warps == 1 ? kRows : row_warps;
+  const int64_t blocks = row_warps == 1 ? (rows + kRows - 1) / kRows : rows;
+  const bool packs = rows_in_packs(args.pred, tables.width) && rows_in_packs(args.error, tables.width);
+  with_float(args.pred_dtype, [&](auto type) {
+    using Pred = typename decltype(type)::type;
+    launch("masked_mse_kernel", packs ? masked_mse_kernel<Pred, kPack> : masked_mse_kernel<Pred, 1>, grid(blocks),
+           warps * kWarp, staging(args.source, packs, warps), stream, args, tables, rows, reduction,
+           as<float>(pointer(loss)), as<double>(pointer(partials)));
+  });
+  if (reduction != Reduction::none)
+    M3AE_LAUNCH(masked_mse_sum_kernel, dim3(1), kSumThreads, 0, stream, as<double>(pointer(partials)), blocks,
+                as<float>(pointer(loss)));
+}
+
+void backward(Address dloss, Address error, int dtype, int64_t rows, int64_t width, Address cu, int64_t images,
+              const std::string& reduction, Address dpred, int device, Address on) {
+  const bool packs = rows_in_packs(pointer(error), width) && rows_in_packs(pointer(dpred), width);
+  dim3 blocks = grid((rows + kRows - 1) / kRows);
+  blocks.y = static_cast<unsigned>((width + kWarpValues - 1) / kWarpValues);
+  with_float(Dtype(dtype), [&](auto type) {
+    using Pred = typename decltype(type)::type;
+    launch("masked_mse_backward_kernel",
+           packs ? masked_mse_backward_kernel<Pred, kPack> : masked_mse_backward_kernel<Pred, 1>, blocks,
+           kRows * kWarp, 0, Stream{device, on}, as<Pred>(pointer(error)), as<float>(pointer(dloss)), int32s(cu),
+           images, as<Pred>(pointer(dpred)), rows, static_cast<int>(width), reduction_of(reduction));
+  });
+}
+
+}  // namespace
+
+void bind_masked_mse(pybind11::module_& module) {
+  const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
+  module.def("masked_mse", &forward, no_gil);
+  module.def("masked_mse_backward", &backward, no_gil);
+}
+
+}  // namespace m3ae::cuda
