@@ -1,5 +1,5 @@
-// Sums over rows: each block adds up its chunk of them into a partial sum of its own, in a launch of its own these are
-// added up. (Had the last block to finish done it, one multiprocessor would read all; and its ticket needs a zero first.)
+// Sums over rows: each block adds up its chunk of them into a partial sum of its own, a second launch adds these up.
+// (Had the last block to finish done it, one multiprocessor would read all; and its ticket needs a zero first.)
 #pragma once
 
 #include "cuda/launch.cuh"

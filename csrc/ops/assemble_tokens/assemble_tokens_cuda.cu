@@ -1,5 +1,5 @@
-// assemble_tokens on a GPU: a warp an output row, which finds the token that stands there in the offsets; backward, rows
-// are moved back and summed in one pass, tables' gradients by groups of the tokens that read the same row.
+// assemble_tokens on a GPU: a warp an output row, which finds the token that stands there in the offsets; backward,
+// rows are moved back and summed in one pass, tables' gradients by groups of the tokens that read the same row.
 #include <pybind11/pybind11.h>
 
 #include "cuda/partials.cuh"
@@ -8,7 +8,7 @@
 namespace m3ae::cuda {
 namespace {
 
-enum Part : int { kNone = -1, kCls = 0, kImage = 1, kText = 2 };
+enum Part : int { kCls = 0, kImage = 1, kText = 2 };
 
 // Which token stands where. Rows past the last sample are those of the tokens that belong to none.
 struct Packing {
