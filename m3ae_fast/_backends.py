@@ -55,6 +55,13 @@ class Backends:
                 return f"it takes {', '.join(str(d).removeprefix('torch.') for d in floats)}, got {dtype}"
         return None
 
+    def cannot_run(self, impl: str, tensor: Tensor, *others: torch.dtype) -> str | None:
+        """Why `impl` cannot run a call with this tensor: refusal's reasons, or its module's own (its `refusal`)."""
+        reason = self.refusal(impl, tensor.device.type, tensor.dtype, *others)
+        if reason is None and hasattr(self.modules[impl], "refusal"):
+            reason = self.modules[impl].refusal(tensor)
+        return reason
+
 
 def load(package: str, *impls: str) -> Backends:
     """Import `<package>.<impl>_backend` for each name; one that cannot be imported here is kept with its reason."""
@@ -77,17 +84,16 @@ def pick(backends: Backends, impl: str | None, tensor: Tensor, *others: torch.dt
 
     others: the dtypes that its kernels meet besides the tensor's.
     """
-    device, dtypes = tensor.device.type, (tensor.dtype, *others)
     impl = impl or _FORCED
     if impl is None:
-        for name in PREFERENCE.get(device, ()):
-            if backends.refusal(name, device, *dtypes) is None:
+        for name in PREFERENCE.get(tensor.device.type, ()):
+            if backends.cannot_run(name, tensor, *others) is None:
                 return name
         return "reference"
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     if impl != "reference":
-        reason = backends.refusal(impl, device, *dtypes)
+        reason = backends.cannot_run(impl, tensor, *others)
         if reason is not None:
             raise ValueError(f"impl={impl!r} cannot run {backends.op}: {reason}")
     return impl

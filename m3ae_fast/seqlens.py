@@ -80,3 +80,10 @@ def cu_seqlens(name: str, value: SeqLens | Tensor) -> Tensor:
     if cu.numel() < 1:
         raise ValueError(f"{name} must have at least one entry (B + 1 cumulative offsets), got none")
     return cu
+
+
+def longest(cu: Tensor, known: int | None) -> int:
+    """The longest length: what the caller said, else what the offsets say, which only the CPU may look at."""
+    if known is None:
+        known = int((cu[1:] - cu[:-1]).max()) if cu.shape[0] > 1 else 0
+    return known

@@ -5,7 +5,8 @@
 // a barrier falls when every thread of the block that has not returned waits there. So the threads between two
 // barriers run one after the other: ascending, or descending after reverse(), and a kernel whose results differ between
 // the two lacks a barrier. What a GPU leaves undefined is an error here: lanes of a warp at different operations, lanes
-// that have returned, a barrier that not all threads reach. Shared memory starts as NaN, misaligned vectors throw.
+// that have returned, a barrier that not all threads reach. Shared memory starts as NaN, misaligned vectors throw,
+// asynchronous copies arrive when their thread waits for them and no earlier.
 #pragma once
 
 #include <ucontext.h>
@@ -34,6 +35,9 @@
 #define blockDim (::m3ae::emulator::block_size)
 #define gridDim (::m3ae::emulator::grid_size)
 
+using std::max;
+using std::min;
+
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -58,6 +62,11 @@ constexpr size_t kStack = 256 << 10, kSlot = 64;  // bytes: of a fiber's stack, 
 
 enum class State { runs, at_barrier, at_warp, done };
 
+struct Copy {
+  void* to;
+  uint4 value;
+};
+
 struct Fiber {
   ucontext_t context;
   dim3 index;
@@ -67,6 +76,7 @@ struct Fiber {
   int arrived = 0, vote = 0;        // at the block's barrier: how often, and with what
   int turn = 0;                     // operations of its warp so far
   alignas(16) unsigned char slots[2][kSlot];
+  std::vector<Copy> copies;         // begun, not waited for
   std::unique_ptr<unsigned char[]> stack;
 };
 
@@ -106,6 +116,7 @@ inline void start(Fiber& fiber, int number) {
   fiber.index = {n % block_size.x, n / block_size.x % block_size.y, n / block_size.x / block_size.y};
   fiber.state = State::runs;
   fiber.arrived = fiber.turn = 0;
+  fiber.copies.clear();
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStack;

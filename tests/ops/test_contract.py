@@ -26,6 +26,11 @@ THREADED = [each for each in CASES if each[1] == "cpp"]
 pytestmark = pytest.mark.usefixtures("poison")
 
 
+def make(op, impl, case, seed=0):
+    """A call in float32, or in the first dtype of a backend that leaves float32 to others."""
+    return testing.cases(op).make(case, testing.dtypes(impl, op)[0], seed)
+
+
 def function(op):
     return getattr(m3ae_fast, op)
 
@@ -88,7 +93,7 @@ class _Record(TorchDispatchMode):
 
 @pytest.mark.parametrize(("op", "impl", "device", "case"), FIRST if _backends.TESTED else CASES)
 def test_opcheck(op, impl, device, case):
-    call = testing.cases(op).make(case).on(device)
+    call = make(op, impl, case).on(device)
     with _Record() as record:
         call.run(function(op), impl=impl)
     assert record.calls, f"{op} called no registered operator"
@@ -99,7 +104,7 @@ def test_opcheck(op, impl, device, case):
 
 @pytest.mark.parametrize(("op", "impl", "device", "case"), THREADED)
 def test_thread_counts_give_the_same_bits(op, impl, device, case, threads):
-    call = testing.cases(op).make(case).on(device)
+    call = make(op, impl, case).on(device)
     results = []
     for count in (1, 2, 3):
         threads(count)
@@ -110,7 +115,7 @@ def test_thread_counts_give_the_same_bits(op, impl, device, case, threads):
 
 @pytest.mark.parametrize(("op", "impl", "device", "case"), FIRST if _backends.TESTED else CASES + REAL)
 def test_two_runs_give_the_same_bits(op, impl, device, case):
-    call = testing.cases(op).make(case).on(device)
+    call = make(op, impl, case).on(device)
     assert_same_bits(call.run(function(op), impl=impl), call.run(function(op), impl=impl))
 
 
@@ -119,7 +124,7 @@ def test_the_order_of_threads_changes_nothing(op, impl, device, case):
     """Between two barriers the emulator runs them one after the other: a missing barrier shows in one of the orders."""
     import _cuda_emulated
 
-    call = testing.cases(op).make(case, testing.dtypes(impl, op)[0]).on(device)
+    call = make(op, impl, case).on(device)
     ascending = call.run(function(op), impl=impl)
     _cuda_emulated.reverse(True)
     try:
@@ -135,14 +140,14 @@ def test_strided_inputs(op, impl, device, case):
     def strided(x):
         return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
 
-    call = testing.cases(op).make(case).on(device)
+    call = make(op, impl, case).on(device)
     assert_same_bits(call.run(function(op), impl=impl), call.map(strided).run(function(op), impl=impl))
 
 
 @pytest.mark.parametrize(("op", "impl", "device", "case"), CASES)
 def test_strided_and_expanded_grad_outputs(op, impl, device, case):
     """autograd hands over gradients of any strides, zero ones among them; gradcheck never does."""
-    call = testing.cases(op).make(case).on(device)
+    call = make(op, impl, case).on(device)
     if not call.leaves():
         pytest.skip(f"{op} has no gradient")
 
@@ -166,7 +171,7 @@ def test_compiles_whole_and_at_most_twice(op, impl, device, case):
     compiled = torch.compile(function(op), backend=counter, fullgraph=True, dynamic=True)
     with deterministic_off():
         for seed in range(MIXES):
-            call = testing.cases(op).make(case, seed=seed).on(device)
+            call = make(op, impl, case, seed).on(device)
             assert_same_bits(call.run(compiled, impl=impl), call.run(function(op), impl=impl))
     assert counter.frame_count <= 2
 
@@ -175,7 +180,7 @@ def test_compiles_whole_and_at_most_twice(op, impl, device, case):
 def test_compiles_without_gradients(op, impl, device, case):
     torch._dynamo.reset()
     compiled = torch.compile(function(op), backend="aot_eager", fullgraph=True, dynamic=True)
-    call = testing.cases(op).make(case).on(device)
+    call = make(op, impl, case).on(device)
     with deterministic_off(), torch.no_grad():
         assert_same_bits(
             compiled(*call.args, **call.kwargs, impl=impl), function(op)(*call.args, **call.kwargs, impl=impl)
@@ -207,7 +212,7 @@ LOSSES = [each for each in FIRST if each[0] in ("feature_regression", "linear_cr
 
 @pytest.mark.parametrize(("op", "impl", "device", "case"), LOSSES)
 def test_losses_may_be_scaled_in_place(op, impl, device, case):
-    call = testing.cases(op).make(case).on(device)
+    call = make(op, impl, case).on(device)
 
     def loss():
         return pytree.tree_leaves(function(op)(*call.args, **call.kwargs, impl=impl))[0]
@@ -221,7 +226,7 @@ def test_losses_may_be_scaled_in_place(op, impl, device, case):
 @pytest.mark.parametrize(("op", "impl", "device", "case"), FIRST)
 def test_a_second_derivative_is_refused(op, impl, device, case):
     """Gradients are made by kernels, which autograd cannot see into: an error, never a wrong number."""
-    call = testing.cases(op).make(case).on(device)
+    call = make(op, impl, case).on(device)
     if not call.leaves() or impl == "reference":
         pytest.skip(f"{op} has no gradient of its own here")
     out = function(op)(*call.args, **call.kwargs, impl=impl)
@@ -235,7 +240,7 @@ def test_a_second_derivative_is_refused(op, impl, device, case):
 @pytest.mark.parametrize(("op", "impl", "device", "case"), FIRST)
 def test_no_second_derivative_is_lost(op, impl, device, case):
     """Where the gradient that comes in is a constant, too: what torch's once_differentiable lets pass in silence."""
-    call = testing.cases(op).make(case).on(device)
+    call = make(op, impl, case).on(device)
     if not call.leaves() or impl == "reference":
         pytest.skip(f"{op} has no gradient of its own here")
 

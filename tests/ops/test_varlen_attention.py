@@ -5,11 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from m3ae_fast import SeqLens, _backends, testing, varlen_attention, varlen_attention_qkvpacked
+from m3ae_fast.ops.varlen_attention import cases
 
 IMPLS = ["reference", *testing.impls("varlen_attention")]
 COMPILED = testing.impls("varlen_attention")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 TYPED = [(impl, dtype) for impl in IMPLS for dtype in DTYPES if dtype in testing.dtypes(impl, "varlen_attention")]
+FP32 = [impl for impl in IMPLS if torch.float32 in testing.dtypes(impl, "varlen_attention")]
 EXACT = [impl for impl in IMPLS if testing.widest(impl, "varlen_attention") == torch.float64]
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -18,6 +20,29 @@ pytestmark = pytest.mark.usefixtures("poison")
 def randn(*size, dtype=torch.float32, seed=0, grad=False):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
+
+
+def usual(impl):
+    """float32, or the first dtype of a backend that leaves float32 to others."""
+    return testing.dtypes(impl, "varlen_attention")[0]
+
+
+def close(ours, truth, rtol, atol):
+    """Within rtol and atol in float32, within four roundings in a narrower dtype."""
+    if ours.dtype.itemsize == 2:
+        rtol = atol = 4 * torch.finfo(ours.dtype).eps
+    torch.testing.assert_close(ours.double(), truth.double(), rtol=rtol, atol=atol)
+
+
+def assert_error_rules(call, impl):
+    """Outputs and gradients keep the error rule of the contract."""
+    outputs, gradients = call.run(varlen_attention, impl=impl)
+    eager_outputs, eager_gradients = call.run(varlen_attention, impl="reference")
+    true_outputs, true_gradients = call.to(torch.float64).run(varlen_attention, impl="reference")
+    for results in zip(outputs, eager_outputs, true_outputs, strict=True):
+        testing.assert_error_rule("output", *results, factor=2)
+    for results in zip(gradients, eager_gradients, true_gradients, strict=True):
+        testing.assert_error_rule("gradient", *results, factor=3)
 
 
 def by_hand(q, k, v, q_lengths, k_lengths, scale):
@@ -39,32 +64,36 @@ def by_hand(q, k, v, q_lengths, k_lengths, scale):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_values(impl, width, isa):
     q_lengths, k_lengths = [3, 0, 81, 1, 17, 2], [5, 4, 67, 0, 1, 33]
-    q, k, v = randn(sum(q_lengths) + 2, 4, width), randn(110, 2, width, seed=1), randn(110, 2, width, seed=2)
+    if impl == "cuda" and width > 128:
+        pytest.skip("refused: test_cuda_refuses_wide_heads")
+    q = randn(sum(q_lengths) + 2, 4, width, dtype=usual(impl))
+    k, v = (randn(110, 2, width, dtype=usual(impl), seed=s) for s in (1, 2))
     out, lse = varlen_attention(
         q, k, v, SeqLens(q_lengths), SeqLens(k_lengths), softmax_scale=0.3, return_lse=True, impl=impl
     )
     true_out, true_lse = by_hand(q, k, v, q_lengths, k_lengths, 0.3)
-    torch.testing.assert_close(out.double(), true_out, rtol=0, atol=3e-5)
+    close(out, true_out, rtol=0, atol=3e-5)
     torch.testing.assert_close(lse.double(), true_lse, rtol=3e-6, atol=3e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_matches_scaled_dot_product_attention(impl):
     lens = SeqLens([50, 297, 197])
-    q, k, v = (randn(lens.total, 4, 32, seed=s, grad=True) for s in range(3))
+    q, k, v = (randn(lens.total, 4, 32, dtype=usual(impl), seed=s, grad=True) for s in range(3))
     out = varlen_attention(q, k, v, lens, impl=impl)
-    dout = randn(*out.shape, seed=4)
+    dout = randn(*out.shape, dtype=usual(impl), seed=4)
     gradients = torch.autograd.grad(out, (q, k, v), dout)
-    parts = [x.split(lens.lengths) for x in (q, k, v)]
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    parts = [x.split(lens.lengths) for x in exact]
     peer = torch.cat(
         [
             F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in part)).transpose(0, 1)
             for part in zip(*parts, strict=True)
         ]
     )
-    torch.testing.assert_close(out, peer, rtol=1e-5, atol=2e-6)
-    for ours, theirs in zip(gradients, torch.autograd.grad(peer, (q, k, v), dout), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    close(out, peer, rtol=1e-5, atol=2e-6)
+    for ours, theirs in zip(gradients, torch.autograd.grad(peer, exact, dout.float()), strict=True):
+        close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("impl", "dtype"), TYPED)
@@ -81,7 +110,7 @@ def test_large_scores_do_not_overflow(impl, dtype, isa):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nan_stays_in_its_sequence(impl, isa):
     lens = SeqLens([20, 30, 3])
-    q, k, v = (randn(lens.total, 2, 16, seed=s) for s in range(3))
+    q, k, v = (randn(lens.total, 2, 16, dtype=usual(impl), seed=s) for s in range(3))
     clean = varlen_attention(q, k, v, lens, impl=impl)
     k[25], v[50] = torch.nan, torch.nan
     dirty = varlen_attention(q, k, v, lens, impl=impl)
@@ -119,7 +148,7 @@ def test_rows_past_the_end_are_zero(impl, dtype, isa):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_no_sequences_and_no_rows(impl):
     for rows, lens in ((4, SeqLens([])), (0, SeqLens([])), (0, SeqLens([0, 0])), (4, SeqLens([0]))):
-        q, k, v = (randn(rows, 2, 8, seed=s, grad=True) for s in range(3))
+        q, k, v = (randn(rows, 2, 8, dtype=usual(impl), seed=s, grad=True) for s in range(3))
         out, lse = varlen_attention(q, k, v, lens, return_lse=True, impl=impl)
         assert out.shape == (rows, 2, 8) and (out == 0).all() and (lse == -torch.inf).all()
         for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
@@ -129,7 +158,7 @@ def test_no_sequences_and_no_rows(impl):
 @pytest.mark.parametrize("impl", COMPILED)
 def test_views_of_one_qkv_are_read_as_they_are(impl, isa):
     lens = SeqLens([13, 50])
-    qkv = randn(63, 3, 4, 32)
+    qkv = randn(63, 3, 4, 32, dtype=usual(impl))
     views = varlen_attention(*qkv.unbind(1), lens, impl=impl)
     assert torch.equal(views, varlen_attention(*(x.contiguous() for x in qkv.unbind(1)), lens, impl=impl))
     heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in qkv.unbind(1)]
@@ -167,7 +196,7 @@ def test_qkvpacked_passes_opcheck_and_gradcheck(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bare_offsets(impl):
     lens, keys = SeqLens([3, 4]), SeqLens([6, 2])
-    q, k, v = randn(7, 2, 8), randn(8, 2, 8, seed=1), randn(8, 2, 8, seed=2)
+    q, k, v = (randn(rows, 2, 8, dtype=usual(impl), seed=s) for s, rows in enumerate((7, 8, 8)))
     expected = varlen_attention(q, k, v, lens, keys, impl=impl)
     for cast in (torch.int32, torch.int64):
         cu, cu_k = lens.cu.to(cast), keys.cu.to(cast)
@@ -175,7 +204,7 @@ def test_bare_offsets(impl):
         torch.testing.assert_close(varlen_attention(q, k, v, cu, cu_k, 4, 100, impl=impl), expected)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", FP32)
 def test_dtypes_meet_in_the_widest(impl):
     lens = SeqLens([9])
     q, k, v = randn(9, 2, 8), randn(9, 2, 8, dtype=torch.bfloat16), randn(9, 2, 8, dtype=torch.bfloat16)
@@ -209,11 +238,11 @@ def test_float16_on_the_cpu_is_the_reference():
 def test_offsets_past_int32(impl):
     """Rows 2**31 elements apart: row and head offsets are 64 bits wide. The memory is never touched, so never taken."""
     lens = SeqLens([2])
-    q, k, v = (randn(2, 2, 8, seed=s) for s in range(3))
+    q, k, v = (randn(2, 2, 8, dtype=usual(impl), seed=s) for s in range(3))
 
     def far(x):
         with far_apart():
-            huge = torch.empty(2**32 + 64)
+            huge = torch.empty(2**32 + 64, dtype=x.dtype)
         view = huge.as_strided((2, 2, 8), (2**31, 2**31, 1))
         view.copy_(x)
         return view.requires_grad_()
@@ -243,13 +272,57 @@ def test_both_regimes_of_triton(dtype, short, width, monkeypatch):
     q = randn(q_lens.total + 2, 4, width, dtype=dtype, grad=True)
     k, v = (randn(k_lens.total + 1, 2, width, dtype=dtype, seed=s, grad=True) for s in (1, 2))
     call = testing.Call((q, k, v, q_lens, k_lens), {"return_lse": True})
-    outputs, gradients = call.run(varlen_attention, impl="triton")
-    eager_outputs, eager_gradients = call.run(varlen_attention, impl="reference")
-    true_outputs, true_gradients = call.to(torch.float64).run(varlen_attention, impl="reference")
-    for results in zip(outputs, eager_outputs, true_outputs, strict=True):
-        testing.assert_error_rule("output", *results, factor=2)
-    for results in zip(gradients, eager_gradients, true_gradients, strict=True):
-        testing.assert_error_rule("gradient", *results, factor=3)
+    assert_error_rules(call, "triton")
+
+
+CUDA = pytest.mark.skipif("cuda" not in IMPLS, reason="CUDA does not run here: set M3AE_FAST_EMULATE=1")
+LENGTHS = {  # of queries and keys: on both sides of a tile, of a step of keys, of what a block holds at a time
+    "short": ([3, 0, 16, 17, 1], [5, 4, 15, 16, 0]),
+    "long": ([65, 130, 0, 31], [129, 64, 3, 63]),
+}
+
+
+@CUDA
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("width", [8, 32, 64, 72, 80, 96, 128])
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("kib", [227, 70, 40])
+@pytest.mark.parametrize("impl", ["cuda"])
+def test_every_regime_of_cuda(impl, kib, lengths, width, groups, monkeypatch):
+    """Less shared memory: scores made twice, then blocks of keys and of queries, keys in chunks."""
+    from m3ae_fast.ops.varlen_attention import cuda_backend
+
+    if lengths == "short" and kib != 227:
+        pytest.skip("fits in any")
+    monkeypatch.setattr(cuda_backend, "shared_limit", lambda device: kib << 10)
+    dtype = torch.float16 if width in (64, 72) else torch.bfloat16
+    q_lens, k_lens = map(SeqLens, LENGTHS[lengths])
+    q = randn(q_lens.total + 2, groups, width, dtype=dtype, grad=True)
+    k, v = (randn(k_lens.total + 1, 1, width, dtype=dtype, seed=s, grad=True) for s in (1, 2))
+    assert_error_rules(testing.Call((q, k, v, q_lens, k_lens), {"return_lse": True}), impl)
+
+
+@CUDA
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", cases.REAL[:6])
+@pytest.mark.parametrize("impl", ["cuda"])
+def test_real_shapes_of_cuda(impl, name, dtype):
+    """One sequence and two heads of each, as views of wider rows."""
+    _, (_, queries), of_keys, _, width = cases._REAL[name]
+    q_lens, k_lens = SeqLens([queries]), SeqLens([queries if of_keys is None else of_keys[1]])
+    q, k, v = (
+        randn(lens.total, 3, 2, width, dtype=dtype, seed=s)[:, s].requires_grad_()
+        for s, lens in enumerate((q_lens, k_lens, k_lens))
+    )
+    assert_error_rules(testing.Call((q, k, v, q_lens, k_lens)), impl)
+
+
+@CUDA
+@pytest.mark.parametrize("impl", ["cuda"])
+def test_cuda_refuses_wide_heads(impl):
+    x = randn(3, 1, 129, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"impl='cuda' cannot run varlen_attention: .* at most 128 .* got 129"):
+        varlen_attention(x, x, x, SeqLens([3]), impl=impl)
 
 
 class far_apart:
@@ -265,14 +338,14 @@ class far_apart:
 @pytest.mark.parametrize("impl", COMPILED)
 def test_long_sequences_keep_memory_flat(impl):
     """4,096 tokens: nothing of the size of the scores (64 MiB here) is allocated through torch."""
-    lens = SeqLens([4096 if impl == "cpp" else 600])  # Triton's interpreter is slow
-    q, k, v = (randn(lens.total, 1, 32, seed=s, grad=True) for s in range(3))
+    lens = SeqLens([4096 if impl == "cpp" else 600])  # the others run interpreted or emulated
+    q, k, v = (randn(lens.total, 1, 32, dtype=usual(impl), seed=s, grad=True) for s in range(3))
     out = varlen_attention(q, k, v, lens, impl=impl)
     gradients = torch.autograd.grad(out, (q, k, v), testing.cotangent(out))
     reference = varlen_attention(q, k, v, lens, impl="reference")
-    torch.testing.assert_close(out, reference, rtol=1e-4, atol=1e-6)
+    close(out, reference, rtol=1e-4, atol=1e-6)
     for ours, theirs in zip(gradients, torch.autograd.grad(reference, (q, k, v), testing.cotangent(out)), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+        close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", COMPILED)
@@ -283,9 +356,9 @@ def test_packed_compiles_at_most_twice(impl):
     torch.use_deterministic_algorithms(False)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(varlen_attention_qkvpacked, backend=counter, fullgraph=True, dynamic=True)
-    for seed in range(50):
+    for seed in range(6 if _backends.TESTED else 50):
         lens = SeqLens(torch.randint(2, 40, (4,), generator=torch.Generator().manual_seed(seed)))
-        qkv = randn(lens.total, 3, 2, 8, seed=seed, grad=True)
+        qkv = randn(lens.total, 3, 2, 8, dtype=usual(impl), seed=seed, grad=True)
         out, same = compiled(qkv, lens, impl=impl), varlen_attention_qkvpacked(qkv, lens, impl=impl)
         assert torch.equal(out, same)
         assert torch.equal(torch.autograd.grad(out.sum(), qkv)[0], torch.autograd.grad(same.sum(), qkv)[0])
@@ -386,7 +459,7 @@ def test_explain_names_the_op():
 
 @pytest.mark.parametrize("impl", COMPILED)
 def test_one_tensor_may_be_queries_keys_and_values(impl):
-    lens, x = SeqLens([3, 4]), randn(7, 2, 8, grad=True)
+    lens, x = SeqLens([3, 4]), randn(7, 2, 8, dtype=usual(impl), grad=True)
     torch.use_deterministic_algorithms(False)
     compiled = torch.compile(varlen_attention, backend="aot_eager", fullgraph=True)
     expected = varlen_attention(x, x.clone(), x.clone(), lens, impl=impl)

@@ -9,7 +9,7 @@ from m3ae_fast import _backends, _checks, seqlens
 from m3ae_fast._autograd import Function, differentiable_once, kept
 from m3ae_fast.ops.varlen_attention import reference
 
-BACKENDS = _backends.load(__package__, "cpp", "triton")
+BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
 
 
 def varlen_attention(
@@ -39,7 +39,8 @@ def varlen_attention(
             they must be given on a GPU (to look would be a sync); the CPU looks.
         softmax_scale: None is D ** -0.5.
         return_lse: return (out, lse).
-        impl: "reference", "cpp", "triton"; None takes the fastest for the device. float16 on the CPU: the reference.
+        impl: "reference", "cpp", "triton", "cuda" (bfloat16 and float16, D up to 128); None takes the fastest for the
+            device. float16 on the CPU: the reference.
 
     q, k and v of different dtypes meet in the widest; under autocast, in autocast's. Products are summed and the
     softmax is taken in fp32 (fp64 for fp64). Differentiable, through lse too, and the same bits on every run.
@@ -86,7 +87,14 @@ def varlen_attention(
     if impl == "reference":
         cu_k = cu_q if cu_k is None else cu_k
         out, lse = reference.varlen_attention(
-            q, k, v, cu_q, cu_k, _known(max_q, cu_q), _known(max_k, cu_k), _scale(softmax_scale, width)
+            q,
+            k,
+            v,
+            cu_q,
+            cu_k,
+            seqlens.longest(cu_q, max_q),
+            seqlens.longest(cu_k, max_k),
+            _scale(softmax_scale, width),
         )
         return (out, lse) if return_lse else out
     # torch.compile takes no tensor twice in one apply.
@@ -126,7 +134,7 @@ def varlen_attention_qkvpacked(
     qkv = _dense_rows(qkv.to(_backends.product_dtype(qkv)))
     impl = _backends.pick(BACKENDS, impl, qkv)
     if impl == "reference":
-        longest = _known(longest, cu)
+        longest = seqlens.longest(cu, longest)
         scale = _scale(softmax_scale, qkv.shape[3])
         out, lse = reference.varlen_attention(*qkv.unbind(1), cu, cu, longest, longest, scale)
         return (out, lse) if return_lse else out
@@ -149,12 +157,6 @@ def _lengths(suffix: str, value: seqlens.SeqLens | Tensor, longest: int | None, 
             "knows it), got None"
         )
     return cu, longest
-
-
-def _known(longest: int | None, cu: Tensor) -> int:
-    if longest is not None:
-        return longest
-    return int((cu[1:] - cu[:-1]).max()) if cu.shape[0] > 1 else 0
 
 
 def _scale(softmax_scale: float | None, width: int) -> float:

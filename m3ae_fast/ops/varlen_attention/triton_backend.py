@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from m3ae_fast import _triton
+from m3ae_fast import _triton, seqlens
 
 INTERPRETED = tl.constexpr(_triton.INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -352,13 +352,6 @@ def _strided(x):
     return x, x.stride(0), x.stride(1)
 
 
-def _longest(cu, longest):
-    """A caller on a GPU says it; in the interpreter, on the CPU, the offsets may be looked at."""
-    if longest is not None or cu.shape[0] == 1:
-        return longest or 0
-    return int((cu[1:] - cu[:-1]).max())
-
-
 def _is_whole(architecture, width, max_k):
     return max_k <= SHORT and sum(_pieces(width)) <= WHOLE_WIDTH[architecture]
 
@@ -371,7 +364,7 @@ def _grid(length, block, heads, batch):
 
 def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale):
     (rows, heads, width), batch = q.shape, cu_q.shape[0] - 1
-    max_q, max_k = _longest(cu_q, max_q), _longest(cu_k, max_k)
+    max_q, max_k = seqlens.longest(cu_q, max_q), seqlens.longest(cu_k, max_k)
     out = q.new_empty(q.shape)
     lse = q.new_empty(heads, rows, dtype=torch.float32)
     architecture = _architecture(q)
@@ -388,7 +381,7 @@ def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale):
 def backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, dq, dk, dv):
     (rows, heads, width), batch = q.shape, cu_q.shape[0] - 1
     key_rows, key_heads = k.shape[:2]
-    max_q, max_k = _longest(cu_q, max_q), _longest(cu_k, max_k)
+    max_q, max_k = seqlens.longest(cu_q, max_q), seqlens.longest(cu_k, max_k)
     architecture = _architecture(q)
     whole = _is_whole(architecture, width, max_k)
     inputs = (*_strided(q), *_strided(k), *_strided(v))
