@@ -20,6 +20,7 @@ M3AE_INLINE void with_pixel(const PatchSource& source, Function&& function) {
     case Dtype::f32: return function(float{});
     case Dtype::bf16: return function(bfloat16{});
     case Dtype::f64: return function(double{});
+    case Dtype::f16: return;  // on GPUs alone
   }
 }
 
