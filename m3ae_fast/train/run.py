@@ -115,6 +115,9 @@ def create(folder: Path, config: RunConfig):
     """Everything a new run needs, in memory: (config with its model_config, data set, tokenizer). Writes nothing."""
     if (folder / "run.json").exists():
         raise FileExistsError(f"{folder} holds a run already: --resume continues it, another --out starts a new one")
+    # the first one may be there: of a run that could not even write its run.json
+    if any(path.stem != checkpoint.step_path(folder, 0).stem for path in checkpoint.all_in(folder / "checkpoints")):
+        raise FileExistsError(f"{folder} holds checkpoints, but no run.json: put it back, or choose another --out")
     names = ("image_size", "image_mask_ratio", "text_mask_ratio")
     taken = sorted({*names, "vocab_size", "classes"} & set(config.options or {}))
     if taken:
@@ -179,7 +182,7 @@ def prepare_folder(folder: Path, tokenizer: Tokenizer | None) -> None:
     """All but run.json, which comes last, after the first checkpoint: a folder with it can be resumed."""
     with naming(folder):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    checkpoint.keep_last(folder / "checkpoints", 0)  # of a run that could not even write its run.json
+    checkpoint.keep_last(folder / "checkpoints", 0)  # at most the first one, see `create`
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")
 

@@ -123,6 +123,18 @@ def test_a_new_run_does_not_touch_an_old_one(train):
         train(steps=2)
 
 
+@pytest.mark.parametrize("resume", [False, "auto"])
+def test_checkpoints_of_a_run_without_its_run_json_are_kept(train, tmp_path, resume):
+    train(steps=2)
+    (tmp_path / "run" / "run.json").rename(tmp_path / "run.json")
+    before = sorted((tmp_path / "run").rglob("*"))
+    with pytest.raises(FileExistsError, match=r"run holds checkpoints, but no run.json: put it back, or choose"):
+        train(steps=2, resume=resume)
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    (tmp_path / "run.json").rename(tmp_path / "run" / "run.json")
+    train(steps=2, resume=True)
+
+
 def test_nothing_to_resume(train, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"run holds no run to resume: .*with --resume auto, the run starts"):
         train(resume=True)
