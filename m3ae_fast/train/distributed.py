@@ -6,6 +6,7 @@ In a process of its own all of this comes down to nothing.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -13,6 +14,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # not later: its default arguments would hold the process group for ever
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
@@ -74,6 +76,7 @@ def process_group(timeout: int) -> Iterator[None]:
             f"timeout: see what that one said. Start again with --resume. ({reason})"
         ) from error
     if owned:  # not after an error: it would wait for processes that are gone
+        gc.collect()  # DDP is in a cycle: its hold on the group would keep gloo's threads running while Python ends
         dist.destroy_process_group()
 
 

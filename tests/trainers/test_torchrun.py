@@ -117,6 +117,34 @@ def test_sigterm_to_torchrun_saves_and_stops(torchrun, tmp_path):
     assert stderr(tmp_path).count("Traceback") == 1, "more than torchrun's own"
 
 
+THREADS = """
+import gc, os, runpy, sys
+from pathlib import Path
+gc.disable()  # nothing is collected by chance
+try:
+    PROGRAM
+except SystemExit as end:
+    assert not end.code
+names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+Path(f"threads-{os.environ['RANK']}").write_text(str([name for name in names if "gloo" in name]))
+"""
+PROGRAM = "runpy.run_module('m3ae_fast', run_name='__main__')"
+EXAMPLE = (
+    "sys.argv[1:] = ['--steps', '1']; "
+    f"runpy.run_path({str(Path(__file__).parents[2] / 'examples' / 'ddp_m3ae.py')!r}, run_name='__main__')"
+)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are told by /proc")
+@pytest.mark.parametrize("program", [PROGRAM, EXAMPLE], ids=["pretrain", "example"])
+def test_no_thread_of_gloos_is_left_by_ddp(torchrun, tmp_path, program):
+    """One that is may call into a Python that is ending, which aborts the process. FSDP2 leaves some: torch's caches of
+    DTensors keep the group."""
+    process = torchrun("--steps", "1", "--out", "run", script=THREADS.replace("PROGRAM", program))
+    assert process.wait(SECONDS) == 0, stderr(tmp_path)
+    assert [(tmp_path / f"threads-{rank}").read_text() for rank in range(2)] == ["[]", "[]"]
+
+
 def test_a_mistake_is_told_once(torchrun, tmp_path):
     process = torchrun("--steps", "2", "--out", "run", "--data", "nowhere")
     assert process.wait(SECONDS) != 0
