@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -52,20 +54,26 @@ def launched() -> bool:
 
 
 @contextlib.contextmanager
-def process_group(timeout: int) -> Iterator[None]:
+def process_group(timeout: int) -> Iterator[dist.Store]:
     """Join the other processes, where there are any and no process group is there already: by gloo, tensors on GPUs by
-    NCCL.
+    NCCL. Yields a store: torchrun's, which `--max-restarts` keeps, where the group is ours; else one of this process.
 
     Args:
         timeout: seconds that a process waits for the others before it gives up.
     Raises:
         ConnectionError: another process is gone, or did not answer in time.
     """
+    store, limit = dist.HashStore(), timedelta(seconds=timeout)
     owned = launched() and not dist.is_initialized()
     try:
+        if owned or (dist.is_torchelastic_launched() and not dist.is_initialized()):  # the latter: one of one
+            store, number, count = next(rendezvous("env://", timeout=limit))
         if owned:
-            _join(timedelta(seconds=timeout))
-        yield
+            # addresses of processes that are gone must not be found there after a restart
+            own_part = dist.PrefixStore(_agree_on_start(store, number, count, limit), store)
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=own_part, rank=number, world_size=count, timeout=limit)
+        yield store
     except RuntimeError as error:
         # gloo's errors have no type of their own, but the file in which they were raised
         if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
@@ -80,12 +88,28 @@ def process_group(timeout: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _join(timeout: timedelta) -> None:
-    store, number, count = next(rendezvous("env://", timeout=timeout))
-    # torchrun --max-restarts keeps its store: addresses of processes that are gone must not be found there
-    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
+def _agree_on_start(store: dist.Store, number: int, count: int, timeout: timedelta) -> str:
+    """A name for this start that no other has, the same in all processes. Not torchrun's count of restarts: each of
+    several machines has a count of its own.
+
+    The first process makes the name and hands it to whoever says hello, until all have thanked for it: a hello may be
+    of an earlier start, of a process that is gone.
+    """
+    own = uuid.uuid4().hex
+    if number > 0:
+        store.set(f"hello {number}", own)
+        name = store.get(f"name for {own}").decode()  # waits
+        store.set(f"{name} thanks {number}", "")
+        return name
+    until = time.monotonic() + timeout.total_seconds()
+    while not store.check([f"{own} thanks {each}" for each in range(1, count)]):
+        for hello in (f"hello {each}" for each in range(1, count)):
+            if store.check([hello]):
+                store.set(f"name for {store.get(hello).decode()}", own)
+        if time.monotonic() > until:
+            raise dist.DistStoreError(f"not all of {count} processes have come in {timeout.total_seconds():.0f} s")
+        time.sleep(0.02)
+    return own
 
 
 def own_device(device: torch.device) -> torch.device:

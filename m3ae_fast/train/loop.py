@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed import Store
 
 from m3ae_fast import M3AEFastWarning, _checks
 from m3ae_fast._files import remove_unfinished
@@ -80,7 +81,7 @@ def pretrain(
         config: the run. When resuming, what it is made of must be what run.json says.
         out: the run's folder, made if need be.
         resume: continue from the newest checkpoint. "auto": where `out` holds no run yet, start it, so that the same
-            call can be repeated until the run is done.
+            call can be repeated until the run is done. A call that `torchrun --max-restarts` repeats needs neither.
         stop_after: end once this many of the run's steps are taken, with a checkpoint.
         progress: show a progress bar on stderr.
 
@@ -92,13 +93,16 @@ def pretrain(
         ConnectionError: another process is gone. distributed.FailedElsewhere: the first one failed.
     """
     _checks.choice("resume", resume, (False, True, "auto"))
-    with distributed.process_group(config.rank_timeout):
-        return _pretrain(config, Path(out), resume, stop_after, progress)
+    with distributed.process_group(config.rank_timeout) as store:
+        return _pretrain(config, Path(out), resume, stop_after, progress, store)
 
 
-def _pretrain(config: RunConfig, folder: Path, resume: bool | str, stop_after: int | None, progress: bool) -> Summary:
-    if resume == "auto":
-        resume = distributed.on_first(lambda: run.exists(folder))
+def _pretrain(
+    config: RunConfig, folder: Path, resume: bool | str, stop_after: int | None, progress: bool, store: Store
+) -> Summary:
+    # torchrun --max-restarts starts again with the same words: what this launch has begun goes on, nothing older does
+    begun = f"begun {folder.absolute()}"
+    resume = distributed.on_first(lambda: run.exists(folder) if resume == "auto" or store.check([begun]) else resume)
     config, dataset, tokenizer = run.open_run(folder, config, resume=resume)
     rank, processes, first = distributed.rank(), distributed.world_size(), distributed.is_first()
     distributed.on_first(lambda: _refuse_what_does_not_split(config, processes))
@@ -168,7 +172,7 @@ def _pretrain(config: RunConfig, folder: Path, resume: bool | str, stop_after: i
     ):
         if not resume:
             save()  # a full disk shows now, and there is always a checkpoint to resume from
-            distributed.on_first(lambda: config.save(folder))
+            distributed.on_first(lambda: (store.set(begun, ""), config.save(folder)))
         stopping = False  # all processes stop at the same step, whichever was asked to
         while done < stop and not stopping:
             micro_batches = [next(loader)[1] for _ in range(config.accumulate)]

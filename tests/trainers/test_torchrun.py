@@ -15,13 +15,17 @@ from m3ae_fast.train import RunConfig, checkpoint, metrics, pretrain
 
 SECONDS = 600  # for a run, on a machine that does other things too
 RUN = ["--batch-size", "4", "--image-size", "32", "--device", "cpu", "--picture-every", "0", "--checkpoint-every", "2"]
-# The second process sends itself a signal, once, as the sixth step of the run begins.
+# The last process sends itself a signal, once, as the sixth step of the run begins. Its count of restarts is that of
+# another machine's torchrun, which has restarted nothing.
 SIGNALLED = """
 import os, runpy, signal, sys
 from m3ae_fast.train import loop
 step = loop.train_step
+last, restarts = int(os.environ["RANK"]) + 1 == int(os.environ["WORLD_SIZE"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+if last:
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"
 def hooked(model, optimiser, micro_batches, config, done, *rest):
-    if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"], done) == ("1", "0", 5):
+    if last and (restarts, done) == ("0", 5):
         os.kill(os.getpid(), signal.SIGNAL)
     return step(model, optimiser, micro_batches, config, done, *rest)
 loop.train_step = hooked
@@ -90,10 +94,21 @@ def test_a_process_that_dies_ends_the_run_which_goes_on(torchrun, tmp_path, undi
     torch.testing.assert_close(losses(tmp_path / "run"), undisturbed, rtol=1e-5, atol=1e-6)
 
 
-def test_torchrun_starts_it_again(torchrun, tmp_path, undisturbed):
-    process = torchrun("--steps", "9", "--out", "run", torchrun=["--max-restarts", "1"], script=KILLED)
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_torchrun_starts_it_again(torchrun, tmp_path, undisturbed, processes):
+    restarting = ["--max-restarts", "1", "--nproc-per-node", processes]
+    process = torchrun("--steps", "9", "--out", "run", torchrun=restarting, script=KILLED)
     assert process.wait(SECONDS) == 0, stderr(tmp_path)
     torch.testing.assert_close(losses(tmp_path / "run"), undisturbed, rtol=1e-5, atol=1e-6)
+
+
+def test_a_restart_goes_on_with_nothing_older_than_its_launch(torchrun, tmp_path):
+    config = RunConfig(steps=9, batch_size=4, image_size=32, device="cpu", picture_every=0)
+    pretrain(config, tmp_path / "run", stop_after=1, progress=False)
+    process = torchrun("--steps", "9", "--out", "run", torchrun=["--max-restarts", "1"])
+    assert process.wait(SECONDS) != 0
+    assert stderr(tmp_path).count("run holds a run already: --resume continues it") == 2
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints").stem == "step-00000001"
 
 
 def test_a_process_that_hangs_is_not_waited_for_for_ever(torchrun, tmp_path):
