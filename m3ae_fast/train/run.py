@@ -110,6 +110,8 @@ def open_run(folder: Path, config: RunConfig | None, *, resume: bool):
         dataset = open_data(config, config.model_config["image_size"])
     return config, dataset, tokenizer
 
+    if len(sizes := set(distributed.gather(len(dataset)))) > 1:
+        raise ValueError(f"data must be the same in all processes, got {sorted(sizes)} samples in {config.data}")
 
 def create(folder: Path, config: RunConfig):
     """Everything a new run needs, in memory: (config with its model_config, data set, tokenizer). Writes nothing."""
