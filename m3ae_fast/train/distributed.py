@@ -224,8 +224,9 @@ def summing_gradients(model: nn.Module, now: bool) -> Iterator[None]:
 
 
 def placed_like(value: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every process has in full, on the device of `like` and, where that is sharded, as its share."""
-    value = value.to(like.device)
+    """A copy of a tensor that every process has in full, on the device of `like` and, where that is sharded, as its
+    share."""
+    value = value.to(like.device, copy=True)
     if isinstance(like, DTensor) and not isinstance(value, DTensor):
         return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
     return value

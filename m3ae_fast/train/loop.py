@@ -126,6 +126,7 @@ def _pretrain(
     stop = config.steps if stop_after is None else min(stop_after, config.steps)
     if stop_after is not None and stop_after <= done:
         raise ValueError(f"stop_after must be more than the {done} steps already taken, got {stop_after}")
+        del saved  # all of a model and its moments
 
     def save() -> None:
         if first:

@@ -4,6 +4,7 @@ import math
 import os
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,6 +134,15 @@ def test_checkpoints_of_a_run_without_its_run_json_are_kept(train, tmp_path, res
     assert sorted((tmp_path / "run").rglob("*")) == before
     (tmp_path / "run.json").rename(tmp_path / "run" / "run.json")
     train(steps=2, resume=True)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="what is mapped is told by /proc")
+def test_a_resumed_run_lets_go_of_its_checkpoint(train, at_step, tmp_path):
+    train(stop_after=2, ema=0.9)
+    mapped = []
+    at_step(3, lambda: mapped.append("step-00000002" in Path("/proc/self/maps").read_text()))
+    train(resume=True, stop_after=3, ema=0.9)
+    assert mapped == [False]
 
 
 def test_nothing_to_resume(train, tmp_path):
