@@ -199,7 +199,12 @@ def spread(model: nn.Module, device: torch.device, *, shard: bool, bf16: bool, u
     if world_size() == 1:
         return model
     if not shard:
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=unused)
+        return DistributedDataParallel(
+            model,
+            broadcast_buffers=False,  # they are constant: positions (MAMO's queue is refused)
+            gradient_as_bucket_view=True,
+            find_unused_parameters=unused,
+        )
     mesh = dist.init_device_mesh(device.type, (world_size(),))
     # inputs are left to autocast, as without sharding
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
@@ -235,3 +240,14 @@ def placed_like(value: Tensor, like: Tensor) -> Tensor:
 def whole(value: Tensor) -> Tensor:
     """A tensor in full, put together from its shards where it has any: to be called by all processes."""
     return value.full_tensor() if isinstance(value, DTensor) else value
+def gather_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A sharded model's state dict in full, on the CPU of the first process; {} in the others. Called by all, which
+    have one tensor at a time in full."""
+    weights = {}
+    for name, value in model.state_dict().items():
+        value = whole(value)
+        if is_first():
+            weights[name] = value.cpu()
+    return weights
+
+

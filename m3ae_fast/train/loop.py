@@ -33,7 +33,7 @@ from m3ae_fast.train import checkpoint, distributed, metrics, run
 from m3ae_fast.train.average import Average
 from m3ae_fast.train.bad_steps import BadSteps, NotFinite
 from m3ae_fast.train.config import PAIRED, RunConfig
-from m3ae_fast.train.pictures import draw_pictures, held_out
+from m3ae_fast.train.pictures import REBUILDING, draw_pictures, held_out
 from m3ae_fast.train.schedule import learning_rate
 
 WAIT_STEPS, WAIT_SHARE = 100, 0.2  # waiting for data takes more than this share of so many steps: a word about it
@@ -142,15 +142,16 @@ def _pretrain(
         return held_out(model.config, tokenizer, config)
 
     def draw() -> None:
-        weights = {name: distributed.whole(value) for name, value in model.state_dict().items()}  # by all, if sharded
-        if first:
-            drawn = model
-            if config.shard and processes > 1:  # a sharded model draws nothing without the others
+        drawn = model
+        if config.shard and processes > 1 and config.objective in REBUILDING:  # it draws nothing without the others
+            weights = distributed.gather_weights(model)
+            if first:
                 drawn = run.build_model(config).to(device)
                 drawn.load_state_dict(weights)
             draw_pictures(folder, drawn, tokenizer, config, done, device, shown)
 
     summary = Summary(folder, done, config.steps, bad_steps.total)
+        if first:
     if done >= config.steps:
         return summary
     loader = Loader(

@@ -348,3 +348,30 @@ def pictures(folder):
 def test_a_sharded_model_is_drawn_too(pair, tmp_path):
     pair(pictures, tmp_path / "run")
     assert (tmp_path / "run" / "pictures" / "reconstruction-00000002.png").stat().st_size > 1000
+
+
+def gathered_for_pictures(folder, objective):
+    """How often the whole model was asked for, and what was kept of it in this process."""
+    asked, gather = [], distributed.gather_weights
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "gather_weights", lambda model: (asked.append(gather(model)), asked[-1])[1])
+        warned(folder, shard=True, steps=2, objective=objective)
+    return [len(weights) for weights in asked]
+
+
+@pytest.mark.parametrize("objective", ["mae", "clip"])
+def test_a_sharded_model_is_gathered_by_the_first_process_if_it_is_drawn(pair, tmp_path, objective):
+    first, second = pair(gathered_for_pictures, tmp_path / "run", objective)
+    if objective == "clip":
+        assert first == second == []
+    else:
+        assert second == [0] and first == [len(load_run(tmp_path / "run").model.state_dict())]
+
+
+def broadcasts():
+    model = distributed.spread(torch.nn.BatchNorm1d(3), torch.device("cpu"), shard=False, bf16=False)
+    return model.broadcast_buffers
+
+
+def test_constant_buffers_are_not_sent_in_every_pass(pair):
+    assert pair(broadcasts) == [False, False]
