@@ -112,24 +112,27 @@ def _agree_on_start(store: dist.Store, number: int, count: int, timeout: timedel
     return own
 
 
-def own_device(device: torch.device) -> torch.device:
-    """Of several processes on GPUs each has its own, the one numbered LOCAL_RANK.
+def own_device(name: str | None) -> str | None:
+    """Of several processes on GPUs each has its own, the one numbered LOCAL_RANK. To be called before anything else
+    touches a GPU: that would be GPU 0, where every process would take memory.
 
+    Args:
+        name: of the device that is asked for; None: cuda if there is one.
     Raises:
         ValueError: a GPU by its number, or more processes than GPUs.
     """
-    if device.type != "cuda" or world_size() == 1:
-        return device
+    if world_size() == 1 or not torch.cuda.is_available() or not (name or "cuda").startswith("cuda"):
+        return name
     number = int(os.environ.get("LOCAL_RANK", 0))
-    if device.index is not None:
-        raise ValueError(f"device must be cuda, without a number, where each process has its own, got {device}")
+    if name not in (None, "cuda"):
+        raise ValueError(f"device must be cuda, without a number, where each process has its own, got {name}")
     if number >= torch.cuda.device_count():
         raise ValueError(
             f"device must be one that each process has for itself: there are {torch.cuda.device_count()} GPUs, "
             f"and this is process {number} of this machine"
         )
     torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+    return f"cuda:{number}"
 
 
 # -- what the processes agree on -------------------------------------------------------------------------------------
@@ -237,9 +240,6 @@ def placed_like(value: Tensor, like: Tensor) -> Tensor:
     return value
 
 
-def whole(value: Tensor) -> Tensor:
-    """A tensor in full, put together from its shards where it has any: to be called by all processes."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
 def gather_weights(model: nn.Module) -> dict[str, Tensor]:
     """A sharded model's state dict in full, on the CPU of the first process; {} in the others. Called by all, which
     have one tensor at a time in full."""
@@ -251,3 +251,6 @@ def gather_weights(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
+def whole(value: Tensor) -> Tensor:
+    """A tensor in full, put together from its shards where it has any: to be called by all processes."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

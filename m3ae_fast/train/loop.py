@@ -106,7 +106,7 @@ def _pretrain(
     config, dataset, tokenizer = run.open_run(folder, config, resume=resume)
     rank, processes, first = distributed.rank(), distributed.world_size(), distributed.is_first()
     distributed.on_first(lambda: _refuse_what_does_not_split(config, processes))
-    device = distributed.own_device(run.pick_device(config.device))
+    device = run.pick_device(distributed.own_device(config.device))
     model = run.build_model(config).to(device)
     checkpoint_blocks(model, config.checkpoint_blocks)
     spread = distributed.spread(
