@@ -149,6 +149,8 @@ def _print_data(summary) -> None:
     """How fast it came, and what was wrong with it."""
     if summary.images:
         by = f"{summary.workers} worker{'s' if summary.workers > 1 else ''}" if summary.workers else "this process"
+        if summary.processes > 1:  # the images of all of them are counted
+            by = f"{summary.processes} x {by}" if summary.workers else f"these {summary.processes} processes"
         able = summary.images / summary.read_seconds * max(1, summary.workers)
         used = summary.images / max(summary.seconds - summary.wait_seconds, 1e-9)
         print(f"images: {able:,.0f}/s is what {by} can load, {used:,.0f}/s what the model takes")

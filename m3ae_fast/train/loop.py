@@ -41,8 +41,8 @@ WAIT_STEPS, WAIT_SHARE = 100, 0.2  # waiting for data takes more than this share
 
 @dataclass
 class Summary:
-    """How a call of `pretrain` went, the same in all of its processes but for wait_seconds; counts, times and rates are
-    of this call, not of what it resumed."""
+    """How a call of `pretrain` went, the same in all of its processes but for what each one's own clock says: seconds,
+    wait_seconds, tokens_per_second. Counts, times and rates are of this call, not of what it resumed."""
 
     folder: Path  # of the run
     step: int = 0  # steps taken in all
@@ -58,6 +58,7 @@ class Summary:
     images: int = 0  # of the batches
     read_seconds: float = 0.0  # spent making batches, by all workers together; a mean over the run's processes
     workers: int = 0  # processes that made them for each of those; 0: itself
+    processes: int = 1  # of the run
     skipped: dict = field(default_factory=dict)  # samples that could not be read and were replaced, by what was damaged
     bad: list = field(default_factory=list)  # the first of those and all shards that are damaged, as text
 
@@ -120,13 +121,15 @@ def _pretrain(
     if resume:
         path = distributed.on_first(lambda: checkpoint.latest(checkpoints))
         saved = checkpoint.load(path, model)
-        run.refuse_differences(path, RunConfig(**saved.config), config)
+        before = RunConfig(**saved.config)
+        run.refuse_differences(path, before, config)
+        run.warn_of_other_readers(before, config, dataset)
         checkpoint.restore(saved, model, optimiser, average)
         done, bad_steps = saved.step, BadSteps(folder, config, *saved.bad_steps)
+        del saved  # all of a model and its moments
     stop = config.steps if stop_after is None else min(stop_after, config.steps)
     if stop_after is not None and stop_after <= done:
         raise ValueError(f"stop_after must be more than the {done} steps already taken, got {stop_after}")
-        del saved  # all of a model and its moments
 
     def save() -> None:
         if first:
@@ -148,10 +151,10 @@ def _pretrain(
             if first:
                 drawn = run.build_model(config).to(device)
                 drawn.load_state_dict(weights)
+        if first:
             draw_pictures(folder, drawn, tokenizer, config, done, device, shown)
 
     summary = Summary(folder, done, config.steps, bad_steps.total)
-        if first:
     if done >= config.steps:
         return summary
     loader = Loader(
@@ -208,6 +211,7 @@ def _pretrain(
         summary.seconds = time.perf_counter() - start
         summary.step, summary.interrupted = done, stopping and done < stop
         summary.bad_steps, summary.wait_seconds, summary.workers = bad_steps.total, loader.wait_seconds, config.workers
+        summary.processes = processes
         _add_up(summary, loader)
         if not summary.interrupted:
             draw()
