@@ -5,6 +5,7 @@ that process.
 """
 
 import argparse
+import gc
 import os
 
 import torch
@@ -51,4 +52,6 @@ for step in range(args.steps):
     dist.all_reduce(total)
     if dist.get_rank() == 0:
         print(f"step {step + 1} loss {total:.6f}")
+del model
+gc.collect()  # DDP is in a cycle: its hold on the group would keep gloo's threads running while Python ends
 dist.destroy_process_group()

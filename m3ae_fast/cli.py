@@ -92,9 +92,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     config = RunConfig(**given)
     parts = (_name_of(config.data), *([] if config.objective == "m3ae" else [config.objective]), config.model)
     out = getattr(args, "out", Path("runs") / "-".join(parts))
-    # torchrun --max-restarts starts again with the same words: what has begun goes on
-    resume = args.resume or ("auto" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else False)
-    resumed = resume and (out / "run.json").is_file()
+    resumed = args.resume and (out / "run.json").is_file()
     if resumed:
         config = dataclasses.replace(RunConfig.load(out), **given)
     shown = config.data if isinstance(config.data, str) else " + ".join(config.data)
@@ -104,7 +102,7 @@ def _pretrain(args: argparse.Namespace) -> int:
             f"{doing} {config.objective} {config.model} on {shown} into {out} (Ctrl-C saves and stops)",
             file=sys.stderr,
         )
-    summary = pretrain(config, out, resume=resume, stop_after=getattr(args, "stop_after", None))
+    summary = pretrain(config, out, resume=args.resume, stop_after=getattr(args, "stop_after", None))
     if is_first():
         _print_summary(summary)
     return INTERRUPTED if summary.interrupted else 0
@@ -151,6 +149,8 @@ def _print_data(summary) -> None:
     """How fast it came, and what was wrong with it."""
     if summary.images:
         by = f"{summary.workers} worker{'s' if summary.workers > 1 else ''}" if summary.workers else "this process"
+        if summary.processes > 1:  # the images of all of them are counted
+            by = f"{summary.processes} x {by}" if summary.workers else f"these {summary.processes} processes"
         able = summary.images / summary.read_seconds * max(1, summary.workers)
         used = summary.images / max(summary.seconds - summary.wait_seconds, 1e-9)
         print(f"images: {able:,.0f}/s is what {by} can load, {used:,.0f}/s what the model takes")

@@ -124,7 +124,7 @@ def restore(
     average: Average | None = None,
 ) -> None:
     """Put a checkpoint's weights, moments and average into what was built from the same configuration, sharded or
-    not."""
+    not: copies of them, for one tensor that is kept would keep all of the file in memory."""
     into = model.state_dict()
     placed = distributed.placed_like
     model.load_state_dict({n: placed(value, into[n]) if n in into else value for n, value in checkpoint.model.items()})
@@ -133,7 +133,7 @@ def restore(
             if name in checkpoint.optimiser:
                 # AdamW keeps `step` on the CPU, as it was saved; moments live where the parameter does
                 optimiser.state[parameter] = {
-                    moment: value if moment == "step" else placed(value, parameter)
+                    moment: value.clone() if moment == "step" else placed(value, parameter)
                     for moment, value in checkpoint.optimiser[name].items()
                 }
     if average is not None:

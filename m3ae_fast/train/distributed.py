@@ -6,13 +6,17 @@ In a process of its own all of this comes down to nothing.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # not later: its default arguments would hold the process group for ever
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
@@ -50,20 +54,26 @@ def launched() -> bool:
 
 
 @contextlib.contextmanager
-def process_group(timeout: int) -> Iterator[None]:
+def process_group(timeout: int) -> Iterator[dist.Store]:
     """Join the other processes, where there are any and no process group is there already: by gloo, tensors on GPUs by
-    NCCL.
+    NCCL. Yields a store: torchrun's, which `--max-restarts` keeps, where the group is ours; else one of this process.
 
     Args:
         timeout: seconds that a process waits for the others before it gives up.
     Raises:
         ConnectionError: another process is gone, or did not answer in time.
     """
+    store, limit = dist.HashStore(), timedelta(seconds=timeout)
     owned = launched() and not dist.is_initialized()
     try:
+        if owned or (dist.is_torchelastic_launched() and not dist.is_initialized()):  # the latter: one of one
+            store, number, count = next(rendezvous("env://", timeout=limit))
         if owned:
-            _join(timedelta(seconds=timeout))
-        yield
+            # addresses of processes that are gone must not be found there after a restart
+            own_part = dist.PrefixStore(_agree_on_start(store, number, count, limit), store)
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=own_part, rank=number, world_size=count, timeout=limit)
+        yield store
     except RuntimeError as error:
         # gloo's errors have no type of their own, but the file in which they were raised
         if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
@@ -74,35 +84,55 @@ def process_group(timeout: int) -> Iterator[None]:
             f"timeout: see what that one said. Start again with --resume. ({reason})"
         ) from error
     if owned:  # not after an error: it would wait for processes that are gone
+        gc.collect()  # DDP is in a cycle: its hold on the group would keep gloo's threads running while Python ends
         dist.destroy_process_group()
 
 
-def _join(timeout: timedelta) -> None:
-    store, number, count = next(rendezvous("env://", timeout=timeout))
-    # torchrun --max-restarts keeps its store: addresses of processes that are gone must not be found there
-    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
+def _agree_on_start(store: dist.Store, number: int, count: int, timeout: timedelta) -> str:
+    """A name for this start that no other has, the same in all processes. Not torchrun's count of restarts: each of
+    several machines has a count of its own.
+
+    The first process makes the name and hands it to whoever says hello, until all have thanked for it: a hello may be
+    of an earlier start, of a process that is gone.
+    """
+    own = uuid.uuid4().hex
+    if number > 0:
+        store.set(f"hello {number}", own)
+        name = store.get(f"name for {own}").decode()  # waits
+        store.set(f"{name} thanks {number}", "")
+        return name
+    until = time.monotonic() + timeout.total_seconds()
+    while not store.check([f"{own} thanks {each}" for each in range(1, count)]):
+        for hello in (f"hello {each}" for each in range(1, count)):
+            if store.check([hello]):
+                store.set(f"name for {store.get(hello).decode()}", own)
+        if time.monotonic() > until:
+            raise dist.DistStoreError(f"not all of {count} processes have come in {timeout.total_seconds():.0f} s")
+        time.sleep(0.02)
+    return own
 
 
-def own_device(device: torch.device) -> torch.device:
-    """Of several processes on GPUs each has its own, the one numbered LOCAL_RANK.
+def own_device(name: str | None) -> str | None:
+    """Of several processes on GPUs each has its own, the one numbered LOCAL_RANK. To be called before anything else
+    touches a GPU: that would be GPU 0, where every process would take memory.
 
+    Args:
+        name: of the device that is asked for; None: cuda if there is one.
     Raises:
         ValueError: a GPU by its number, or more processes than GPUs.
     """
-    if device.type != "cuda" or world_size() == 1:
-        return device
+    if world_size() == 1 or not torch.cuda.is_available() or not (name or "cuda").startswith("cuda"):
+        return name
     number = int(os.environ.get("LOCAL_RANK", 0))
-    if device.index is not None:
-        raise ValueError(f"device must be cuda, without a number, where each process has its own, got {device}")
+    if name not in (None, "cuda"):
+        raise ValueError(f"device must be cuda, without a number, where each process has its own, got {name}")
     if number >= torch.cuda.device_count():
         raise ValueError(
             f"device must be one that each process has for itself: there are {torch.cuda.device_count()} GPUs, "
             f"and this is process {number} of this machine"
         )
     torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+    return f"cuda:{number}"
 
 
 # -- what the processes agree on -------------------------------------------------------------------------------------
@@ -172,7 +202,12 @@ def spread(model: nn.Module, device: torch.device, *, shard: bool, bf16: bool, u
     if world_size() == 1:
         return model
     if not shard:
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=unused)
+        return DistributedDataParallel(
+            model,
+            broadcast_buffers=False,  # they are constant: positions (MAMO's queue is refused)
+            gradient_as_bucket_view=True,
+            find_unused_parameters=unused,
+        )
     mesh = dist.init_device_mesh(device.type, (world_size(),))
     # inputs are left to autocast, as without sharding
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
@@ -197,11 +232,23 @@ def summing_gradients(model: nn.Module, now: bool) -> Iterator[None]:
 
 
 def placed_like(value: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every process has in full, on the device of `like` and, where that is sharded, as its share."""
-    value = value.to(like.device)
+    """A copy of a tensor that every process has in full, on the device of `like` and, where that is sharded, as its
+    share."""
+    value = value.to(like.device, copy=True)
     if isinstance(like, DTensor) and not isinstance(value, DTensor):
         return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
     return value
+
+
+def gather_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A sharded model's state dict in full, on the CPU of the first process; {} in the others. Called by all, which
+    have one tensor at a time in full."""
+    weights = {}
+    for name, value in model.state_dict().items():
+        value = whole(value)
+        if is_first():
+            weights[name] = value.cpu()
+    return weights
 
 
 def whole(value: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed import Store
 
 from m3ae_fast import M3AEFastWarning, _checks
 from m3ae_fast._files import remove_unfinished
@@ -32,7 +33,7 @@ from m3ae_fast.train import checkpoint, distributed, metrics, run
 from m3ae_fast.train.average import Average
 from m3ae_fast.train.bad_steps import BadSteps, NotFinite
 from m3ae_fast.train.config import PAIRED, RunConfig
-from m3ae_fast.train.pictures import draw_pictures, held_out
+from m3ae_fast.train.pictures import REBUILDING, draw_pictures, held_out
 from m3ae_fast.train.schedule import learning_rate
 
 WAIT_STEPS, WAIT_SHARE = 100, 0.2  # waiting for data takes more than this share of so many steps: a word about it
@@ -40,8 +41,8 @@ WAIT_STEPS, WAIT_SHARE = 100, 0.2  # waiting for data takes more than this share
 
 @dataclass
 class Summary:
-    """How a call of `pretrain` went, the same in all of its processes but for wait_seconds; counts, times and rates are
-    of this call, not of what it resumed."""
+    """How a call of `pretrain` went, the same in all of its processes but for what each one's own clock says: seconds,
+    wait_seconds, tokens_per_second. Counts, times and rates are of this call, not of what it resumed."""
 
     folder: Path  # of the run
     step: int = 0  # steps taken in all
@@ -57,6 +58,7 @@ class Summary:
     images: int = 0  # of the batches
     read_seconds: float = 0.0  # spent making batches, by all workers together; a mean over the run's processes
     workers: int = 0  # processes that made them for each of those; 0: itself
+    processes: int = 1  # of the run
     skipped: dict = field(default_factory=dict)  # samples that could not be read and were replaced, by what was damaged
     bad: list = field(default_factory=list)  # the first of those and all shards that are damaged, as text
 
@@ -80,7 +82,7 @@ def pretrain(
         config: the run. When resuming, what it is made of must be what run.json says.
         out: the run's folder, made if need be.
         resume: continue from the newest checkpoint. "auto": where `out` holds no run yet, start it, so that the same
-            call can be repeated until the run is done.
+            call can be repeated until the run is done. A call that `torchrun --max-restarts` repeats needs neither.
         stop_after: end once this many of the run's steps are taken, with a checkpoint.
         progress: show a progress bar on stderr.
 
@@ -92,17 +94,20 @@ def pretrain(
         ConnectionError: another process is gone. distributed.FailedElsewhere: the first one failed.
     """
     _checks.choice("resume", resume, (False, True, "auto"))
-    with distributed.process_group(config.rank_timeout):
-        return _pretrain(config, Path(out), resume, stop_after, progress)
+    with distributed.process_group(config.rank_timeout) as store:
+        return _pretrain(config, Path(out), resume, stop_after, progress, store)
 
 
-def _pretrain(config: RunConfig, folder: Path, resume: bool | str, stop_after: int | None, progress: bool) -> Summary:
-    if resume == "auto":
-        resume = distributed.on_first(lambda: run.exists(folder))
+def _pretrain(
+    config: RunConfig, folder: Path, resume: bool | str, stop_after: int | None, progress: bool, store: Store
+) -> Summary:
+    # torchrun --max-restarts starts again with the same words: what this launch has begun goes on, nothing older does
+    begun = f"begun {folder.absolute()}"
+    resume = distributed.on_first(lambda: run.exists(folder) if resume == "auto" or store.check([begun]) else resume)
     config, dataset, tokenizer = run.open_run(folder, config, resume=resume)
     rank, processes, first = distributed.rank(), distributed.world_size(), distributed.is_first()
     distributed.on_first(lambda: _refuse_what_does_not_split(config, processes))
-    device = distributed.own_device(run.pick_device(config.device))
+    device = run.pick_device(distributed.own_device(config.device))
     model = run.build_model(config).to(device)
     checkpoint_blocks(model, config.checkpoint_blocks)
     spread = distributed.spread(
@@ -116,9 +121,12 @@ def _pretrain(config: RunConfig, folder: Path, resume: bool | str, stop_after: i
     if resume:
         path = distributed.on_first(lambda: checkpoint.latest(checkpoints))
         saved = checkpoint.load(path, model)
-        run.refuse_differences(path, RunConfig(**saved.config), config)
+        before = RunConfig(**saved.config)
+        run.refuse_differences(path, before, config)
+        run.warn_of_other_readers(before, config, dataset)
         checkpoint.restore(saved, model, optimiser, average)
         done, bad_steps = saved.step, BadSteps(folder, config, *saved.bad_steps)
+        del saved  # all of a model and its moments
     stop = config.steps if stop_after is None else min(stop_after, config.steps)
     if stop_after is not None and stop_after <= done:
         raise ValueError(f"stop_after must be more than the {done} steps already taken, got {stop_after}")
@@ -137,12 +145,13 @@ def _pretrain(config: RunConfig, folder: Path, resume: bool | str, stop_after: i
         return held_out(model.config, tokenizer, config)
 
     def draw() -> None:
-        weights = {name: distributed.whole(value) for name, value in model.state_dict().items()}  # by all, if sharded
-        if first:
-            drawn = model
-            if config.shard and processes > 1:  # a sharded model draws nothing without the others
+        drawn = model
+        if config.shard and processes > 1 and config.objective in REBUILDING:  # it draws nothing without the others
+            weights = distributed.gather_weights(model)
+            if first:
                 drawn = run.build_model(config).to(device)
                 drawn.load_state_dict(weights)
+        if first:
             draw_pictures(folder, drawn, tokenizer, config, done, device, shown)
 
     summary = Summary(folder, done, config.steps, bad_steps.total)
@@ -168,7 +177,7 @@ def _pretrain(config: RunConfig, folder: Path, resume: bool | str, stop_after: i
     ):
         if not resume:
             save()  # a full disk shows now, and there is always a checkpoint to resume from
-            distributed.on_first(lambda: config.save(folder))
+            distributed.on_first(lambda: (store.set(begun, ""), config.save(folder)))
         stopping = False  # all processes stop at the same step, whichever was asked to
         while done < stop and not stopping:
             micro_batches = [next(loader)[1] for _ in range(config.accumulate)]
@@ -202,6 +211,7 @@ def _pretrain(config: RunConfig, folder: Path, resume: bool | str, stop_after: i
         summary.seconds = time.perf_counter() - start
         summary.step, summary.interrupted = done, stopping and done < stop
         summary.bad_steps, summary.wait_seconds, summary.workers = bad_steps.total, loader.wait_seconds, config.workers
+        summary.processes = processes
         _add_up(summary, loader)
         if not summary.interrupted:
             draw()

@@ -21,6 +21,7 @@ from m3ae_fast.train import metrics
 from m3ae_fast.train.config import PAIRED, RunConfig
 
 SAMPLES = 6  # of a picture
+REBUILDING = ("m3ae", "mae", "mamo")  # objectives whose models rebuild what they cannot see, which is drawn
 # Sizes in pixels, colours as #rrggbb
 SIDE, GAP, MARGIN, LINE, COLUMNS = 192, 10, 28, 21, 2
 PAPER, CARD, INK, FAINT = "#f4f5f7", "#ffffff", "#1f2430", "#8a91a0"
@@ -66,7 +67,7 @@ def draw_pictures(
     """
     (folder / "pictures").mkdir(exist_ok=True)
     draw_losses(metrics.read(folder / "metrics.jsonl"), folder / "pictures" / "losses.png")
-    if config.objective not in ("m3ae", "mae", "mamo"):
+    if config.objective not in REBUILDING:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", M3AEFastWarning)  # the training loader has told of files it cannot read

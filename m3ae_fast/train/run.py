@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from m3ae_fast import M3AEFastWarning
 from m3ae_fast._files import naming
-from m3ae_fast.data import Tokenizer, open_dataset
+from m3ae_fast.data import StreamedDataset, Tokenizer, open_dataset
 from m3ae_fast.models import OBJECTIVES
 from m3ae_fast.train import checkpoint, distributed
 from m3ae_fast.train.config import RunConfig
@@ -108,6 +110,8 @@ def open_run(folder: Path, config: RunConfig | None, *, resume: bool):
     config, tokenizer = distributed.on_first(open_it)
     if dataset is None:
         dataset = open_data(config, config.model_config["image_size"])
+    if len(sizes := set(distributed.gather(len(dataset)))) > 1:
+        raise ValueError(f"data must be the same in all processes, got {sorted(sizes)} samples in {config.data}")
     return config, dataset, tokenizer
 
 
@@ -115,6 +119,9 @@ def create(folder: Path, config: RunConfig):
     """Everything a new run needs, in memory: (config with its model_config, data set, tokenizer). Writes nothing."""
     if (folder / "run.json").exists():
         raise FileExistsError(f"{folder} holds a run already: --resume continues it, another --out starts a new one")
+    # the first one may be there: of a run that could not even write its run.json
+    if any(path.stem != checkpoint.step_path(folder, 0).stem for path in checkpoint.all_in(folder / "checkpoints")):
+        raise FileExistsError(f"{folder} holds checkpoints, but no run.json: put it back, or choose another --out")
     names = ("image_size", "image_mask_ratio", "text_mask_ratio")
     taken = sorted({*names, "vocab_size", "classes"} & set(config.options or {}))
     if taken:
@@ -179,7 +186,7 @@ def prepare_folder(folder: Path, tokenizer: Tokenizer | None) -> None:
     """All but run.json, which comes last, after the first checkpoint: a folder with it can be resumed."""
     with naming(folder):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    checkpoint.keep_last(folder / "checkpoints", 0)  # of a run that could not even write its run.json
+    checkpoint.keep_last(folder / "checkpoints", 0)  # at most the first one, see `create`
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")
 
@@ -221,3 +228,15 @@ def refuse_differences(path: Path, saved: RunConfig, wanted: RunConfig) -> None:
     found = checkpoint.differences(saved.identity(), wanted.identity())
     if found:
         raise ValueError(f"{path} is of another configuration: {'; '.join(found)}")
+
+
+def warn_of_other_readers(saved: RunConfig, wanted: RunConfig, dataset) -> None:
+    """Of streamed shards other numbers of workers make other batches: the run goes on, but is not quite the same."""
+    streamed = any(isinstance(source, StreamedDataset) for source in getattr(dataset, "sources", [dataset]))
+    if streamed and max(1, saved.workers) != max(1, wanted.workers) and distributed.is_first():
+        warnings.warn(
+            f"workers: {saved.workers} there, {wanted.workers} asked for: streamed shards are dealt out to them, so "
+            "other batches follow than without the stop",
+            M3AEFastWarning,
+            stacklevel=2,
+        )

@@ -1,13 +1,14 @@
 """Sharded checkpoints: a folder written by all processes at once (torch.distributed.checkpoint), read by any number.
 
 `.metadata` and a `__<process>_0.distcp` of each process are torch's; `m3ae_fast.json` is ours: the header, and a
-SHA-256 of every file. `.metadata` is a pickle: read folders that you trust.
+SHA-256 of every file, of itself as it is without that. `.metadata` is a pickle: read folders that you trust.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import warnings
@@ -28,30 +29,42 @@ def save(path: Path, header: dict, tensors: dict[str, Tensor]) -> None:
     """Write the folder under a temporary name and move it into place once all of it is on the disk; called by all.
 
     Raises:
-        OSError: something cannot be written (a full disk); the folder is not there then.
+        OSError: something cannot be written (a full disk), or the processes do not see the same folder; nothing is left
+            of it then.
     """
     import torch.distributed.checkpoint as dcp
 
     temporary = temporary_name(path)
     distributed.on_first(lambda: shutil.rmtree(temporary) if temporary.exists() else None)  # of a run that was killed
-    with _as(OSError, f"{path} cannot be written"):
-        dcp.save(tensors, checkpoint_id=temporary)
-    mine = [*temporary.glob(f"__{distributed.rank()}_*")] + [temporary / ".metadata"] * distributed.is_first()
-    digests = distributed.gather({file.name: _digest(file) for file in mine})
+    try:
+        with _as(OSError, f"{path} cannot be written"):
+            dcp.save(tensors, checkpoint_id=temporary)
+        mine = [*temporary.glob(f"__{distributed.rank()}_*")] + [temporary / ".metadata"] * distributed.is_first()
+        every = distributed.gather({file.name: _digest(file) for file in mine})
+        digests = {name: digest for each in every for name, digest in each.items()}
+        distributed.on_first(lambda: _finish(temporary, path, header | {"sha256": digests}))
+    except (OSError, distributed.FailedElsewhere):  # in all processes: none writes there any more
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
-    def finish() -> None:
-        with naming(path):
-            write_json(temporary / HEADER, header | {"sha256": {k: v for each in digests for k, v in each.items()}})
-            if path.exists():  # of the same step of the same run
-                remove(path)
-            os.replace(temporary, path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
 
-    distributed.on_first(finish)
+def _finish(temporary: Path, path: Path, header: dict) -> None:
+    """Write the header, and give the folder its name."""
+    unseen = [name for name in header["sha256"] if not (temporary / name).exists()]
+    if unseen:
+        raise OSError(
+            f"{path} cannot be written: {unseen[0]} of another process is not seen here; all must share the folder"
+        )
+    with naming(path):
+        write_json(temporary / HEADER, header | {"sha256": header["sha256"] | {HEADER: _digest_of(header)}})
+        if path.exists():  # of the same step of the same run
+            remove(path)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def load(path: Path, model: nn.Module | None = None) -> tuple[dict, dict[str, Tensor]]:
@@ -66,13 +79,16 @@ def load(path: Path, model: nn.Module | None = None) -> tuple[dict, dict[str, Te
     import torch.distributed.checkpoint as dcp
 
     header = read_json(path / HEADER)
-    files = sorted(header.pop("sha256", {}).items())
+    own = header.get("sha256", {}).pop(HEADER, None)
+    if own != _digest_of(header):
+        raise ValueError(f"{path} is damaged: {HEADER} was altered")
+    files = sorted(header.pop("sha256").items())
     shares = distributed.world_size() if model is not None else 1
     bad = [n for n, digest in files[distributed.rank() % shares :: shares] if _digest(path / n) != digest]
     if shares > 1:
         bad = [name for each in distributed.gather(bad) for name in each]
-    if bad or not files:
-        raise ValueError(f"{path} is damaged: {', '.join(bad) or HEADER} is missing or was altered")
+    if bad:
+        raise ValueError(f"{path} is damaged: {', '.join(bad)} is missing or was altered")
     with _as(ValueError, f"{path} cannot be read"):
         entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     parameters = dict(model.named_parameters()) if model is not None else {}
@@ -110,6 +126,10 @@ def _as(kind: type[Exception], message: str) -> Iterator[None]:
     except CheckpointException as error:
         reasons = {f"{type(each).__name__}: {each}" for each, _ in error.failures.values()}
         raise kind(f"{message}: {'; '.join(sorted(reasons))}") from None
+
+
+def _digest_of(header: dict) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(file: Path) -> str:

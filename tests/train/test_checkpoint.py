@@ -4,12 +4,14 @@ import errno
 import os
 import random
 import resource
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from m3ae_fast.train import checkpoint
+from m3ae_fast.train.average import Average
 
 CONFIG = {"steps": 12, "model_config": {"width": 8}}
 
@@ -41,6 +43,18 @@ def test_everything_comes_back_to_the_bit(trained, tmp_path):
         assert all(
             torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before
         )
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="what is mapped is told by /proc")
+def test_what_is_restored_does_not_keep_the_file_in_memory(trained, tmp_path):
+    model, optimiser = trained
+    path, average = checkpoint.step_path(tmp_path, 5), Average(model, 0.9)
+    checkpoint.save(path, 5, CONFIG, model, optimiser, average=average)
+    saved = checkpoint.load(path)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    checkpoint.restore(saved, model, optimiser, average)
+    del saved
+    assert str(path) not in Path("/proc/self/maps").read_text()
 
 
 def test_a_file_cut_anywhere_is_refused(trained, tmp_path):

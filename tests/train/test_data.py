@@ -13,7 +13,7 @@ from PIL import Image
 from m3ae_fast import M3AEFastWarning
 from m3ae_fast.cli import _print_data
 from m3ae_fast.data import BadSample, ShapesDataset
-from m3ae_fast.train import loop, pretrain
+from m3ae_fast.train import Summary, loop, pretrain
 
 
 def image(i: int) -> bytes:
@@ -139,6 +139,21 @@ def test_more_workers_than_shards_are_refused_before_a_folder_is_made(pairs, con
     with pytest.raises(ValueError, match="pattern must name a shard for each reader, ranks x workers = 2, got 1"):
         pretrain(config(data=f"pipe:cat {pairs('pairs.tar')}", workers=2), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stream_dealt_out_to_other_workers_is_told_of(pairs, config, tmp_path):
+    settings = {"text_vocab": str(vocabulary(tmp_path)), "steps": 3, "picture_every": 0}
+    settings["data"] = f"pipe:cat {pairs('pairs.tar')} #{{0..1}}"
+    pretrain(config(**settings), tmp_path / "run", stop_after=1, progress=False)
+    pretrain(config(**settings, workers=1), tmp_path / "run", resume=True, stop_after=2, progress=False)  # as itself
+    with pytest.warns(M3AEFastWarning, match="workers: 1 there, 2 asked for: streamed shards are dealt out to them"):
+        pretrain(config(**settings, workers=2), tmp_path / "run", resume=True, progress=False)
+
+
+def test_the_rate_of_several_processes_is_said_to_be_theirs(tmp_path, capsys):
+    for workers, said in ((2, "3 x 2 workers"), (1, "3 x 1 worker"), (0, "these 3 processes")):
+        _print_data(Summary(tmp_path, images=60, read_seconds=1.0, seconds=2.0, workers=workers, processes=3))
+        assert f"images: {60 * max(1, workers)}/s is what {said} can load, 30/s what" in capsys.readouterr().out
 
 
 def test_a_stream_is_opened_once_for_all_pictures(pairs, config, tmp_path):

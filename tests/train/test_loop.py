@@ -4,6 +4,7 @@ import math
 import os
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +122,27 @@ def test_a_new_run_does_not_touch_an_old_one(train):
     train(steps=2)
     with pytest.raises(FileExistsError, match=r"run holds a run already: --resume continues it, another --out"):
         train(steps=2)
+
+
+@pytest.mark.parametrize("resume", [False, "auto"])
+def test_checkpoints_of_a_run_without_its_run_json_are_kept(train, tmp_path, resume):
+    train(steps=2)
+    (tmp_path / "run" / "run.json").rename(tmp_path / "run.json")
+    before = sorted((tmp_path / "run").rglob("*"))
+    with pytest.raises(FileExistsError, match=r"run holds checkpoints, but no run.json: put it back, or choose"):
+        train(steps=2, resume=resume)
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    (tmp_path / "run.json").rename(tmp_path / "run" / "run.json")
+    train(steps=2, resume=True)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="what is mapped is told by /proc")
+def test_a_resumed_run_lets_go_of_its_checkpoint(train, at_step, tmp_path):
+    train(stop_after=2, ema=0.9)
+    mapped = []
+    at_step(3, lambda: mapped.append("step-00000002" in Path("/proc/self/maps").read_text()))
+    train(resume=True, stop_after=3, ema=0.9)
+    assert mapped == [False]
 
 
 def test_nothing_to_resume(train, tmp_path):

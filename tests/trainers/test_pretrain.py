@@ -13,7 +13,18 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from m3ae_fast.models import M3AE
-from m3ae_fast.train import RunConfig, checkpoint, distributed, load_bad_step, load_run, loop, metrics, pretrain, run
+from m3ae_fast.train import (
+    RunConfig,
+    checkpoint,
+    distributed,
+    load_bad_step,
+    load_run,
+    loop,
+    metrics,
+    pretrain,
+    run,
+    sharded,
+)
 
 NAMES = ("loss", "image_loss", "text_loss", "text_accuracy", "lr")
 WAYS = {"DDP": {}, "FSDP2": {"shard": True}}
@@ -173,6 +184,11 @@ def test_a_sharded_checkpoint_is_read_to_the_bit_and_verified(pair, tmp_path):
             with pytest.raises(ValueError, match=r"step-00000002"):
                 load_run(tmp_path / "run")
         (path / name).write_bytes(whole)
+    header = (path / "m3ae_fast.json").read_text()
+    (path / "m3ae_fast.json").write_text(header.replace('"step": 2', '"step": 3'))
+    with pytest.raises(ValueError, match=r"step-00000002 is damaged: m3ae_fast.json was altered"):
+        load_run(path)
+    (path / "m3ae_fast.json").write_text(header)
     (path / "__1_0.distcp").unlink()
     with pytest.raises(ValueError, match=r"step-00000002 is damaged: __1_0.distcp is missing or was altered"):
         load_run(path)
@@ -208,11 +224,38 @@ def test_a_disk_that_is_full_for_one_process_leaves_the_old_checkpoint(pair, tmp
     pair(functools.partial(train, shard=True, stop_after=2), tmp_path / "run")
     for error in pair(on_a_full_disk, tmp_path / "run"):
         assert error.startswith("OSError: ") and "checkpoints/step-00000006 cannot be written: " in error
-    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step-00000002"
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == ["step-00000000", "step-00000002"], "nothing half-written"
     (summary, _), _ = pair(functools.partial(train, shard=True, resume=True), tmp_path / "run")
     assert summary.step == 6
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert left == ["step-00000002", "step-00000006"], "nor is anything half-written left"
+
+
+def without_a_shared_folder(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(sharded, "temporary_name", lambda _: folder.with_name("elsewhere"))
+        return attempt(folder, shard=True)
+
+
+def test_a_folder_that_not_all_processes_see_is_refused(pair, tmp_path):
+    first, second = pair(without_a_shared_folder, tmp_path / "run")
+    assert first.startswith("OSError: ") and second.startswith("FailedElsewhere: ")
+    assert "step-00000000 cannot be written: __1_0.distcp of another process is not seen here; all must share" in first
+    assert not list((tmp_path / "run" / "checkpoints").iterdir()) and not (tmp_path / "elsewhere").exists()
+
+
+def with_other_data(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(run, "open_data", lambda *_: range(3))
+        return attempt(folder)
+
+
+def test_other_data_in_one_process_is_refused_by_all(pair, tmp_path):
+    for error in pair(with_other_data, tmp_path / "run"):
+        assert error.startswith("ValueError: data must be the same in all processes, got [3, ")
 
 
 def not_finite_in_one(folder, **changes):
@@ -305,3 +348,30 @@ def pictures(folder):
 def test_a_sharded_model_is_drawn_too(pair, tmp_path):
     pair(pictures, tmp_path / "run")
     assert (tmp_path / "run" / "pictures" / "reconstruction-00000002.png").stat().st_size > 1000
+
+
+def gathered_for_pictures(folder, objective):
+    """How often the whole model was asked for, and what was kept of it in this process."""
+    asked, gather = [], distributed.gather_weights
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "gather_weights", lambda model: (asked.append(gather(model)), asked[-1])[1])
+        warned(folder, shard=True, steps=2, objective=objective)
+    return [len(weights) for weights in asked]
+
+
+@pytest.mark.parametrize("objective", ["mae", "clip"])
+def test_a_sharded_model_is_gathered_by_the_first_process_if_it_is_drawn(pair, tmp_path, objective):
+    first, second = pair(gathered_for_pictures, tmp_path / "run", objective)
+    if objective == "clip":
+        assert first == second == []
+    else:
+        assert second == [0] and first == [len(load_run(tmp_path / "run").model.state_dict())]
+
+
+def broadcasts():
+    model = distributed.spread(torch.nn.BatchNorm1d(3), torch.device("cpu"), shard=False, bf16=False)
+    return model.broadcast_buffers
+
+
+def test_constant_buffers_are_not_sent_in_every_pass(pair):
+    assert pair(broadcasts) == [False, False]
