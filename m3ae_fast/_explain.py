@@ -25,6 +25,8 @@ def cuda_module() -> str:
         from m3ae_fast import _cuda
     except ImportError as error:
         return f"built, but cannot be imported: {error}"
+    if torch.cuda.is_available() and not _cuda.device_count():
+        return "built with a newer CUDA than this machine's driver runs"
     version = f"{_cuda.runtime_version // 1000}.{_cuda.runtime_version % 1000 // 10}"
     return f'built with CUDA {version}; unverified, never run on a GPU: its kernels run where impl="cuda" asks for them'
 

@@ -2,10 +2,10 @@
 // what TRITON_INTERPRET=1 is to Triton. Slow; never part of an installed package (CMake: -DM3AE_EMULATE=ON).
 //
 // A block's threads are fibers. Each runs until it has to wait for others, at a barrier or at an operation of its warp;
-// a barrier falls when every thread of the block that has not returned waits there. So the threads between two
-// barriers run one after the other: ascending, or descending after reverse(), and a kernel whose results differ between
-// the two lacks a barrier. What a GPU leaves undefined is an error here: lanes of a warp at different operations, lanes
-// that have returned, a barrier that not all threads reach. Shared memory starts as NaN, misaligned vectors throw,
+// a barrier falls when every thread of the block that has not returned waits there. So between two barriers the warps
+// run one after the other, and so do a warp's threads between two of its operations: ascending, or descending after
+// reverse(), and a kernel whose results differ between the two lacks a barrier. What a GPU leaves undefined is an error here: lanes of a warp at different operations, lanes
+// that have returned, a barrier that not all threads reach. Dynamic shared memory starts as NaN, misaligned vectors throw,
 // asynchronous copies arrive when their thread waits for them and no earlier.
 #pragma once
 
@@ -165,16 +165,19 @@ inline bool release_block(int threads) {
 inline void run_block(int threads) {
   std::memset(static_cast<void*>(shared.data()), 0xFF, shared.size() * sizeof(uint4));  // NaN
   for (int i = 0; i < threads; ++i) start(*fibers[i], i);
-  for (;;) {
-    for (int i = 0; i < threads; ++i) {
-      current = fibers[reversed ? threads - 1 - i : i].get();
-      if (current->state == State::runs) swapcontext(&scheduler, &current->context);
-      if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+  const int warps = (threads + kWarp - 1) / kWarp;
+  do {
+    for (int w = 0; w < warps; ++w) {
+      const int first = (reversed ? warps - 1 - w : w) * kWarp, last = std::min(first + kWarp, threads);
+      do {
+        for (int i = first; i < last; ++i) {
+          current = fibers[reversed ? first + last - 1 - i : i].get();
+          if (current->state == State::runs) swapcontext(&scheduler, &current->context);
+          if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+        }
+      } while (release_warp(first, threads));
     }
-    bool released = false;
-    for (int first = 0; first < threads; first += kWarp) released |= release_warp(first, threads);
-    if (!released && !release_block(threads)) return;
-  }
+  } while (release_block(threads));
 }
 
 // Every block of a launch.

@@ -44,6 +44,8 @@ void launch(const char* name, void (*kernel)(Args...), dim3 grid, int threads, s
             typename Plain<Args>::type... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   try {
+    if (threads > 1024 || threads % kWarp != 0 || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535 || shared > size_t{227 << 10})
+      throw std::logic_error("a GPU would refuse this launch");
     emulator::run(grid, dim3(static_cast<unsigned>(threads)), shared, [&] { kernel(args...); });
   } catch (const std::exception& error) {
     throw std::runtime_error(std::string(name) + ": " + error.what());
@@ -90,8 +92,11 @@ void launch(const char* name, void (*kernel)(Args...), dim3 grid, int threads, s
   const OnDevice on(stream.device);
   const void* function = reinterpret_cast<const void*>(kernel);
   constexpr size_t kWithoutAsking = 48 << 10;
-  if (shared > kWithoutAsking)
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
+  if (shared > kWithoutAsking) {  // all there is: less would take it from another thread's launch of the same kernel
+    int most = 0;
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device), name);
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
+  }
   void* pointers[] = {&args...};
   check(cudaLaunchKernel(function, grid, dim3(static_cast<unsigned>(threads)), pointers, shared,
                          reinterpret_cast<cudaStream_t>(stream.handle)),

@@ -4,6 +4,7 @@ Where torch sees a GPU, the backends that run there are tested on it too, at rea
 """
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -142,6 +143,47 @@ def test_strided_inputs(op, impl, device, case):
 
     call = make(op, impl, case).on(device)
     assert_same_bits(call.run(function(op), impl=impl), call.map(strided).run(function(op), impl=impl))
+
+
+WITHOUT_FP64 = [
+    each
+    for each in CASES
+    if (each in FIRST or each[3] == "residual") and torch.float64 not in testing.dtypes(each[1], each[0])
+]
+
+
+@pytest.mark.parametrize(("op", "impl", "device", "case"), WITHOUT_FP64)
+def test_one_fp64_argument_is_refused_or_taken_right(op, impl, device, case):
+    """A backend that takes no fp64 must not read it as something else where it comes beside another dtype."""
+    call = testing.cases(op).make(case, testing.dtypes(impl, op)[0]).on(device)
+    for i in range(sum(x.is_floating_point() for x in call.tensors())):
+        number = itertools.count()
+        mixed = call.map(lambda x, i=i, number=number: x.double() if next(number) == i else x)
+        try:
+            outputs, _ = mixed.run(function(op), impl=impl)
+        except ValueError as error:
+            assert "float64" in str(error)
+            continue
+        eager, truth = (each.run(function(op), impl="reference")[0] for each in (mixed, mixed.to(torch.float64)))
+        for results in zip(outputs, eager, truth, strict=True):
+            testing.assert_error_rule(f"argument {i} fp64", *results, factor=2)
+
+
+@pytest.mark.parametrize(("op", "impl", "device", "case"), CASES)
+def test_tensors_that_are_not_aligned(op, impl, device, case):
+    """Views that begin an element after an allocation does: what moves sixteen bytes at a time has to notice."""
+
+    def moved(x):
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+    call = testing.cases(op).make(case, testing.dtypes(impl, op)[0]).on(device)
+    outputs, gradients = call.map(moved).run(function(op), impl=impl)
+    eager = call.run(function(op), impl="reference")
+    truth = call.to(torch.float64).run(function(op), impl="reference")
+    for i, results in enumerate(zip(outputs, eager[0], truth[0], strict=True)):
+        testing.assert_error_rule(f"output {i}", *results, factor=2)
+    for i, results in enumerate(zip(gradients, eager[1], truth[1], strict=True)):
+        testing.assert_error_rule(f"gradient {i}", *results, factor=3)
 
 
 @pytest.mark.parametrize(("op", "impl", "device", "case"), CASES)

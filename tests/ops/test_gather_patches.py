@@ -103,7 +103,7 @@ def test_a_patch_named_twice_gets_both_gradients(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("patch", [8, 17, 24])
+@pytest.mark.parametrize("patch", [8, 17, 24, 177])
 def test_gradients_of_wide_patches(impl, patch, poison):
     """Exact, so wherever a pixel lies in its patch: twice the sum of its rows."""
     images = torch.zeros(2, 3, patch, 2 * patch, requires_grad=True)

@@ -469,3 +469,18 @@ def test_one_tensor_may_be_queries_keys_and_values(impl):
         (gradient,) = torch.autograd.grad(out.sum(), x)
         (same,) = torch.autograd.grad(expected.sum(), x, retain_graph=True)
         torch.testing.assert_close(gradient, same)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("queries", [5, 16])
+def test_an_infinite_key_of_no_weight_harms_no_key(impl, queries):
+    """Its scores are -inf; rows that only fill up a tile of queries must not make 0 * inf of it."""
+    q = -torch.rand(queries, 1, 32, generator=torch.Generator().manual_seed(0)) - 1
+    k, v = randn(7, 1, 32), randn(7, 1, 32)
+    k[0] = torch.inf
+    dtype = testing.dtypes(impl, "varlen_attention")[0]
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
+    out = varlen_attention(q, k, v, SeqLens([queries]), SeqLens([7]), impl=impl)
+    _, dk, dv = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert out.isfinite().all() and dk.isfinite().all() and dv.isfinite().all()
+    assert not dk[0].any() and not dv[0].any() and dv[1:].all()

@@ -45,11 +45,11 @@ struct ImageOrder {
     int channel, y, x;
   };
   int patch;
-  Divide by_plane, by_patch;
+  Divide by_patch;
 
   __device__ At operator()(int d) const {
-    const int channel = by_plane(d), y = by_patch(d - channel * patch * patch);
-    return {channel, y, d - (channel * patch + y) * patch};
+    const int line = by_patch(d), channel = by_patch(line);
+    return {channel, line - channel * patch, d - line * patch};
   }
 };
 
@@ -122,7 +122,7 @@ void backward(Address dout, Address ids, Address cu, Address dimages, std::array
                                    nullptr,          shape[1],    patch,      shape[2] / patch,
                                    shape[3] / patch, Dtype(dout_dtype),       Dtype(dtype)};
   const int64_t patches = shape[0] * args.rows * args.columns;
-  const ImageOrder order{static_cast<int>(patch), Divide(patch * patch), Divide(patch)};
+  const ImageOrder order{static_cast<int>(patch), Divide(patch)};
   const bool packs = rows_in_packs(args.dimages, patch);
   with_float(args.dout_dtype, [&](auto type) {
     using Out = typename decltype(type)::type;

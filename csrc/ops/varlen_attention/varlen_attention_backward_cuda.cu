@@ -128,8 +128,8 @@ __device__ __forceinline__ void add_queries(const Held<T, D>& held, KeySums<D>& 
   for (int i = 0; i < 8; ++i) {
     const int column = query + i / 4 * 8 + 2 * t + i % 2;
     float &weight = weights[i / 4][i % 4], &dscore = dscores[i / 4][i % 4];
-    const float power = fmaf(weight, scale2, -held.lse2()[column]);
-    weight = g + i % 4 / 2 * 8 < keys ? exp2_fast(power) : 0;
+    const float lse2 = held.lse2()[column];  // a padded query's is infinite: it weighs nothing, whatever the key
+    weight = g + i % 4 / 2 * 8 < keys && lse2 != INFINITY ? exp2_fast(fmaf(weight, scale2, -lse2)) : 0;
     dscore = weight * (dscore - held.delta()[column]);
   }
   uint32_t left[4];

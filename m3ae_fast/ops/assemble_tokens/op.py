@@ -111,7 +111,7 @@ def assemble_tokens(
         as_it_is = x is not None and x.dtype == torch.bfloat16 and out_dtype == torch.float32
         return x.contiguous() if as_it_is else param(x)
 
-    impl = _backends.pick(BACKENDS, impl, like)
+    impl = _backends.pick(BACKENDS, impl, like, out_dtype)
     args = (image_tokens, text_tokens, image_ids, text_ids, cu_image, cu_text, cls_token, text_embedding,
             image_position, text_position, image_type, text_type)  # fmt: skip
     if impl == "reference":

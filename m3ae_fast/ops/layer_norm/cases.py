@@ -4,7 +4,7 @@ import torch
 
 from m3ae_fast.testing import SHAPES, Call
 
-SMALL = ("small", "residual", "no_params", "wide", "empty")
+SMALL = ("small", "residual", "no_params", "wide", "empty", "640 columns", "1000 columns", "1540 columns")
 REAL = ("m3ae_small", "m3ae_huge", "m3ae_decoder")
 
 
@@ -20,7 +20,8 @@ def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:
     else:
         rows, width = shape.batch * (1 + shape.kept_patches) + sum(shape.kept_words(seed)), shape.width
     width = 301 if name == "wide" else width  # every tail of every unrolled loop
-    size = (0, width) if name == "empty" else (2, 5, width) if name == "wide" else (rows, width)
+    width = int(name.split()[0]) if name.endswith("columns") else width  # a GPU has a kernel for each
+    size = (0, width) if name == "empty" else (2, 5, width) if name == "wide" or "columns" in name else (rows, width)
     options = {"residual": param(*size)} if name in ("residual", "empty", *REAL) else {}
     params = (None, None) if name == "no_params" else (param(width), param(width))
     return Call((param(*size), *params), options)

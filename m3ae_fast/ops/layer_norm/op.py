@@ -63,7 +63,7 @@ def layer_norm(
         dtype = sum_dtype
     _checks.choice("dtype", dtype, _checks.FLOATS)
 
-    impl = _backends.pick(BACKENDS, impl, x)
+    impl = _backends.pick(BACKENDS, impl, x, sum_dtype)
     if impl == "reference":
         y, s = reference.layer_norm(x, residual, weight, bias, eps, dtype)
         return y if residual is None else (y, s)

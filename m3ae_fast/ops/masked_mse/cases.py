@@ -6,7 +6,16 @@ from m3ae_fast.ops.gather_patches.cases import MEAN, STD
 from m3ae_fast.seqlens import SeqLens
 from m3ae_fast.testing import SHAPES, Call
 
-SMALL = ("sample_mean", "mean norm_pix", "sum pixels", "none norm_pix", "past the end", "none masked", "empty")
+SMALL = (
+    "sample_mean",
+    "mean norm_pix",
+    "sum pixels",
+    "none norm_pix",
+    "past the end",
+    "none masked",
+    "empty",
+    "wide norm_pix",
+)
 REAL = ("m3ae_small", "mae_base norm_pix")
 
 
@@ -15,7 +24,8 @@ def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:
     real = first in SHAPES
     shape = SHAPES[first if real else "small"]
     generator = torch.Generator().manual_seed(seed)
-    patch = shape.patch_size if real else 5  # 75 values a patch: four vectors of AVX-512 and a part of one
+    # 75 values a patch: four vectors of AVX-512 and a part of one; wide: 1200, more than a GPU's warp takes
+    patch = shape.patch_size if real else 20 if first == "wide" else 5
     height, width = (shape.image_size,) * 2 if real else (3 * patch, 4 * patch)
     patches = (height // patch) * (width // patch)
     count = 0 if name == "empty" else shape.batch

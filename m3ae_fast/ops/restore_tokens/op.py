@@ -76,7 +76,7 @@ def restore_tokens(
     for name, value in (("rows", rows), ("slots", slots)):
         _checks.device(name, value, "kept", kept)
 
-    impl = _backends.pick(BACKENDS, impl, kept)
+    impl = _backends.pick(BACKENDS, impl, kept, out_dtype)
     if impl == "reference":
         tables = sum(table.shape[0] for table in (image_position, text_position) if table is not None)
         _checks.within("rows", rows, -1, kept.shape[0])
