@@ -9,7 +9,7 @@ try:
     if EMULATED:
         import _cuda_emulated as _cuda  # CMake's build folder is on the path: CONTRIBUTING.md
     else:
-        from m3ae_fast import _cuda  # noqa: F401
+        import m3ae_fast._cuda as _cuda  # noqa: F401  for the backends
 except ImportError as error:
     raise ImportError(
         f"the compiled module {'_cuda_emulated' if EMULATED else 'm3ae_fast._cuda'} cannot be imported ({error}); "
