@@ -140,6 +140,11 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def strided(heads: Tensor) -> tuple[int, int, int]:
+    """What they take for [rows, heads, width] with a dense last dimension: address, row and head strides."""
+    return address(heads), heads.stride(0), heads.stride(1)
+
+
 def code(tensor: Tensor) -> int:
     """What the compiled kernels take for a dtype."""
     return DTYPE_CODE[tensor.dtype]

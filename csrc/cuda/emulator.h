@@ -25,7 +25,6 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __noinline__
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -44,15 +43,6 @@ struct dim3 {
 };
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
-};
-struct alignas(8) uint2 {
-  uint32_t x, y;
-};
-struct alignas(8) float2 {
-  float x, y;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
 };
 
 namespace m3ae::emulator {
@@ -263,15 +253,7 @@ inline unsigned __ballot_sync(unsigned mask, int vote) {
   for (int i = 0; i < 32; ++i) votes |= static_cast<unsigned>(shown.read<bool>(i)) << i;
   return votes;
 }
-using std::max;
-using std::min;
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline float __fmul_rn(float a, float b) { return a * b; }  // built with -ffp-contract=off
 inline float __fadd_rn(float a, float b) { return a + b; }
-inline void __threadfence() {}
-inline unsigned atomicAdd(unsigned* at, unsigned value) {  // fibers take turns: nothing comes between
-  const unsigned before = *at;
-  *at += value;
-  return before;
-}

@@ -99,11 +99,6 @@ __device__ __forceinline__ void store(T* to, const Pack<T, N>& values) {
   *reinterpret_cast<Pack<T, N>*>(to) = values;
 }
 
-// Whether every row of a [rows, width] array of elements of `size` bytes can be moved in packs of sixteen bytes.
-inline bool in_packs(const void* address, int64_t width, size_t size) {
-  return reinterpret_cast<std::uintptr_t>(address) % 16 == 0 && width * static_cast<int64_t>(size) % 16 == 0;
-}
-
 // x * a + b, rounded twice, as PyTorch does it.
 __device__ __forceinline__ float multiply_add(float x, float a, float b) { return __fadd_rn(__fmul_rn(x, a), b); }
 

@@ -91,4 +91,10 @@ __device__ __forceinline__ void narrow(Raw<N> (&to)[K], const float (&from)[K][N
     for (int i = 0; i < N; ++i) to[k].words[i] = bits_of(from[k][i]);
 }
 
+// On the host: whether rows at all these addresses, null or not, can be moved four columns at a time.
+template <class... Addresses>
+bool in_fours(int64_t width, Addresses... addresses) {
+  return width % 4 == 0 && ((reinterpret_cast<std::uintptr_t>(addresses) % 16 == 0) && ...);
+}
+
 }  // namespace m3ae::cuda

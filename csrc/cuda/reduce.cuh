@@ -31,16 +31,15 @@ __device__ __forceinline__ int warp_scan(int value) {
   return value;
 }
 
-// Over a block of `warps` whole warps; every thread gets it. scratch: one T a warp, in shared memory.
-template <int warps, class T>
+// Over a block of whole warps; every thread gets it. scratch: one T a warp, in shared memory.
+template <class T>
 __device__ __forceinline__ T block_sum(T value, T* scratch) {
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
   value = warp_sum(value);
-  if (warps == 1) return value;
   __syncthreads();  // scratch may still be read
   if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
   __syncthreads();
   T sum = scratch[0];
-#pragma unroll
   for (int i = 1; i < warps; ++i) sum += scratch[i];
   return sum;
 }

@@ -187,8 +187,7 @@ using Columns = std::integral_constant<int, N>;
 template <class Function, class... Addresses>
 void with_columns(int64_t width, Function&& function, Addresses... addresses) {
   M3AE_CHECK(width < int64_t{1} << 30, "rows must have fewer than 2^30 columns, got ", width);
-  const bool packed = width % 4 == 0 && (((reinterpret_cast<std::uintptr_t>(addresses) % 16) == 0) && ...);
-  if (packed) function(Columns<4>{});
+  if (in_fours(width, addresses...)) function(Columns<4>{});
   else function(Columns<1>{});
 }
 

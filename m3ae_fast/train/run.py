@@ -159,9 +159,14 @@ def open_data(config: RunConfig, image_size: int):
     )
 
 
+def _sources(dataset) -> list:
+    """What is mixed in it, or itself."""
+    return getattr(dataset, "sources", [dataset])
+
+
 def _samples(dataset) -> int | None:
     """In an epoch; None for data without an end, or mixed with such."""
-    endless = any(getattr(source, "endless", False) for source in getattr(dataset, "sources", [dataset]))
+    endless = any(getattr(source, "endless", False) for source in _sources(dataset))
     return None if endless else len(dataset)
 
 
@@ -232,7 +237,7 @@ def refuse_differences(path: Path, saved: RunConfig, wanted: RunConfig) -> None:
 
 def warn_of_other_readers(saved: RunConfig, wanted: RunConfig, dataset) -> None:
     """Of streamed shards other numbers of workers make other batches: the run goes on, but is not quite the same."""
-    streamed = any(isinstance(source, StreamedDataset) for source in getattr(dataset, "sources", [dataset]))
+    streamed = any(isinstance(source, StreamedDataset) for source in _sources(dataset))
     if streamed and max(1, saved.workers) != max(1, wanted.workers) and distributed.is_first():
         warnings.warn(
             f"workers: {saved.workers} there, {wanted.workers} asked for: streamed shards are dealt out to them, so "

@@ -25,32 +25,34 @@ struct Packing {
   __device__ int text(int b) const { return cu_text ? cu_text[b] : 0; }
   __device__ int64_t start(int b) const { return int64_t{b} * has_cls + image(b) + text(b); }
 
-  __device__ Place at(int64_t t) const {
-    int low = 0, high = batch;  // the first sample that ends past t
+  // The first sample whose end(sample) is past `place`; batch: none.
+  template <class End>
+  __device__ int sample_of(int64_t place, const End& end) const {
+    int low = 0, high = batch;
     while (low < high) {
       const int middle = (low + high) / 2;
-      if (start(middle + 1) <= t) low = middle + 1;
+      if (end(middle) <= place) low = middle + 1;
       else high = middle;
     }
-    const bool inside = low < batch;
-    const int offset = static_cast<int>(t - start(low)) - (inside ? has_cls : 0);
-    const int images = (inside ? image(low + 1) : image_rows) - image(low);
+    return low;
+  }
+
+  __device__ Place at(int64_t t) const {
+    const int sample = sample_of(t, [&](int each) { return start(each + 1); });
+    const bool inside = sample < batch;
+    const int offset = static_cast<int>(t - start(sample)) - (inside ? has_cls : 0);
+    const int images = (inside ? image(sample + 1) : image_rows) - image(sample);
     if (offset < 0) return {kCls, 0, inside};
-    if (offset < images) return {kImage, image(low) + offset, inside};
-    return {kText, text(low) + offset - images, inside};
+    if (offset < images) return {kImage, image(sample) + offset, inside};
+    return {kText, text(sample) + offset - images, inside};
   }
 
   // The row where an image or a text token stands; -1: in no sample.
   __device__ int64_t row_of(Part part, int64_t token) const {
     const int32_t* cu = part == kImage ? cu_image : cu_text;
-    int low = 0, high = batch;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (cu[middle + 1] <= token) low = middle + 1;
-      else high = middle;
-    }
-    if (low == batch) return -1;
-    return (low + int64_t{1}) * has_cls + token + (part == kImage ? text(low) : image(low + 1));
+    const int sample = sample_of(token, [&](int each) { return cu[each + 1]; });
+    if (sample == batch) return -1;
+    return (sample + int64_t{1}) * has_cls + token + (part == kImage ? text(sample) : image(sample + 1));
   }
 };
 

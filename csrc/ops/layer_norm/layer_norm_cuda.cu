@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_wide_kernel(LayerNorm
     load_sum(s, a, row, d);
     sum += lane_sum(s);
   }
-  const float mean = block_sum<kWideThreads / kWarp>(sum, scratch) / static_cast<float>(width);
+  const float mean = block_sum(sum, scratch) / static_cast<float>(width);
   const auto load_offset = [&](int d) {  // each thread reads the columns that it stored
     load_raw(raw, a.residual ? a.s : a.x, row, dtype, d, width);
     widen(s, raw, dtype);
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_wide_kernel(LayerNorm
     load_offset(d);
     for (int i = 0; i < N; ++i) squares += s[0][i] * s[0][i];
   }
-  const float rstd = inverse_root(block_sum<kWideThreads / kWarp>(squares, scratch), a);
+  const float rstd = inverse_root(block_sum(squares, scratch), a);
   if (threadIdx.x == 0) {
     as<float>(a.stats)[t] = mean;
     as<float>(a.stats)[a.count + t] = rstd;
@@ -254,8 +254,8 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_backward_wide_kernel(
           gh += dy[0][i] * weight_at(d + i) * h[0][i];
         }
       }
-      mean_g[r] = block_sum<kWideThreads / kWarp>(g, scratch) / static_cast<float>(width);
-      mean_gh[r] = block_sum<kWideThreads / kWarp>(gh, scratch) / static_cast<float>(width);
+      mean_g[r] = block_sum(g, scratch) / static_cast<float>(width);
+      mean_gh[r] = block_sum(gh, scratch) / static_cast<float>(width);
     }
     for (int d = first; d < width; d += kWideThreads * N) {
       Pack<float, N> dweight{}, dbias{};
@@ -290,8 +290,7 @@ using Steps = std::integral_constant<int, K>;
 template <class Row, class Wide, class... Addresses>
 void choose(int64_t width, Row&& row, Wide&& wide, Addresses... addresses) {
   M3AE_CHECK(width < int64_t{1} << 30, "x must have fewer than 2^30 columns, got ", width);
-  const bool packed = width % 4 == 0 && (((reinterpret_cast<std::uintptr_t>(addresses) % 16) == 0) && ...);
-  if (!packed) return wide(Steps<1>{});
+  if (!in_fours(width, addresses...)) return wide(Steps<1>{});
   if (width <= 4 * 4 * kWarp) return row(Steps<4>{});
   if (width <= 6 * 4 * kWarp) return row(Steps<6>{});
   if (width <= 8 * 4 * kWarp) return row(Steps<8>{});

@@ -20,16 +20,7 @@ struct RowSum {
   bool alone;  // one warp a row
   float* scratch;
 
-  __device__ float operator()(float value) const {
-    value = warp_sum(value);
-    if (alone) return value;
-    __syncthreads();  // scratch may still be read
-    if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
-    __syncthreads();
-    float sum = 0;
-    for (int i = 0; i < static_cast<int>(blockDim.x) / kWarp; ++i) sum += scratch[i];
-    return sum;
-  }
+  __device__ float operator()(float value) const { return alone ? warp_sum(value) : block_sum(value, scratch); }
 };
 
 template <class T, int pack>
@@ -122,7 +113,7 @@ __global__ void __launch_bounds__(kSumThreads)
   double sum = 0;
 #pragma unroll 4
   for (int64_t i = threadIdx.x; i < count; i += kSumThreads) sum += partials[i];
-  sum = block_sum<kSumThreads / kWarp>(sum, scratch);
+  sum = block_sum(sum, scratch);
   if (threadIdx.x == 0) *loss = static_cast<float>(sum);
 }
 

@@ -5,22 +5,20 @@ import torch
 from m3ae_fast._backends import address, code
 from m3ae_fast._cuda_module import _cuda, chunks, place
 from m3ae_fast._groups import group
-from m3ae_fast.ops.assemble_tokens.gradients import empty_gradients
+from m3ae_fast.ops.assemble_tokens.outputs import empty_gradients, empty_output, samples
 
 
 def forward(
     image_tokens, text_tokens, image_ids, text_ids, cu_image, cu_text, cls_token, text_embedding, image_position,
     text_position, image_type, text_type, dtype,
 ):  # fmt: skip
-    batch = (cu_text if cu_image is None else cu_image).shape[0] - 1
-    total = (0 if cls_token is None else batch) + image_tokens.shape[0] + text_tokens.shape[0]
-    out = image_tokens.new_empty(total, image_tokens.shape[1], dtype=dtype)
+    out = empty_output(image_tokens, text_tokens, cu_image, cu_text, cls_token, dtype)
     text, words = (text_tokens, None) if text_embedding is None else (text_embedding, text_tokens)
     tensors = (image_tokens, text, words, image_ids, text_ids, cu_image, cu_text, cls_token, image_position,
                text_position, image_type, text_type, out)  # fmt: skip
     _cuda.assemble_tokens(
-        *map(address, tensors), batch, total, image_tokens.shape[0], out.shape[1], code(image_tokens),
-        code(text), code(out), *place(out),
+        *map(address, tensors), samples(cu_image, cu_text), out.shape[0], image_tokens.shape[0], out.shape[1],
+        code(image_tokens), code(text), code(out), *place(out),
     )  # fmt: skip
     return out
 
@@ -31,7 +29,7 @@ def backward(
 ):  # fmt: skip
     count, width = dout.shape
     grads = empty_gradients(dout, image_rows, text_rows, vocabulary, patches, words, image_dtype, text_dtype, need)
-    batch = (cu_text if cu_image is None else cu_image).shape[0] - 1
+    batch = samples(cu_image, cu_text)
     if any(need[:3]):  # image rows, text rows, sums
         number = chunks(count, width)
         partials = dout.new_empty(number if need[2] else 0, 3, width, dtype=torch.float32)

@@ -8,7 +8,7 @@ from torch import Tensor
 from m3ae_fast import _backends, _checks
 from m3ae_fast._autograd import Function, differentiable_once
 from m3ae_fast.ops.assemble_tokens import reference
-from m3ae_fast.ops.assemble_tokens.gradients import empty_gradients
+from m3ae_fast.ops.assemble_tokens.outputs import empty_gradients, empty_output
 from m3ae_fast.seqlens import SeqLens, cu_seqlens
 
 BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
@@ -176,9 +176,7 @@ class _AssembleTokens(Function):
 
 def _fake_forward(impl, image_tokens, text_tokens, image_ids, text_ids, cu_image, cu_text, cls_token, text_embedding,
                   image_position, text_position, image_type, text_type, dtype):  # fmt: skip
-    batch = (cu_text if cu_image is None else cu_image).shape[0] - 1
-    total = (0 if cls_token is None else batch) + image_tokens.shape[0] + text_tokens.shape[0]
-    return image_tokens.new_empty(total, image_tokens.shape[1], dtype=dtype)
+    return empty_output(image_tokens, text_tokens, cu_image, cu_text, cls_token, dtype)
 
 
 def _fake_backward(impl, dout, text_tokens, image_ids, text_ids, cu_image, cu_text, has_cls, image_rows, text_rows,

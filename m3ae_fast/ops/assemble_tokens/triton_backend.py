@@ -7,7 +7,7 @@ import triton.language as tl
 from m3ae_fast import _triton
 from m3ae_fast._groups import group
 from m3ae_fast._triton import Resource, element, load_or_zero
-from m3ae_fast.ops.assemble_tokens.gradients import empty_gradients
+from m3ae_fast.ops.assemble_tokens.outputs import empty_gradients, empty_output, samples
 
 BLOCK = 2048  # values of a row in one program, at most
 
@@ -16,14 +16,12 @@ def forward(
     image_tokens, text_tokens, image_ids, text_ids, cu_image, cu_text, cls_token, text_embedding, image_position,
     text_position, image_type, text_type, dtype,
 ):  # fmt: skip
-    batch = (cu_text if cu_image is None else cu_image).shape[0] - 1
-    total = (0 if cls_token is None else batch) + image_tokens.shape[0] + text_tokens.shape[0]
-    width = image_tokens.shape[1]
-    out = image_tokens.new_empty(total, width, dtype=dtype)
+    out = empty_output(image_tokens, text_tokens, cu_image, cu_text, cls_token, dtype)
+    total, width = out.shape
     block = min(triton.next_power_of_2(width), BLOCK)
     _forward_kernel[(total, triton.cdiv(width, block))](
         image_tokens, text_tokens, image_ids, text_ids, cu_image, cu_text, cls_token, text_embedding, image_position,
-        text_position, image_type, text_type, out, batch, image_tokens.shape[0], width, block,
+        text_position, image_type, text_type, out, samples(cu_image, cu_text), image_tokens.shape[0], width, block,
         **_triton.row_options(block),
     )  # fmt: skip
     return out
@@ -41,7 +39,7 @@ def backward(
     # text_tokens are the looked-up ids, or None: then image_rows + text_rows float rows
     tokens = image_rows + (text_rows if text_tokens is None else text_tokens.shape[0])
     source, target = dout.new_empty(count, dtype=torch.int32), dout.new_empty(tokens, dtype=torch.int32)
-    batch = (cu_text if cu_image is None else cu_image).shape[0] - 1
+    batch = samples(cu_image, cu_text)
     _places_kernel[(count,)](
         source, target, cu_image, cu_text, batch, image_rows, has_cls, **_triton.row_options(1)
     )  # fmt: skip

@@ -4,15 +4,12 @@ import torch
 
 from m3ae_fast._backends import address, code
 from m3ae_fast._cpp import _C
+from m3ae_fast.ops.layer_norm.outputs import empty_outputs
 
 
 def forward(x, residual, weight, bias, eps, dtype):
     count, width = x.shape
-    sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    accumulate = torch.float64 if sum_dtype == torch.float64 else torch.float32
-    y = x.new_empty(count, width, dtype=dtype)
-    s = x.new_empty(0 if residual is None else count, width, dtype=sum_dtype)
-    stats = x.new_empty(2, count, dtype=accumulate)
+    y, s, stats = empty_outputs(x, residual, dtype)
     _C.layer_norm(
         address(x), address(residual), address(weight), address(bias), address(y), address(s), address(stats),
         count, width, eps, code(x), code(x if residual is None else residual), code(y), code(s),

@@ -4,16 +4,14 @@ import torch
 
 from m3ae_fast._backends import address, code
 from m3ae_fast._cuda_module import _cuda, place
+from m3ae_fast.ops.layer_norm.outputs import empty_outputs
 
 PARTIALS, ROWS = 256, 8  # partial sums at most, rows of each at least: the same for a count, whatever the machine
 
 
 def forward(x, residual, weight, bias, eps, dtype):
     count, width = x.shape
-    sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    y = x.new_empty(count, width, dtype=dtype)
-    s = x.new_empty(0 if residual is None else count, width, dtype=sum_dtype)
-    stats = x.new_empty(2, count, dtype=torch.float32)
+    y, s, stats = empty_outputs(x, residual, dtype)
     _cuda.layer_norm(
         address(x), address(residual), address(weight), address(bias), address(y), address(s), address(stats),
         count, width, eps, code(x), code(x if residual is None else residual), code(y), *place(x),

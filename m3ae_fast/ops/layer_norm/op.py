@@ -8,6 +8,7 @@ from torch import Tensor
 from m3ae_fast import _backends, _checks
 from m3ae_fast._autograd import Function, differentiable_once, kept
 from m3ae_fast.ops.layer_norm import reference
+from m3ae_fast.ops.layer_norm.outputs import empty_outputs
 
 BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
 
@@ -129,12 +130,7 @@ class _LayerNorm(Function):
 
 
 def _fake_forward(impl, x, residual, weight, bias, eps, dtype):
-    count, width = x.shape
-    sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    accumulate = torch.float64 if sum_dtype == torch.float64 else torch.float32
-    y = x.new_empty(count, width, dtype=dtype)
-    s = x.new_empty(0 if residual is None else count, width, dtype=sum_dtype)
-    return y, s, x.new_empty(2, count, dtype=accumulate)
+    return empty_outputs(x, residual, dtype)
 
 
 def _fake_backward(impl, dy, ds, s, weight, stats, need_input, need_params):

@@ -6,16 +6,14 @@ import triton.language as tl
 
 from m3ae_fast import _triton
 from m3ae_fast._triton import Resource, load_or_zero
+from m3ae_fast.ops.layer_norm.outputs import empty_outputs
 
 TILE = 2048  # values that a program of the backward pass takes at a time, in whole rows
 
 
 def forward(x, residual, weight, bias, eps, dtype):
     count, width = x.shape
-    sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    y = x.new_empty(count, width, dtype=dtype)
-    s = x.new_empty(0 if residual is None else count, width, dtype=sum_dtype)
-    stats = x.new_empty(2, count, dtype=torch.float32)
+    y, s, stats = empty_outputs(x, residual, dtype)
     block = triton.next_power_of_2(width)
     _forward_kernel[(count,)](
         x, residual, weight, bias, y, s, stats, eps, count, width, block, **_triton.row_options(block)

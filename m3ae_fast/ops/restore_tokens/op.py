@@ -8,6 +8,7 @@ from torch import Tensor
 from m3ae_fast import _backends, _checks
 from m3ae_fast._autograd import Function, differentiable_once
 from m3ae_fast.ops.restore_tokens import reference
+from m3ae_fast.ops.restore_tokens.outputs import empty_gradients, empty_output
 
 BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
 
@@ -128,20 +129,11 @@ class _RestoreTokens(Function):
 
 
 def _fake_forward(impl, kept, rows, slots, *params):
-    dtype = next((p.dtype for p in params if p is not None), kept.dtype)
-    return kept.new_empty(rows.shape[0], kept.shape[1], dtype=dtype)
+    return empty_output(kept, rows, params)
 
 
 def _fake_backward(impl, dout, rows, slots, kept_rows, kept_dtype, patches, words, need):
-    width = dout.shape[1]
-    accumulate = torch.float64 if dout.dtype == torch.float64 else torch.float32
-    need_kept, need_sums, need_image_position, need_text_position = need
-    return (
-        dout.new_empty(kept_rows if need_kept else 0, width, dtype=kept_dtype),
-        dout.new_empty(2 if need_sums else 0, 2, width, dtype=accumulate),
-        dout.new_empty(patches if need_image_position else 0, width),
-        dout.new_empty(words if need_text_position else 0, width),
-    )
+    return empty_gradients(dout, kept_rows, kept_dtype, patches, words, need)
 
 
 _restore_tokens = _backends.register(

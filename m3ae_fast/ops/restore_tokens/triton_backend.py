@@ -7,14 +7,14 @@ import triton.language as tl
 from m3ae_fast import _triton
 from m3ae_fast._groups import group
 from m3ae_fast._triton import Resource, load_or_zero
+from m3ae_fast.ops.restore_tokens.outputs import empty_gradients, empty_output
 
 BLOCK = 2048  # values of a row in one program, at most
 
 
 def forward(kept, rows, slots, *params):
-    dtype = next((p.dtype for p in params if p is not None), kept.dtype)
     width, image_position = kept.shape[1], params[2]
-    out = kept.new_empty(rows.shape[0], width, dtype=dtype)
+    out = empty_output(kept, rows, params)
     block = min(triton.next_power_of_2(width), BLOCK)
     _forward_kernel[(rows.shape[0], triton.cdiv(width, block))](
         kept, rows, slots, *params, out, 0 if image_position is None else image_position.shape[0], width, block,
@@ -26,7 +26,8 @@ def forward(kept, rows, slots, *params):
 def backward(dout, rows, slots, kept_rows, kept_dtype, patches, words, need):
     count, width = dout.shape
     need_kept, need_sums, need_image_position, need_text_position = need
-    dkept = dout.new_zeros(kept_rows if need_kept else 0, width, dtype=kept_dtype)  # rows that are not named
+    dkept, dsums, dimage_position, dtext_position = empty_gradients(dout, kept_rows, kept_dtype, patches, words, need)
+    dkept.zero_()  # rows that are not named
     number, per_chunk = _triton.chunks(count)
     partials = dout.new_empty(number, 2, 2, width, dtype=torch.float32) if need_sums else None
     if need_kept or need_sums:
@@ -34,9 +35,8 @@ def backward(dout, rows, slots, kept_rows, kept_dtype, patches, words, need):
             dout, rows, slots, dkept if need_kept else None, partials, count, patches, per_chunk, width,
             _triton.ROWS, _triton.COLUMNS, **_triton.TILE_OPTIONS,
         )  # fmt: skip
-    dsums = _triton.sum_partials(partials) if need_sums else dout.new_empty(0, 2, width, dtype=torch.float32)
-    dimage_position = dout.new_empty(patches if need_image_position else 0, width)
-    dtext_position = dout.new_empty(words if need_text_position else 0, width)
+    if need_sums:
+        dsums = _triton.sum_partials(partials)
     if need_image_position or need_text_position:
         order, starts = group(slots, patches + words)
         _triton.sum_groups(dout, order, starts, dimage_position)

@@ -2,13 +2,8 @@
 
 import torch
 
-from m3ae_fast._backends import address, code
+from m3ae_fast._backends import address, code, strided
 from m3ae_fast._cpp import _C
-
-
-def _strided(x):
-    """What the kernels take for [rows, heads, width] with a dense last dimension: address, row and head strides."""
-    return address(x), x.stride(0), x.stride(1)
 
 
 def _sizes(q, k, cu_q, max_q, max_k, scale):
@@ -20,7 +15,7 @@ def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale):
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     _C.varlen_attention(
-        *map(_strided, (q, k, v)), address(cu_q), address(cu_k), address(out), address(lse),
+        *map(strided, (q, k, v)), address(cu_q), address(cu_k), address(out), address(lse),
         *_sizes(q, k, cu_q, max_q, max_k, scale),
     )  # fmt: skip
     return out, lse
@@ -28,6 +23,6 @@ def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale):
 
 def backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, dq, dk, dv):
     _C.varlen_attention_backward(
-        *map(_strided, (dout, q, k, v)), address(out), address(lse), address(dlse), address(cu_q), address(cu_k),
-        *map(_strided, (dq, dk, dv)), *_sizes(q, k, cu_q, max_q, max_k, scale),
+        *map(strided, (dout, q, k, v)), address(out), address(lse), address(dlse), address(cu_q), address(cu_k),
+        *map(strided, (dq, dk, dv)), *_sizes(q, k, cu_q, max_q, max_k, scale),
     )  # fmt: skip

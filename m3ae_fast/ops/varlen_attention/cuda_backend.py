@@ -5,7 +5,7 @@ import functools
 import torch
 
 from m3ae_fast import seqlens
-from m3ae_fast._backends import EMULATED, address, code
+from m3ae_fast._backends import EMULATED, address, code, strided
 from m3ae_fast._cuda_module import _cuda, place
 
 FLOATS = (torch.bfloat16, torch.float16)
@@ -22,11 +22,6 @@ def shared_limit(device):
     return 227 << 10 if EMULATED else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def _strided(x):
-    """What the kernels take for [rows, heads, width] with a dense last dimension: address, row and head strides."""
-    return address(x), x.stride(0), x.stride(1)
-
-
 def _sizes(q, k, cu_q, cu_k, max_q, max_k, scale):
     longest = seqlens.longest(cu_q, max_q), seqlens.longest(cu_k, max_k)
     (rows, heads, width), (key_rows, key_heads, _) = q.shape, k.shape
@@ -38,7 +33,7 @@ def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale):
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     _cuda.varlen_attention(
-        *map(_strided, (q, k, v)), address(cu_q), address(cu_k), address(out), address(lse),
+        *map(strided, (q, k, v)), address(cu_q), address(cu_k), address(out), address(lse),
         *_sizes(q, k, cu_q, cu_k, max_q, max_k, scale),
     )  # fmt: skip
     return out, lse
@@ -46,6 +41,6 @@ def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale):
 
 def backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, dq, dk, dv):
     _cuda.varlen_attention_backward(
-        *map(_strided, (dout, q, k, v)), address(out), address(lse), address(dlse), address(cu_q), address(cu_k),
-        *map(_strided, (dq, dk, dv)), *_sizes(q, k, cu_q, cu_k, max_q, max_k, scale),
+        *map(strided, (dout, q, k, v)), address(out), address(lse), address(dlse), address(cu_q), address(cu_k),
+        *map(strided, (dq, dk, dv)), *_sizes(q, k, cu_q, cu_k, max_q, max_k, scale),
     )  # fmt: skip
