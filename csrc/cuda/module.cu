@@ -1,9 +1,10 @@
 // m3ae_fast._cuda: the CUDA kernels. Tensors come as addresses, sizes and dtype codes, with the device and torch's
 // current stream there; torch is never linked, the CUDA runtime is static. Built by a C++ compiler with M3AE_EMULATED,
 // it is _cuda_emulated: the same kernels on CPU tensors, to be tested (cuda/emulator.h).
-#include <pybind11/pybind11.h>
-
+#include "cuda/bind.h"
 #include "cuda/launch.cuh"
+
+#ifndef __CUDA_ARCH__  // nothing here is for the device
 
 namespace m3ae::cuda {
 namespace {
@@ -40,3 +41,4 @@ PYBIND11_MODULE(_cuda, module) {
 #include "cuda/ops.inc"
 #undef M3AE_OP
 }
+#endif

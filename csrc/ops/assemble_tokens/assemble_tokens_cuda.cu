@@ -1,7 +1,6 @@
 // assemble_tokens on a GPU: a warp an output row, which finds the token that stands there in the offsets; backward,
 // rows are moved back and summed in one pass, tables' gradients by groups of the tokens that read the same row.
-#include <pybind11/pybind11.h>
-
+#include "cuda/bind.h"
 #include "cuda/partials.cuh"
 #include "cuda/token_rows.cuh"
 

@@ -1,8 +1,6 @@
 // gather_patches on a GPU: a warp for every kWarpValues values of a patch. Backward, of a patch of the whole image,
 // named or not: it looks for the rows that name it, in order, so that nothing has to be zeroed or sorted before.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+#include "cuda/bind.h"
 #include "cuda/sequences.cuh"
 #include "ops/gather_patches/gather_patches.h"
 #include "ops/gather_patches/patch_rows.cuh"

@@ -3,8 +3,7 @@
 // rows: a block each, read again from the caches.
 #include "ops/layer_norm/layer_norm.h"
 
-#include <pybind11/pybind11.h>
-
+#include "cuda/bind.h"
 #include "cuda/partials.cuh"
 #include "cuda/raw.cuh"
 #include "cuda/reduce.cuh"

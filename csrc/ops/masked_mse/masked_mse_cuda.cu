@@ -1,8 +1,6 @@
 // masked_mse on a GPU: a row's targets stay in the registers of its warp, or warps, for mean, variance, loss and error.
 // Every block leaves one partial sum of weighted losses; one block adds them up.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+#include "cuda/bind.h"
 #include "cuda/reduce.cuh"
 #include "cuda/sequences.cuh"
 #include "ops/gather_patches/patch_rows.cuh"

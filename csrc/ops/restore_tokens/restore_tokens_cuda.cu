@@ -1,8 +1,7 @@
 // restore_tokens on a GPU: a warp an output row; backward, kept rows are written back and sums made in one pass.
 #include "ops/restore_tokens/restore_tokens.h"
 
-#include <pybind11/pybind11.h>
-
+#include "cuda/bind.h"
 #include "cuda/partials.cuh"
 #include "cuda/token_rows.cuh"
 

@@ -1,6 +1,5 @@
 // sample_mask on a GPU: one block a sample, one launch. Words that fit are drawn once into shared memory.
-#include <pybind11/pybind11.h>
-
+#include "cuda/bind.h"
 #include "cuda/reduce.cuh"
 #include "ops/sample_mask/sample_mask.h"
 #include "philox.h"

@@ -5,8 +5,7 @@
 // block does both, and where the derivatives of the scores fit too, it keeps them for dq; else they are made twice.
 // Where the rows do not fit, or several query heads share the keys, a block does kChunk keys or kChunk queries of
 // either kind, and the other side comes kChunk rows at a time.
-#include <pybind11/pybind11.h>
-
+#include "cuda/bind.h"
 #include "ops/varlen_attention/varlen_attention.cuh"
 
 namespace m3ae::cuda {

@@ -1,8 +1,7 @@
 // varlen_attention on a GPU, forward: a block takes a sequence and a head (or some of its queries), a warp sixteen
 // queries at a time. Keys and values wait in shared memory: all of a sequence's where two blocks then fit a processor,
 // else some at a time. Scores stay in registers; the softmax is rescaled every kStep keys.
-#include <pybind11/pybind11.h>
-
+#include "cuda/bind.h"
 #include "ops/varlen_attention/varlen_attention.cuh"
 
 namespace m3ae::cuda {
