@@ -6,7 +6,7 @@
 // run one after the other, and so do a warp's threads between two of its operations: ascending, or descending after
 // reverse(), and a kernel whose results differ between the two lacks a barrier. What a GPU leaves undefined is an error here: lanes of a warp at different operations, lanes
 // that have returned, a barrier that not all threads reach. Dynamic shared memory starts as NaN, misaligned vectors throw,
-// asynchronous copies arrive when their thread waits for them and no earlier.
+// asynchronous copies arrive when their thread waits for them and no earlier; what is written just past it is found.
 #pragma once
 
 #include <ucontext.h>
@@ -48,6 +48,7 @@ struct alignas(16) uint4 {
 namespace m3ae::emulator {
 
 constexpr int kWarp = 32;
+constexpr size_t kFence = 64;  // uint4s behind a block's dynamic shared memory that nobody may write
 constexpr size_t kStack = 256 << 10, kSlot = 64;  // bytes: of a fiber's stack, of what a lane shows its warp at a time
 
 enum class State { runs, at_barrier, at_warp, done };
@@ -55,6 +56,7 @@ enum class State { runs, at_barrier, at_warp, done };
 struct Copy {
   void* to;
   uint4 value;
+  int group;
 };
 
 struct Fiber {
@@ -67,6 +69,7 @@ struct Fiber {
   int turn = 0;                     // operations of its warp so far
   alignas(16) unsigned char slots[2][kSlot];
   std::vector<Copy> copies;         // begun, not waited for
+  int groups = 0;                   // of copies, ended
   std::unique_ptr<unsigned char[]> stack;
 };
 
@@ -105,7 +108,7 @@ inline void start(Fiber& fiber, int number) {
   const unsigned n = static_cast<unsigned>(number);
   fiber.index = {n % block_size.x, n / block_size.x % block_size.y, n / block_size.x / block_size.y};
   fiber.state = State::runs;
-  fiber.arrived = fiber.turn = 0;
+  fiber.arrived = fiber.turn = fiber.groups = 0;
   fiber.copies.clear();
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -168,6 +171,9 @@ inline void run_block(int threads) {
       } while (release_warp(first, threads));
     }
   } while (release_block(threads));
+  const auto* fence = reinterpret_cast<const unsigned char*>(shared.data() + shared.size() - kFence);
+  if (std::any_of(fence, fence + kFence * sizeof(uint4), [](unsigned char byte) { return byte != 0xFF; }))
+    throw std::logic_error("a block has written past its dynamic shared memory");
 }
 
 // Every block of a launch.
@@ -177,7 +183,7 @@ inline void run(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()
   grid_size = grid;
   block_size = block;
   kernel = std::move(body);
-  shared.assign((shared_bytes + 15) / 16, uint4{});
+  shared.assign((shared_bytes + 15) / 16 + kFence, uint4{});
   const int64_t blocks = int64_t{grid.x} * grid.y * grid.z;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t b = reversed ? blocks - 1 - i : i;
@@ -185,6 +191,16 @@ inline void run(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()
                    static_cast<unsigned>(b / grid.x / grid.y)};
     run_block(threads);
   }
+}
+
+// This thread's copies of groups before the last `but` arrive.
+inline void copies_wait(int but) {
+  std::vector<Copy> late;
+  for (const Copy& copy : current->copies) {
+    if (copy.group < current->groups - but) *static_cast<uint4*>(copy.to) = copy.value;
+    else late.push_back(copy);
+  }
+  current->copies = std::move(late);
 }
 
 // What each lane shows the others of its warp: read(lane) gives it, until the warp's operation after next.
@@ -252,6 +268,14 @@ inline unsigned __ballot_sync(unsigned mask, int vote) {
   unsigned votes = 0;
   for (int i = 0; i < 32; ++i) votes |= static_cast<unsigned>(shown.read<bool>(i)) << i;
   return votes;
+}
+template <class T>
+unsigned __match_any_sync(unsigned mask, T value) {
+  m3ae::emulator::whole_warp(mask);
+  const auto shown = m3ae::emulator::show(value, "__match_any_sync");
+  unsigned peers = 0;
+  for (int i = 0; i < 32; ++i) peers |= static_cast<unsigned>(shown.template read<T>(i) == value) << i;
+  return peers;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }

@@ -39,6 +39,12 @@ __device__ T* dynamic_shared() {
   return reinterpret_cast<T*>(emulator::shared.data());
 }
 
+// As many blocks as a GPU holds at a time; here so few that each has much to do.
+template <class... Args>
+int64_t blocks_at_a_time(const char*, void (*)(Args...), int, size_t, const Stream&) {
+  return 3;
+}
+
 template <class... Args>
 void launch(const char* name, void (*kernel)(Args...), dim3 grid, int threads, size_t shared, const Stream&,
             typename Plain<Args>::type... args) {
@@ -84,6 +90,27 @@ class OnDevice {
   bool moved_ = false;
 };
 
+// Lets a kernel have so much dynamic shared memory.
+inline void allow_shared(const char* name, const void* function, size_t shared, const Stream& stream) {
+  constexpr size_t kWithoutAsking = 48 << 10;
+  if (shared <= kWithoutAsking) return;
+  int most = 0;  // all there is: less would take it from another thread's launch of the same kernel
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device), name);
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
+}
+
+// As many blocks of a kernel as the GPU holds at a time.
+template <class... Args>
+int64_t blocks_at_a_time(const char* name, void (*kernel)(Args...), int threads, size_t shared, const Stream& stream) {
+  const OnDevice on(stream.device);
+  const void* function = reinterpret_cast<const void*>(kernel);
+  allow_shared(name, function, shared, stream);
+  int processors = 0, each = 0;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, stream.device), name);
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, function, threads, shared), name);
+  return int64_t{processors} * each;
+}
+
 // One launch; RuntimeError that names the kernel if CUDA refuses it. An empty grid launches nothing.
 template <class... Args>
 void launch(const char* name, void (*kernel)(Args...), dim3 grid, int threads, size_t shared, const Stream& stream,
@@ -91,12 +118,7 @@ void launch(const char* name, void (*kernel)(Args...), dim3 grid, int threads, s
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   const OnDevice on(stream.device);
   const void* function = reinterpret_cast<const void*>(kernel);
-  constexpr size_t kWithoutAsking = 48 << 10;
-  if (shared > kWithoutAsking) {  // all there is: less would take it from another thread's launch of the same kernel
-    int most = 0;
-    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device), name);
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
-  }
+  allow_shared(name, function, shared, stream);
   void* pointers[] = {&args...};
   check(cudaLaunchKernel(function, grid, dim3(static_cast<unsigned>(threads)), pointers, shared,
                          reinterpret_cast<cudaStream_t>(stream.handle)),
@@ -104,6 +126,14 @@ void launch(const char* name, void (*kernel)(Args...), dim3 grid, int threads, s
 }
 
 #endif
+
+// x, and what is computed from it is computed here: not ahead of a loop, to wait in registers.
+__device__ __forceinline__ int here(int x) {
+#ifndef M3AE_EMULATED
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
 
 // Rows, samples or (row, head) pairs as a grid's x, one block or more each.
 inline dim3 grid(int64_t blocks) {

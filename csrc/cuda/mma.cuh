@@ -67,16 +67,18 @@ void mma(float (&sums)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t 
   }
 }
 
-// Sixteen bytes from global to shared memory, zeros where not `real`, on their way until copies_wait() of this thread.
+// Sixteen bytes from global to shared memory, zeros where not `real`, on their way until this thread waits for them.
 inline void copy16(void* to, const void* from, bool real) {
   if ((reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from)) % 16)
     throw std::logic_error("an asynchronous copy is not aligned");
-  emulator::current->copies.push_back({to, real ? *static_cast<const uint4*>(from) : uint4{}});
+  emulator::current->copies.push_back({to, real ? *static_cast<const uint4*>(from) : uint4{},
+                                       emulator::current->groups});
 }
-inline void copies_wait() {
-  for (const auto& copy : emulator::current->copies) *static_cast<uint4*>(copy.to) = copy.value;
-  emulator::current->copies.clear();
-}
+// Ends a group of copies.
+inline void copies_end() { ++emulator::current->groups; }
+// Waits for all copies, or for those of all groups but the last one ended.
+inline void copies_wait() { emulator::copies_wait(-1); }
+inline void copies_wait_but_last() { emulator::copies_wait(1); }
 
 #else
 
@@ -134,7 +136,9 @@ __device__ __forceinline__ void copy16(void* to, const void* from, bool real) {
                "r"(real ? 16 : 0)
                : "memory");
 }
+__device__ __forceinline__ void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void copies_wait_but_last() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
 #endif
 

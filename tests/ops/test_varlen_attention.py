@@ -302,6 +302,25 @@ def test_every_regime_of_cuda(impl, kib, lengths, width, groups, monkeypatch):
     assert_error_rules(testing.Call((q, k, v, q_lens, k_lens), {"return_lse": True}), impl)
 
 
+TURNS = {  # lengths, heads: blocks take several turns, sorted by length or as they come
+    "ragged": ([(7 * i * i) % 82 for i in range(60)], 2),
+    "equal": ([16] * 30, 2),
+    "one past the longest class": ([20, 1100, 3, 1030], 1),
+    "too many to sort": ([i % 3 for i in range(8200)], 1),
+}
+
+
+@CUDA
+@pytest.mark.parametrize("name", TURNS)
+@pytest.mark.parametrize("impl", ["cuda"])
+def test_turns_of_cuda(impl, name):
+    """Several short sequences at once, the longest first, no sequence left out or taken twice."""
+    lengths, heads = TURNS[name]
+    lens = SeqLens(lengths)
+    q, k, v = (randn(lens.total, heads, 32, dtype=torch.bfloat16, seed=s, grad=True) for s in range(3))
+    assert_error_rules(testing.Call((q, k, v, lens), {"return_lse": True}), impl)
+
+
 @CUDA
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", cases.REAL[:6])

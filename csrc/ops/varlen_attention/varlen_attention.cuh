@@ -11,26 +11,14 @@
 
 #include "cuda/mma.cuh"
 #include "cuda/reduce.cuh"
+#include "ops/varlen_attention/schedule.cuh"
 #include "ops/varlen_attention/varlen_attention.h"
 
 namespace m3ae::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr int kRows = 16;
-
 template <int D>
 constexpr int kStride = D + 8;
-
-__host__ __device__ __forceinline__ int tiles_of(int rows) { return (rows + kRows - 1) / kRows; }
-__device__ __forceinline__ int lane_of_warp() { return static_cast<int>(threadIdx.x) % kWarp; }
-
-// Rows of a sequence.
-struct Span {
-  int first, count;
-};
-__device__ __forceinline__ Span span(const int32_t* cu, int sequence) {
-  return {cu[sequence], cu[sequence + 1] - cu[sequence]};
-}
 
 // Where a lane points for ldmatrix, in a tile of such a stride.
 __device__ __forceinline__ int lane_place(int stride) { return lane_of_warp() % 16 * stride + lane_of_warp() / 16 * 8; }
@@ -40,31 +28,25 @@ __device__ __forceinline__ T* row_of(const HeadRows& x, int64_t row, int64_t hea
   return static_cast<T*>(x.data) + row * x.row + head * x.head;
 }
 
-// Begins to bring `rows` rows from global memory into a tile, and zeros up to `tiles` * 16 rows; copies_wait() and a
-// barrier end it. packs: sixteen bytes at a time, else element by element.
+// Begins to bring a tile's rows from global memory, the first `rows` of them, zeros after these. By a whole warp; waiting
+// for copies and a barrier end it. packs: sixteen bytes at a time, else element by element.
 template <int D, class T>
-__device__ __forceinline__ void load_rows(T* tile, const T* from, int64_t stride, int rows, int tiles, int width,
-                                          bool packs, int thread, int threads) {
+__device__ __forceinline__ void load_tile(T* tile, const HeadRows& x, int64_t row, int64_t head, int rows, int width,
+                                          bool packs) {
   constexpr int kPacks = D / 8;
-  const int rows_on = threads / kPacks, packs_on = threads % kPacks;  // from a thread's pack to its next
-  int row = thread / kPacks, pack = thread % kPacks;
-#pragma unroll 1
-  while (row < tiles * kRows) {
-    const int d = 8 * pack;
-    T* to = tile + row * kStride<D> + d;
-    const T* at = from + row * stride + d;
+  const T* from = row_of<const T>(x, row, head);
+  const int lane = here(lane_of_warp());
+#pragma unroll
+  for (int i = 0; i < kRows * kPacks / kWarp; ++i) {
+    const int place = i * kWarp + lane, r = place / kPacks, d = place % kPacks * 8;
+    T* to = tile + r * kStride<D> + d;
+    const T* at = from + r * x.row + d;
     if (packs) {
-      const bool real = row < rows && d < width;
-      copy16(to, real ? at : from, real);
+      const bool real = r < rows && d < width;
+      copy16(to, real ? at : x.data, real);
     } else {
 #pragma unroll 1
-      for (int e = 0; e < 8; ++e) to[e] = row < rows && d + e < width ? at[e] : T{};
-    }
-    row += rows_on;
-    if (kWarp % kPacks != 0) {  // else packs_on is 0
-      pack += packs_on;
-      row += pack >= kPacks;
-      pack -= pack >= kPacks ? kPacks : 0;
+      for (int e = 0; e < 8; ++e) to[e] = r < rows && d + e < width ? at[e] : T{};
     }
   }
 }
@@ -157,7 +139,7 @@ __device__ __forceinline__ void transpose_by_four(Pack<uint32_t, 4>& words) {
 template <class T, int D>
 __device__ __forceinline__ void store_rows(const float (&sums)[D / 8][4], const float (&factors)[2], T* to,
                                            int64_t stride, int rows, int width, bool packs) {
-  const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
+  const int lane = here(lane_of_warp()), g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     T* row = to + (g + 8 * half) * stride;
@@ -184,12 +166,11 @@ __device__ __forceinline__ void store_rows(const float (&sums)[D / 8][4], const 
   }
 }
 
-// Zeros in rows [first, end) of a head, by `blocks` blocks.
+// Zeros in rows [first, end) of a head, by the whole grid.
 template <class T>
-__device__ __forceinline__ void clear_rows(const HeadRows& x, int64_t head, int first, int64_t end, int width,
-                                           int block, int blocks) {
-  const int warps = static_cast<int>(blockDim.x) / kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  for (int64_t row = first + block * warps + warp; row < end; row += blocks * warps)
+__device__ __forceinline__ void clear_rows(const HeadRows& x, int64_t head, int first, int64_t end, int width) {
+  const int64_t warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
+  for (int64_t row = first + blockIdx.x * warps + warp; row < end; row += gridDim.x * warps)
     for (int d = lane_of_warp(); d < width; d += kWarp) row_of<T>(x, row, head)[d] = T{};
 }
 
@@ -201,6 +182,23 @@ inline HeadRows head_rows(const Strides& x) { return {pointer(std::get<0>(x)), s
 inline bool in_packs(const HeadRows& x, int64_t width) {
   const auto bytes = static_cast<std::uintptr_t>(2 * (x.row | x.head | width));
   return (reinterpret_cast<std::uintptr_t>(x.data) | bytes) % 16 == 0;
+}
+
+// uniform: all sequences are as long as the longest.
+inline Lengths lengths(Address cu_q, Address cu_k, int64_t sequences, int64_t heads, bool uniform) {
+  const bool sorted = !uniform && sequences <= kMostSorted;
+  return {int32s(cu_q), int32s(cu_k), static_cast<int>(sequences), static_cast<int>(heads), 0, 1,
+          sorted ? static_cast<int>(sequences + 7) / 8 * 16 : 0};
+}
+
+// As many blocks as a GPU holds at a time, or as there are turns.
+template <class... Args>
+void launch_turns(const char* name, void (*kernel)(Args...), const Lengths& lengths, int warps, size_t shared,
+                  const Stream& stream, const typename Plain<Args>::type&... args) {
+  const int64_t turns = int64_t{lengths.sequences} * lengths.heads * lengths.pieces;
+  M3AE_CHECK(turns < int64_t{1} << 31, "sequences times heads must be less than 2^31, got ", turns);
+  const int64_t most = blocks_at_a_time(name, kernel, warps * kWarp, shared, stream);
+  launch(name, kernel, grid(std::max<int64_t>(1, std::min(turns, most))), warps * kWarp, shared, stream, args...);
 }
 
 // function(Type<T>{}, the width rounded up as an integral constant).

@@ -1,6 +1,7 @@
-// varlen_attention on a GPU, forward: a block takes a sequence and a head (or some of its queries), a warp sixteen
-// queries at a time. Keys and values wait in shared memory: all of a sequence's where two blocks then fit a processor,
-// else some at a time. Scores stay in registers; the softmax is rescaled every kStep keys.
+// varlen_attention on a GPU, forward: a block takes a sequence and a head, several short sequences, or a piece of a long
+// one's queries, and then the next of its turns (schedule.cuh); a warp takes sixteen queries. Keys and values wait in
+// shared memory: all of a sequence's where two blocks then fit a processor, else some at a time; where there is room
+// for it, the next turn's are on their way meanwhile. Scores stay in registers; the softmax is rescaled every kStep keys.
 #include "cuda/bind.h"
 #include "ops/varlen_attention/varlen_attention.cuh"
 
@@ -8,16 +9,17 @@ namespace m3ae::cuda {
 namespace {
 
 constexpr int kStep = 32;   // keys between two looks at the largest score
-constexpr int kChunk = 64;  // keys in shared memory at a time where not all are
-constexpr int kMostWarps = 8;
 template <int D>
-constexpr int kLeastBlocks = D <= 64 ? 2 : 1;  // that fit a processor: 128 or 255 registers a thread
-constexpr int64_t kBlocks = 528;  // that keep a GPU busy: four for each of an H200's processors
+constexpr int kMostWarps = D <= 64 ? 8 : 6;
+template <int D>
+constexpr int kLeastBlocks = D <= 80 ? 2 : 1;  // that fit a processor: 128, 168 or 255 registers a thread
+constexpr int64_t kTurns = 528;  // that keep a GPU busy: four for each of an H200's processors
 
 struct Forward {
   VarlenAttention op;
-  const int32_t *cu_q, *cu_k;
-  int sequences, blocks, capacity;  // blocks: of a sequence and head; capacity: keys in shared memory, at most
+  Lengths lengths;
+  int capacity;  // tiles of keys in shared memory, at most
+  int stages;    // 2: the next turn's rows come while this one's are worked on
   bool packs;
   float scale2;  // of scores whose powers of two are the weights
 };
@@ -96,93 +98,182 @@ __device__ __forceinline__ void finish(const Forward& a, Softmax<D>& state, int6
 
 // The rows past the last sequence.
 template <class T>
-__device__ __forceinline__ void clear_the_rest(const Forward& a, int block, int64_t head) {
-  const int first = a.cu_q[a.sequences];
+__device__ __forceinline__ void clear_the_rest(const Forward& a) {
+  const int first = a.lengths.cu_q[a.lengths.sequences];
+  if (first == a.op.query_rows) return;
   const HeadRows out{a.op.out, a.op.heads * a.op.width, a.op.width};
-  clear_rows<T>(out, head, first, a.op.query_rows, static_cast<int>(a.op.width), block, a.blocks);
-  for (int64_t row = first + block * blockDim.x + threadIdx.x; row < a.op.query_rows; row += a.blocks * blockDim.x)
-    static_cast<float*>(a.op.lse)[head * a.op.query_rows + row] = -INFINITY;
-}
-
-template <class T, int D>
-__global__ void __launch_bounds__(kMostWarps* kWarp, kLeastBlocks<D>) varlen_attention_kernel(Forward a) {
-  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-  const int warps = threads / kWarp, warp = thread / kWarp;
-  const int block = static_cast<int>(blockIdx.x) % a.blocks, rest = static_cast<int>(blockIdx.x) / a.blocks;
-  const int heads = static_cast<int>(a.op.heads), width = static_cast<int>(a.op.width);
-  const int sequence = rest / heads;
-  const int64_t head = rest % heads, key_head = head / a.op.groups;
-  if (sequence == a.sequences) return clear_the_rest<T>(a, block, head);
-  const Span queries = span(a.cu_q, sequence), keys = span(a.cu_k, sequence);
-  const int tiles = tiles_of(queries.count);
-  if (block * warps >= tiles) return;
-
-  T* key_tile = dynamic_shared<T>();
-  T* value_tile = key_tile + a.capacity * kStride<D>;
-  T* query_tile = value_tile + (a.capacity + warp * kRows) * kStride<D>;
-  const auto bring_keys = [&](int start, int count) {
-    load_rows<D>(key_tile, row_of<const T>(a.op.k, keys.first + start, key_head), a.op.k.row, count, tiles_of(count),
-                 width, a.packs, thread, threads);
-    load_rows<D>(value_tile, row_of<const T>(a.op.v, keys.first + start, key_head), a.op.v.row, count,
-                 tiles_of(count), width, a.packs, thread, threads);
-  };
-  const bool whole = keys.count <= a.capacity;
-  if (whole) bring_keys(0, keys.count);
-  for (int first = block * warps; first < tiles; first += a.blocks * warps) {  // all warps: barriers are the block's
-    const int row = (first + warp) * kRows, rows = min(queries.count - row, kRows);
-    load_rows<D>(query_tile, row_of<const T>(a.op.q, queries.first + row, head), a.op.q.row, rows, 1, width, a.packs,
-                 lane_of_warp(), kWarp);
-    copies_wait();
-    if (whole && first == block * warps) __syncthreads();
-    else __syncwarp();
-    const Own<T, D, true> own(query_tile);
-    Softmax<D> state{{-INFINITY, -INFINITY}, {0, 0}, {}};
-    for (int start = 0; start < keys.count; start += a.capacity) {
-      const int count = min(keys.count - start, a.capacity);
-      if (!whole) {
-        __syncthreads();  // the keys before are done with
-        bring_keys(start, count);
-        copies_wait();
-        __syncthreads();
-      }
-      if (rows <= 0) continue;
-#pragma unroll 1
-      for (int key = 0; key < count; key += kStep) {
-        const int place = key * kStride<D> + lane_place(kStride<D>);
-        add_keys<T, D>(state, own, key_tile + place, value_tile + place, count - key, a.scale2);
-      }
-    }
-    if (rows > 0) finish<T, D>(a, state, queries.first + row, head, rows);
-    __syncwarp();  // query_tile is done with
+  for (int64_t head = 0; head < a.op.heads; ++head) {
+    clear_rows<T>(out, head, first, a.op.query_rows, static_cast<int>(a.op.width));
+    for (int64_t row = first + int64_t{blockIdx.x} * blockDim.x + threadIdx.x; row < a.op.query_rows;
+         row += int64_t{gridDim.x} * blockDim.x)
+      static_cast<float*>(a.op.lse)[head * a.op.query_rows + row] = -INFINITY;
   }
 }
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// A block's shared memory: per stage the tiles of keys, of values, and a tile of queries a warp.
+template <class T, int D>
+class Tiles {
+ public:
+  static constexpr int kTile = kRows * kStride<D>;
+
+  __device__ __forceinline__ Tiles(const Forward& a, const Schedule& schedule) : a_(a), schedule_(schedule) {}
+
+  __device__ __forceinline__ T* keys(int stage) const {
+    return dynamic_shared<T>() + a_.lengths.order / 2 + stage * (2 * a_.capacity + warps()) * kTile;
+  }
+  __device__ __forceinline__ T* values(int stage) const { return keys(stage) + a_.capacity * kTile; }
+  __device__ __forceinline__ T* queries(int stage) const { return values(stage) + (a_.capacity + warp()) * kTile; }
+
+
+  // Begins to bring tiles of a turn's keys from `first` on, as many as fit, into the first tiles.
+  __device__ __forceinline__ void bring_keys(const Turn& turn, int stage, int first) const {
+    const int tiles = min(turn.count * turn.tiles - first, a_.capacity);
+    const int64_t head = turn.head / a_.op.groups;
+    for (int tile = warp(); tile < tiles; tile += warps()) {
+      const int sequence = (first + tile) / turn.tiles, row = (first + tile - sequence * turn.tiles) * kRows;
+      const Span span = of(a_.lengths.cu_k, turn, sequence);
+      const auto bring = [&](T* to, const HeadRows& x) {
+        load_tile<D>(to + tile * kTile, x, span.first + row, head, span.count - row, width(), a_.packs);
+      };
+      bring(keys(stage), a_.op.k);
+      bring(values(stage), a_.op.v);
+    }
+  }
+  // This warp's queries of a turn, where the block's start with tile `start`: sixteen, fewer or none.
+  __device__ __forceinline__ Span queries_of(const Turn& turn, int start) const {
+    const int sequence = mine(turn), row = (start + warp() - sequence * turn.tiles) * kRows;
+    const Span all = of(a_.lengths.cu_q, turn, sequence);
+    return {all.first + row, all.count - row};
+  }
+  __device__ __forceinline__ void bring_queries(const Turn& turn, int stage, int start) const {
+    const Span span = queries_of(turn, start);
+    load_tile<D>(queries(stage), a_.op.q, span.first, turn.head, span.count, width(), a_.packs);
+  }
+  // The first that a turn needs.
+  __device__ __forceinline__ void bring(const Turn& turn, int stage) const {
+    if (whole(turn)) bring_keys(turn, stage, 0);
+    if (mine(turn) < turn.count) bring_queries(turn, stage, turn.piece * warps());
+  }
+
+  __device__ __forceinline__ bool whole(const Turn& turn) const { return turn.count * turn.tiles <= a_.capacity; }
+  // The sequence of a turn that this warp works on.
+  __device__ __forceinline__ static int mine(const Turn& turn) { return turn.count > 1 ? warp() / turn.tiles : 0; }
+  __device__ __forceinline__ Span of(const int32_t* cu, const Turn& turn, int sequence) const {
+    return span(cu, schedule_.order(turn.rank + sequence));
+  }
+
+  __device__ __forceinline__ static int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
+  __device__ __forceinline__ static int warps() { return static_cast<int>(blockDim.x) / kWarp; }
+
+ private:
+  __device__ __forceinline__ int width() const { return static_cast<int>(a_.op.width); }
+
+  const Forward& a_;
+  const Schedule& schedule_;
+};
+
+// A turn whose first rows lie in shared memory. All warps of the block: where not all keys fit, they bring them together.
+template <class T, int D>
+__device__ __forceinline__ void take_turn(const Forward& a, const Tiles<T, D>& tiles, const Turn& turn, int stage) {
+  const int warps = tiles.warps(), sequence = tiles.mine(turn);
+  if (sequence >= turn.count) return;  // of several sequences, which lie here whole
+  const int keys = tiles.of(a.lengths.cu_k, turn, sequence).count;
+  const int end = turn.count > 1 ? 1 : tiles_of(tiles.of(a.lengths.cu_q, turn, sequence).count);
+  for (int start = turn.piece * warps; start < end; start += turn.pieces * warps) {
+    if (start > turn.piece * warps) {
+      tiles.bring_queries(turn, stage, start);
+      copies_wait();
+      __syncwarp();
+    }
+    const bool none = tiles.queries_of(turn, start).count <= 0;
+    const Own<T, D, true> own(tiles.queries(stage));
+    Softmax<D> state{{-INFINITY, -INFINITY}, {0, 0}, {}};
+    for (int first = 0; first < keys; first += a.capacity * kRows) {
+      if (!tiles.whole(turn)) {
+        __syncthreads();  // the keys before are done with
+        tiles.bring_keys(turn, stage, first / kRows);
+        copies_wait();
+        __syncthreads();
+      }
+      if (none) continue;
+      const int count = min(keys - first, a.capacity * kRows);
+      const int base = sequence * turn.tiles * Tiles<T, D>::kTile + lane_place(kStride<D>);
+#pragma unroll 1
+      for (int key = 0; key < count; key += kStep) {
+        const int place = base + key * kStride<D>;
+        add_keys<T, D>(state, own, tiles.keys(stage) + place, tiles.values(stage) + place, count - key, a.scale2);
+      }
+    }
+    const Span queries = tiles.queries_of(turn, here(start));
+    if (!none) finish<T, D>(a, state, queries.first, turn.head, min(queries.count, kRows));
+    __syncwarp();  // the tile of queries is done with
+  }
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(kMostWarps<D>* kWarp, kLeastBlocks<D>)
+    varlen_attention_kernel(const __grid_constant__ Forward a) {
+  const Schedule schedule(a.lengths);
+  const Tiles<T, D> tiles(a, schedule);
+  clear_the_rest<T>(a);
+  tiles.bring(schedule.turn(0), 0);
+  copies_end();
+  for (int round = 0; schedule.has(round); ++round) {
+    const int stage = a.stages == 2 ? round % 2 : 0;
+    if (a.stages == 2) {
+      tiles.bring(schedule.turn(round + 1), 1 - stage);
+      copies_end();
+      copies_wait_but_last();
+    } else {
+      copies_wait();
+    }
+    schedule.begin(round);
+    take_turn<T, D>(a, tiles, schedule.now(), stage);
+    __syncthreads();  // its tiles are done with
+    if (a.stages == 1) tiles.bring(schedule.turn(round + 1), 0);
+  }
+}
+
+// How a launch shares its work out; returns (warps, bytes of shared memory).
+template <int D>
+std::pair<int, size_t> plan(Forward& a, int64_t max_q, int64_t max_k, int64_t limit) {
+  const int64_t half = (limit - 1024) / 2 - 1024, order = a.lengths.order;  // half: what each of two blocks may have
+  const auto bytes = [&](int64_t tiles, int64_t warps) {
+    return order + a.stages * (2 * tiles + warps) * kRows * kStride<D> * int64_t{2};
+  };
+  a.stages = 1;
+  int most = kMostWarps<D>;
+  while (most > 1 && bytes(most, most) > limit - 1024) --most;
+  const int queries = std::max(1, tiles_of(static_cast<int>(max_q)));
+  const int longest = std::max(queries, tiles_of(static_cast<int>(max_k))), rounds = (queries + most - 1) / most;
+  const int warps = longest <= most ? most / longest * longest : (queries + rounds - 1) / rounds;
+  const int64_t heads = std::max<int64_t>(1, a.lengths.sequences * a.op.heads);
+  a.capacity = std::max(warps, longest);
+  const bool whole = bytes(a.capacity, warps) <= half;
+  if (!whole) a.capacity = warps;
+  a.lengths.longest = longest;
+  a.lengths.pieces = whole ? static_cast<int>(std::min<int64_t>(rounds, (kTurns - 1) / heads + 1)) : rounds;
+  a.stages = 2;
+  if (bytes(a.capacity, warps) > half) a.stages = 1;
+  return {warps, static_cast<size_t>(bytes(a.capacity, warps))};
+}
 
 void forward(Strides q, Strides k, Strides v, Address cu_q, Address cu_k, Address out, Address lse, int64_t batch,
-             int64_t query_rows, int64_t /*key_rows*/, int64_t heads, int64_t key_heads, int64_t width, int64_t max_q,
+             int64_t query_rows, int64_t key_rows, int64_t heads, int64_t key_heads, int64_t width, int64_t max_q,
              int64_t max_k, double scale, int dtype, int64_t shared_limit, int device, Address stream) {
-  Forward args{{head_rows(q), head_rows(k), head_rows(v), pointer(out), pointer(lse), query_rows, heads,
-                heads / key_heads, width, scale, Dtype(dtype)},
-               int32s(cu_q), int32s(cu_k), static_cast<int>(batch), 1, 0, false, static_cast<float>(scale) * kLog2e};
+  Forward args{};
+  args.op = {head_rows(q), head_rows(k), head_rows(v), pointer(out), pointer(lse), query_rows, heads,
+             heads / key_heads, width, scale, Dtype(dtype)};
+  args.lengths = lengths(cu_q, cu_k, batch, heads, max_q * batch == query_rows && max_k * batch == key_rows);
+  args.scale2 = static_cast<float>(scale) * kLog2e;
   args.packs = in_packs(args.op.q, width) && in_packs(args.op.k, width) && in_packs(args.op.v, width) &&
                in_packs({args.op.out, heads * width, width}, width);
   with_tile(args.op.dtype, width, [&](auto type, auto tile) {
     using T = typename decltype(type)::type;
     constexpr int D = decltype(tile)::value;
-    constexpr int64_t row_bytes = kStride<D> * sizeof(T);
-    const int64_t tiles = std::max<int64_t>(1, (max_q + kRows - 1) / kRows);
-    int64_t rounds = (tiles + kMostWarps - 1) / kMostWarps;
-    const int64_t warps = (tiles + rounds - 1) / rounds;
-    const auto bytes = [&](int64_t keys) { return (2 * keys + warps * kRows) * row_bytes; };
-    int64_t capacity = std::max<int64_t>(kRows, round_up(max_k, kRows)), blocks = rounds;
-    if (bytes(capacity) <= (shared_limit - 1024) / 2)
-      blocks = std::min(rounds, (kBlocks - 1) / std::max<int64_t>(1, batch * heads) + 1);
-    else capacity = std::min<int64_t>(capacity, kChunk);
-    args.capacity = static_cast<int>(capacity);
-    args.blocks = static_cast<int>(blocks);
-    launch("varlen_attention_kernel", varlen_attention_kernel<T, D>, grid(blocks * heads * (batch + 1)),
-           static_cast<int>(warps) * kWarp, static_cast<size_t>(bytes(capacity)), Stream{device, stream}, args);
+    const auto [warps, bytes] = plan<D>(args, max_q, max_k, shared_limit);
+    launch_turns("varlen_attention_kernel", varlen_attention_kernel<T, D>, args.lengths, warps, bytes,
+                 Stream{device, stream}, args);
   });
 }
 
