@@ -253,6 +253,20 @@ inline unsigned __ballot_sync(unsigned mask, int vote) {
   for (int i = 0; i < 32; ++i) votes |= static_cast<unsigned>(shown.read<bool>(i)) << i;
   return votes;
 }
+// Blocks run one after the other: the counter is its caller's alone, and all that others wrote is seen.
+inline unsigned atomicInc(unsigned* counter, unsigned limit) {
+  const unsigned before = *counter;
+  *counter = before >= limit ? 0 : before + 1;
+  return before;
+}
+inline void __threadfence() {}
+template <class T>
+T __ldcg(const T* from) {
+  if (reinterpret_cast<std::uintptr_t>(from) % alignof(T)) throw std::logic_error("a load is not aligned");
+  T value;
+  std::memcpy(&value, from, sizeof(T));
+  return value;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline float __fmul_rn(float a, float b) { return a * b; }  // built with -ffp-contract=off

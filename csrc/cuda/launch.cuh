@@ -34,6 +34,11 @@ struct Plain {
 
 #ifdef M3AE_EMULATED
 
+class OnDevice {
+ public:
+  explicit OnDevice(int) {}
+};
+
 template <class T>
 __device__ T* dynamic_shared() {
   return reinterpret_cast<T*>(emulator::shared.data());
