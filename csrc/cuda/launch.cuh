@@ -32,6 +32,13 @@ struct Plain {
   using type = T;
 };
 
+// x, of which the compiler knows nothing more: what depends on it is computed again in each turn of a loop, instead of
+// in registers that are short.
+__device__ __forceinline__ int in_loop(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 #ifdef M3AE_EMULATED
 
 class OnDevice {
