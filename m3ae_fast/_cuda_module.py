@@ -9,7 +9,7 @@ try:
     if EMULATED:
         import _cuda_emulated as _cuda  # CMake's build folder is on the path: CONTRIBUTING.md
     else:
-        import m3ae_fast._cuda as _cuda  # noqa: F401  for the backends
+        import m3ae_fast._cuda as _cuda
 except ImportError as error:
     raise ImportError(
         f"the compiled module {'_cuda_emulated' if EMULATED else 'm3ae_fast._cuda'} cannot be imported ({error}); "
@@ -28,4 +28,24 @@ def place(tensor: Tensor) -> tuple[int, int]:
 def chunks(count: int, width: int) -> int:
     """Partial sums of a sum over rows whose blocks take a tile of 128 columns each: about 256 blocks in all, two a
     multiprocessor of an H200, and 64 rows of each at least. The same for a shape, whatever the machine."""
-    return min(-(-count // 64), max(256 * 128 // max(width, 1), 1))
+    return max(min(-(-count // 64), 256 * 128 // max(width, 128)), 1)
+
+
+def tile_tickets(number: int, width: int) -> int:
+    """What `tickets` is asked for where each tile of columns, 32 at least, has `number` partial sums."""
+    return -(-width // 32) * _cuda.sum_tickets(number)
+
+
+def tickets(like: Tensor, count: int) -> tuple[int, Tensor | None]:
+    """Counters by which the blocks of one launch find out who is last: zeros, left zero. (address, owner or None):
+    the owner has to live until the launch.
+
+    They are the module's own memory, a row for each stream, and for each stream of a CUDA graph while it is captured.
+    That is safe because the launches of a stream follow one another, those of a graph's stream too, and a graph never
+    runs beside itself; so nothing is ever filled with zeros, in a graph either. A tensor kept for good would not do:
+    torch.compile(mode="reduce-overhead") warms up in its graphs' memory pool, and takes back what it does not know of.
+    Where rows run out, after 256 streams and graphs, or are too short, a launch gets zeros of its own.
+    """
+    at = _cuda.tickets(*place(like), count)
+    owner = None if at else like.new_zeros(count, dtype=torch.int32)
+    return (at, None) if owner is None else (owner.data_ptr(), owner)

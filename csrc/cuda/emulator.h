@@ -4,9 +4,10 @@
 // A block's threads are fibers. Each runs until it has to wait for others, at a barrier or at an operation of its warp;
 // a barrier falls when every thread of the block that has not returned waits there. So between two barriers the warps
 // run one after the other, and so do a warp's threads between two of its operations: ascending, or descending after
-// reverse(), and a kernel whose results differ between the two lacks a barrier. What a GPU leaves undefined is an error here: lanes of a warp at different operations, lanes
-// that have returned, a barrier that not all threads reach. Dynamic shared memory starts as NaN, misaligned vectors throw,
-// asynchronous copies arrive when their thread waits for them and no earlier; what is written just past it is found.
+// reverse(), and a kernel whose results differ between the two lacks a barrier. What a GPU leaves undefined is an error
+// here: lanes of a warp at different operations, lanes that have returned, a barrier that not all threads reach. Dynamic
+// shared memory starts as NaN, and what is written just past it is found; misaligned vectors throw; asynchronous copies
+// arrive when their thread waits for them and no earlier.
 #pragma once
 
 #include <ucontext.h>
@@ -276,6 +277,20 @@ unsigned __match_any_sync(unsigned mask, T value) {
   unsigned peers = 0;
   for (int i = 0; i < 32; ++i) peers |= static_cast<unsigned>(shown.template read<T>(i) == value) << i;
   return peers;
+}
+// Blocks run one after the other: the counter is its caller's alone, and all that others wrote is seen.
+inline unsigned atomicInc(unsigned* counter, unsigned limit) {
+  const unsigned before = *counter;
+  *counter = before >= limit ? 0 : before + 1;
+  return before;
+}
+inline void __threadfence() {}
+template <class T>
+T __ldcg(const T* from) {
+  if (reinterpret_cast<std::uintptr_t>(from) % alignof(T)) throw std::logic_error("a load is not aligned");
+  T value;
+  std::memcpy(&value, from, sizeof(T));
+  return value;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }

@@ -32,7 +32,19 @@ struct Plain {
   using type = T;
 };
 
+// x, of which the compiler knows nothing more: what depends on it is computed here, in each turn of a loop anew, and does
+// not wait in registers that are short.
+__device__ __forceinline__ int here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 #ifdef M3AE_EMULATED
+
+class OnDevice {
+ public:
+  explicit OnDevice(int) {}
+};
 
 template <class T>
 __device__ T* dynamic_shared() {
@@ -50,7 +62,8 @@ void launch(const char* name, void (*kernel)(Args...), dim3 grid, int threads, s
             typename Plain<Args>::type... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   try {
-    if (threads > 1024 || threads % kWarp != 0 || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535 || shared > size_t{227 << 10})
+    if (threads > 1024 || threads % kWarp != 0 || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535 ||
+        shared > size_t{227 << 10})
       throw std::logic_error("a GPU would refuse this launch");
     emulator::run(grid, dim3(static_cast<unsigned>(threads)), shared, [&] { kernel(args...); });
   } catch (const std::exception& error) {
@@ -126,14 +139,6 @@ void launch(const char* name, void (*kernel)(Args...), dim3 grid, int threads, s
 }
 
 #endif
-
-// x, and what is computed from it is computed here: not ahead of a loop, to wait in registers.
-__device__ __forceinline__ int here(int x) {
-#ifndef M3AE_EMULATED
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
 
 // Rows, samples or (row, head) pairs as a grid's x, one block or more each.
 inline dim3 grid(int64_t blocks) {

@@ -1,13 +1,63 @@
 // m3ae_fast._cuda: the CUDA kernels. Tensors come as addresses, sizes and dtype codes, with the device and torch's
 // current stream there; torch is never linked, the CUDA runtime is static. Built by a C++ compiler with M3AE_EMULATED,
 // it is _cuda_emulated: the same kernels on CPU tensors, to be tested (cuda/emulator.h).
-#include "cuda/bind.h"
-#include "cuda/launch.cuh"
+#include <map>
+#include <utility>
 
-#ifndef __CUDA_ARCH__  // nothing here is for the device
+#include "cuda/bind.h"
+#include "cuda/partials.cuh"
 
 namespace m3ae::cuda {
 namespace {
+
+// What blocks count themselves with (partials.cuh): rows of tickets, each for one stream or one graph. The module's own
+// memory: torch's might lie in the pool of a graph that is being made, and be given away again with it.
+constexpr int kTicketRows = 256, kTickets = 256;
+[[maybe_unused]] __device__ unsigned ticket_rows[kTicketRows][kTickets];  // the host alone names it
+
+}  // namespace
+}  // namespace m3ae::cuda
+
+#ifndef __CUDA_ARCH__  // nothing else here is for the device
+
+namespace m3ae::cuda {
+namespace {
+
+#ifdef M3AE_EMULATED
+unsigned long long graph_of(const Stream&) { return 0; }
+Address first_ticket_row(int) { return reinterpret_cast<Address>(ticket_rows); }
+#else
+// The graph that a stream is being captured into, 0: none. Its number is no other's as long as the process lives.
+unsigned long long graph_of(const Stream& stream) {
+  cudaStreamCaptureStatus status;
+  unsigned long long graph = 0;
+  check(cudaStreamGetCaptureInfo(reinterpret_cast<cudaStream_t>(stream.handle), &status, &graph),
+        "cudaStreamGetCaptureInfo");
+  return status == cudaStreamCaptureStatusActive ? graph : 0;
+}
+
+Address first_ticket_row(int device) {
+  static std::map<int, Address> known;
+  Address& row = known[device];
+  if (!row) {
+    void* address = nullptr;
+    check(cudaGetSymbolAddress(&address, ticket_rows), "cudaGetSymbolAddress");
+    row = reinterpret_cast<Address>(address);
+  }
+  return row;
+}
+#endif
+
+// `count` tickets, which are zero while no kernel of this stream runs: its launches follow one another, as those of
+// what a graph captured of it do, and each leaves zeros. 0: no row is left, or none so long. With Python's lock held.
+Address tickets(int device, Address on, int64_t count) {
+  static std::map<int, std::map<std::pair<Address, unsigned long long>, int>> given;
+  if (count > kTickets) return 0;
+  const OnDevice on_device(device);
+  auto& rows = given[device];
+  const int row = rows.try_emplace({on, graph_of({device, on})}, static_cast<int>(rows.size())).first->second;
+  return row < kTicketRows ? first_ticket_row(device) + row * sizeof(ticket_rows[0]) : 0;
+}
 
 #ifndef M3AE_EMULATED
 int device_count() {
@@ -37,6 +87,8 @@ PYBIND11_MODULE(_cuda, module) {
   module.attr("runtime_version") = CUDART_VERSION;
   module.def("device_count", &m3ae::cuda::device_count, "CUDA devices that this build's runtime sees");
 #endif
+  module.def("tickets", &m3ae::cuda::tickets);
+  module.def("sum_tickets", [](int64_t number) { return m3ae::cuda::sum_tickets(number); });
 #define M3AE_OP(op) m3ae::cuda::bind_##op(module);
 #include "cuda/ops.inc"
 #undef M3AE_OP

@@ -2,6 +2,7 @@
 // a tile of columns and a chunk of rows a block, several rows under way at a time.
 #pragma once
 
+#include "cuda/partials.cuh"
 #include "cuda/raw.cuh"
 
 namespace m3ae::cuda {
@@ -80,8 +81,8 @@ struct Target {
 };
 
 struct MoveRows {
-  const void* dout;  // [count, width]
-  float* partials;   // [chunks][parts][width]; null: not wanted
+  const void* dout;   // [count, width]
+  Partials partials;  // [chunks][parts][width]
   int64_t count, chunk;
   int width;
   Dtype dtype;
@@ -120,7 +121,7 @@ __device__ __forceinline__ void move_rows(const MoveRows& a, const Where& where)
       }
     });
   }
-  if (!a.partials) return;
+  if (!a.partials.each) return;
 #pragma unroll
   for (int p = 0; p < parts; ++p)
 #pragma unroll
@@ -131,8 +132,10 @@ __device__ __forceinline__ void move_rows(const MoveRows& a, const Where& where)
     float total = sums[0][p][i % kTile];
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) total += sums[w][p][i % kTile];
-    if (column < a.width) a.partials[(int64_t{blockIdx.y} * parts + p) * a.width + column] = total;
+    if (column < a.width) a.partials.each[(int64_t{blockIdx.y} * parts + p) * a.width + column] = total;
   }
+  sum_partials<N>(a.partials, Tile{parts, a.width, static_cast<int>(blockIdx.x) * kTile, kTile}, blockIdx.y, gridDim.y,
+                  a.partials.tickets + blockIdx.x * sum_tickets(gridDim.y));
 }
 
 // The gradient of a table: row g is the sum of the rows of dout that row(order[i]) names for i from starts[g] to

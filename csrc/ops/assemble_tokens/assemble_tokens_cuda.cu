@@ -1,7 +1,6 @@
 // assemble_tokens on a GPU: a warp an output row, which finds the token that stands there in the offsets; backward,
 // rows are moved back and summed in one pass, tables' gradients by groups of the tokens that read the same row.
 #include "cuda/bind.h"
-#include "cuda/partials.cuh"
 #include "cuda/token_rows.cuh"
 
 namespace m3ae::cuda {
@@ -145,13 +144,16 @@ void forward(Address image_tokens, Address text_rows, Address words, Address ima
 }
 
 // A null gradient is not wanted. dparts: [3][width], class tokens, image rows and text rows, the sum of `chunks`
-// partials of that shape.
+// partials of that shape, at least one.
 void backward(Address dout, Address cu_image, Address cu_text, Address dimage, Address dtext, Address partials,
-              Address dparts, int64_t chunks, int64_t batch, int64_t count, int64_t image_rows, int64_t width,
-              bool has_cls, int image_dtype, int text_dtype, int dtype, int device, Address on) {
-  const Stream stream{device, on};
-  const int64_t chunk = chunks ? (count + chunks - 1) / chunks : 0;
-  const MoveRows a{pointer(dout), as<float>(pointer(partials)), count, chunk, static_cast<int>(width), Dtype(dtype)};
+              Address dparts, Address tickets, int64_t chunks, int64_t batch, int64_t count, int64_t image_rows,
+              int64_t width, bool has_cls, int image_dtype, int text_dtype, int dtype, int device, Address on) {
+  const MoveRows a{pointer(dout),
+                   partials_of(partials, dparts, tickets),
+                   count,
+                   (count + chunks - 1) / chunks,
+                   static_cast<int>(width),
+                   Dtype(dtype)};
   const Assembled assembled{packing_of(cu_image, cu_text, batch, has_cls, image_rows),
                             {pointer(dimage), Dtype(image_dtype)},
                             {pointer(dtext), Dtype(text_dtype)}};
@@ -159,11 +161,10 @@ void backward(Address dout, Address cu_image, Address cu_text, Address dimage, A
       width,
       [&](auto columns) {
         constexpr int N = decltype(columns)::value;
-        M3AE_LAUNCH(assemble_tokens_backward_kernel<N>, dim3(tiles(width, N), grid(chunks).x), kMoveThreads, 0, stream,
-                    a, assembled);
+        M3AE_LAUNCH(assemble_tokens_backward_kernel<N>, dim3(tiles(width, N), grid(chunks).x), kMoveThreads, 0,
+                    Stream{device, on}, a, assembled);
       },
       a.dout, assembled.image.rows, assembled.text.rows);
-  if (dparts) sum_partials(a.partials, as<float>(pointer(dparts)), chunks, 3 * width, stream);
 }
 
 // One table's gradient: see Groups. images: its rows were read for image tokens, else for text tokens.

@@ -138,9 +138,15 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_wide_kernel(LayerNorm
 
 // A chunk of rows is a block's.
 struct Chunks {
-  float* partials;  // [number][2][width]: dweight and dbias; null: not wanted
+  Partials partials;  // [number][2][width]: dweight and dbias
   int64_t number, rows;
 };
+
+// By a block that has left its own.
+template <int N>
+__device__ __forceinline__ void sum_partials(const Chunks& chunks, int width) {
+  sum_partials<N>(chunks.partials, Tile{1, 2 * width, 0, 2 * width}, blockIdx.x, gridDim.x, chunks.partials.tickets);
+}
 
 // With h = (s - mean) * rstd and g = dy * weight: dx = rstd * (g - mean(g) - h * mean(g * h)) + ds.
 template <int K, int kWarps>
@@ -149,7 +155,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) layer_norm_backward_kernel(L
   const int64_t begin = blockIdx.x * chunks.rows, end = begin + chunks.rows < a.count ? begin + chunks.rows : a.count;
   const float* stats = as<float>(a.stats);
   float* sums = dynamic_shared<float>() + 2 * warp * width;  // [warps][2][width]: each lane its own columns
-  if (chunks.partials) {
+  if (chunks.partials.each) {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (column(k) >= width) continue;
@@ -172,7 +178,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) layer_norm_backward_kernel(L
       if (column(k) >= width) continue;
 #pragma unroll
       for (int i = 0; i < 4; ++i) h[k][i] = (h[k][i] - mean) * rstd;
-      if (chunks.partials) {
+      if (chunks.partials.each) {
         auto dweight = load<4>(sums + column(k)), dbias = load<4>(sums + width + column(k));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -210,16 +216,17 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) layer_norm_backward_kernel(L
     narrow(dy, g, a.s_dtype);
     store_raw(a.dx, row, dy, a.s_dtype, column(0), width);
   }
-  if (!chunks.partials) return;
+  if (!chunks.partials.each) return;
   __syncthreads();
   sums = dynamic_shared<float>();
-  float* partial = chunks.partials + blockIdx.x * 2 * a.width;
+  float* partial = chunks.partials.each + blockIdx.x * 2 * a.width;
   for (int i = static_cast<int>(threadIdx.x); i < 2 * width; i += kWarps * kWarp) {
     float sum = sums[i];
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) sum += sums[2 * w * width + i];
     partial[i] = sum;
   }
+  sum_partials<4>(chunks, width);
 }
 
 // A few rows at a time, so that partial sums are read and written less often than rows are.
@@ -229,7 +236,7 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_backward_wide_kernel(
   const int width = static_cast<int>(a.width), first = static_cast<int>(threadIdx.x) * N;
   const int64_t begin = blockIdx.x * chunks.rows, end = begin + chunks.rows < a.count ? begin + chunks.rows : a.count;
   const float* stats = as<float>(a.stats);
-  float* partial = chunks.partials ? chunks.partials + blockIdx.x * 2 * a.width : nullptr;
+  float* partial = chunks.partials.each ? chunks.partials.each + blockIdx.x * 2 * a.width : nullptr;
   float dy[1][N], h[1][N], ds[1][N];
   Raw<N> raw[1];
   const auto load_row = [&](int64_t t, int d) {
@@ -280,6 +287,7 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_backward_wide_kernel(
       if (partial) store(partial + d, dweight), store(partial + width + d, dbias);
     }
   }
+  if (partial) sum_partials<N>(chunks, width);
 }
 
 template <int K>
@@ -306,7 +314,7 @@ void launch_forward(Steps<K>, const LayerNorm& a, const Stream& stream) {
 template <int K>
 void launch_backward(Steps<K>, const LayerNormBackward& a, const Chunks& chunks, const Stream& stream) {
   constexpr int kWarps = K <= 4 ? 8 : 4;
-  const size_t shared = chunks.partials ? static_cast<size_t>(kWarps * 2 * a.width) * sizeof(float) : 0;
+  const size_t shared = chunks.partials.each ? static_cast<size_t>(kWarps * 2 * a.width) * sizeof(float) : 0;
   M3AE_LAUNCH((layer_norm_backward_kernel<K, kWarps>), grid(chunks.number), kWarps * kWarp, shared, stream, a, chunks);
 }
 
@@ -326,13 +334,14 @@ void forward(Address x, Address residual, Address weight, Address bias, Address 
       a.x, a.residual, a.weight, a.bias, a.y, a.s);
 }
 
-// dparams: [2][width], dweight and dbias, the sum of `number` partials of that shape; null, both: not wanted.
+// dparams: [2][width], dweight and dbias, the sum of `number` partials of that shape, at least one; null, both: not
+// wanted.
 void backward(Address dy, Address ds, Address s, Address weight, Address stats, Address dx, Address partials,
-              Address dparams, int64_t number, int64_t count, int64_t width, int s_dtype, int y_dtype, int device,
-              Address on) {
+              Address dparams, Address tickets, int64_t number, int64_t count, int64_t width, int s_dtype, int y_dtype,
+              int device, Address on) {
   const LayerNormBackward a{pointer(dy), pointer(ds), pointer(s), pointer(weight), pointer(stats),
                             pointer(dx), count,       width,      Dtype(s_dtype),  Dtype(y_dtype)};
-  const Chunks chunks{as<float>(pointer(partials)), number, number ? (count + number - 1) / number : 0};
+  const Chunks chunks{partials_of(partials, dparams, tickets), number, (count + number - 1) / number};
   const Stream stream{device, on};
   choose(
       width, [&](auto steps) { launch_backward(steps, a, chunks, stream); },
@@ -341,7 +350,6 @@ void backward(Address dy, Address ds, Address s, Address weight, Address stats, 
         M3AE_LAUNCH(layer_norm_backward_wide_kernel<N>, grid(number), kWideThreads, 0, stream, a, chunks);
       },
       a.dy, a.ds, a.s, a.weight, a.dx);
-  if (dparams) sum_partials(chunks.partials, as<float>(pointer(dparams)), number, 2 * width, stream);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // masked_mse on a GPU: a row's targets stay in the registers of its warp, or warps, for mean, variance, loss and error.
-// Every block leaves one partial sum of weighted losses; one block adds them up.
+// Every block leaves one partial sum of weighted losses; the last to finish adds them up.
 #include "cuda/bind.h"
+#include "cuda/partials.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/sequences.cuh"
 #include "ops/gather_patches/patch_rows.cuh"
@@ -9,9 +10,19 @@
 namespace m3ae::cuda {
 namespace {
 
-constexpr int kRows = 4;        // of a block, where a row takes one warp
-constexpr int kMostWarps = 12;  // of a row: with more, two blocks would not have the registers they need
-constexpr int kSumThreads = 1024;
+constexpr int kRows = 4;        // of a block at a time, where a row takes one warp
+constexpr int kMostWarps = 12;  // of a row
+
+// That share a multiprocessor's registers, so 96 each: with 80, as left to itself, the compiler would spill. Where rows
+// are not moved in packs it does well alone.
+constexpr int kThreads = 640;
+
+// Of the forward pass, which take rows in turn: twice what 132 multiprocessors hold, five each, where a row takes one
+// warp. With a block for each four of 256 x 147 rows there would be 9,408 tickets, and at its ticket a block asks for
+// no rows for some 0.8 us: each multiprocessor 14 times, with all five blocks, against the 33 us that the memory takes.
+// Here it is twice, and the last block reads its ten partial sums a thread together: less than the 2 to 3 us of a
+// second launch. (H200; reasoned, not measured.) A constant: the same bits on any machine.
+constexpr int kMostBlocks = 10 * 132;
 
 // Over the lanes of a row: a warp's, or all of the block's.
 struct RowSum {
@@ -82,40 +93,36 @@ __device__ __forceinline__ double row_loss(const MaskedMse& a, const PatchTables
 }
 
 template <class Pred, int pack>
-__global__ void __launch_bounds__(kMostWarps* kWarp, 2)
-    masked_mse_kernel(const __grid_constant__ MaskedMse a, const __grid_constant__ PatchTables t, int64_t rows,
-                      Reduction reduction, float* losses, double* partials) {
+__global__ void __launch_bounds__(pack == kPack ? kThreads : kMostWarps* kWarp, pack == kPack)
+    masked_mse_kernel(const __grid_constant__ MaskedMse a, const __grid_constant__ PatchTables t, int rows,
+                      Reduction reduction, float* losses, double* partials, unsigned* ticket) {
   __shared__ float scratch[kMostWarps];
   __shared__ double weighted[kMostWarps];
   const int warp = static_cast<int>(threadIdx.x) / kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
   const bool alone = t.width <= kWarpValues, leads = threadIdx.x % kWarp == 0 && (alone || warp == 0);
-  const int64_t row = alone ? int64_t{blockIdx.x} * warps + warp : blockIdx.x;
-  double loss = 0;
-  if (row < rows)
-    loss = row_loss<Pred, pack>(a, t, reduction, row, alone ? 0 : warp * kWarpValues, RowSum{alone, scratch});
-  if (reduction == Reduction::none) {
-    if (row < rows && leads) losses[row] = static_cast<float>(loss);
-    return;
+  const int row_warps = alone ? 1 : warps, at_a_time = static_cast<int>(gridDim.x) * (warps / row_warps);
+  if (threadIdx.x % kWarp == 0) weighted[warp] = 0;
+#pragma unroll 1
+  for (int row = (static_cast<int>(blockIdx.x) * warps + warp) / row_warps; row < rows; row += at_a_time) {
+    const int first = here(alone ? 0 : warp * kWarpValues);
+    const double loss = row_loss<Pred, pack>(a, t, reduction, row, first, RowSum{alone, scratch});
+    if (leads && reduction == Reduction::none) losses[row] = static_cast<float>(loss);
+    if (leads) weighted[warp] += loss;
+    __syncwarp();  // lanes may still read the row's pixels in shared memory
   }
-  if (threadIdx.x % kWarp == 0) weighted[warp] = leads ? loss : 0;
+  if (reduction == Reduction::none) return;
   __syncthreads();
-  if (threadIdx.x != 0) return;
   double sum = 0;
-  for (int i = 0; i < warps; ++i) sum += weighted[i];
-  partials[blockIdx.x] = sum;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < warps; ++i) sum += weighted[i];
+    partials[blockIdx.x] = sum;
+  }
+  if (!last_of(gridDim.x, ticket)) return;
+  const unsigned mine = (gridDim.x + blockDim.x - 1 - threadIdx.x) / blockDim.x;
+  sum = block_sum(sum_of<1>(partials + threadIdx.x, blockDim.x, mine).at[0], weighted);
+  if (threadIdx.x == 0) *losses = static_cast<float>(sum);
 }
 
-__global__ void __launch_bounds__(kSumThreads)
-    masked_mse_sum_kernel(const double* partials, int64_t count, float* loss) {
-  __shared__ double scratch[kSumThreads / kWarp];
-  double sum = 0;
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < count; i += kSumThreads) sum += partials[i];
-  sum = block_sum(sum, scratch);
-  if (threadIdx.x == 0) *loss = static_cast<float>(sum);
-}
-
-// dpred = error * 2 / width * (weight of the row) * dloss. Of rows of no image the error is 0, but dloss may be NaN.
 template <class Pred, int pack>
 __global__ void __launch_bounds__(kRows* kWarp)
     masked_mse_backward_kernel(const Pred* error, const float* dloss, const int32_t* cu, int64_t images, Pred* dpred,
@@ -140,11 +147,12 @@ __global__ void __launch_bounds__(kRows* kWarp)
   }
 }
 
-// partials: [rows], enough for one a block. Not taken for the reduction "none".
+// partials: at least one and one a row are enough for one a block. Not taken, as the ticket, for the reduction "none".
 void forward(Address pred, int pred_dtype, int64_t rows, Address images, int dtype, std::array<int64_t, 4> shape,
              std::array<int64_t, 4> strides, int64_t patch, const std::vector<double>& scale,
              const std::vector<double>& shift, Address ids, Address cu, bool norm_pix,
-             const std::string& reduction_name, Address loss, Address error, Address partials, int device, Address on) {
+             const std::string& reduction_name, Address loss, Address error, Address partials, Address ticket,
+             int device, Address on) {
   const Stream stream{device, on};
   const PatchTables tables = patch_tables(shape[1], patch, scale, shift);
   const int row_warps = (tables.width + kWarpValues - 1) / kWarpValues;
@@ -159,19 +167,17 @@ void forward(Address pred, int pred_dtype, int64_t rows, Address images, int dty
                        shape[0],
                        Dtype(pred_dtype),
                        norm_pix};
+  M3AE_CHECK(rows < int64_t{1} << 30, "pred must have fewer than 2^30 rows for impl='cuda', got ", rows);
   const Reduction reduction = reduction_of(reduction_name);
   const int warps = row_warps == 1 ? kRows : row_warps;
-  const int64_t blocks = row_warps == 1 ? (rows + kRows - 1) / kRows : rows;
+  const int64_t blocks = std::clamp<int64_t>(row_warps == 1 ? (rows + kRows - 1) / kRows : rows, 1, kMostBlocks);
   const bool packs = rows_in_packs(args.pred, tables.width) && rows_in_packs(args.error, tables.width);
   with_float(args.pred_dtype, [&](auto type) {
     using Pred = typename decltype(type)::type;
     launch("masked_mse_kernel", packs ? masked_mse_kernel<Pred, kPack> : masked_mse_kernel<Pred, 1>, grid(blocks),
-           warps * kWarp, staging(args.source, packs, warps), stream, args, tables, rows, reduction,
-           as<float>(pointer(loss)), as<double>(pointer(partials)));
+           warps * kWarp, staging(args.source, packs, warps), stream, args, tables, static_cast<int>(rows), reduction,
+           as<float>(pointer(loss)), as<double>(pointer(partials)), as<unsigned>(pointer(ticket)));
   });
-  if (reduction != Reduction::none)
-    M3AE_LAUNCH(masked_mse_sum_kernel, dim3(1), kSumThreads, 0, stream, as<double>(pointer(partials)), blocks,
-                as<float>(pointer(loss)));
 }
 
 void backward(Address dloss, Address error, int dtype, int64_t rows, int64_t width, Address cu, int64_t images,

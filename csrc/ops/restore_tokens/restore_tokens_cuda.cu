@@ -2,7 +2,6 @@
 #include "ops/restore_tokens/restore_tokens.h"
 
 #include "cuda/bind.h"
-#include "cuda/partials.cuh"
 #include "cuda/token_rows.cuh"
 
 namespace m3ae::cuda {
@@ -73,12 +72,15 @@ void forward(Address kept, Address rows, Address slots, Address image_mask_token
 }
 
 // dkept holds zeros: only the rows that are named are written; null: not wanted. dsums: [2][2][width], the sum of
-// `chunks` partials of that shape; null, both: not wanted.
-void backward(Address dout, Address rows, Address slots, Address dkept, Address partials, Address dsums, int64_t chunks,
-              int64_t count, int64_t width, int64_t patches, int kept_dtype, int out_dtype, int device, Address on) {
-  const Stream stream{device, on};
-  const int64_t chunk = chunks ? (count + chunks - 1) / chunks : 0;
-  const MoveRows a{pointer(dout), as<float>(pointer(partials)), count, chunk, static_cast<int>(width),
+// `chunks` partials of that shape, at least one; null, both: not wanted.
+void backward(Address dout, Address rows, Address slots, Address dkept, Address partials, Address dsums,
+              Address tickets, int64_t chunks, int64_t count, int64_t width, int64_t patches, int kept_dtype,
+              int out_dtype, int device, Address on) {
+  const MoveRows a{pointer(dout),
+                   partials_of(partials, dsums, tickets),
+                   count,
+                   (count + chunks - 1) / chunks,
+                   static_cast<int>(width),
                    Dtype(out_dtype)};
   const Restored restored{int32s(rows), int32s(slots), static_cast<int32_t>(patches),
                           {pointer(dkept), Dtype(kept_dtype)}};
@@ -86,11 +88,10 @@ void backward(Address dout, Address rows, Address slots, Address dkept, Address 
       width,
       [&](auto columns) {
         constexpr int N = decltype(columns)::value;
-        M3AE_LAUNCH(restore_tokens_backward_kernel<N>, dim3(tiles(width, N), grid(chunks).x), kMoveThreads, 0, stream,
-                    a, restored);
+        M3AE_LAUNCH(restore_tokens_backward_kernel<N>, dim3(tiles(width, N), grid(chunks).x), kMoveThreads, 0,
+                    Stream{device, on}, a, restored);
       },
       a.dout, restored.dkept.rows);
-  if (dsums) sum_partials(a.partials, as<float>(pointer(dsums)), chunks, 4 * width, stream);
 }
 
 // One table's gradient: see Groups.

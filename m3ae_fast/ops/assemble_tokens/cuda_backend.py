@@ -3,7 +3,7 @@
 import torch
 
 from m3ae_fast._backends import address, code
-from m3ae_fast._cuda_module import _cuda, chunks, place
+from m3ae_fast._cuda_module import _cuda, chunks, place, tickets, tile_tickets
 from m3ae_fast._groups import group
 from m3ae_fast.ops.assemble_tokens.outputs import empty_gradients, empty_output, samples
 
@@ -33,9 +33,10 @@ def backward(
     if any(need[:3]):  # image rows, text rows, sums
         number = chunks(count, width)
         partials = dout.new_empty(number if need[2] else 0, 3, width, dtype=torch.float32)
+        ticket, _owner = tickets(dout, tile_tickets(number, width))
         _cuda.assemble_tokens_backward(
-            *map(address, (dout, cu_image, cu_text, *grads[:2], partials, grads[2])), number, batch, count, image_rows,
-            width, has_cls, code(grads[0]), code(grads[1]), code(dout), *place(dout),
+            *map(address, (dout, cu_image, cu_text, *grads[:2], partials, grads[2])), ticket, number, batch, count,
+            image_rows, width, has_cls, code(grads[0]), code(grads[1]), code(dout), *place(dout),
         )  # fmt: skip
     tables = (text_tokens, False), (image_ids, True), (text_ids, False)  # embedding, positions
     for needed, (ids, images), grad in zip(need[3:], tables, grads[3:], strict=True):

@@ -3,7 +3,7 @@
 import torch
 
 from m3ae_fast._backends import address, code
-from m3ae_fast._cuda_module import _cuda, place
+from m3ae_fast._cuda_module import _cuda, place, tickets
 from m3ae_fast.ops.layer_norm.outputs import empty_outputs
 
 PARTIALS, ROWS = 256, 8  # partial sums at most, rows of each at least: the same for a count, whatever the machine
@@ -23,10 +23,11 @@ def backward(dy, ds, s, weight, stats, need_input, need_params):
     count, width = s.shape
     dx = torch.empty_like(s) if need_input else s.new_empty(0, width)
     dparams = s.new_empty(2 if need_params else 0, width, dtype=torch.float32)
-    number = min(-(-count // ROWS), PARTIALS)
+    number = max(min(-(-count // ROWS), PARTIALS), 1)
     partials = s.new_empty(number if need_params else 0, 2, width, dtype=torch.float32)
+    ticket, _owner = tickets(s, _cuda.sum_tickets(number))
     _cuda.layer_norm_backward(
         address(dy), address(ds), address(s), address(weight), address(stats), address(dx), address(partials),
-        address(dparams), number, count, width, code(s), code(dy), *place(s),
+        address(dparams), ticket, number, count, width, code(s), code(dy), *place(s),
     )  # fmt: skip
     return dx, dparams

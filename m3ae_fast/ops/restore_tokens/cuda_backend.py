@@ -3,7 +3,7 @@
 import torch
 
 from m3ae_fast._backends import address, code
-from m3ae_fast._cuda_module import _cuda, chunks, place
+from m3ae_fast._cuda_module import _cuda, chunks, place, tickets, tile_tickets
 from m3ae_fast._groups import group
 from m3ae_fast.ops.restore_tokens.outputs import empty_gradients, empty_output
 
@@ -25,9 +25,10 @@ def backward(dout, rows, slots, kept_rows, kept_dtype, patches, words, need):
     number = chunks(count, width)
     partials = dout.new_empty(number if need_sums else 0, 2, 2, width, dtype=torch.float32)
     if need_kept or need_sums:
+        ticket, _owner = tickets(dout, tile_tickets(number, width))
         _cuda.restore_tokens_backward(
-            *map(address, (dout, rows, slots, dkept, partials, dsums)), number, count, width, patches, code(dkept),
-            code(dout), *place(dout),
+            *map(address, (dout, rows, slots, dkept, partials, dsums)), ticket, number, count, width, patches,
+            code(dkept), code(dout), *place(dout),
         )  # fmt: skip
     if need_image_position or need_text_position:
         order, starts = group(slots, patches + words)
