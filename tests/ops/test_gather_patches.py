@@ -171,6 +171,22 @@ def test_mean_and_std_as_tensors():
     assert torch.equal(numbers, gather_patches(images, ids, seqlens, patch_size=4, mean=mean, std=std))
 
 
+@pytest.mark.skipif("cuda" not in IMPLS, reason="CUDA does not run here: set M3AE_FAST_EMULATE=1")
+@pytest.mark.parametrize("impl", ["cuda"])
+def test_cuda_refuses_many_channels_and_large_patches(impl):
+    def run(channels, patch):
+        images = torch.zeros(1, channels, patch, patch, dtype=torch.uint8)
+        return gather_patches(images, torch.tensor([0]), SeqLens([1]), patch_size=patch, impl=impl)
+
+    with pytest.raises(ValueError, match="images must have 1 to 64 channels for impl='cuda', got 65"):
+        run(65, 1)
+    assert run(64, 1).shape == (1, 64)
+    with pytest.raises(
+        ValueError, match=r"patch_size must be less than 81 for impl='cuda' and images of 64 channels, got 81"
+    ):
+        run(64, 81)
+
+
 IMAGES, IDS, SEQLENS = torch.zeros(2, 3, 8, 12), torch.tensor([0, 5, 1]), torch.tensor([0, 2, 3])
 
 

@@ -36,7 +36,13 @@ inline PatchTables patch_tables(int64_t channels, int64_t patch, const std::vect
   const int64_t line = patch * channels, width = patch * line;
   M3AE_CHECK(channels >= 1 && channels <= kMaxChannels, "images must have 1 to ", kMaxChannels,
              " channels for impl='cuda', got ", channels);
-  M3AE_CHECK(width * line < int64_t{1} << 31, "patch_size must be smaller for impl='cuda', got ", patch);
+  const auto divides = [&](int64_t size) { return size * size * size * channels * channels < int64_t{1} << 31; };
+  if (!divides(patch)) {
+    int64_t limit = 1;
+    while (divides(limit)) ++limit;
+    value_error("patch_size must be less than ", limit, " for impl='cuda' and images of ", channels, " channels, got ",
+                patch);
+  }
   PatchTables tables{static_cast<int>(width), static_cast<int>(line), Divide(line), Divide(channels), {}, {}};
   std::copy(scale.begin(), scale.end(), tables.scale);
   std::copy(shift.begin(), shift.end(), tables.shift);

@@ -148,8 +148,8 @@ void forward(Address pred, int pred_dtype, int64_t rows, Address images, int dty
   const Stream stream{device, on};
   const PatchTables tables = patch_tables(shape[1], patch, scale, shift);
   const int row_warps = (tables.width + kWarpValues - 1) / kWarpValues;
-  M3AE_CHECK(row_warps <= kMostWarps, "patches must have at most ", kMostWarps * kWarpValues,
-             " values for impl='cuda', got ", tables.width);
+  M3AE_CHECK(row_warps <= kMostWarps, "patch_size must leave at most ", kMostWarps * kWarpValues,
+             " values in a patch for impl='cuda', got ", patch, ", which makes ", tables.width);
   const MaskedMse args{read_in_packs(patch_source(images, dtype, shape, strides, patch)),
                        int32s(ids),
                        int32s(cu),
