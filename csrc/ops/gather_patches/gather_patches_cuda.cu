@@ -166,7 +166,7 @@ void forward(Address images, int dtype, std::array<int64_t, 4> shape, std::array
   const size_t shared = staging(args.source, packs, kWarps);
   with_float(args.out_dtype, [&](auto type) {
     using Out = typename decltype(type)::type;
-    launch("gather_patches_kernel", packs ? gather_patches_kernel<Out, kPack> : gather_patches_kernel<Out, 1>,
+    launch("gather_patches_kernel", packs ? gather_patches_kernel<Out, kPackOf<Out>> : gather_patches_kernel<Out, 1>,
            grid_of_rows(rows, tables.width), kThreads, shared, Stream{device, on}, args, tables, rows);
   });
 }

@@ -9,7 +9,7 @@
 
 namespace m3ae::cuda {
 
-constexpr int kPack = 8;     // neighbouring values in a lane, where rows can be moved in packs; else one
+constexpr int kPack = 8;     // neighbouring values in a lane at most, where rows can be moved in packs; else one
 constexpr int kValues = 24;  // of a lane: three packs
 constexpr int kWarpValues = kWarp * kValues;  // 16 x 16 pixels of three channels
 constexpr int kMaxChannels = 64;
@@ -59,6 +59,10 @@ inline PatchSource read_in_packs(PatchSource s) {
     s.layout = Layout::strided;
   return s;
 }
+
+// As many as an instruction moves: eight floats would take two, each of which stores to half of every 32-byte sector.
+template <class T>
+constexpr int kPackOf = 16 / sizeof(T);
 
 // Whether rows of values can be read and written in packs.
 inline bool rows_in_packs(const void* address, int64_t width) {
@@ -147,7 +151,7 @@ template <int pack, class Pixel>
 __device__ __forceinline__ void read_pixels(const PatchSource& s, const PatchTables& t, const Pixel* corner, int first,
                                             float (&values)[kValues]) {
   Pack<Pixel, pack> raw[kValues / pack];
-  if (pack == kPack && s.layout == Layout::pixels) {
+  if (pack > 1 && s.layout == Layout::pixels) {
 #pragma unroll
     for (int i = 0; i < kValues / pack; ++i) {
       const int d = pack_in_row<pack>(first, i, t.width), y = t.by_line(d);
@@ -155,7 +159,7 @@ __device__ __forceinline__ void read_pixels(const PatchSource& s, const PatchTab
     }
   } else {
     Pixel* staged = dynamic_shared<Pixel>() + threadIdx.x / kWarp * kWarpValues;
-    if (pack == kPack && s.layout == Layout::planes)
+    if (pack > 1 && s.layout == Layout::planes)
       stage_planes(s, t, corner, first, staged);
     else
       stage_strided(s, t, corner, first, staged);

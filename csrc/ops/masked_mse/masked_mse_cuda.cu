@@ -182,7 +182,7 @@ void backward(Address dloss, Address error, int dtype, int64_t rows, int64_t wid
   with_float(Dtype(dtype), [&](auto type) {
     using Pred = typename decltype(type)::type;
     launch("masked_mse_backward_kernel",
-           packs ? masked_mse_backward_kernel<Pred, kPack> : masked_mse_backward_kernel<Pred, 1>, blocks,
+           packs ? masked_mse_backward_kernel<Pred, kPackOf<Pred>> : masked_mse_backward_kernel<Pred, 1>, blocks,
            kRows * kWarp, 0, Stream{device, on}, as<Pred>(pointer(error)), as<float>(pointer(dloss)), int32s(cu),
            images, as<Pred>(pointer(dpred)), rows, static_cast<int>(width), reduction_of(reduction));
   });
