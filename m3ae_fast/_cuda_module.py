@@ -25,10 +25,10 @@ def place(tensor: Tensor) -> tuple[int, int]:
     return device, torch._C._cuda_getCurrentRawStream(device)
 
 
-def chunks(count: int, width: int) -> int:
-    """Partial sums of a sum over rows whose blocks take a tile of 128 columns each: about 256 blocks in all, two a
-    multiprocessor of an H200, and 64 rows of each at least. The same for a shape, whatever the machine."""
-    return max(min(-(-count // 64), 256 * 128 // max(width, 128)), 1)
+def chunks(count: int, row_bytes: int) -> int:
+    """Partial sums of a sum over rows whose blocks take 512 bytes each of a row: about 256 blocks in all, two a
+    multiprocessor of an H200, and 64 rows of each at least. The same for a shape and dtype, whatever the machine."""
+    return max(min(-(-count // 64), 256 * 512 // max(row_bytes, 512)), 1)
 
 
 def tile_tickets(number: int, width: int) -> int:

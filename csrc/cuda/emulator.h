@@ -5,9 +5,9 @@
 // a barrier falls when every thread of the block that has not returned waits there. So between two barriers the warps
 // run one after the other, and so do a warp's threads between two of its operations: ascending, or descending after
 // reverse(), and a kernel whose results differ between the two lacks a barrier. What a GPU leaves undefined is an error
-// here: lanes of a warp at different operations, lanes that have returned, a barrier that not all threads reach. Dynamic
-// shared memory starts as NaN, and what is written just past it is found; misaligned vectors throw; asynchronous copies
-// arrive when their thread waits for them and no earlier.
+// here: lanes of a warp at different operations, lanes that have returned, a barrier that not all threads reach.
+// Dynamic shared memory starts as NaN, and what is written just past it is found; misaligned vectors throw;
+// asynchronous copies arrive when their thread waits for them and no earlier.
 #pragma once
 
 #include <ucontext.h>
@@ -293,6 +293,7 @@ T __ldcg(const T* from) {
   return value;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffsll(long long bits) { return __builtin_ffsll(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline float __fmul_rn(float a, float b) { return a * b; }  // built with -ffp-contract=off
 inline float __fadd_rn(float a, float b) { return a + b; }

@@ -32,8 +32,8 @@ struct Plain {
   using type = T;
 };
 
-// x, of which the compiler knows nothing more: what depends on it is computed here, in each turn of a loop anew, and does
-// not wait in registers that are short.
+// x, of which the compiler knows nothing more: what depends on it is computed here, in each turn of a loop anew, and
+// does not wait in registers that are short.
 __device__ __forceinline__ int here(int x) {
   asm volatile("" : "+r"(x));
   return x;

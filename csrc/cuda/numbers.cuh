@@ -96,7 +96,23 @@ __device__ __forceinline__ void store(T* to, const Pack<T, N>& values) {
 #ifdef M3AE_EMULATED
   if (reinterpret_cast<std::uintptr_t>(to) % alignof(Pack<T, N>)) throw std::logic_error("a store is not aligned");
 #endif
-  *reinterpret_cast<Pack<T, N>*>(to) = values;
+  if constexpr (sizeof(values) == 16) {  // element by element it takes more registers
+    uint4 words;
+    memcpy(&words, values.at, 16);
+    *reinterpret_cast<uint4*>(to) = words;
+  } else {
+    *reinterpret_cast<Pack<T, N>*>(to) = values;
+  }
+}
+
+// At to + at, a multiple of N. An address that is counted in packs lets the compiler see what it may store whole.
+template <class T, int N>
+__device__ __forceinline__ void store_at(T* to, int64_t at, const Pack<T, N>& values) {
+#ifdef M3AE_EMULATED
+  if (at % N || reinterpret_cast<std::uintptr_t>(to) % alignof(Pack<T, N>))
+    throw std::logic_error("a store is not aligned");
+#endif
+  reinterpret_cast<Pack<T, N>*>(to)[static_cast<uint64_t>(at) / N] = values;
 }
 
 // x * a + b, rounded twice, as PyTorch does it.

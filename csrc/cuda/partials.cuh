@@ -72,16 +72,19 @@ struct Tile {
   int rows, width, first, columns;
 };
 
-// By each block that has left its partial sum of the tile: partial sum `mine` of `number`. N: columns moved together.
+// By each block that has left its partial sum of the tile: partial sum `mine` of `number`. N: columns that a lane
+// moves; fours of floats are sixteen bytes.
 template <int N>
 __device__ __forceinline__ void sum_partials(const Partials& a, const Tile& tile, unsigned mine, unsigned number,
                                              unsigned* tickets) {
+  constexpr int kFloats = N < 4 ? N : 4;
   const int64_t size = int64_t{tile.rows} * tile.width;
   const auto add = [&](const float* from, int64_t stride, unsigned count, float* to) {
-    for (unsigned i = threadIdx.x * N; i < static_cast<unsigned>(tile.rows * tile.columns); i += blockDim.x * N) {
+    const unsigned end = static_cast<unsigned>(tile.rows * tile.columns);
+    for (unsigned i = threadIdx.x * kFloats; i < end; i += blockDim.x * kFloats) {
       const int row = static_cast<int>(i) / tile.columns, column = tile.first + static_cast<int>(i) % tile.columns;
       const int64_t at = int64_t{row} * tile.width + column;
-      if (column < tile.width) store(to + at, sum_of<N>(from + at, stride, count));
+      if (column < tile.width) store(to + at, sum_of<kFloats>(from + at, stride, count));
     }
   };
   const unsigned groups = (number + kGroup - 1) / kGroup, group = mine / kGroup, first = group * kGroup;

@@ -22,7 +22,7 @@ struct TokenRow {
 
 template <int N>
 __device__ __forceinline__ void write_row(void* out, int64_t at, Dtype dtype, const TokenRow& row, int width) {
-  constexpr int K = 4;
+  constexpr int K = N == 8 ? 2 : 4;  // of a 16-bit type 32 bytes a lane and part
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int d = lane * N; d < width; d += K * kWarp * N) {
     Raw<N> source[K], position[K], type[K];
@@ -47,7 +47,8 @@ __device__ __forceinline__ void write_row(void* out, int64_t at, Dtype dtype, co
 template <int N, class Each>
 __device__ __forceinline__ void for_rows(const void* rows, Dtype dtype, int width, int d, int64_t mine, int n,
                                          Each&& each) {
-  const auto loop = [&](auto* from) {
+  with_size<N>(dtype, [&](auto element) {
+    const auto* from = as<decltype(element)>(rows);
     for (int i = 0; i < n; i += kTogether) {
       Raw<N> raw[kTogether];
 #pragma unroll
@@ -63,9 +64,7 @@ __device__ __forceinline__ void for_rows(const void* rows, Dtype dtype, int widt
         each(i + r, values[0]);
       }
     }
-  };
-  if (dtype == Dtype::f32) loop(as<float>(rows));
-  else loop(as<uint16_t>(rows));
+  });
 }
 
 // Where a row of the output's gradient goes.
@@ -183,14 +182,13 @@ __device__ __forceinline__ void sum_group(const Groups& a, const Row& row) {
   store_raw(a.out, int64_t{blockIdx.x} * a.width, out, a.out_dtype, d, a.width);
 }
 
-// function(Columns<N>{}): N = 4 columns a lane where every row of all these addresses can be moved so, else 1.
-template <int N>
-using Columns = std::integral_constant<int, N>;
-
-template <class Function, class... Addresses>
-void with_columns(int64_t width, Function&& function, Addresses... addresses) {
+// function(Columns<N>{}) with the columns of these rows that a lane moves at a time.
+template <class Function>
+void with_columns(int64_t width, std::initializer_list<Rows> rows, Function&& function) {
   M3AE_CHECK(width < int64_t{1} << 30, "rows must have fewer than 2^30 columns, got ", width);
-  if (in_fours(width, addresses...)) function(Columns<4>{});
+  const int columns = columns_a_lane(width, rows);
+  if (columns == 8) function(Columns<8>{});
+  else if (columns == 4) function(Columns<4>{});
   else function(Columns<1>{});
 }
 

@@ -103,16 +103,32 @@ def test_a_patch_named_twice_gets_both_gradients(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("patch", [8, 17, 24, 177])
-def test_gradients_of_wide_patches(impl, patch, poison):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("patch", "channels"), [(8, 3), (8, 1), (17, 3), (24, 3), (177, 3), (16, 5), (16, 64)])
+def test_gradients_of_every_patch(impl, patch, channels, dtype, poison):
     """Exact, so wherever a pixel lies in its patch: twice the sum of its rows."""
-    images = torch.zeros(2, 3, patch, 2 * patch, requires_grad=True)
+    images = torch.zeros(2, channels, patch, 2 * patch, dtype=dtype, requires_grad=True)
     image, ids = torch.tensor([0, 0, 0, 1]), torch.tensor([1, 0, 1, 0])
-    out = gather_patches(images, ids, SeqLens([3, 1]), patch_size=patch, std=[0.5] * 3, impl=impl)
-    dout = torch.randint(-8, 9, out.shape, generator=torch.Generator().manual_seed(0)).float()
+    out = gather_patches(images, ids, SeqLens([3, 1]), patch_size=patch, std=[0.5] * channels, impl=impl)
+    dout = torch.randint(-8, 9, out.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     (gradient,) = torch.autograd.grad(out, images, dout)
-    want = torch.zeros(2, 2, dout.shape[1]).index_put((image, ids), 2 * dout, accumulate=True)
-    assert torch.equal(patchify(gradient, patch), want)
+    want = torch.zeros(2, 2, dout.shape[1]).index_put((image, ids), 2 * dout.float(), accumulate=True)
+    assert torch.equal(patchify(gradient.float(), patch), want)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_patch_that_many_rows_name(impl, offset, poison):
+    """More rows than a warp of a GPU looks at together, the last of another image; gradients that are not aligned."""
+    rows = torch.tensor([150, 1])
+    ids = torch.arange(151) % 3
+    images = torch.zeros(2, 3, 8, 24, requires_grad=True)
+    out = gather_patches(images, ids, SeqLens(rows.tolist()), patch_size=8, impl=impl)
+    dout = torch.randint(-8, 9, (out.numel() + offset,), generator=torch.Generator().manual_seed(0)).float()
+    dout = dout[offset:].view(out.shape)
+    (gradient,) = torch.autograd.grad(out, images, dout)
+    want = torch.zeros(2, 3, 192).index_put((torch.arange(2).repeat_interleave(rows), ids), dout, accumulate=True)
+    assert torch.equal(patchify(gradient, 8), want)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -153,6 +169,22 @@ def test_mean_and_std_as_tensors():
     numbers = gather_patches(images, ids, seqlens, patch_size=4, mean=MEAN, std=list(STD))
     mean, std = torch.tensor(MEAN, dtype=torch.float64), torch.tensor(STD, dtype=torch.float64)
     assert torch.equal(numbers, gather_patches(images, ids, seqlens, patch_size=4, mean=mean, std=std))
+
+
+@pytest.mark.skipif("cuda" not in IMPLS, reason="CUDA does not run here: set M3AE_FAST_EMULATE=1")
+@pytest.mark.parametrize("impl", ["cuda"])
+def test_cuda_refuses_many_channels_and_large_patches(impl):
+    def run(channels, patch):
+        images = torch.zeros(1, channels, patch, patch, dtype=torch.uint8)
+        return gather_patches(images, torch.tensor([0]), SeqLens([1]), patch_size=patch, impl=impl)
+
+    with pytest.raises(ValueError, match="images must have 1 to 64 channels for impl='cuda', got 65"):
+        run(65, 1)
+    assert run(64, 1).shape == (1, 64)
+    with pytest.raises(
+        ValueError, match=r"patch_size must be less than 81 for impl='cuda' and images of 64 channels, got 81"
+    ):
+        run(64, 81)
 
 
 IMAGES, IDS, SEQLENS = torch.zeros(2, 3, 8, 12), torch.tensor([0, 5, 1]), torch.tensor([0, 2, 3])

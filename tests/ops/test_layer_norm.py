@@ -62,6 +62,25 @@ def test_every_mix_of_dtypes(impl, x, residual, params, out):
         testing.assert_error_rule(f"gradient {i}", *results, factor=3)
 
 
+@pytest.mark.parametrize("width", [40, 520])
+@pytest.mark.parametrize("unaligned", ["x", "weight", "residual"])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_alignments(impl, dtype, unaligned, width):
+    """Rows at a multiple of 8 bytes, a parameter at one of 4: what a GPU moves in packs elsewhere."""
+
+    def place(name, dtype, *size):
+        x = rows(*size, dtype=dtype, seed=len(name)).detach()
+        offset = (1 if name == "weight" else 8 // x.element_size()) if name == unaligned else 0
+        return torch.cat([x.new_zeros(offset), x.flatten()])[offset:].view(size).requires_grad_()
+
+    x, weight = place("x", dtype, 5, width), place("weight", FP32, width)
+    call = testing.Call((x, weight, None), {"residual": place("residual", dtype, 5, width)})
+    outputs, gradients = call.run(layer_norm, impl=impl)
+    aligned = call.map(lambda x: x.clone())
+    expected, expected_gradients = aligned.run(layer_norm, impl=impl)
+    torch.testing.assert_close((outputs, gradients), (expected, expected_gradients))
+
+
 def test_the_sum_is_normalised_as_it_was_rounded(impl):
     """bf16: y equals the norm of the s that is returned, not of a finer sum that nobody sees."""
     x, residual = rows(64, 40, dtype=BF16), rows(64, 40, dtype=BF16, seed=1)

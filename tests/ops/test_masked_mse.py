@@ -222,3 +222,20 @@ def test_the_reference_compiles_whole():
         ours, gradient = call.run(masked_mse, impl="reference")
         again, gradient_again = call.run(compiled, impl="reference")
         assert torch.equal(ours[0], again[0]) and torch.equal(gradient[0], gradient_again[0])
+
+
+@pytest.mark.skipif("cuda" not in IMPLS, reason="CUDA does not run here: set M3AE_FAST_EMULATE=1")
+@pytest.mark.parametrize("impl", ["cuda"])
+def test_cuda_refuses_many_channels_and_large_patches(impl):
+    def run(channels, patch):
+        images = torch.zeros(1, channels, patch, patch)
+        pred = torch.ones(1, channels * patch * patch)
+        return masked_mse(pred, images, torch.tensor([0]), SeqLens([1]), patch_size=patch, impl=impl)
+
+    with pytest.raises(ValueError, match="images must have 1 to 64 channels for impl='cuda', got 65"):
+        run(65, 2)
+    with pytest.raises(
+        ValueError, match=r"patch_size must leave at most 9216 values in a patch for impl='cuda', got 56, .* 9408"
+    ):
+        run(3, 56)
+    assert run(1, 96) == 1

@@ -54,6 +54,24 @@ def test_every_backend_gives_the_same_bits_for_every_mix_of_dtypes(impl, kept, p
         testing.assert_error_rule(f"gradient {i}", *results, factor=3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("width", "offset"), [(12, 0), (264, 0), (264, 4), (1032, 0)])
+def test_widths_and_alignments(impl, width, offset, dtype):
+    """On a GPU a lane moves eight columns or four, as these allow, in one tile or several."""
+
+    def stretch(x):
+        wide = x.repeat(*[1] * (x.dim() - 1), -(-width // x.shape[-1]))[..., :width]
+        return torch.cat([x.new_zeros(offset), wide.flatten()])[offset:].view(wide.shape)
+
+    call = cases.make("small", dtype).map(stretch)
+    (out,), gradients = call.run(restore_tokens, impl=impl)
+    (expected,), eager = call.run(restore_tokens, impl="reference")
+    assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8))
+    truth = call.to(torch.float64).run(restore_tokens, impl="reference")[1]
+    for i, results in enumerate(zip(gradients, eager, truth, strict=True)):
+        testing.assert_error_rule(f"gradient {i}", *results, factor=3)
+
+
 def test_rows_of_nothing_are_zero(impl):
     """rows -1 and slots -1: neither a source nor a place."""
     kept = torch.randn(2, 8, requires_grad=True)

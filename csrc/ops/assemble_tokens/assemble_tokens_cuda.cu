@@ -96,10 +96,10 @@ struct Assembled {
 
   __device__ Move of(int64_t t) const {
     const Packing::Place place = packing.at(t);
-    return {place.part, place.token, !place.inside};
+    return {place.part, place.part == kCls ? -1 : place.token, !place.inside};
   }
   __device__ Target target(int part) const {
-    return part == kImage ? image : part == kText ? text : Target{nullptr, Dtype::f32};
+    return {part == kImage ? image.rows : text.rows, part == kImage ? image.dtype : text.dtype};
   }
 };
 
@@ -133,14 +133,19 @@ void forward(Address image_tokens, Address text_rows, Address words, Address ima
                          width,
                          Dtype(dtype)};
   const int64_t warps = kRowThreads / kWarp;
-  with_columns(
-      width,
-      [&](auto columns) {
-        constexpr int N = decltype(columns)::value;
-        M3AE_LAUNCH(assemble_tokens_kernel<N>, grid((count + warps - 1) / warps), kRowThreads, 0, Stream{device, on},
-                    a);
-      },
-      a.image.rows, a.image.position, a.image.type, a.text.rows, a.text.position, a.text.type, a.cls_token, a.out);
+  with_columns(width,
+               {{a.image.rows, a.image.dtype},
+                {a.image.position, a.dtype},
+                {a.image.type, a.dtype},
+                {a.text.rows, a.text.dtype},
+                {a.text.position, a.dtype},
+                {a.text.type, a.dtype},
+                {a.cls_token, a.dtype},
+                {a.out, a.dtype}},
+               [&](auto columns) {
+                 M3AE_LAUNCH(assemble_tokens_kernel<decltype(columns)::value>, grid((count + warps - 1) / warps),
+                             kRowThreads, 0, Stream{device, on}, a);
+               });
 }
 
 // A null gradient is not wanted. dparts: [3][width], class tokens, image rows and text rows, the sum of `chunks`
@@ -157,14 +162,12 @@ void backward(Address dout, Address cu_image, Address cu_text, Address dimage, A
   const Assembled assembled{packing_of(cu_image, cu_text, batch, has_cls, image_rows),
                             {pointer(dimage), Dtype(image_dtype)},
                             {pointer(dtext), Dtype(text_dtype)}};
-  with_columns(
-      width,
-      [&](auto columns) {
-        constexpr int N = decltype(columns)::value;
-        M3AE_LAUNCH(assemble_tokens_backward_kernel<N>, dim3(tiles(width, N), grid(chunks).x), kMoveThreads, 0,
-                    Stream{device, on}, a, assembled);
-      },
-      a.dout, assembled.image.rows, assembled.text.rows);
+  const auto rows_of = [](const Target& target) { return Rows{target.rows, target.dtype}; };
+  with_columns(width, {{a.dout, a.dtype}, rows_of(assembled.image), rows_of(assembled.text)}, [&](auto columns) {
+    constexpr int N = decltype(columns)::value;
+    M3AE_LAUNCH(assemble_tokens_backward_kernel<N>, dim3(tiles(width, N), grid(chunks).x), kMoveThreads, 0,
+                Stream{device, on}, a, assembled);
+  });
 }
 
 // One table's gradient: see Groups. images: its rows were read for image tokens, else for text tokens.
@@ -174,14 +177,11 @@ void backward_table(Address dout, Address order, Address starts, Address dtable,
   const Groups a{pointer(dout), as<int64_t>(pointer(order)), int32s(starts), pointer(dtable), groups,
                  static_cast<int>(width), Dtype(dtype), Dtype(table_dtype)};
   const Packing packing = packing_of(cu_image, cu_text, batch, has_cls, 0);
-  with_columns(
-      width,
-      [&](auto columns) {
-        constexpr int N = decltype(columns)::value;
-        M3AE_LAUNCH(assemble_tokens_table_kernel<N>, dim3(grid(groups).x, tiles(width, N)), kGroupThreads, 0,
-                    Stream{device, on}, a, packing, images ? kImage : kText);
-      },
-      a.dout, a.out);
+  with_columns(width, {{a.dout, a.dtype}, {a.out, a.out_dtype}}, [&](auto columns) {
+    constexpr int N = decltype(columns)::value;
+    M3AE_LAUNCH(assemble_tokens_table_kernel<N>, dim3(grid(groups).x, tiles(width, N)), kGroupThreads, 0,
+                Stream{device, on}, a, packing, images ? kImage : kText);
+  });
 }
 
 }  // namespace

@@ -10,10 +10,10 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 
-// A row for every warp along x, its parts along y.
-dim3 grid_of_rows(int64_t rows, int width) {
+// A row for every warp along x, its parts of `share` values along y.
+dim3 grid_of_rows(int64_t rows, int width, int share = kWarpValues) {
   dim3 blocks = grid((rows + kWarps - 1) / kWarps);
-  blocks.y = static_cast<unsigned>((width + kWarpValues - 1) / kWarpValues);
+  blocks.y = static_cast<unsigned>((width + share - 1) / share);
   return blocks;
 }
 
@@ -37,59 +37,117 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Where values of a patch lie that are counted in the image's order: by channel, row and column.
-struct ImageOrder {
-  struct At {
-    int channel, y, x;
-  };
-  int patch;
-  Divide by_patch;
+// The patch whose gradient a warp writes, of the whole image; image: past the last where there is none.
+struct Target {
+  int64_t image;
+  int place;   // in its image
+  int64_t at;  // where its first pixel lies in the images' first channel, and how far channels and lines are apart
+  int64_t channel_stride, line_stride;
 
-  __device__ At operator()(int d) const {
-    const int line = by_patch(d), channel = by_patch(line);
-    return {channel, line - channel * patch, d - line * patch};
+  __device__ explicit Target(const GatherPatchesBackward& a) {
+    const int64_t number = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp, patches = a.rows * a.columns;
+    image = number / patches;
+    place = static_cast<int>(number - image * patches);
+    line_stride = a.columns * a.patch;
+    channel_stride = a.rows * a.patch * line_stride;
+    at = image * a.channels * channel_stride + place / a.columns * a.patch * line_stride + place % a.columns * a.patch;
+  }
+
+  // add(row) for each row that names it, in order: 64 are looked at together.
+  template <class Add>
+  __device__ __forceinline__ void for_rows(const GatherPatchesBackward& a, const Add& add) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, end = a.cu[image + 1];
+    for (int start = a.cu[image]; start < end; start += 2 * kWarp) {
+      const int low = start + lane, high = low + kWarp;
+      const int first = low < end ? a.ids[low] : -1, second = high < end ? a.ids[high] : -1;
+      uint64_t named = __ballot_sync(kAllLanes, first == place);
+      named |= uint64_t{__ballot_sync(kAllLanes, second == place)} << 32;
+      for (; named != 0; named &= named - 1) add(int64_t{start} + __ffsll(static_cast<long long>(named)) - 1);
+    }
   }
 };
 
-template <class Out, int pack>
-__global__ void __launch_bounds__(kThreads, 4)
+// For patches whose rows of pixels can be moved in packs. A warp takes `share` values, whole rows of its patch: it adds
+// them up as they come, then turns them into the image's order in shared memory.
+template <class Out>
+__global__ void __launch_bounds__(kThreads, 7)
     gather_patches_backward_kernel(const __grid_constant__ GatherPatchesBackward a,
-                                   const __grid_constant__ PatchTables t, ImageOrder order, int64_t images) {
-  constexpr int kPacks = kValues / pack;
-  const int64_t number = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp, patches = a.rows * a.columns;
-  const int64_t image = number / patches;
-  if (image >= images) return;
-  const int place = static_cast<int>(number - image * patches), columns = static_cast<int>(a.columns);
-  const int channels = static_cast<int>(a.channels), first = static_cast<int>(blockIdx.y) * kWarpValues;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, begin = a.cu[image], end = a.cu[image + 1];
-  int from[kPacks];  // within a row
+                                   const __grid_constant__ PatchTables t, Divide by_patch, int share, int64_t images) {
+  constexpr int kPacks = kValues / kPack;
+  const Target target(a);
+  if (target.image >= images) return;
+  const int first = static_cast<int>(blockIdx.y) * share, values = min(share, t.width - first);
+  const int channels = static_cast<int>(a.channels), patch = static_cast<int>(a.patch);
+  float sum[kValues] = {};
+  target.for_rows(a, [&](int64_t row) {
+    const Out* dout = as<Out>(a.dout) + row * t.width;
+    Pack<Out, kPack> packs[kPacks];
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) packs[i] = load<kPack>(dout + pack_in_row<kPack>(first, i, t.width));
+#pragma unroll
+    for (int k = 0; k < kValues; ++k) sum[k] += widen(packs[k / kPack].at[k % kPack]);
+  });
+  with_float_pixel(a.accumulator, [&](auto pixel) {
+    using Pixel = decltype(pixel);
+    constexpr int kPixels = 16 / sizeof(Pixel);
+    Pixel* staged = dynamic_shared<Pixel>() + threadIdx.x / kWarp * kWarpValues;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const int d = pack_in_row<kPack>(first, i, t.width);
+      int channel = d - t.by_channels(d) * channels;
+      Pack<Pixel, kPack> narrowed;
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) {
+        narrow(sum[i * kPack + j] * t.scale[channel], narrowed.at[j]);
+        if (++channel == channels) channel = 0;
+      }
+      store(staged + pack_at<kPack>(i), narrowed);
+    }
+    __syncwarp();
+    const int64_t corner = target.at + first / t.line * target.line_stride;
+#pragma unroll
+    for (int i = 0; i < kValues / kPixels; ++i) {
+      const int d = pack_at<kPixels>(i), line = by_patch(d), x = d - line * patch;  // by row, channel and column
+      const int y = t.by_channels(line), channel = line - y * channels;
+      if (d >= values) continue;
+      Pack<Pixel, kPixels> pixels;
+#pragma unroll
+      for (int j = 0; j < kPixels; ++j) pixels.at[j] = staged[(y * patch + x + j) * channels + channel];
+      const int64_t at = corner + channel * target.channel_stride + y * target.line_stride + x;
+      store_at(as<Pixel>(a.dimages), at, pixels);
+    }
+  });
+}
+
+// For any patches: value by value, counted in the image's order, by channel, row and column.
+template <class Out>
+__global__ void __launch_bounds__(kThreads, 4)
+    gather_patches_backward_by_one_kernel(const __grid_constant__ GatherPatchesBackward a,
+                                          const __grid_constant__ PatchTables t, Divide by_patch, int64_t images) {
+  const Target target(a);
+  if (target.image >= images) return;
+  const int first = static_cast<int>(blockIdx.y) * kWarpValues;
+  const int channels = static_cast<int>(a.channels), patch = static_cast<int>(a.patch);
+  int from[kValues];  // within a row
   float sum[kValues] = {};
 #pragma unroll
-  for (int i = 0; i < kPacks; ++i) {
-    const auto [channel, y, x] = order(pack_in_row<pack>(first, i, t.width));
-    from[i] = (y * order.patch + x) * channels + channel;
+  for (int i = 0; i < kValues; ++i) {
+    const int d = pack_in_row<1>(first, i, t.width), line = by_patch(d), channel = by_patch(line);
+    from[i] = ((line - channel * patch) * patch + d - line * patch) * channels + channel;
   }
-  for (int start = begin; start < end; start += kWarp) {
-    const bool mine = start + lane < end && a.ids[start + lane] == place;
-    for (unsigned named = __ballot_sync(kAllLanes, mine); named != 0; named &= named - 1) {
-      const Out* dout = as<Out>(a.dout) + int64_t{start + __ffs(named) - 1} * t.width;
+  target.for_rows(a, [&](int64_t row) {
+    const Out* dout = as<Out>(a.dout) + row * t.width;
 #pragma unroll
-      for (int k = 0; k < kValues; ++k) sum[k] += widen(dout[from[k / pack] + k % pack * channels]);
-    }
-  }
-  const int64_t line = a.columns * a.patch, height = a.rows * a.patch;
-  const int64_t top = place / columns * a.patch, left = place % columns * a.patch;
+    for (int i = 0; i < kValues; ++i) sum[i] += widen(dout[from[i]]);
+  });
   with_float_pixel(a.accumulator, [&](auto pixel) {
     using Pixel = decltype(pixel);
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      if (first + pack_at<pack>(i) >= t.width) continue;
-      const auto [channel, y, x] = order(first + pack_at<pack>(i));
-      const float scale = t.scale[channel];
-      Pack<Pixel, pack> narrowed;
-#pragma unroll
-      for (int j = 0; j < pack; ++j) narrow(sum[i * pack + j] * scale, narrowed.at[j]);
-      store(as<Pixel>(a.dimages) + ((image * channels + channel) * height + top + y) * line + left + x, narrowed);
+    for (int i = 0; i < kValues; ++i) {
+      const int d = first + pack_at<1>(i), line = by_patch(d), channel = by_patch(line);
+      if (d >= t.width) continue;
+      const int64_t at = channel * target.channel_stride + (line - channel * patch) * target.line_stride;
+      narrow(sum[i] * t.scale[channel], as<Pixel>(a.dimages)[target.at + at + d - line * patch]);
     }
   });
 }
@@ -108,7 +166,7 @@ void forward(Address images, int dtype, std::array<int64_t, 4> shape, std::array
   const size_t shared = staging(args.source, packs, kWarps);
   with_float(args.out_dtype, [&](auto type) {
     using Out = typename decltype(type)::type;
-    launch("gather_patches_kernel", packs ? gather_patches_kernel<Out, kPack> : gather_patches_kernel<Out, 1>,
+    launch("gather_patches_kernel", packs ? gather_patches_kernel<Out, kPackOf<Out>> : gather_patches_kernel<Out, 1>,
            grid_of_rows(rows, tables.width), kThreads, shared, Stream{device, on}, args, tables, rows);
   });
 }
@@ -120,13 +178,18 @@ void backward(Address dout, Address ids, Address cu, Address dimages, std::array
                                    nullptr,          shape[1],    patch,      shape[2] / patch,
                                    shape[3] / patch, Dtype(dout_dtype),       Dtype(dtype)};
   const int64_t patches = shape[0] * args.rows * args.columns;
-  const ImageOrder order{static_cast<int>(patch), Divide(patch)};
-  const bool packs = rows_in_packs(args.dimages, patch);
+  const int lines = kWarpValues / tables.line, share = lines * tables.line;
+  const bool packs = rows_in_packs(args.dimages, patch) && rows_in_packs(args.dout, patch) && lines > 0;
+  const size_t shared = static_cast<size_t>(kWarps * kWarpValues * size_of(args.accumulator));
+  const Stream stream{device, on};
   with_float(args.dout_dtype, [&](auto type) {
     using Out = typename decltype(type)::type;
-    launch("gather_patches_backward_kernel",
-           packs ? gather_patches_backward_kernel<Out, kPack> : gather_patches_backward_kernel<Out, 1>,
-           grid_of_rows(patches, tables.width), kThreads, 0, Stream{device, on}, args, tables, order, shape[0]);
+    if (packs)
+      M3AE_LAUNCH(gather_patches_backward_kernel<Out>, grid_of_rows(patches, tables.width, share), kThreads, shared,
+                  stream, args, tables, Divide(patch), share, shape[0]);
+    else
+      M3AE_LAUNCH(gather_patches_backward_by_one_kernel<Out>, grid_of_rows(patches, tables.width), kThreads, 0, stream,
+                  args, tables, Divide(patch), shape[0]);
   });
 }
 

@@ -9,7 +9,7 @@
 
 namespace m3ae::cuda {
 
-constexpr int kPack = 8;     // neighbouring values in a lane, where rows can be moved in packs; else one
+constexpr int kPack = 8;     // neighbouring values in a lane at most, where rows can be moved in packs; else one
 constexpr int kValues = 24;  // of a lane: three packs
 constexpr int kWarpValues = kWarp * kValues;  // 16 x 16 pixels of three channels
 constexpr int kMaxChannels = 64;
@@ -36,7 +36,13 @@ inline PatchTables patch_tables(int64_t channels, int64_t patch, const std::vect
   const int64_t line = patch * channels, width = patch * line;
   M3AE_CHECK(channels >= 1 && channels <= kMaxChannels, "images must have 1 to ", kMaxChannels,
              " channels for impl='cuda', got ", channels);
-  M3AE_CHECK(width * line < int64_t{1} << 31, "patch_size must be smaller for impl='cuda', got ", patch);
+  const auto divides = [&](int64_t size) { return size * size * size * channels * channels < int64_t{1} << 31; };
+  if (!divides(patch)) {
+    int64_t limit = 1;
+    while (divides(limit)) ++limit;
+    value_error("patch_size must be less than ", limit, " for impl='cuda' and images of ", channels, " channels, got ",
+                patch);
+  }
   PatchTables tables{static_cast<int>(width), static_cast<int>(line), Divide(line), Divide(channels), {}, {}};
   std::copy(scale.begin(), scale.end(), tables.scale);
   std::copy(shift.begin(), shift.end(), tables.shift);
@@ -53,6 +59,10 @@ inline PatchSource read_in_packs(PatchSource s) {
     s.layout = Layout::strided;
   return s;
 }
+
+// As many as an instruction moves: eight floats would take two, each of which stores to half of every 32-byte sector.
+template <class T>
+constexpr int kPackOf = 16 / sizeof(T);
 
 // Whether rows of values can be read and written in packs.
 inline bool rows_in_packs(const void* address, int64_t width) {
@@ -141,7 +151,7 @@ template <int pack, class Pixel>
 __device__ __forceinline__ void read_pixels(const PatchSource& s, const PatchTables& t, const Pixel* corner, int first,
                                             float (&values)[kValues]) {
   Pack<Pixel, pack> raw[kValues / pack];
-  if (pack == kPack && s.layout == Layout::pixels) {
+  if (pack > 1 && s.layout == Layout::pixels) {
 #pragma unroll
     for (int i = 0; i < kValues / pack; ++i) {
       const int d = pack_in_row<pack>(first, i, t.width), y = t.by_line(d);
@@ -149,7 +159,7 @@ __device__ __forceinline__ void read_pixels(const PatchSource& s, const PatchTab
     }
   } else {
     Pixel* staged = dynamic_shared<Pixel>() + threadIdx.x / kWarp * kWarpValues;
-    if (pack == kPack && s.layout == Layout::planes)
+    if (pack > 1 && s.layout == Layout::planes)
       stage_planes(s, t, corner, first, staged);
     else
       stage_strided(s, t, corner, first, staged);

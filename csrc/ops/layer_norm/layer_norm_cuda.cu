@@ -1,6 +1,5 @@
-// layer_norm on a GPU. Rows of up to 1280 columns: a warp each, held in registers, four columns a lane at a time, which
-// is sixteen bytes of fp32 and eight of a 16-bit type, so that rows of any mix of dtypes are moved side by side. Other
-// rows: a block each, read again from the caches.
+// layer_norm on a GPU. Rows of up to 1280 columns: a warp each, held in registers, N columns a lane at a time: eight of
+// 16-bit types, four of any mix (cuda/raw.cuh). Other rows: a block each, read again from the caches.
 #include "ops/layer_norm/layer_norm.h"
 
 #include "cuda/bind.h"
@@ -14,7 +13,10 @@ namespace {
 constexpr int kRowThreads = 128, kWideThreads = 256;  // of a block with a row a warp, with one row
 constexpr int kTogether = 4;                          // rows of a block of the wide backward pass at a time
 
-__device__ __forceinline__ int column(int k) { return (k * kWarp + static_cast<int>(threadIdx.x) % kWarp) * 4; }
+template <int N>
+__device__ __forceinline__ int column(int k) {
+  return (k * kWarp + static_cast<int>(threadIdx.x) % kWarp) * N;
+}
 
 template <int N, int K>
 __device__ __forceinline__ float lane_sum(const float (&x)[K][N]) {
@@ -26,6 +28,10 @@ __device__ __forceinline__ float lane_sum(const float (&x)[K][N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) total += sum[i];
   return total;
+}
+
+M3AE_HOST_DEVICE Dtype sum_dtype(const LayerNorm& a) {
+  return !a.residual || a.x_dtype == a.residual_dtype ? a.x_dtype : Dtype::f32;
 }
 
 // s = x + residual where there is one, rounded, stored and widened again; else x.
@@ -43,7 +49,7 @@ __device__ __forceinline__ void load_sum(float (&s)[K][N], const LayerNorm& a, i
   for (int k = 0; k < K; ++k)
 #pragma unroll
     for (int i = 0; i < N; ++i) s[k][i] += added[k][i];
-  const Dtype dtype = a.x_dtype == a.residual_dtype ? a.x_dtype : Dtype::f32;
+  const Dtype dtype = sum_dtype(a);
   narrow(x, s, dtype);
   store_raw(a.s, row, x, dtype, first, width);
   widen(s, x, dtype);
@@ -68,20 +74,22 @@ __device__ __forceinline__ float inverse_root(float squares, const LayerNorm& a)
   return 1.f / sqrtf(squares / static_cast<float>(a.width) + static_cast<float>(a.eps));
 }
 
-template <int K>
-__global__ void __launch_bounds__(kRowThreads, K <= 4 ? 8 : 3) layer_norm_kernel(LayerNorm a) {
+// kValues of a row in each lane.
+template <int N, int kValues>
+__global__ void __launch_bounds__(kRowThreads, kValues <= 16 ? 8 : 3) layer_norm_kernel(LayerNorm a) {
+  constexpr int K = kValues / N;
   const int64_t t = int64_t{blockIdx.x} * (kRowThreads / kWarp) + threadIdx.x / kWarp, row = t * a.width;
   const int width = static_cast<int>(a.width);
   if (t >= a.count) return;
-  float s[K][4];
-  load_sum(s, a, row, column(0));
+  float s[K][N];
+  load_sum(s, a, row, column<N>(0));
   const float mean = warp_sum(lane_sum(s)) / static_cast<float>(width);
-  float squares[K][4];
+  float squares[K][N];
 #pragma unroll
   for (int k = 0; k < K; ++k)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      s[k][i] = column(k) < width ? s[k][i] - mean : 0.f;
+    for (int i = 0; i < N; ++i) {
+      s[k][i] = column<N>(k) < width ? s[k][i] - mean : 0.f;
       squares[k][i] = s[k][i] * s[k][i];
     }
   const float rstd = inverse_root(warp_sum(lane_sum(squares)), a);
@@ -92,12 +100,12 @@ __global__ void __launch_bounds__(kRowThreads, K <= 4 ? 8 : 3) layer_norm_kernel
 #pragma unroll
   for (int k = 0; k < K; ++k) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s[k][i] *= rstd;
-    if (column(k) < width) scale(s[k], a, column(k));
+    for (int i = 0; i < N; ++i) s[k][i] *= rstd;
+    if (column<N>(k) < width) scale(s[k], a, column<N>(k));
   }
-  Raw<4> y[K];
+  Raw<N> y[K];
   narrow(y, s, a.y_dtype);
-  store_raw(a.y, row, y, a.y_dtype, column(0), width);
+  store_raw(a.y, row, y, a.y_dtype, column<N>(0), width);
 }
 
 template <int N>
@@ -105,7 +113,7 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_wide_kernel(LayerNorm
   __shared__ float scratch[kWideThreads / kWarp];
   const int64_t t = blockIdx.x, row = t * a.width;
   const int width = static_cast<int>(a.width), first = static_cast<int>(threadIdx.x) * N;
-  const Dtype dtype = !a.residual || a.x_dtype == a.residual_dtype ? a.x_dtype : Dtype::f32;
+  const Dtype dtype = sum_dtype(a);
   Raw<N> raw[1];
   float s[1][N], sum = 0, squares = 0;
   for (int d = first; d < width; d += kWideThreads * N) {
@@ -148,82 +156,91 @@ __device__ __forceinline__ void sum_partials(const Chunks& chunks, int width) {
   sum_partials<N>(chunks.partials, Tile{1, 2 * width, 0, 2 * width}, blockIdx.x, gridDim.x, chunks.partials.tickets);
 }
 
+// Where a warp's sums have column d: fours of a lane's columns side by side with those of its neighbours, since shared
+// memory that lanes read 32 bytes apart is read in twice the time.
+template <int N>
+__device__ __forceinline__ int sum_place(int d) {
+  return (d / (kWarp * N) * N / 4 + d % N / 4) * kWarp * 4 + d / N % kWarp * 4 + d % 4;
+}
+
 // With h = (s - mean) * rstd and g = dy * weight: dx = rstd * (g - mean(g) - h * mean(g * h)) + ds.
-template <int K, int kWarps>
+template <int N, int kValues, int kWarps>
 __global__ void __launch_bounds__(kWarps* kWarp, 2) layer_norm_backward_kernel(LayerNormBackward a, Chunks chunks) {
+  constexpr int K = kValues / N, kSpan = kValues * kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, width = static_cast<int>(a.width);
   const int64_t begin = blockIdx.x * chunks.rows, end = begin + chunks.rows < a.count ? begin + chunks.rows : a.count;
   const float* stats = as<float>(a.stats);
-  float* sums = dynamic_shared<float>() + 2 * warp * width;  // [warps][2][width]: each lane its own columns
+  float* sums = dynamic_shared<float>() + 2 * warp * kSpan;  // [warps][2][kSpan]: each lane its own columns
   if (chunks.partials.each) {
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      if (column(k) >= width) continue;
-      store(sums + column(k), Pack<float, 4>{});
-      store(sums + width + column(k), Pack<float, 4>{});
-    }
+    for (int i = 0; i < 2 * kValues; i += 4) store(sums + sum_place<N>(column<N>(0)) + i * kWarp, Pack<float, 4>{});
   }
   for (int64_t t = begin + warp; t < end; t += kWarps) {
     const int64_t row = t * a.width;
-    Raw<4> dy[K], s[K], ds[K];
-    load_raw(dy, a.dy, row, a.y_dtype, column(0), width);
-    load_raw(s, a.s, row, a.s_dtype, column(0), width);
-    if (a.ds) load_raw(ds, a.ds, row, a.s_dtype, column(0), width);
+    Raw<N> dy[K], s[K], ds[K];
+    load_raw(dy, a.dy, row, a.y_dtype, column<N>(0), width);
+    load_raw(s, a.s, row, a.s_dtype, column<N>(0), width);
+    if (a.ds) load_raw(ds, a.ds, row, a.s_dtype, column<N>(0), width);
     const float mean = stats[t], rstd = stats[a.count + t];
-    float g[K][4], h[K][4], sum_g[4] = {}, sum_gh[4] = {};
+    float g[K][N], h[K][N], sum_g[1][N] = {}, sum_gh[1][N] = {};
     widen(g, dy, a.y_dtype);  // zero beyond the row
     widen(h, s, a.s_dtype);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      if (column(k) >= width) continue;
+      if (column<N>(k) >= width) continue;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) h[k][i] = (h[k][i] - mean) * rstd;
+      for (int i = 0; i < N; ++i) h[k][i] = (h[k][i] - mean) * rstd;
       if (chunks.partials.each) {
-        auto dweight = load<4>(sums + column(k)), dbias = load<4>(sums + width + column(k));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          dweight.at[i] += g[k][i] * h[k][i];
-          dbias.at[i] += g[k][i];
+        for (int first = 0; first < N; first += 4) {
+          float* sum = sums + sum_place<N>(column<N>(k) + first);
+          auto dweight = load<4>(sum), dbias = load<4>(sum + kSpan);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            dweight.at[i] += g[k][first + i] * h[k][first + i];
+            dbias.at[i] += g[k][first + i];
+          }
+          store(sum, dweight);
+          store(sum + kSpan, dbias);
         }
-        store(sums + column(k), dweight);
-        store(sums + width + column(k), dbias);
       }
       if (a.weight) {
-        const auto weight = load<4>(as<float>(a.weight) + column(k));
+        const auto weight = load<N>(as<float>(a.weight) + column<N>(k));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) g[k][i] *= weight.at[i];
+        for (int i = 0; i < N; ++i) g[k][i] *= weight.at[i];
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sum_g[i] += g[k][i];
-        sum_gh[i] += g[k][i] * h[k][i];
+      for (int i = 0; i < N; ++i) {
+        sum_g[0][i] += g[k][i];
+        sum_gh[0][i] += g[k][i] * h[k][i];
       }
     }
     if (!a.dx) continue;
-    const float mean_g = warp_sum(sum_g[0] + sum_g[1] + sum_g[2] + sum_g[3]) / static_cast<float>(width);
-    const float mean_gh = warp_sum(sum_gh[0] + sum_gh[1] + sum_gh[2] + sum_gh[3]) / static_cast<float>(width);
+    const float mean_g = warp_sum(lane_sum(sum_g)) / static_cast<float>(width);
+    const float mean_gh = warp_sum(lane_sum(sum_gh)) / static_cast<float>(width);
 #pragma unroll
     for (int k = 0; k < K; ++k)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) g[k][i] = (g[k][i] - (mean_g + h[k][i] * mean_gh)) * rstd;
+      for (int i = 0; i < N; ++i) g[k][i] = (g[k][i] - (mean_g + h[k][i] * mean_gh)) * rstd;
     if (a.ds) {
       widen(h, ds, a.s_dtype);
 #pragma unroll
       for (int k = 0; k < K; ++k)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) g[k][i] += h[k][i];
+        for (int i = 0; i < N; ++i) g[k][i] += h[k][i];
     }
     narrow(dy, g, a.s_dtype);
-    store_raw(a.dx, row, dy, a.s_dtype, column(0), width);
+    store_raw(a.dx, row, dy, a.s_dtype, column<N>(0), width);
   }
   if (!chunks.partials.each) return;
   __syncthreads();
   sums = dynamic_shared<float>();
   float* partial = chunks.partials.each + blockIdx.x * 2 * a.width;
   for (int i = static_cast<int>(threadIdx.x); i < 2 * width; i += kWarps * kWarp) {
-    float sum = sums[i];
+    const int place = i < width ? sum_place<N>(i) : kSpan + sum_place<N>(i - width);
+    float sum = sums[place];
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) sum += sums[2 * w * width + i];
+    for (int w = 1; w < kWarps; ++w) sum += sums[2 * w * kSpan + place];
     partial[i] = sum;
   }
   sum_partials<4>(chunks, width);
@@ -231,7 +248,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) layer_norm_backward_kernel(L
 
 // A few rows at a time, so that partial sums are read and written less often than rows are.
 template <int N>
-__global__ void __launch_bounds__(kWideThreads) layer_norm_backward_wide_kernel(LayerNormBackward a, Chunks chunks) {
+__global__ void __launch_bounds__(kWideThreads, 2) layer_norm_backward_wide_kernel(LayerNormBackward a, Chunks chunks) {
   __shared__ float scratch[kWideThreads / kWarp];
   const int width = static_cast<int>(a.width), first = static_cast<int>(threadIdx.x) * N;
   const int64_t begin = blockIdx.x * chunks.rows, end = begin + chunks.rows < a.count ? begin + chunks.rows : a.count;
@@ -246,7 +263,11 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_backward_wide_kernel(
     widen(h, raw, a.s_dtype);
     for (int i = 0; i < N; ++i) h[0][i] = (h[0][i] - stats[t]) * stats[a.count + t];
   };
-  const auto weight_at = [&](int d) { return a.weight ? as<float>(a.weight)[d] : 1.f; };
+  const auto weights = [&](int d) {
+    Pack<float, N> ones;
+    for (int i = 0; i < N; ++i) ones.at[i] = 1;
+    return a.weight ? load<N>(as<float>(a.weight) + d) : ones;
+  };
   for (int64_t start = begin; start == begin || start < end; start += kTogether) {  // once at least: to write zeros
     float mean_g[kTogether], mean_gh[kTogether];
 #pragma unroll
@@ -255,15 +276,17 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_backward_wide_kernel(
       float g = 0, gh = 0;
       for (int d = first; d < width; d += kWideThreads * N) {
         load_row(start + r, d);
+        const auto weight = weights(d);
         for (int i = 0; i < N; ++i) {
-          g += dy[0][i] * weight_at(d + i);
-          gh += dy[0][i] * weight_at(d + i) * h[0][i];
+          g += dy[0][i] * weight.at[i];
+          gh += dy[0][i] * weight.at[i] * h[0][i];
         }
       }
       mean_g[r] = block_sum(g, scratch) / static_cast<float>(width);
       mean_gh[r] = block_sum(gh, scratch) / static_cast<float>(width);
     }
     for (int d = first; d < width; d += kWideThreads * N) {
+      const auto weight = weights(d);
       Pack<float, N> dweight{}, dbias{};
       if (partial && start > begin) dweight = load<N>(partial + d), dbias = load<N>(partial + width + d);
 #pragma unroll
@@ -278,7 +301,7 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_backward_wide_kernel(
         if (!a.dx) continue;
         if (a.ds) load_raw(raw, a.ds, t * width, a.s_dtype, d, width), widen(ds, raw, a.s_dtype);
         for (int i = 0; i < N; ++i) {
-          const float dx = (dy[0][i] * weight_at(d + i) - (mean_g[r] + h[0][i] * mean_gh[r])) * stats[a.count + t];
+          const float dx = (dy[0][i] * weight.at[i] - (mean_g[r] + h[0][i] * mean_gh[r])) * stats[a.count + t];
           h[0][i] = a.ds ? dx + ds[0][i] : dx;
         }
         narrow(raw, h, a.s_dtype);
@@ -290,32 +313,43 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_backward_wide_kernel(
   if (partial) sum_partials<N>(chunks, width);
 }
 
-template <int K>
-using Steps = std::integral_constant<int, K>;
+template <int kValues>
+using Share = std::integral_constant<int, kValues>;
 
-// row(Steps<K>{}) where a warp can hold a row, K times four columns a lane; else wide(Steps<N>{}), N columns at a time.
-template <class Row, class Wide, class... Addresses>
-void choose(int64_t width, Row&& row, Wide&& wide, Addresses... addresses) {
+// row(Columns<N>{}, Share<kValues>{}) where a warp can hold a row, kValues a lane; else wide(Columns<N>{}).
+// params: weight and bias, fp32 beside rows of any dtype.
+template <class Row, class Wide>
+void choose(int64_t width, std::initializer_list<Rows> rows, std::initializer_list<const void*> params, Row&& row,
+            Wide&& wide) {
   M3AE_CHECK(width < int64_t{1} << 30, "x must have fewer than 2^30 columns, got ", width);
-  if (!in_fours(width, addresses...)) return wide(Steps<1>{});
-  if (width <= 4 * 4 * kWarp) return row(Steps<4>{});
-  if (width <= 6 * 4 * kWarp) return row(Steps<6>{});
-  if (width <= 8 * 4 * kWarp) return row(Steps<8>{});
-  if (width <= 10 * 4 * kWarp) return row(Steps<10>{});
-  wide(Steps<4>{});
+  const auto moved = [&](auto columns) {
+    if (width <= 16 * kWarp) return row(columns, Share<16>{});
+    if (width <= 24 * kWarp) return row(columns, Share<24>{});
+    if (width <= 32 * kWarp) return row(columns, Share<32>{});
+    if (width <= 40 * kWarp) return row(columns, Share<40>{});
+    wide(columns);
+  };
+  int columns = columns_a_lane(width, rows);
+  for (const void* param : params)
+    if (reinterpret_cast<std::uintptr_t>(param) % 16 != 0) columns = 1;
+  if (columns == 8) moved(Columns<8>{});
+  else if (columns == 4) moved(Columns<4>{});
+  else wide(Columns<1>{});
 }
 
-template <int K>
-void launch_forward(Steps<K>, const LayerNorm& a, const Stream& stream) {
+template <int N, int kValues>
+void launch_forward(Columns<N>, Share<kValues>, const LayerNorm& a, const Stream& stream) {
   const int64_t rows = kRowThreads / kWarp;
-  M3AE_LAUNCH(layer_norm_kernel<K>, grid((a.count + rows - 1) / rows), kRowThreads, 0, stream, a);
+  M3AE_LAUNCH((layer_norm_kernel<N, kValues>), grid((a.count + rows - 1) / rows), kRowThreads, 0, stream, a);
 }
 
-template <int K>
-void launch_backward(Steps<K>, const LayerNormBackward& a, const Chunks& chunks, const Stream& stream) {
-  constexpr int kWarps = K <= 4 ? 8 : 4;
-  const size_t shared = chunks.partials.each ? static_cast<size_t>(kWarps * 2 * a.width) * sizeof(float) : 0;
-  M3AE_LAUNCH((layer_norm_backward_kernel<K, kWarps>), grid(chunks.number), kWarps * kWarp, shared, stream, a, chunks);
+template <int N, int kValues>
+void launch_backward(Columns<N>, Share<kValues>, const LayerNormBackward& a, const Chunks& chunks,
+                     const Stream& stream) {
+  constexpr int kWarps = kValues <= 16 ? 8 : 4;
+  const size_t shared = chunks.partials.each ? kWarps * 2 * kValues * kWarp * sizeof(float) : 0;
+  M3AE_LAUNCH((layer_norm_backward_kernel<N, kValues, kWarps>), grid(chunks.number), kWarps * kWarp, shared, stream, a,
+              chunks);
 }
 
 void forward(Address x, Address residual, Address weight, Address bias, Address y, Address s, Address stats,
@@ -326,12 +360,13 @@ void forward(Address x, Address residual, Address weight, Address bias, Address 
                     Dtype(x_dtype), Dtype(residual_dtype), Dtype(y_dtype)};
   const Stream stream{device, on};
   choose(
-      width, [&](auto steps) { launch_forward(steps, a, stream); },
+      width,
+      {{a.x, a.x_dtype}, {a.residual, a.residual_dtype}, {a.s, sum_dtype(a)}, {a.y, a.y_dtype}}, {a.weight, a.bias},
+      [&](auto columns, auto share) { launch_forward(columns, share, a, stream); },
       [&](auto columns) {
         constexpr int N = decltype(columns)::value;
         M3AE_LAUNCH(layer_norm_wide_kernel<N>, grid(count), kWideThreads, 0, stream, a);
-      },
-      a.x, a.residual, a.weight, a.bias, a.y, a.s);
+      });
 }
 
 // dparams: [2][width], dweight and dbias, the sum of `number` partials of that shape, at least one; null, both: not
@@ -344,12 +379,12 @@ void backward(Address dy, Address ds, Address s, Address weight, Address stats, 
   const Chunks chunks{partials_of(partials, dparams, tickets), number, (count + number - 1) / number};
   const Stream stream{device, on};
   choose(
-      width, [&](auto steps) { launch_backward(steps, a, chunks, stream); },
+      width, {{a.dy, a.y_dtype}, {a.ds, a.s_dtype}, {a.s, a.s_dtype}, {a.dx, a.s_dtype}}, {a.weight},
+      [&](auto columns, auto share) { launch_backward(columns, share, a, chunks, stream); },
       [&](auto columns) {
         constexpr int N = decltype(columns)::value;
         M3AE_LAUNCH(layer_norm_backward_wide_kernel<N>, grid(number), kWideThreads, 0, stream, a, chunks);
-      },
-      a.dy, a.ds, a.s, a.weight, a.dx);
+      });
 }
 
 }  // namespace

@@ -156,8 +156,8 @@ void forward(Address pred, int pred_dtype, int64_t rows, Address images, int dty
   const Stream stream{device, on};
   const PatchTables tables = patch_tables(shape[1], patch, scale, shift);
   const int row_warps = (tables.width + kWarpValues - 1) / kWarpValues;
-  M3AE_CHECK(row_warps <= kMostWarps, "patches must have at most ", kMostWarps * kWarpValues,
-             " values for impl='cuda', got ", tables.width);
+  M3AE_CHECK(row_warps <= kMostWarps, "patch_size must leave at most ", kMostWarps * kWarpValues,
+             " values in a patch for impl='cuda', got ", patch, ", which makes ", tables.width);
   const MaskedMse args{read_in_packs(patch_source(images, dtype, shape, strides, patch)),
                        int32s(ids),
                        int32s(cu),
@@ -188,7 +188,7 @@ void backward(Address dloss, Address error, int dtype, int64_t rows, int64_t wid
   with_float(Dtype(dtype), [&](auto type) {
     using Pred = typename decltype(type)::type;
     launch("masked_mse_backward_kernel",
-           packs ? masked_mse_backward_kernel<Pred, kPack> : masked_mse_backward_kernel<Pred, 1>, blocks,
+           packs ? masked_mse_backward_kernel<Pred, kPackOf<Pred>> : masked_mse_backward_kernel<Pred, 1>, blocks,
            kRows * kWarp, 0, Stream{device, on}, as<Pred>(pointer(error)), as<float>(pointer(dloss)), int32s(cu),
            images, as<Pred>(pointer(dpred)), rows, static_cast<int>(width), reduction_of(reduction));
   });

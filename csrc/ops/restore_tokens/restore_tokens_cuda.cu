@@ -60,15 +60,19 @@ void forward(Address kept, Address rows, Address slots, Address image_mask_token
                         width,                    static_cast<int32_t>(patches),
                         Dtype(kept_dtype),        Dtype(out_dtype)};
   const int64_t warps = kRowThreads / kWarp;
-  with_columns(
-      width,
-      [&](auto columns) {
-        constexpr int N = decltype(columns)::value;
-        M3AE_LAUNCH(restore_tokens_kernel<N>, grid((count + warps - 1) / warps), kRowThreads, 0, Stream{device, on}, a,
-                    count);
-      },
-      a.kept, a.image_mask_token, a.text_mask_token, a.image_position, a.text_position, a.image_type, a.text_type,
-      a.out);
+  with_columns(width,
+               {{a.kept, a.kept_dtype},
+                {a.image_mask_token, a.out_dtype},
+                {a.text_mask_token, a.out_dtype},
+                {a.image_position, a.out_dtype},
+                {a.text_position, a.out_dtype},
+                {a.image_type, a.out_dtype},
+                {a.text_type, a.out_dtype},
+                {a.out, a.out_dtype}},
+               [&](auto columns) {
+                 M3AE_LAUNCH(restore_tokens_kernel<decltype(columns)::value>, grid((count + warps - 1) / warps),
+                             kRowThreads, 0, Stream{device, on}, a, count);
+               });
 }
 
 // dkept holds zeros: only the rows that are named are written; null: not wanted. dsums: [2][2][width], the sum of
@@ -84,14 +88,11 @@ void backward(Address dout, Address rows, Address slots, Address dkept, Address 
                    Dtype(out_dtype)};
   const Restored restored{int32s(rows), int32s(slots), static_cast<int32_t>(patches),
                           {pointer(dkept), Dtype(kept_dtype)}};
-  with_columns(
-      width,
-      [&](auto columns) {
-        constexpr int N = decltype(columns)::value;
-        M3AE_LAUNCH(restore_tokens_backward_kernel<N>, dim3(tiles(width, N), grid(chunks).x), kMoveThreads, 0,
-                    Stream{device, on}, a, restored);
-      },
-      a.dout, restored.dkept.rows);
+  with_columns(width, {{a.dout, a.dtype}, {restored.dkept.rows, restored.dkept.dtype}}, [&](auto columns) {
+    constexpr int N = decltype(columns)::value;
+    M3AE_LAUNCH(restore_tokens_backward_kernel<N>, dim3(tiles(width, N), grid(chunks).x), kMoveThreads, 0,
+                Stream{device, on}, a, restored);
+  });
 }
 
 // One table's gradient: see Groups.
@@ -99,14 +100,11 @@ void backward_position(Address dout, Address order, Address starts, Address dpos
                        int dtype, int device, Address on) {
   const Groups a{pointer(dout), as<int64_t>(pointer(order)), int32s(starts), pointer(dposition), groups,
                  static_cast<int>(width), Dtype(dtype), Dtype(dtype)};
-  with_columns(
-      width,
-      [&](auto columns) {
-        constexpr int N = decltype(columns)::value;
-        M3AE_LAUNCH(restore_tokens_position_kernel<N>, dim3(grid(groups).x, tiles(width, N)), kGroupThreads, 0,
-                    Stream{device, on}, a);
-      },
-      a.dout, a.out);
+  with_columns(width, {{a.dout, a.dtype}, {a.out, a.out_dtype}}, [&](auto columns) {
+    constexpr int N = decltype(columns)::value;
+    M3AE_LAUNCH(restore_tokens_position_kernel<N>, dim3(grid(groups).x, tiles(width, N)), kGroupThreads, 0,
+                Stream{device, on}, a);
+  });
 }
 
 }  // namespace

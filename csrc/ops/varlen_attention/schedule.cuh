@@ -1,8 +1,8 @@
 // Which sequences a block takes, turn by turn: the longest first, several short ones together.
 //
-// Every block sorts the lengths for itself, in shared memory, so that nothing is launched or stored for it. A class are
+// Every block sorts the lengths for itself, in shared memory, so that nothing is launched or stored for it. A class is
 // the sequences with the same number of tiles of sixteen rows (of queries or keys, whichever are more); where several
-// fit a block's warps, a turn takes several. Turns are dealt to the blocks to and fro (0 1 2, 2 1 0, 0 1 2 ...): whoever
+// fit a block's warps, a turn takes several. Turns are dealt to the blocks to and fro (0 1 2, 2 1 0, 0 1 2 ...): who
 // had the longest has the shortest next.
 #pragma once
 
@@ -30,13 +30,13 @@ struct Lengths {
   int sequences, heads;
   int longest;  // tiles of the longest sequence
   int pieces;   // turns that share the queries of one sequence, at most
-  int order;    // bytes that the order takes, first of a block's dynamic shared memory; 0: every sequence is taken for one
-                // of the longest, in the order that they have
+  int order;    // bytes that the order takes, first of a block's dynamic shared memory; 0: every sequence is taken for
+                // one of the longest, in the order that they have
 };
 
 struct Turn {
   int rank, count;  // its sequences: order(rank) to order(rank + count - 1); count 0: there are no more turns
-  int tiles;        // of each of them, at most; all of them together have no more than the block has warps, or it is one
+  int tiles;        // of each, at most; several sequences together have no more than the block has warps
   int head, piece, pieces;
   int round;
 };
@@ -56,7 +56,8 @@ class Schedule {
     __syncthreads();
     if (threadIdx.x < kWarp) number(counts);
     __syncthreads();
-    if (a.order > 0) for_classes(counts, [&](int rank, int sequence) { order()[rank] = static_cast<uint16_t>(sequence); });
+    if (a.order > 0)
+      for_classes(counts, [&](int rank, int sequence) { order()[rank] = static_cast<uint16_t>(sequence); });
     __syncthreads();
   }
 

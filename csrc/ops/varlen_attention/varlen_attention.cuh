@@ -28,8 +28,8 @@ __device__ __forceinline__ T* row_of(const HeadRows& x, int64_t row, int64_t hea
   return static_cast<T*>(x.data) + row * x.row + head * x.head;
 }
 
-// Begins to bring a tile's rows from global memory, the first `rows` of them, zeros after these. By a whole warp; waiting
-// for copies and a barrier end it. packs: sixteen bytes at a time, else element by element.
+// Begins to bring a tile's rows from global memory, the first `rows` of them, zeros after these. By a whole warp;
+// waiting for copies and a barrier end it. packs: sixteen bytes at a time, else element by element.
 template <int D, class T>
 __device__ __forceinline__ void load_tile(T* tile, const HeadRows& x, int64_t row, int64_t head, int rows, int width,
                                           bool packs) {

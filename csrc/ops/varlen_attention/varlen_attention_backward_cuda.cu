@@ -4,8 +4,8 @@
 // it owns sixteen queries and meets all keys (dq). Where q, k, v and dout of the whole sequence fit shared memory, one
 // block does both, takes several short sequences at once, and then the next of its turns (schedule.cuh); where the
 // derivatives of the scores fit too, it keeps them for dq, else they are made twice. Where the rows do not fit, or
-// several query heads share the keys, a block does kChunk keys or kChunk queries of either kind, and the other side comes
-// kChunk rows at a time.
+// several query heads share the keys, a block does kChunk keys or kChunk queries, and the other side comes kChunk rows
+// at a time.
 #include "cuda/bind.h"
 #include "ops/varlen_attention/varlen_attention.cuh"
 

@@ -1,7 +1,8 @@
-// varlen_attention on a GPU, forward: a block takes a sequence and a head, several short sequences, or a piece of a long
-// one's queries, and then the next of its turns (schedule.cuh); a warp takes sixteen queries. Keys and values wait in
-// shared memory: all of a sequence's where two blocks then fit a processor, else some at a time; where there is room
-// for it, the next turn's are on their way meanwhile. Scores stay in registers; the softmax is rescaled every kStep keys.
+// varlen_attention on a GPU, forward: a block takes a sequence and a head, several short sequences, or a piece of a
+// long one's queries, and then the next of its turns (schedule.cuh); a warp takes sixteen queries. Keys and values wait
+// in shared memory: all of a sequence's where two blocks then fit a processor, else some at a time; where there is room
+// for it, the next turn's are on their way meanwhile. Scores stay in registers; the softmax is rescaled every kStep
+// keys.
 #include "cuda/bind.h"
 #include "ops/varlen_attention/varlen_attention.cuh"
 
@@ -172,7 +173,8 @@ class Tiles {
   const Schedule& schedule_;
 };
 
-// A turn whose first rows lie in shared memory. All warps of the block: where not all keys fit, they bring them together.
+// A turn whose first rows lie in shared memory. By all warps of the block: where not all keys fit, they bring them
+// together.
 template <class T, int D>
 __device__ __forceinline__ void take_turn(const Forward& a, const Tiles<T, D>& tiles, const Turn& turn, int stage) {
   const int warps = tiles.warps(), sequence = tiles.mine(turn);

@@ -31,7 +31,7 @@ def backward(
     grads = empty_gradients(dout, image_rows, text_rows, vocabulary, patches, words, image_dtype, text_dtype, need)
     batch = samples(cu_image, cu_text)
     if any(need[:3]):  # image rows, text rows, sums
-        number = chunks(count, width)
+        number = chunks(count, width * dout.element_size())
         partials = dout.new_empty(number if need[2] else 0, 3, width, dtype=torch.float32)
         ticket, _owner = tickets(dout, tile_tickets(number, width))
         _cuda.assemble_tokens_backward(

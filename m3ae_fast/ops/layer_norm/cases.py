@@ -4,7 +4,10 @@ import torch
 
 from m3ae_fast.testing import SHAPES, Call
 
-SMALL = ("small", "residual", "no_params", "wide", "empty", "640 columns", "1000 columns", "1540 columns")
+SMALL = (
+    *("small", "residual", "no_params", "wide", "empty"),
+    *(f"{width} columns" for width in (300, 640, 1000, 1200, 1540, 1544)),
+)
 REAL = ("m3ae_small", "m3ae_huge", "m3ae_decoder")
 
 

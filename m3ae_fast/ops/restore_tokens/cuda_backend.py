@@ -22,7 +22,7 @@ def backward(dout, rows, slots, kept_rows, kept_dtype, patches, words, need):
     need_kept, need_sums, need_image_position, need_text_position = need
     dkept, dsums, dimage_position, dtext_position = empty_gradients(dout, kept_rows, kept_dtype, patches, words, need)
     dkept.zero_()  # rows that are not named
-    number = chunks(count, width)
+    number = chunks(count, width * dout.element_size())
     partials = dout.new_empty(number if need_sums else 0, 2, 2, width, dtype=torch.float32)
     if need_kept or need_sums:
         ticket, _owner = tickets(dout, tile_tickets(number, width))
