@@ -36,18 +36,19 @@ __device__ __forceinline__ void load_tile(T* tile, const HeadRows& x, int64_t ro
   constexpr int kPacks = D / 8;
   const T* from = row_of<const T>(x, row, head);
   const int lane = here(lane_of_warp());
+  if (!packs) {
+#pragma unroll 1
+    for (int place = lane; place < kRows * D; place += kWarp) {
+      const int r = place / D, d = place % D;
+      tile[r * kStride<D> + d] = r < rows && d < width ? from[r * x.row + d] : T{};
+    }
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < kRows * kPacks / kWarp; ++i) {
     const int place = i * kWarp + lane, r = place / kPacks, d = place % kPacks * 8;
-    T* to = tile + r * kStride<D> + d;
-    const T* at = from + r * x.row + d;
-    if (packs) {
-      const bool real = r < rows && d < width;
-      copy16(to, real ? at : x.data, real);
-    } else {
-#pragma unroll 1
-      for (int e = 0; e < 8; ++e) to[e] = r < rows && d + e < width ? at[e] : T{};
-    }
+    const bool real = r < rows && d < width;
+    copy16(tile + r * kStride<D> + d, real ? from + r * x.row + d : x.data, real);
   }
 }
 
@@ -208,7 +209,6 @@ void with_tile(Dtype dtype, int64_t width, Function&& function) {
     if (width <= 32) return function(type, std::integral_constant<int, 32>{});
     if (width <= 64) return function(type, std::integral_constant<int, 64>{});
     if (width <= 80) return function(type, std::integral_constant<int, 80>{});
-    if (width <= 96) return function(type, std::integral_constant<int, 96>{});
     M3AE_CHECK(width <= 128, "a head must be at most 128 channels wide, got ", width);
     function(type, std::integral_constant<int, 128>{});
   };
