@@ -38,7 +38,7 @@ def tile_tickets(number: int, width: int) -> int:
 
 def tickets(like: Tensor, count: int) -> tuple[int, Tensor | None]:
     """Counters by which the blocks of one launch find out who is last: zeros, left zero. (address, owner or None):
-    the owner has to live until the launch.
+    the owner has to live until the launch. None for a count of 0.
 
     They are the module's own memory, a row for each stream, and for each stream of a CUDA graph while it is captured.
     That is safe because the launches of a stream follow one another, those of a graph's stream too, and a graph never
@@ -46,6 +46,8 @@ def tickets(like: Tensor, count: int) -> tuple[int, Tensor | None]:
     torch.compile(mode="reduce-overhead") warms up in its graphs' memory pool, and takes back what it does not know of.
     Where rows run out, after 256 streams and graphs, or are too short, a launch gets zeros of its own.
     """
+    if count == 0:
+        return 0, None
     at = _cuda.tickets(*place(like), count)
     owner = None if at else like.new_zeros(count, dtype=torch.int32)
     return (at, None) if owner is None else (owner.data_ptr(), owner)

@@ -20,6 +20,7 @@ namespace m3ae::cuda {
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr int kWarp = 32;
+constexpr int kStaticShared = 1 << 10;  // bytes that a kernel with more than 48 KB of dynamic shared memory has at most
 
 // Where a call's kernels run.
 struct Stream {
@@ -63,7 +64,7 @@ void launch(const char* name, void (*kernel)(Args...), dim3 grid, int threads, s
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   try {
     if (threads > 1024 || threads % kWarp != 0 || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535 ||
-        shared > size_t{227 << 10})
+        shared > size_t{(227 << 10) - kStaticShared})
       throw std::logic_error("a GPU would refuse this launch");
     emulator::run(grid, dim3(static_cast<unsigned>(threads)), shared, [&] { kernel(args...); });
   } catch (const std::exception& error) {
@@ -107,9 +108,9 @@ class OnDevice {
 inline void allow_shared(const char* name, const void* function, size_t shared, const Stream& stream) {
   constexpr size_t kWithoutAsking = 48 << 10;
   if (shared <= kWithoutAsking) return;
-  int most = 0;  // all there is: less would take it from another thread's launch of the same kernel
+  int most = 0;  // all there is beside the static: less would take it from another thread's launch of the same kernel
   check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device), name);
-  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most - kStaticShared), name);
 }
 
 // As many blocks of a kernel as the GPU holds at a time.

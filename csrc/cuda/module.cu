@@ -52,7 +52,8 @@ Address first_ticket_row(int device) {
 // what a graph captured of it do, and each leaves zeros. 0: no row is left, or none so long. With Python's lock held.
 Address tickets(int device, Address on, int64_t count) {
   static std::map<int, std::map<std::pair<Address, unsigned long long>, int>> given;
-  if (count > kTickets) return 0;
+  constexpr Address kPerThread = 2;  // cudaStreamPerThread: another stream for each thread
+  if (count > kTickets || on == kPerThread) return 0;
   const OnDevice on_device(device);
   auto& rows = given[device];
   const int row = rows.try_emplace({on, graph_of({device, on})}, static_cast<int>(rows.size())).first->second;

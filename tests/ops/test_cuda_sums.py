@@ -145,6 +145,7 @@ def test_every_stream_has_tickets_of_its_own(device, impl):
 
     if not _backends.EMULATED:
         pytest.skip("streams that do not exist")
-    rows = [_cuda.tickets(7, stream, 256) for stream in range(257)]
+    rows = [_cuda.tickets(7, stream, 256) for stream in range(100, 357)]
     assert all(later - row == 1024 for row, later in itertools.pairwise(rows[:256]))
-    assert rows[256] == 0 and _cuda.tickets(7, 3, 1) == rows[3] and _cuda.tickets(7, 3, 257) == 0
+    assert rows[256] == 0 and _cuda.tickets(7, 103, 1) == rows[3] and _cuda.tickets(7, 103, 257) == 0
+    assert _cuda.tickets(8, 2, 1) == 0 != _cuda.tickets(8, 0, 1)  # cudaStreamPerThread is many streams

@@ -322,6 +322,34 @@ def test_turns_of_cuda(impl, name):
 
 
 @CUDA
+@pytest.mark.parametrize("longest", [2**31 - 1, 2**33 + 16])
+@pytest.mark.parametrize("impl", ["cuda"])
+def test_cuda_takes_any_longest_length(impl, longest):
+    lens = SeqLens([20, 3, 70])
+    q, k, v = (randn(lens.total, 2, 32, dtype=torch.bfloat16, seed=s, grad=True) for s in range(3))
+    results = [
+        testing.Call((q, k, v, lens.cu, lens.cu), {"max_seqlen_q": told, "max_seqlen_k": told}).run(
+            varlen_attention, impl=impl
+        )
+        for told in (longest, lens.total)
+    ]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@CUDA
+@pytest.mark.parametrize("lengths", [[200, 16, 30], [16, 200, 30], [90, 3, 3], [1] * 8200 + [70]])
+@pytest.mark.parametrize("told", [16, 80])
+@pytest.mark.parametrize("impl", ["cuda"])
+def test_cuda_stays_in_its_memory(impl, told, lengths):
+    """Whatever is said of the longest length; on a GPU nobody can look."""
+    lens = SeqLens(lengths)
+    q, k, v = (randn(lens.total, 1, 8, dtype=torch.bfloat16, seed=s, grad=True) for s in range(3))
+    testing.Call((q, k, v, lens.cu, lens.cu), {"max_seqlen_q": told, "max_seqlen_k": told}).run(
+        varlen_attention, impl=impl
+    )
+
+
+@CUDA
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", cases.REAL[:6])
 @pytest.mark.parametrize("impl", ["cuda"])

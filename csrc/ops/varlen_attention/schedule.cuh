@@ -85,11 +85,11 @@ class Schedule {
 
   // A barrier, after which now() is this block's turn: in shared memory, for registers are short where it is worked on.
   __device__ __forceinline__ void begin(int round) const {
-    if (threadIdx.x < kWarp) {
-      const Turn next = turn(round);
-      __syncwarp();
-      if (threadIdx.x == 0) shared_turn() = next;
-    }
+    if (threadIdx.x < kWarp) keep(turn(round));
+    __syncthreads();
+  }
+  __device__ __forceinline__ void next() const {
+    if (threadIdx.x < kWarp) keep(turn(now().round + 1));
     __syncthreads();
   }
   __device__ __forceinline__ const Turn& now() const { return shared_turn(); }
@@ -109,7 +109,13 @@ class Schedule {
     __shared__ Table table;
     return table;
   }
+  static_assert(sizeof(Table) + sizeof(Turn) <= kStaticShared);
+
   __device__ __forceinline__ static uint16_t* order() { return dynamic_shared<uint16_t>(); }
+  __device__ __forceinline__ static void keep(const Turn& turn) {
+    __syncwarp();  // all have read the one before
+    if (threadIdx.x == 0) shared_turn() = turn;
+  }
   __device__ __forceinline__ static Turn& shared_turn() {
     __shared__ Turn turn;
     return turn;

@@ -185,9 +185,14 @@ inline bool in_packs(const HeadRows& x, int64_t width) {
   return (reinterpret_cast<std::uintptr_t>(x.data) | bytes) % 16 == 0;
 }
 
-// uniform: all sequences are as long as the longest.
-inline Lengths lengths(Address cu_q, Address cu_k, int64_t sequences, int64_t heads, bool uniform) {
-  const bool sorted = !uniform && sequences <= kMostSorted;
+// Dynamic shared memory that a block may have, by the limit of a block's: alone on a processor, and where two fit. (The
+// GPU keeps 1 KB of each for itself, which the limit is without.)
+inline int64_t most_shared(int64_t limit) { return limit - kStaticShared; }
+inline int64_t half_shared(int64_t limit) { return (limit + 1024) / 2 - 1024 - kStaticShared; }
+
+// There is no order where all sequences are as long as the longest, as far as the host can tell.
+inline Lengths lengths(Address cu_q, Address cu_k, int64_t sequences, int64_t heads, bool equal) {
+  const bool sorted = !equal && sequences <= kMostSorted;
   return {int32s(cu_q), int32s(cu_k), static_cast<int>(sequences), static_cast<int>(heads), 0, 1,
           sorted ? static_cast<int>(sequences + 7) / 8 * 16 : 0};
 }

@@ -279,15 +279,16 @@ __device__ __forceinline__ void take_turns(const Backward& a) {
   const Schedule schedule(a.lengths);
   const int warp = Held<T, D>::warp(), warps = Held<T, D>::warps();
   const Turn& turn = schedule.now();
-  for (schedule.begin(0); schedule.has(turn.round); schedule.begin(turn.round + 1)) {
+  for (schedule.begin(0); schedule.has(turn.round); schedule.next()) {
     const auto each_tile = [&](auto&& function) {  // of this warp: (the tile's sequence, its tile there)
-      for (int tile = warp; tile < turn.count * turn.tiles; tile += warps) {
-        const int number = tile / turn.tiles, sequence = schedule.order(turn.rank + number);
+      const int tiles = min(turn.tiles, a.lengths.longest);  // never past the memory, whatever the caller said of it
+      for (int tile = warp; tile < turn.count * tiles; tile += warps) {
+        const int number = tile / tiles, sequence = schedule.order(turn.rank + number);
         Held<T, D> held{a, span(a.lengths.cu_q, sequence), span(a.lengths.cu_k, sequence), turn.head,
-                        number * turn.tiles * kRows};
-        held.queries.count = min(held.queries.count, a.capacity);  // never past the memory, whatever the caller said of
-        held.keys.count = min(held.keys.count, a.capacity);        // the longest
-        function(held, tile - number * turn.tiles);
+                        number * tiles * kRows};
+        held.queries.count = min(held.queries.count, tiles * kRows);
+        held.keys.count = min(held.keys.count, tiles * kRows);
+        function(held, tile - number * tiles);
       }
     };
     each_tile([&](const Held<T, D>& held, int tile) {
@@ -346,14 +347,14 @@ __global__ void __launch_bounds__(kWhole ? kMostWarps<D>* kWarp : kChunk / kRows
 // How a launch shares its work out; returns (warps, bytes of shared memory).
 template <int D>
 std::pair<int, size_t> plan(Backward& a, int64_t max_q, int64_t max_k, int64_t limit) {
-  const int64_t order = a.lengths.order, half = (limit - 1024) / 2 - 1024;  // of a processor's, a block's own
+  const int64_t order = a.lengths.order, half = half_shared(limit);
   const int64_t queries = tiles_of(static_cast<int>(max_q)), keys = tiles_of(static_cast<int>(max_k));
   const int64_t longest = std::max<int64_t>(std::max(queries, keys), 1);
   const int64_t together = std::max<int64_t>(1, kTogether / longest), capacity = longest * together * kRows;
   const auto bytes = [](int64_t rows) { return rows * (4 * kStride<D> * 2 + 2 * static_cast<int64_t>(sizeof(float))); };
   a.blocks = 1;
   a.key_blocks = 0;
-  if (a.op.groups == 1 && bytes(capacity) + order <= limit - 1024) {
+  if (a.op.groups == 1 && bytes(capacity) + order <= most_shared(limit)) {
     a.lengths.longest = static_cast<int>(longest);
     a.capacity = static_cast<int>(capacity);
     const int64_t stride = longest * kRows + 8, kept = capacity * stride * 2;
@@ -378,6 +379,8 @@ void backward(Strides dout, Strides q, Strides k, Strides v, Address out, Addres
   args.op = {head_rows(dout), head_rows(q), head_rows(k), head_rows(v), pointer(out), pointer(lse), pointer(dlse),
              head_rows(dq), head_rows(dk), head_rows(dv), query_rows, heads, heads / key_heads, width, scale,
              Dtype(dtype)};
+  max_q = std::min(max_q, query_rows);  // a caller may know no better than that a sequence is not longer
+  max_k = std::min(max_k, key_rows);
   args.lengths = lengths(cu_q, cu_k, batch, heads, max_q * batch == query_rows && max_k * batch == key_rows);
   args.key_rows = key_rows;
   args.scale = static_cast<float>(scale);

@@ -12,6 +12,7 @@ namespace {
 constexpr int kStep = 32;   // keys between two looks at the largest score
 template <int D>
 constexpr int kMostWarps = D <= 64 ? 8 : 6;
+constexpr int kLeastWarps = 4;  // to bring many keys for few queries
 template <int D>
 constexpr int kLeastBlocks = D <= 80 ? 2 : 1;  // that fit a processor: 128, 168 or 255 registers a thread
 constexpr int64_t kTurns = 528;  // that keep a GPU busy: four for each of an H200's processors
@@ -124,7 +125,6 @@ class Tiles {
   }
   __device__ __forceinline__ T* values(int stage) const { return keys(stage) + a_.capacity * kTile; }
   __device__ __forceinline__ T* queries(int stage) const { return values(stage) + (a_.capacity + warp()) * kTile; }
-
 
   // Begins to bring tiles of a turn's keys from `first` on, as many as fit, into the first tiles.
   __device__ __forceinline__ void bring_keys(const Turn& turn, int stage, int first) const {
@@ -239,16 +239,18 @@ __global__ void __launch_bounds__(kMostWarps<D>* kWarp, kLeastBlocks<D>)
 // How a launch shares its work out; returns (warps, bytes of shared memory).
 template <int D>
 std::pair<int, size_t> plan(Forward& a, int64_t max_q, int64_t max_k, int64_t limit) {
-  const int64_t half = (limit - 1024) / 2 - 1024, order = a.lengths.order;  // half: what each of two blocks may have
+  const int64_t half = half_shared(limit), order = a.lengths.order;
   const auto bytes = [&](int64_t tiles, int64_t warps) {
     return order + a.stages * (2 * tiles + warps) * kRows * kStride<D> * int64_t{2};
   };
   a.stages = 1;
   int most = kMostWarps<D>;
-  while (most > 1 && bytes(most, most) > limit - 1024) --most;
+  while (most > 1 && bytes(most, most) > most_shared(limit)) --most;
   const int queries = std::max(1, tiles_of(static_cast<int>(max_q)));
   const int longest = std::max(queries, tiles_of(static_cast<int>(max_k))), rounds = (queries + most - 1) / most;
-  const int warps = longest <= most ? most / longest * longest : (queries + rounds - 1) / rounds;
+  int warps = (queries + rounds - 1) / rounds;
+  if (longest <= most) warps = most / longest * longest;
+  else warps = std::max(warps, std::min(most, kLeastWarps));
   const int64_t heads = std::max<int64_t>(1, a.lengths.sequences * a.op.heads);
   a.capacity = std::max(warps, longest);
   const bool whole = bytes(a.capacity, warps) <= half;
@@ -266,6 +268,8 @@ void forward(Strides q, Strides k, Strides v, Address cu_q, Address cu_k, Addres
   Forward args{};
   args.op = {head_rows(q), head_rows(k), head_rows(v), pointer(out), pointer(lse), query_rows, heads,
              heads / key_heads, width, scale, Dtype(dtype)};
+  max_q = std::min(max_q, query_rows);  // a caller may know no better than that a sequence is not longer
+  max_k = std::min(max_k, key_rows);
   args.lengths = lengths(cu_q, cu_k, batch, heads, max_q * batch == query_rows && max_k * batch == key_rows);
   args.scale2 = static_cast<float>(scale) * kLog2e;
   args.packs = in_packs(args.op.q, width) && in_packs(args.op.k, width) && in_packs(args.op.v, width) &&

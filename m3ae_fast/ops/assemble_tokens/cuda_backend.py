@@ -33,7 +33,7 @@ def backward(
     if any(need[:3]):  # image rows, text rows, sums
         number = chunks(count, width * dout.element_size())
         partials = dout.new_empty(number if need[2] else 0, 3, width, dtype=torch.float32)
-        ticket, _owner = tickets(dout, tile_tickets(number, width))
+        ticket, _owner = tickets(dout, tile_tickets(number, width) if need[2] else 0)
         _cuda.assemble_tokens_backward(
             *map(address, (dout, cu_image, cu_text, *grads[:2], partials, grads[2])), ticket, number, batch, count,
             image_rows, width, has_cls, code(grads[0]), code(grads[1]), code(dout), *place(dout),

@@ -25,7 +25,7 @@ def backward(dy, ds, s, weight, stats, need_input, need_params):
     dparams = s.new_empty(2 if need_params else 0, width, dtype=torch.float32)
     number = max(min(-(-count // ROWS), PARTIALS), 1)
     partials = s.new_empty(number if need_params else 0, 2, width, dtype=torch.float32)
-    ticket, _owner = tickets(s, _cuda.sum_tickets(number))
+    ticket, _owner = tickets(s, _cuda.sum_tickets(number) if need_params else 0)
     _cuda.layer_norm_backward(
         address(dy), address(ds), address(s), address(weight), address(stats), address(dx), address(partials),
         address(dparams), ticket, number, count, width, code(s), code(dy), *place(s),

@@ -10,7 +10,7 @@ def forward(pred, images, ids_mask, cu_mask, patch_size, norm_pix, scale, shift,
     rows = pred.shape[0]
     loss = pred.new_empty(rows if reduction == "none" else (), dtype=torch.float32)
     partials = pred.new_empty(0 if reduction == "none" else max(rows, 1), dtype=torch.float64)
-    ticket, _owner = tickets(pred, 1)
+    ticket, _owner = tickets(pred, 0 if reduction == "none" else 1)
     error = pred.new_empty(pred.shape if need_error else (0, 0))
     _cuda.masked_mse(
         address(pred), code(pred), rows, address(images), code(images), images.shape, images.stride(), patch_size,

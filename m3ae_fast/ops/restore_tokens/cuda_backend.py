@@ -25,7 +25,7 @@ def backward(dout, rows, slots, kept_rows, kept_dtype, patches, words, need):
     number = chunks(count, width * dout.element_size())
     partials = dout.new_empty(number if need_sums else 0, 2, 2, width, dtype=torch.float32)
     if need_kept or need_sums:
-        ticket, _owner = tickets(dout, tile_tickets(number, width))
+        ticket, _owner = tickets(dout, tile_tickets(number, width) if need_sums else 0)
         _cuda.restore_tokens_backward(
             *map(address, (dout, rows, slots, dkept, partials, dsums)), ticket, number, count, width, patches,
             code(dkept), code(dout), *place(dout),
