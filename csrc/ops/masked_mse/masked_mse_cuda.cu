@@ -123,6 +123,7 @@ __global__ void __launch_bounds__(pack == kPack ? kThreads : kMostWarps* kWarp, 
   if (threadIdx.x == 0) *losses = static_cast<float>(sum);
 }
 
+// dpred = error * 2 / width * (weight of the row) * dloss. Of rows of no image the error is 0, but dloss may be NaN.
 template <class Pred, int pack>
 __global__ void __launch_bounds__(kRows* kWarp)
     masked_mse_backward_kernel(const Pred* error, const float* dloss, const int32_t* cu, int64_t images, Pred* dpred,
