@@ -20,7 +20,7 @@ namespace m3ae::cuda {
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr int kWarp = 32;
-constexpr int kStaticShared = 1 << 10;  // bytes that a kernel with more than 48 KB of dynamic shared memory has at most
+constexpr int kStaticShared = 1 << 10;  // bytes, at most, of a kernel with some 48 KB of dynamic shared memory or more
 
 // Where a call's kernels run.
 struct Stream {
@@ -106,7 +106,7 @@ class OnDevice {
 
 // Lets a kernel have so much dynamic shared memory.
 inline void allow_shared(const char* name, const void* function, size_t shared, const Stream& stream) {
-  constexpr size_t kWithoutAsking = 48 << 10;
+  constexpr size_t kWithoutAsking = (48 << 10) - kStaticShared;
   if (shared <= kWithoutAsking) return;
   int most = 0;  // all there is beside the static: less would take it from another thread's launch of the same kernel
   check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device), name);
