@@ -49,5 +49,7 @@ def tickets(like: Tensor, count: int) -> tuple[int, Tensor | None]:
     if count == 0:
         return 0, None
     at = _cuda.tickets(*place(like), count)
-    owner = None if at else like.new_zeros(count, dtype=torch.int32)
-    return (at, None) if owner is None else (owner.data_ptr(), owner)
+    if at:
+        return at, None
+    owner = like.new_zeros(count, dtype=torch.int32)
+    return owner.data_ptr(), owner

@@ -118,6 +118,16 @@ class Call:
         return outputs, list(gradients)
 
 
+def moved(x: Tensor, elements: int) -> Tensor:
+    """The same values, so many elements past where an allocation begins."""
+    return torch.cat([x.new_zeros(elements), x.flatten()])[elements:].view(x.shape)
+
+
+def widened(x: Tensor, width: int) -> Tensor:
+    """The last dimension repeated, or cut, to `width`."""
+    return x.repeat(*[1] * (x.dim() - 1), -(-width // x.shape[-1]))[..., :width]
+
+
 def cotangent(x: Tensor) -> Tensor:
     """A fixed pseudo-random gradient for x, exactly representable in bfloat16."""
     generator = torch.Generator().manual_seed(x.numel())

@@ -83,12 +83,7 @@ def test_every_backend_gives_the_same_bits_for_every_mix_of_dtypes(impl, case, i
 @pytest.mark.parametrize(("width", "offset"), [(12, 0), (264, 0), (264, 4), (1032, 0)])
 def test_widths_and_alignments(impl, width, offset, dtype):
     """On a GPU a lane moves eight columns or four, as these allow, in one tile or several."""
-
-    def stretch(x):
-        wide = x.repeat(*[1] * (x.dim() - 1), -(-width // x.shape[-1]))[..., :width]
-        return torch.cat([x.new_zeros(offset), wide.flatten()])[offset:].view(wide.shape)
-
-    call = cases.make("small", dtype).map(stretch)
+    call = cases.make("small", dtype).map(lambda x: testing.moved(testing.widened(x, width), offset))
     (out,), gradients = call.run(assemble_tokens, impl=impl)
     (expected,), eager = call.run(assemble_tokens, impl="reference")
     assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8))

@@ -172,12 +172,8 @@ def test_one_fp64_argument_is_refused_or_taken_right(op, impl, device, case):
 @pytest.mark.parametrize(("op", "impl", "device", "case"), CASES)
 def test_tensors_that_are_not_aligned(op, impl, device, case):
     """Views that begin an element after an allocation does: what moves sixteen bytes at a time has to notice."""
-
-    def moved(x):
-        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-
     call = testing.cases(op).make(case, testing.dtypes(impl, op)[0]).on(device)
-    outputs, gradients = call.map(moved).run(function(op), impl=impl)
+    outputs, gradients = call.map(lambda x: testing.moved(x, 1)).run(function(op), impl=impl)
     eager = call.run(function(op), impl="reference")
     truth = call.to(torch.float64).run(function(op), impl="reference")
     for i, results in enumerate(zip(outputs, eager[0], truth[0], strict=True)):

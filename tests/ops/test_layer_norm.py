@@ -71,7 +71,7 @@ def test_alignments(impl, dtype, unaligned, width):
     def place(name, dtype, *size):
         x = rows(*size, dtype=dtype, seed=len(name)).detach()
         offset = (1 if name == "weight" else 8 // x.element_size()) if name == unaligned else 0
-        return torch.cat([x.new_zeros(offset), x.flatten()])[offset:].view(size).requires_grad_()
+        return testing.moved(x, offset).requires_grad_()
 
     x, weight = place("x", dtype, 5, width), place("weight", FP32, width)
     call = testing.Call((x, weight, None), {"residual": place("residual", dtype, 5, width)})

@@ -15,6 +15,8 @@ constexpr int kClasses = 2 * kWarp;   // number k: of kClasses - 1 - k tiles; th
 constexpr int kMostSorted = 1 << 13;  // sequences, two bytes each
 
 __host__ __device__ __forceinline__ int tiles_of(int rows) { return (rows + kRows - 1) / kRows; }
+__device__ __forceinline__ int warp_of_block() { return static_cast<int>(threadIdx.x) / kWarp; }
+__device__ __forceinline__ int warps_of_block() { return static_cast<int>(blockDim.x) / kWarp; }
 __device__ __forceinline__ int lane_of_warp() { return static_cast<int>(threadIdx.x % kWarp); }
 
 // Rows of a sequence.
@@ -46,7 +48,7 @@ class Schedule {
   // Writes to warps * kClasses words of shared memory behind the order, too.
   __device__ __forceinline__ explicit Schedule(const Lengths& a) : a_(a) {
     int* counts = reinterpret_cast<int*>(dynamic_shared<unsigned char>() + a.order);
-    for (int i = static_cast<int>(threadIdx.x); i < warps() * kClasses; i += static_cast<int>(blockDim.x))
+    for (int i = static_cast<int>(threadIdx.x); i < warps_of_block() * kClasses; i += static_cast<int>(blockDim.x))
       counts[i] = 0;
     __syncthreads();
     if (a.order > 0)
@@ -120,22 +122,21 @@ class Schedule {
     __shared__ Turn turn;
     return turn;
   }
-  __device__ __forceinline__ static int warps() { return static_cast<int>(blockDim.x) / kWarp; }
 
   __device__ __forceinline__ int tiles(int sequence) const {
     return tiles_of(max(span(a_.cu_q, sequence).count, span(a_.cu_k, sequence).count));
   }
-  __device__ __forceinline__ int together(int k) const { return max(1, warps() / max(1, kClasses - 1 - k)); }
+  __device__ __forceinline__ int together(int k) const { return max(1, warps_of_block() / max(1, kClasses - 1 - k)); }
   __device__ __forceinline__ int pieces(int k) const {
-    return k == 0 ? a_.pieces : max(1, min(a_.pieces, (kClasses - 2 - k + warps()) / warps()));
+    return k == 0 ? a_.pieces : max(1, min(a_.pieces, (kClasses - 2 - k + warps_of_block()) / warps_of_block()));
   }
 
   // Counts a warp's share of the sequences by class: counts[warp][k] goes on by one for each, from where it stands, and
   // each(where it stood, sequence). Sequences keep their order in a class, so that all blocks agree.
   template <class Each>
   __device__ __forceinline__ void for_classes(int* counts, Each&& each) const {
-    const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = lane_of_warp();
-    const int share = (a_.sequences + warps() - 1) / warps(), begin = warp * share;
+    const int warp = warp_of_block(), lane = lane_of_warp();
+    const int share = (a_.sequences + warps_of_block() - 1) / warps_of_block(), begin = warp * share;
     const int end = min(begin + share, a_.sequences);
     for (int start = begin; start < end; start += kWarp) {
       const int sequence = start + lane;
@@ -158,7 +159,7 @@ class Schedule {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int k = 2 * lane + i;
-      for (int w = 0; w < warps(); ++w) of[i] += counts[w * kClasses + k];
+      for (int w = 0; w < warps_of_block(); ++w) of[i] += counts[w * kClasses + k];
       const int groups = (of[i] + together(k) - 1) / together(k);
       turns[i] = k == kClasses - 1 ? 0 : groups * pieces(k) * a_.heads;  // without rows there is nothing to do
     }
@@ -170,7 +171,7 @@ class Schedule {
       table().first[k] = rank;
       table().turns[k] = turn;
       int next = rank;
-      for (int w = 0; w < warps(); ++w) {
+      for (int w = 0; w < warps_of_block(); ++w) {
         const int mine = counts[w * kClasses + k];
         counts[w * kClasses + k] = next;
         next += mine;

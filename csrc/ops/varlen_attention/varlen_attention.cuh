@@ -170,7 +170,7 @@ __device__ __forceinline__ void store_rows(const float (&sums)[D / 8][4], const 
 // Zeros in rows [first, end) of a head, by the whole grid.
 template <class T>
 __device__ __forceinline__ void clear_rows(const HeadRows& x, int64_t head, int first, int64_t end, int width) {
-  const int64_t warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
+  const int64_t warps = warps_of_block(), warp = warp_of_block();
   for (int64_t row = first + blockIdx.x * warps + warp; row < end; row += gridDim.x * warps)
     for (int d = lane_of_warp(); d < width; d += kWarp) row_of<T>(x, row, head)[d] = T{};
 }

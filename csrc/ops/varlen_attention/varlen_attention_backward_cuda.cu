@@ -70,14 +70,13 @@ struct Held {
   }
   // `count` of them, by the whole block.
   __device__ __forceinline__ void bring_chunk_of_keys(int first, int count) const {
-    for (int row = warp() * kRows; row < count; row += warps() * kRows) bring_keys(first + row, row);
+    for (int row = warp_of_block() * kRows; row < count; row += warps_of_block() * kRows)
+      bring_keys(first + row, row);
   }
   __device__ __forceinline__ void bring_chunk_of_queries(int head, int first, int count) const {
-    for (int row = warp() * kRows; row < count; row += warps() * kRows) bring_queries(head, first + row, row);
+    for (int row = warp_of_block() * kRows; row < count; row += warps_of_block() * kRows)
+      bring_queries(head, first + row, row);
   }
-
-  __device__ __forceinline__ static int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
-  __device__ __forceinline__ static int warps() { return static_cast<int>(blockDim.x) / kWarp; }
 
  private:
   __device__ __forceinline__ int width() const { return static_cast<int>(a.op.width); }
@@ -277,7 +276,7 @@ __device__ __forceinline__ void clear_the_rest(const Backward& a) {
 template <class T, int D>
 __device__ __forceinline__ void take_turns(const Backward& a) {
   const Schedule schedule(a.lengths);
-  const int warp = Held<T, D>::warp(), warps = Held<T, D>::warps();
+  const int warp = warp_of_block(), warps = warps_of_block();
   const Turn& turn = schedule.now();
   for (schedule.begin(0); schedule.has(turn.round); schedule.next()) {
     const auto each_tile = [&](auto&& function) {  // of this warp: (the tile's sequence, its tile there)
@@ -313,7 +312,7 @@ template <class T, int D>
 __device__ __forceinline__ void take_chunk(const Backward& a) {
   const int block = static_cast<int>(blockIdx.x) % a.blocks, rest = static_cast<int>(blockIdx.x) / a.blocks;
   const int groups = static_cast<int>(a.op.groups), key_heads = static_cast<int>(a.op.heads) / groups;
-  const int sequence = rest / key_heads, tile = Held<T, D>::warp();
+  const int sequence = rest / key_heads, tile = warp_of_block();
   if (sequence >= a.lengths.sequences) return;
   const Held<T, D> held{a, span(a.lengths.cu_q, sequence), span(a.lengths.cu_k, sequence), rest % key_heads, 0};
   const bool keys = block < a.key_blocks;

@@ -121,16 +121,18 @@ class Tiles {
   __device__ __forceinline__ Tiles(const Forward& a, const Schedule& schedule) : a_(a), schedule_(schedule) {}
 
   __device__ __forceinline__ T* keys(int stage) const {
-    return dynamic_shared<T>() + a_.lengths.order / 2 + stage * (2 * a_.capacity + warps()) * kTile;
+    return dynamic_shared<T>() + a_.lengths.order / 2 + stage * (2 * a_.capacity + warps_of_block()) * kTile;
   }
   __device__ __forceinline__ T* values(int stage) const { return keys(stage) + a_.capacity * kTile; }
-  __device__ __forceinline__ T* queries(int stage) const { return values(stage) + (a_.capacity + warp()) * kTile; }
+  __device__ __forceinline__ T* queries(int stage) const {
+    return values(stage) + (a_.capacity + warp_of_block()) * kTile;
+  }
 
   // Begins to bring tiles of a turn's keys from `first` on, as many as fit, into the first tiles.
   __device__ __forceinline__ void bring_keys(const Turn& turn, int stage, int first) const {
     const int tiles = min(turn.count * turn.tiles - first, a_.capacity);
     const int64_t head = turn.head / a_.op.groups;
-    for (int tile = warp(); tile < tiles; tile += warps()) {
+    for (int tile = warp_of_block(); tile < tiles; tile += warps_of_block()) {
       const int sequence = (first + tile) / turn.tiles, row = (first + tile - sequence * turn.tiles) * kRows;
       const Span span = of(a_.lengths.cu_k, turn, sequence);
       const auto bring = [&](T* to, const HeadRows& x) {
@@ -142,7 +144,7 @@ class Tiles {
   }
   // This warp's queries of a turn, where the block's start with tile `start`: sixteen, fewer or none.
   __device__ __forceinline__ Span queries_of(const Turn& turn, int start) const {
-    const int sequence = mine(turn), row = (start + warp() - sequence * turn.tiles) * kRows;
+    const int sequence = mine(turn), row = (start + warp_of_block() - sequence * turn.tiles) * kRows;
     const Span all = of(a_.lengths.cu_q, turn, sequence);
     return {all.first + row, all.count - row};
   }
@@ -153,18 +155,17 @@ class Tiles {
   // The first that a turn needs.
   __device__ __forceinline__ void bring(const Turn& turn, int stage) const {
     if (whole(turn)) bring_keys(turn, stage, 0);
-    if (mine(turn) < turn.count) bring_queries(turn, stage, turn.piece * warps());
+    if (mine(turn) < turn.count) bring_queries(turn, stage, turn.piece * warps_of_block());
   }
 
   __device__ __forceinline__ bool whole(const Turn& turn) const { return turn.count * turn.tiles <= a_.capacity; }
   // The sequence of a turn that this warp works on.
-  __device__ __forceinline__ static int mine(const Turn& turn) { return turn.count > 1 ? warp() / turn.tiles : 0; }
+  __device__ __forceinline__ static int mine(const Turn& turn) {
+    return turn.count > 1 ? warp_of_block() / turn.tiles : 0;
+  }
   __device__ __forceinline__ Span of(const int32_t* cu, const Turn& turn, int sequence) const {
     return span(cu, schedule_.order(turn.rank + sequence));
   }
-
-  __device__ __forceinline__ static int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
-  __device__ __forceinline__ static int warps() { return static_cast<int>(blockDim.x) / kWarp; }
 
  private:
   __device__ __forceinline__ int width() const { return static_cast<int>(a_.op.width); }
@@ -177,7 +178,7 @@ class Tiles {
 // together.
 template <class T, int D>
 __device__ __forceinline__ void take_turn(const Forward& a, const Tiles<T, D>& tiles, const Turn& turn, int stage) {
-  const int warps = tiles.warps(), sequence = tiles.mine(turn);
+  const int warps = warps_of_block(), sequence = tiles.mine(turn);
   if (sequence >= turn.count) return;  // of several sequences, which lie here whole
   const int keys = tiles.of(a.lengths.cu_k, turn, sequence).count;
   const int end = turn.count > 1 ? 1 : tiles_of(tiles.of(a.lengths.cu_q, turn, sequence).count);
