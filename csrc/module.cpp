@@ -16,8 +16,11 @@ PYBIND11_MODULE(_C, module) {
   using namespace m3ae;
   module.doc() = "m3ae_fast CPU kernels";
   module.def("available_isas", &available_isas, "instruction sets that this build and machine have, slowest first");
+  module.def("unavailable_isas", &unavailable_isas, "the other instruction sets, each with the reason");
   module.def("active_isa", [] { return isa_name(active_isa()); });
   module.def("set_isa", &set_isa, pybind11::arg("name"), "'' takes the best this machine has");
+  module.def("own_products", [](int dtype) { return own_products(Dtype(dtype)); }, pybind11::arg("dtype"),
+             "whether products of this dtype are made here, not by torch: csrc/cpu/isa.h");
   module.def("num_threads", &max_threads, "threads a kernel may use: torch.set_num_threads rules it");
 #ifdef _OPENMP
   module.attr("openmp") = true;

@@ -1,21 +1,27 @@
-// A kernel is declared once (M3AE_KERNEL, in <op>.h), compiled once per instruction set (M3AE_ISA, in
-// <op>_kernel.cpp) and called through the one in use (M3AE_DISPATCH, in <op>.cpp).
+// A kernel is declared once (in <op>.h), compiled for each instruction set (namespace M3AE_ISA, in <op>_kernel.cpp) and
+// called through the set in use (in <op>.cpp). One that multiplies matrices (cpu/gemm.h) is compiled for every set:
+// M3AE_PRODUCT_KERNEL, M3AE_DISPATCH_PRODUCT. Any other only once for sets that have the same vectors: M3AE_KERNEL,
+// M3AE_DISPATCH. CMake sees which it is by the include.
 #pragma once
 
-#include "cpu/isa.h"
+#include <initializer_list>
 
-#ifdef M3AE_X86
-#define M3AE_KERNEL(declaration)              \
-  namespace m3ae::scalar { declaration; }     \
-  namespace m3ae::avx2 { declaration; }       \
-  namespace m3ae::avx512 { declaration; }     \
-  namespace m3ae::avx512_bf16 { declaration; }
-#define M3AE_DISPATCH(kernel)                                                 \
-  (::m3ae::active_isa() == ::m3ae::Isa::avx512_bf16 ? ::m3ae::avx512_bf16::kernel \
-   : ::m3ae::active_isa() == ::m3ae::Isa::avx512    ? ::m3ae::avx512::kernel      \
-   : ::m3ae::active_isa() == ::m3ae::Isa::avx2      ? ::m3ae::avx2::kernel        \
-                                                    : ::m3ae::scalar::kernel)
-#else
-#define M3AE_KERNEL(declaration) namespace m3ae::scalar { declaration; }
-#define M3AE_DISPATCH(kernel) (::m3ae::scalar::kernel)
-#endif
+#include "cpu/isa.h"
+// Made by CMake. M3AE_EACH_ISA(each, argument): each(<isa>, <vectors>, argument) of every set that is built;
+// M3AE_EACH_VECTORS(each, argument): each(<isa>, argument) of those with vectors of their own.
+#include "each_isa.h"
+
+#define M3AE_DECLARE(isa, ...) namespace m3ae::isa { __VA_ARGS__; }
+#define M3AE_DECLARE_PRODUCT(isa, vectors, ...) M3AE_DECLARE(isa, __VA_ARGS__)
+#define M3AE_KERNEL(...) M3AE_EACH_VECTORS(M3AE_DECLARE, __VA_ARGS__)
+#define M3AE_PRODUCT_KERNEL(...) M3AE_EACH_ISA(M3AE_DECLARE_PRODUCT, __VA_ARGS__)
+
+namespace m3ae {
+template <class Kernel>
+Kernel* in_use(std::initializer_list<Kernel*> kernels) { return kernels.begin()[active_isa()]; }
+}  // namespace m3ae
+
+#define M3AE_ADDRESS(isa, vectors, kernel) &::m3ae::vectors::kernel,
+#define M3AE_PRODUCT_ADDRESS(isa, vectors, kernel) &::m3ae::isa::kernel,
+#define M3AE_DISPATCH(kernel) (::m3ae::in_use({M3AE_EACH_ISA(M3AE_ADDRESS, kernel)}))
+#define M3AE_DISPATCH_PRODUCT(kernel) (::m3ae::in_use({M3AE_EACH_ISA(M3AE_PRODUCT_ADDRESS, kernel)}))

@@ -8,73 +8,23 @@
 // fp64). Elsewhere bf16 is widened to fp32 when it is packed.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/units.h"
+#include M3AE_FILE(gemm, M3AE_ISA)
 
 namespace m3ae::M3AE_ISA {
 
-struct Pair {
-  bfloat16 low, high;  // k even, k odd
-};
-
-template <class Unit>
-struct Units {  // float and double
-  static constexpr int depth = 1;
-  using V = Vec<Unit>;
-  using Register = V;
-  static M3AE_INLINE Register set(const Unit* p) { return V::set(*p); }
-  static M3AE_INLINE Register load(const Unit* p) { return V::load(p); }
-  static M3AE_INLINE V dot(Register a, Register b, V c) { return V::fma(a, b, c); }
-};
-
 template <class T>
 struct unit_of { using type = typename Vec<T>::scalar; };
-
-#ifdef M3AE_ISA_avx512_bf16
 template <>
-struct Units<Pair> {
-  static constexpr int depth = 2;
-  using V = VecF32;
-  using Register = __m512i;
-  static M3AE_INLINE Register set(const Pair* p) {
-    int32_t bits;
-    std::memcpy(&bits, p, 4);
-    return _mm512_set1_epi32(bits);
-  }
-  static M3AE_INLINE Register load(const Pair* p) { return _mm512_loadu_si512(p); }
-  static M3AE_INLINE V dot(Register a, Register b, V c) {
-    return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b))};
-  }
-};
-template <>
-struct unit_of<bfloat16> { using type = Pair; };
-#endif
+struct unit_of<bfloat16> { using type = Bf16Unit; };
 
 // What elements of type T become when they are packed.
 template <class T>
 using Unit = typename unit_of<T>::type;
 
-M3AE_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// ---- tiles: kTileRows x kTileVectors accumulators, one register for a, kTileVectors for b ----
+// ---- register tiles: kTileRows x kTileVectors accumulators, one register for a, kTileVectors for b ----
 
 constexpr int kTileRows = 6;
-#if defined(M3AE_ISA_avx512) || defined(M3AE_ISA_avx512_bf16)
-constexpr int kTileVectors = 4;  // 32 registers
-#else
-constexpr int kTileVectors = 2;  // 16 registers
-#endif
-
-template <class Unit>
-struct Product {
-  const Unit* a;
-  int64_t a_row, a_step;  // strides in units: along m, along k
-  const Unit* b;
-  int64_t b_step;         // along k; n is dense
-  typename Units<Unit>::V::scalar* c;
-  int64_t c_row;
-  int64_t steps;          // units along k
-  bool accumulate;        // c += instead of c =
-};
 
 // The sums stay in registers only where the compiler sees every index: each loop over them is unrolled by name.
 #define M3AE_EACH(index, count) _Pragma("GCC unroll 8") for (int index = 0; index < count; ++index)
@@ -152,22 +102,6 @@ template <class V, class T>
 M3AE_INLINE void store_rounded(V x, T* p, int n) { store_lanes(x, p, n); }
 M3AE_INLINE void store_unit_elements(VecF32 x, float* p) { x.store(p); }
 M3AE_INLINE void store_unit_elements(Lane<double> x, double* p) { x.store(p); }
-#ifdef M3AE_ISA_avx512_bf16
-M3AE_INLINE __m256i rounded_bf16(VecF32 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)); }
-M3AE_INLINE void store_unit_elements(VecF32 x, Pair* p) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded_bf16(x));
-}
-// Results, n lanes of them; unlike Vec's own store, subnormals become 0.
-M3AE_INLINE void store_rounded(VecF32 x, bfloat16* p, int n) {
-  _mm256_mask_storeu_epi16(p, VecF32::first(n), rounded_bf16(x));
-}
-// Two rows of sums as one row of pairs: contracted along the rows.
-M3AE_INLINE void store_pairs(VecF32 even, VecF32 odd, Pair* p) {
-  const __m512i low = _mm512_cvtepu16_epi32(rounded_bf16(even));
-  const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded_bf16(odd)), 16);
-  _mm512_storeu_si512(p, _mm512_or_si512(low, high));
-}
-#endif
 
 // ---- packing: from rows of elements ([count][width], `stride` apart) to units, holes filled with zeros ----
 
@@ -223,19 +157,7 @@ void pack_steps(const T* rows, int64_t stride, int64_t count, int64_t width, Uni
   if constexpr (Units<Unit<T>>::depth == 1) {
     pack_rows(rows, stride, count, width, out, ld);
   } else {
-#ifdef M3AE_ISA_avx512_bf16
-    for (int64_t r = 0; r < count; r += 2) {
-      const T *even = rows + r * stride, *odd = even + stride;
-      Pair* to = out + r / 2 * ld;
-      for (int64_t d = 0; d < ld; d += 16) {
-        const __mmask16 lanes = VecF32::first(static_cast<int>(d >= width ? 0 : width - d < 16 ? width - d : 16));
-        const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, even + d));
-        const __mmask16 partner = r + 1 < count ? lanes : 0;
-        const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(partner, odd + d));
-        _mm512_storeu_si512(to + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-      }
-    }
-#endif
+    pack_pairs(rows, stride, count, width, out, ld);
   }
 }
 

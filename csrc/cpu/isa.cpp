@@ -3,67 +3,121 @@
 #include <cstdlib>
 
 #include "check.h"
+#include "cpu/dispatch.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace m3ae {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
-
-bool machine_runs(Isa isa) {
-#ifdef M3AE_X86
+// Why this machine cannot run a set; null where it can.
+#ifdef __x86_64__
+const char* no_avx2() {
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  switch (isa) {
-    case Isa::scalar: return true;
-    case Isa::avx2: return avx2;
-    case Isa::avx512: return avx512;
-    case Isa::avx512_bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
-  }
-  return false;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? nullptr : "this CPU has no AVX2";
+}
+const char* no_avx512() {
+  if (const char* reason = no_avx2()) return reason;
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
+             ? nullptr
+             : "this CPU has no AVX-512";
+}
+const char* no_avx512_bf16() {
+  if (const char* reason = no_avx512()) return reason;
+  return __builtin_cpu_supports("avx512bf16") ? nullptr : "this CPU has no AVX512_BF16";
+}
+const char* no_amx() {
+  if (const char* reason = no_avx512_bf16()) return reason;
+  unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;  // CPUID leaf 7: bit 22 AMX-BF16, bit 24 AMX-TILE
+  __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+  if (!(edx >> 22 & 1) || !(edx >> 24 & 1)) return "this CPU has no AMX for bf16";
+#ifdef __linux__
+  // Linux hands out the tiles' state once a process asks: ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA.
+  static const bool permitted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  return permitted ? nullptr : "Linux did not permit AMX to this process";
 #else
-  return isa == Isa::scalar;  // the others are not built
+  return "AMX is used on Linux alone";
 #endif
 }
+#else
+const char* no_avx2() { return "this CPU is no x86-64"; }
+const char* no_avx512() { return no_avx2(); }
+const char* no_avx512_bf16() { return no_avx2(); }
+const char* no_amx() { return no_avx2(); }
+#endif
 
-Isa best_isa() {
-  for (Isa isa : {Isa::avx512_bf16, Isa::avx512, Isa::avx2})
-    if (machine_runs(isa)) return isa;
-  return Isa::scalar;
+struct InstructionSet {
+  const char* name;
+  const char* (*refusal)();
+};
+constexpr InstructionSet kKnown[] = {
+#define M3AE_INSTRUCTION_SET(name, vectors, reason, flags) {#name, []() -> const char* { return reason; }},
+#include "cpu/isas.inc"
+#undef M3AE_INSTRUCTION_SET
+};
+#define M3AE_NAME(isa, vectors, unused) #isa,
+constexpr const char* kBuilt[] = {M3AE_EACH_ISA(M3AE_NAME, )};
+#undef M3AE_NAME
+constexpr int kBuiltCount = sizeof(kBuilt) / sizeof(*kBuilt);
+
+int active = 0;
+
+int built(const std::string& name) {
+  for (int isa = 0; isa < kBuiltCount; ++isa)
+    if (name == kBuilt[isa]) return isa;
+  return -1;
 }
 
-Isa active = Isa::scalar;
+// Empty where it can run.
+std::string refusal(const InstructionSet& set) {
+  const char* reason = set.refusal();
+  return reason ? reason : built(set.name) < 0 ? "this build left it out" : "";
+}
 
 }  // namespace
 
-Isa active_isa() { return active; }
-const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+int active_isa() { return active; }
+const char* isa_name(int isa) { return kBuilt[isa]; }
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16})
-    if (machine_runs(isa)) names.emplace_back(isa_name(isa));
+  for (const InstructionSet& set : kKnown)
+    if (refusal(set).empty()) names.emplace_back(set.name);
   return names;
 }
 
+std::map<std::string, std::string> unavailable_isas() {
+  std::map<std::string, std::string> reasons;
+  for (const InstructionSet& set : kKnown)
+    if (std::string reason = refusal(set); !reason.empty()) reasons[set.name] = reason;
+  return reasons;
+}
+
+bool own_products(Dtype dtype) {
+  const std::string isa = isa_name(active);
+  if (dtype == Dtype::f64 || isa == "scalar") return false;
+  return dtype != Dtype::bf16 || isa == "amx" || no_amx();
+}
+
 void set_isa(const std::string& name) {
-  if (name.empty()) {
-    active = best_isa();
-    return;
+  std::string known;
+  for (const InstructionSet& set : kKnown) {
+    if (built(set.name) >= 0) known += (known.empty() ? "" : ", ") + std::string(set.name);
+    if (!name.empty() && name != set.name) continue;
+    const std::string reason = refusal(set);
+    if (reason.empty()) active = built(set.name);  // of all that can run, the last is the best
+    if (name.empty()) continue;
+    if (reason.empty()) return;
+    std::string here;
+    for (const auto& each : available_isas()) here += (here.empty() ? "" : ", ") + each;
+    value_error("M3AE_FAST_ISA must name an instruction set that this build and machine have (", here, "), got '", name,
+                "': ", reason);
   }
-  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16}) {
-    if (name != isa_name(isa)) continue;
-    if (!machine_runs(isa)) {
-      std::string here;
-      for (const auto& each : available_isas()) here += (here.empty() ? "" : ", ") + each;
-      value_error("M3AE_FAST_ISA must name an instruction set that this build and machine have (", here, "), got '",
-                  name, "'");
-    }
-    active = isa;
-    return;
-  }
-  value_error("M3AE_FAST_ISA must be one of scalar, avx2, avx512, avx512_bf16, got '", name, "'");
+  if (!name.empty()) value_error("M3AE_FAST_ISA must be one of ", known, ", got '", name, "'");
 }
 
 }  // namespace m3ae

@@ -7,27 +7,6 @@
 
 namespace m3ae::M3AE_ISA {
 
-template <class Float>
-M3AE_INLINE Lane<Float> operator/(Lane<Float> a, Lane<Float> b) { return {a.v / b.v}; }
-template <class Float>
-M3AE_INLINE Lane<Float> magnitude(Lane<Float> x) { return {std::abs(x.v)}; }
-template <class Float>
-M3AE_INLINE Lane<Float> where_negative(Lane<Float> x, Lane<Float> yes, Lane<Float> no) { return x.v < 0 ? yes : no; }
-
-#if defined(M3AE_ISA_avx512) || defined(M3AE_ISA_avx512_bf16)
-M3AE_INLINE VecF32 operator/(VecF32 a, VecF32 b) { return {_mm512_div_ps(a.v, b.v)}; }
-M3AE_INLINE VecF32 magnitude(VecF32 x) { return {_mm512_abs_ps(x.v)}; }
-M3AE_INLINE VecF32 where_negative(VecF32 x, VecF32 yes, VecF32 no) {
-  return {_mm512_mask_mov_ps(no.v, _mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_LT_OQ), yes.v)};
-}
-#elif defined(M3AE_ISA_avx2)
-M3AE_INLINE VecF32 operator/(VecF32 a, VecF32 b) { return {_mm256_div_ps(a.v, b.v)}; }
-M3AE_INLINE VecF32 magnitude(VecF32 x) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.v)}; }
-M3AE_INLINE VecF32 where_negative(VecF32 x, VecF32 yes, VecF32 no) {
-  return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_LT_OQ))};
-}
-#endif
-
 // e^x for x up to 88.7; relative error 2e-7 at any x, 0 below -110, NaN stays NaN.
 template <class V>
 M3AE_INLINE V exp(V x) {

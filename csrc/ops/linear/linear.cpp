@@ -19,7 +19,7 @@ constexpr int64_t kPackedBytes = int64_t{16} << 20, kLeastPanels = 4;
 constexpr int64_t kThinRows = 24;                      // a band of fewer would read more of the right operand than it uses
 
 void multiply(LinearProduct& args) {
-  const LinearSizes sizes = M3AE_DISPATCH(linear_sizes)(args);
+  const LinearSizes sizes = M3AE_DISPATCH_PRODUCT(linear_sizes)(args);
   const int64_t panels = (args.n + kPanel - 1) / kPanel;
   if (args.m == 0 || panels == 0) return;
   // A long contraction (dW of a large batch) packs fewer columns at a time.
@@ -38,7 +38,7 @@ void multiply(LinearProduct& args) {
     args.first_panel = range.begin;
     args.panels = range.end - range.begin;
     each(args.panels * sizes.blocks, [&](int64_t i, char* mine) {
-      M3AE_DISPATCH(linear_pack)(args, mine, args.first_panel + i / sizes.blocks, i % sizes.blocks);
+      M3AE_DISPATCH_PRODUCT(linear_pack)(args, mine, args.first_panel + i / sizes.blocks, i % sizes.blocks);
     });
     // Bands of rows, and where they are too few to feed the threads evenly, shares of the columns and thinner bands. No
     // sum depends on it.
@@ -47,7 +47,7 @@ void multiply(LinearProduct& args) {
     const int64_t bands = std::max(least, std::min((wanted + chunks - 1) / chunks, (args.m + kThinRows - 1) / kThinRows));
     each(bands * chunks, [&](int64_t i, char* mine) {
       const Range rows = chunk_range(args.m, bands, i / chunks), columns = chunk_range(args.panels, chunks, i % chunks);
-      M3AE_DISPATCH(linear_multiply)(args, mine, rows.begin, rows.end - rows.begin, args.first_panel + columns.begin,
+      M3AE_DISPATCH_PRODUCT(linear_multiply)(args, mine, rows.begin, rows.end - rows.begin, args.first_panel + columns.begin,
                                      columns.end - columns.begin);
     });
   }
@@ -96,7 +96,7 @@ void activation_backward(Address dy, Address z, Address dz, Address dbias, int64
                          int dtype) {
   const LinearActivationBackward args{pointer(dy), pointer(z),             pointer(dz),
                                       width,       Activation(activation), Dtype(dtype)};
-  const auto kernel = M3AE_DISPATCH(linear_activation_backward);
+  const auto kernel = M3AE_DISPATCH_PRODUCT(linear_activation_backward);
   if (dz) prefer_huge_pages(pointer(dz), count * width * size_of(args.dtype));
   reduce_rows(count, width, args.dtype, pointer(dbias),
               [&](int64_t begin, int64_t end, void* sum) { kernel(args, sum, begin, end); });

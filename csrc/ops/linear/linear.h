@@ -52,8 +52,8 @@ struct LinearActivationBackward {
 
 }  // namespace m3ae
 
-M3AE_KERNEL(LinearSizes linear_sizes(const LinearProduct& args))
-M3AE_KERNEL(void linear_pack(const LinearProduct& args, char* scratch, int64_t panel, int64_t block))
-M3AE_KERNEL(void linear_multiply(const LinearProduct& args, char* scratch, int64_t row, int64_t rows, int64_t panel,
+M3AE_PRODUCT_KERNEL(LinearSizes linear_sizes(const LinearProduct& args))
+M3AE_PRODUCT_KERNEL(void linear_pack(const LinearProduct& args, char* scratch, int64_t panel, int64_t block))
+M3AE_PRODUCT_KERNEL(void linear_multiply(const LinearProduct& args, char* scratch, int64_t row, int64_t rows, int64_t panel,
                                  int64_t panels))
-M3AE_KERNEL(void linear_activation_backward(const LinearActivationBackward& args, void* sum, int64_t begin, int64_t end))
+M3AE_PRODUCT_KERNEL(void linear_activation_backward(const LinearActivationBackward& args, void* sum, int64_t begin, int64_t end))

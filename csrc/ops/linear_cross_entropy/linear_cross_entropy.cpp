@@ -35,7 +35,7 @@ int64_t run(Address x, Address weight, Address bias, Address target, Address dlo
   const std::vector<int32_t> rows = rows_that_count(int32s(target), count, vocab, ignore_index);
   const int64_t found = static_cast<int64_t>(rows.size());
   if (found == 0) return 0;
-  const auto sizes_of = M3AE_DISPATCH(cross_entropy_sizes);
+  const auto sizes_of = M3AE_DISPATCH_PRODUCT(cross_entropy_sizes);
   const int64_t most = kLogitsBytes / sizes_of(1, width, vocab, Dtype(dtype)).logits_row;
   const int64_t blocks = most > 0 ? (found + most - 1) / most : found, high = (found + blocks - 1) / blocks;
   const CrossEntropySizes sizes = sizes_of(high, width, vocab, Dtype(dtype));
@@ -61,11 +61,11 @@ int64_t run(Address x, Address weight, Address bias, Address target, Address dlo
     args.rows = rows.data() + range.begin;
     args.count = range.end - range.begin;
     args.first = block == 0;
-    stage(args.count, M3AE_DISPATCH(cross_entropy_pack));
-    stage_with_scratch(panels, M3AE_DISPATCH(cross_entropy_logits));
-    stage(args.count, M3AE_DISPATCH(cross_entropy_softmax));
-    if (dx) stage_with_scratch((args.count + kDxRows - 1) / kDxRows * columns, M3AE_DISPATCH(cross_entropy_dx));
-    if (dweight || dbias) stage_with_scratch(panels, M3AE_DISPATCH(cross_entropy_dweight));
+    stage(args.count, M3AE_DISPATCH_PRODUCT(cross_entropy_pack));
+    stage_with_scratch(panels, M3AE_DISPATCH_PRODUCT(cross_entropy_logits));
+    stage(args.count, M3AE_DISPATCH_PRODUCT(cross_entropy_softmax));
+    if (dx) stage_with_scratch((args.count + kDxRows - 1) / kDxRows * columns, M3AE_DISPATCH_PRODUCT(cross_entropy_dx));
+    if (dweight || dbias) stage_with_scratch(panels, M3AE_DISPATCH_PRODUCT(cross_entropy_dweight));
   }
   return found;
 }

@@ -45,9 +45,9 @@ constexpr int64_t kClassPanel = 64, kDxRows = 192, kDxColumns = 64;
 
 }  // namespace m3ae
 
-M3AE_KERNEL(CrossEntropySizes cross_entropy_sizes(int64_t rows, int64_t width, int64_t vocab, Dtype dtype))
-M3AE_KERNEL(void cross_entropy_pack(const CrossEntropyBlock& args, int64_t begin, int64_t end))
-M3AE_KERNEL(void cross_entropy_logits(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end))
-M3AE_KERNEL(void cross_entropy_softmax(const CrossEntropyBlock& args, int64_t begin, int64_t end))
-M3AE_KERNEL(void cross_entropy_dx(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end))
-M3AE_KERNEL(void cross_entropy_dweight(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end))
+M3AE_PRODUCT_KERNEL(CrossEntropySizes cross_entropy_sizes(int64_t rows, int64_t width, int64_t vocab, Dtype dtype))
+M3AE_PRODUCT_KERNEL(void cross_entropy_pack(const CrossEntropyBlock& args, int64_t begin, int64_t end))
+M3AE_PRODUCT_KERNEL(void cross_entropy_logits(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end))
+M3AE_PRODUCT_KERNEL(void cross_entropy_softmax(const CrossEntropyBlock& args, int64_t begin, int64_t end))
+M3AE_PRODUCT_KERNEL(void cross_entropy_dx(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end))
+M3AE_PRODUCT_KERNEL(void cross_entropy_dweight(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end))

@@ -132,7 +132,7 @@ void forward(Strides q, Strides k, Strides v, Address cu_q, Address cu_k, Addres
   const VarlenAttention args{head_rows(q), head_rows(k), head_rows(v), pointer(out), pointer(lse), query_rows, heads,
                              heads / key_heads, width, scale, Dtype(dtype)};
   const auto list = tasks(int32s(cu_q), int32s(cu_k), batch, heads, kQueryBlock);
-  const auto kernel = M3AE_DISPATCH(varlen_attention);
+  const auto kernel = M3AE_DISPATCH_PRODUCT(varlen_attention);
   run(list, workspace_bytes(width, args.dtype),
       [&](const AttentionTask& task, const AttentionTask* next, void* memory) { kernel(args, task, next, memory); });
 
@@ -154,7 +154,7 @@ void backward(Strides dout, Strides q, Strides k, Strides v, Address out, Addres
                                      pointer(lse), pointer(dlse), head_rows(dq), head_rows(dk), head_rows(dv),
                                      query_rows, heads, heads / key_heads, width, scale, Dtype(dtype)};
   const auto list = tasks(int32s(cu_q), int32s(cu_k), batch, key_heads, 0);
-  const auto kernel = M3AE_DISPATCH(varlen_attention_backward);
+  const auto kernel = M3AE_DISPATCH_PRODUCT(varlen_attention_backward);
   run(list, backward_workspace_bytes(width, longest_key, args.dtype),
       [&](const AttentionTask& task, const AttentionTask*, void* memory) { kernel(args, task, memory); });
   zero_rows(args.dq, int32s(cu_q)[batch], query_rows, heads, width, args.dtype);

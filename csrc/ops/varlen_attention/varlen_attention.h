@@ -54,7 +54,7 @@ int64_t backward_workspace_bytes(int64_t width, int64_t longest_key, Dtype dtype
 }  // namespace m3ae
 
 // next: what this thread is likely to be given afterwards, to fetch it early; null where there is no more.
-M3AE_KERNEL(void varlen_attention(const VarlenAttention& args, const AttentionTask& task, const AttentionTask* next,
+M3AE_PRODUCT_KERNEL(void varlen_attention(const VarlenAttention& args, const AttentionTask& task, const AttentionTask* next,
                                   void* workspace))
-M3AE_KERNEL(void varlen_attention_backward(const VarlenAttentionBackward& args, const AttentionTask& task,
+M3AE_PRODUCT_KERNEL(void varlen_attention_backward(const VarlenAttentionBackward& args, const AttentionTask& task,
                                            void* workspace))

@@ -242,9 +242,7 @@ M3AE_INLINE void score_gradients(Float* scores, Float* dweights, U* pairs, int64
         store_unit_elements(weight, reinterpret_cast<U*>(score) + i / depth);
         store_unit_elements(dscores[e], reinterpret_cast<U*>(dweight) + i / depth);
       }
-#ifdef M3AE_ISA_avx512_bf16
       if constexpr (depth == 2) store_pairs(dscores[0], dscores[1], pairs + r / 2 * b.ld + i);
-#endif
     }
   }
   (void)pairs;

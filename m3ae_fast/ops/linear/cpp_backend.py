@@ -3,19 +3,16 @@
 import torch
 import torch.nn.functional as F
 
-from m3ae_fast._backends import address, code
+from m3ae_fast._backends import DTYPE_CODE, address, code
 from m3ae_fast._cpp import _C
 
 ACTIVATION_CODE = {"": 0, "gelu": 1, "gelu_tanh": 2}  # csrc/ops/linear/linear.h
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}  # torch's names
-AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # oneDNN, which torch calls for bf16, has it
 
 
 def ours(dtype):
-    """Whether products of this dtype are ours: the choice is of the machine and of the dtype, never of a size."""
-    if dtype == torch.float64 or _C.active_isa() == "scalar":
-        return False
-    return not (dtype == torch.bfloat16 and AMX)
+    """Whether products of this dtype are ours on this machine, or torch's."""
+    return _C.own_products(DTYPE_CODE[dtype])
 
 
 def library():

@@ -1,0 +1,4 @@
+// Products of amx_emulated.
+#pragma once
+
+#include "cpu/gemm_amx.h"

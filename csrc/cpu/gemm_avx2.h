@@ -1,0 +1,4 @@
+// Products of avx2.
+#pragma once
+
+#include "cpu/gemm_scalar.h"

@@ -1,0 +1,36 @@
+// What products of matrices are made of: units of contraction, and the operands of a product (csrc/cpu/gemm.h).
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace m3ae::M3AE_ISA {
+
+template <class Unit>
+struct Units {  // float and double
+  static constexpr int depth = 1;
+  using V = Vec<Unit>;
+  using Register = V;
+  static M3AE_INLINE Register set(const Unit* p) { return V::set(*p); }
+  static M3AE_INLINE Register load(const Unit* p) { return V::load(p); }
+  static M3AE_INLINE V dot(Register a, Register b, V c) { return V::fma(a, b, c); }
+};
+
+M3AE_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+template <class Unit>
+struct Product {
+  const Unit* a;
+  int64_t a_row, a_step;  // strides in units: along m, along k
+  const Unit* b;
+  int64_t b_step;         // along k; n is dense
+  typename Units<Unit>::V::scalar* c;
+  int64_t c_row;
+  int64_t steps;          // units along k
+  bool accumulate;        // c += instead of c =
+};
+
+// m rows by n lanes, a multiple of the vector width.
+template <class Unit>
+void multiply(const Product<Unit>& whole, int64_t m, int64_t n);
+
+}  // namespace m3ae::M3AE_ISA
