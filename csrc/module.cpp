@@ -1,10 +1,10 @@
-// m3ae_fast._C: the CPU kernels. Tensors come as addresses, sizes and dtype codes; torch is never linked.
-#include <pybind11/pybind11.h>
+// m3ae_fast._C: the CPU kernels. Tensors are read through DLPack (tensor.h); torch is never linked.
 #include <pybind11/stl.h>
 
 #include "cpu/isa.h"
 #include "cpu/sum_rows.h"
 #include "cpu/threads.h"
+#include "tensor.h"
 
 namespace m3ae {
 #define M3AE_OP(op) void bind_##op(pybind11::module_& module);
@@ -15,6 +15,7 @@ namespace m3ae {
 PYBIND11_MODULE(_C, module) {
   using namespace m3ae;
   module.doc() = "m3ae_fast CPU kernels";
+  load_exchange_api();
   module.def("available_isas", &available_isas, "instruction sets that this build and machine have, slowest first");
   module.def("unavailable_isas", &unavailable_isas, "the other instruction sets, each with the reason");
   module.def("active_isa", [] { return isa_name(active_isa()); });

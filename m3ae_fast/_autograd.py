@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from m3ae_fast._backends import is_wrapped
 
 # Private to torch, so it may be missing: then every graph is taken to be kept.
 keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -46,17 +49,25 @@ class Function(torch.autograd.Function):
         try:
             if transformed():
                 return super().apply(*args)
+            need = forward_ad._current_level >= 0  # autograd has a forward-mode derivative to refuse
+            for x in args:
+                if isinstance(x, Tensor):
+                    if is_wrapped(x):  # left over from a transformation
+                        return cls.apply(*unwrap_dead_wrappers(args))
+                    need = need or x.requires_grad
+            if not (need and torch.is_grad_enabled()):
+                return cls.forward(*args)
             # Function.apply without its look at forward's signature, which costs three times the rest of it.
-            return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))
+            return super(torch.autograd.Function, cls).apply(*args)
         except NotImplementedError as error:
             if "jvp" not in str(error):
                 raise
             raise NotImplementedError(f"{op_of(cls)} has no forward-mode derivative (jvp): {WHY}") from None
 
 
-def kept(ctx, *tensors: Tensor) -> None:
+def kept(ctx, *tensors: Tensor | None) -> None:
     """Outputs that are there for the backward pass alone: they have no gradient, and none is filled in with zeros."""
-    ctx.mark_non_differentiable(*tensors)
+    ctx.mark_non_differentiable(*(x for x in tensors if x is not None))
     ctx.set_materialize_grads(False)
 
 
@@ -76,12 +87,14 @@ def differentiable_once(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def wrapper(ctx, *gradients):
-        if all(x is None for x in gradients):
+        if gradients[0] is None and all(x is None for x in gradients):
             return (None,) * len(ctx.needs_input_grad)
         saved = ctx.saved_tensors  # once: gradient checkpointing hands them out one time
+        if not torch.is_grad_enabled():
+            return backward(ctx, saved, *gradients)
         with torch.no_grad():
             results = backward(ctx, saved, *gradients)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return results
         made = [x for x in results if x is not None]
         refusing = iter(_Refuse.apply(op, len(made), *made, *gradients, *saved) if made else ())

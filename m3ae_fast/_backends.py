@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import typing
 from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 IMPLS = ("reference", "cpp", "triton", "cuda")
 # Best first; the reference closes every list. "cuda" is in none: no measurement has shown it faster than "triton" yet.
@@ -26,6 +29,15 @@ _FORCED = os.environ.get("M3AE_FAST_IMPL") or None
 if _FORCED is not None and _FORCED not in IMPLS:
     raise ValueError(f"M3AE_FAST_IMPL must be one of {', '.join(IMPLS)}, got {_FORCED!r}")
 
+# Private to torch, so they may be missing: then every call is taken to need torch's dispatcher, slower and not wrong.
+try:
+    dispatch_modes, function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+    transforms, tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+    profiling = torch._C._autograd._profiler_enabled
+    is_wrapped, is_batched = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor
+except AttributeError:
+    dispatch_modes = is_wrapped = lambda *_: True  # noqa: E731
+
 LIBRARY = torch.library.Library("m3ae_fast", "DEF")
 LOADED: dict[str, Backends] = {}  # op name -> its backends, for explain() and the contract tests
 
@@ -35,6 +47,7 @@ class Backends:
 
     def __init__(self, op: str, modules: dict[str, ModuleType], reasons: dict[str, str]):
         self.op, self.modules, self.reasons = op, modules, reasons
+        self.picked: dict[tuple, str] = {}  # what `pick` found for an impl, a device and dtypes
 
     def __getitem__(self, impl: str) -> ModuleType:
         return self.modules[impl]
@@ -85,6 +98,18 @@ def pick(backends: Backends, impl: str | None, tensor: Tensor, *others: torch.dt
     others: the dtypes that its kernels meet besides the tensor's.
     """
     impl = impl or _FORCED
+    if torch.compiler.is_compiling():
+        return _pick(backends, impl, tensor, *others)
+    key = (impl, tensor.device.type, tensor.dtype, *others)
+    picked = backends.picked.get(key)
+    if picked is None:
+        picked = _pick(backends, impl, tensor, *others)
+        if not hasattr(backends.modules.get(picked), "refusal"):  # which looks at sizes; no preferred backend has one
+            backends.picked[key] = picked
+    return picked
+
+
+def _pick(backends: Backends, impl: str | None, tensor: Tensor, *others: torch.dtype) -> str:
     if impl is None:
         for name in PREFERENCE.get(tensor.device.type, ()):
             if backends.cannot_run(name, tensor, *others) is None:
@@ -124,6 +149,106 @@ def for_product(
     if not (impl == "cpp" and dtype == torch.bfloat16 and weight.dtype == torch.float32):
         weight = weight.to(dtype)
     return impl, x, weight, None if bias is None else bias.to(weight.dtype)
+
+
+def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for an output of x's shape, contiguous. (Sizes that are passed as a torch.Size cost twice as much.)"""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def operator(backends: Backends, part: str) -> Callable[[Callable], Operator]:
+    """Decorates the function that allocates an operator's outputs, the one place where its signature is written.
+
+    The annotated parameters are the torch operator's; the result is a tensor, or a tuple of tensors and Nones (for
+    outputs that these arguments do not ask for). The function is the operator's fake, and a backend's function `part`
+    is given the same arguments, then the outputs, which it fills.
+    """
+    return lambda allocate: Operator(backends, part, allocate)
+
+
+class Operator:
+    """A torch operator `m3ae_fast::<name>(str impl, ...)`. Called in eager mode, it does without torch's dispatcher."""
+
+    def __init__(self, backends: Backends, part: str, allocate: Callable):
+        self.backends, self.part, self.allocate = backends, part, allocate
+        self.name = name = allocate.__name__.lstrip("_")
+        LIBRARY.define(name + _schema(allocate), tags=torch.Tag.pt2_compliant_tag)
+        LIBRARY.impl(name, self._implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"m3ae_fast::{name}", self._fake, lib=LIBRARY)
+        self.registered = getattr(torch.ops.m3ae_fast, name).default
+
+    def __call__(self, impl: str, *args):
+        if torch.compiler.is_compiling() or not eager(args):
+            return self.registered(impl, *args)
+        outputs = self.allocate(*args)
+        fill = getattr(self.backends.modules[impl], self.part)
+        if type(outputs) is tuple:
+            fill(*args, *outputs)
+        else:
+            fill(*args, outputs)
+        return outputs
+
+    def _implementation(self, impl, *args):
+        outputs = self.allocate(*args)
+        fill = getattr(self.backends.modules[impl], self.part)
+        fill(*args, *(outputs if type(outputs) is tuple else (outputs,)))
+        return _tensors(outputs, args[0])
+
+    def _fake(self, impl, *args):
+        return _tensors(self.allocate(*args), args[0])
+
+
+def _tensors(outputs, like: Tensor):
+    """What torch's operators return are tensors: an empty one for None."""
+    if type(outputs) is not tuple:
+        return outputs
+    return tuple(like.new_empty(0) if x is None else x for x in outputs)
+
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "SymInt",
+    int | None: "SymInt?",
+    float: "float",
+    float | None: "float?",
+    bool: "bool",
+    str: "str",
+    torch.dtype: "ScalarType",
+    torch.dtype | None: "ScalarType?",
+    list[int]: "SymInt[]",
+    list[float]: "float[]",
+    list[bool]: "bool[]",
+}
+
+
+def _schema(allocate: Callable) -> str:
+    hints = typing.get_type_hints(allocate)
+    returned = len(typing.get_args(hints.pop("return"))) or 1
+    arguments = ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in hints.items())
+    return f"(str impl, {arguments}) -> " + ("Tensor" if returned == 1 else f"({', '.join(['Tensor'] * returned)})")
+
+
+def eager(args: tuple) -> bool:
+    """Whether a call can do without torch's dispatcher: nothing traces, transforms or records it, and no argument is a
+    wrapper, or a view that is yet to be negated."""
+    if (
+        dispatch_modes()
+        or function_modes()
+        or transforms()
+        or forward_ad._current_level >= 0
+        or tracing() is not None
+        or profiling()
+    ):
+        return False
+    for x in args:
+        kind = type(x)
+        if kind is Tensor or kind is Parameter:
+            if is_wrapped(x) or is_batched(x) or x.is_neg():
+                return False
+        elif isinstance(x, Tensor):
+            return False
+    return True
 
 
 def register(schema: str, implementation: Callable, fake: Callable):

@@ -27,6 +27,8 @@ def tensor(name: str, value: object) -> Tensor:
 def shape(name: str, value: Tensor, expected: Sequence[int | None]) -> None:
     """expected: one entry a dimension, None for any size."""
     sizes = tensor(name, value).shape
+    if sizes == expected:
+        return
     matches = len(sizes) == len(expected)
     for have, want in zip(sizes, expected, strict=False):  # a plain loop: this runs for every argument of every call
         matches = matches and (want is None or have == want)
@@ -36,8 +38,7 @@ def shape(name: str, value: Tensor, expected: Sequence[int | None]) -> None:
 
 def dtype(name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:
     """A tensor of one of the allowed dtypes."""
-    tensor(name, value)
-    if value.dtype not in allowed:
+    if tensor(name, value).dtype not in allowed:
         names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
         raise TypeError(f"{name} must be of dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
 
@@ -46,6 +47,19 @@ def device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
     """A tensor on the device that another one is on."""
     if value.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, as {like_name} is, got {value.device}")
+
+
+def floating(name: str, value: Tensor, expected: Sequence[int | None], like_name: str, like: Tensor) -> None:
+    """A floating-point tensor of this shape on the device that another one is on: what most arguments are."""
+    if not (
+        isinstance(value, Tensor)
+        and value.shape == expected
+        and value.dtype in FLOATS
+        and value.device == like.device
+    ):
+        shape(name, value, expected)
+        dtype(name, value, FLOATS)
+        device(name, value, like_name, like)
 
 
 def choice(name: str, value: object, allowed: Sequence[object]) -> None:

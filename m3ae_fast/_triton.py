@@ -65,9 +65,8 @@ def chunks(count: int) -> tuple[int, int]:
     return number, triton.cdiv(count, max(number, 1))
 
 
-def sum_partials(partials: torch.Tensor) -> torch.Tensor:
-    """partials.sum(0) of a contiguous fp32 [chunks, ...], always in the same order."""
-    out = partials.new_empty(partials.shape[1:])
+def sum_partials(partials: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = partials.sum(0) of a contiguous fp32 [chunks, ...], always in the same order."""
     size = out.numel()
     _sum_partials_kernel[(triton.cdiv(size, COLUMNS),)](
         partials, out, partials.shape[0], size, ROWS, COLUMNS, **TILE_OPTIONS

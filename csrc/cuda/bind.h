@@ -11,6 +11,10 @@ struct module_ {
   template <class... Args>
   void def(Args&&...) {}
 };
+struct arg {
+  explicit arg(const char*) {}
+};
+struct kw_only {};
 struct gil_scoped_release {};
 template <class>
 struct call_guard {};

@@ -15,6 +15,7 @@
 
 #include "check.h"
 #include "dtype.h"
+#include "tensor.h"
 
 namespace m3ae::cuda {
 
@@ -32,6 +33,19 @@ template <class T>
 struct Plain {
   using type = T;
 };
+
+// A tensor's device, and torch's current stream there.
+inline Stream stream_of(const Tensor& x) {
+#ifdef M3AE_EMULATED
+  (void)x;
+  return {0, 0};
+#else
+  void* handle = nullptr;
+  if (exchange_api->current_work_stream(dlpack::kCuda, x.device().index, &handle) != 0)
+    throw std::runtime_error("torch has no current stream of a CUDA device");
+  return {x.device().index, reinterpret_cast<std::uintptr_t>(handle)};
+#endif
+}
 
 // x, of which the compiler knows nothing more: what depends on it is computed here, in each turn of a loop anew, and
 // does not wait in registers that are short.

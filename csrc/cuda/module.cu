@@ -1,5 +1,5 @@
-// m3ae_fast._cuda: the CUDA kernels. Tensors come as addresses, sizes and dtype codes, with the device and torch's
-// current stream there; torch is never linked, the CUDA runtime is static. Built by a C++ compiler with M3AE_EMULATED,
+// m3ae_fast._cuda: the CUDA kernels. Tensors are read through DLPack (tensor.h), and so is torch's current stream; torch
+// is never linked, the CUDA runtime is static. Built by a C++ compiler with M3AE_EMULATED,
 // it is _cuda_emulated: the same kernels on CPU tensors, to be tested (cuda/emulator.h).
 #include <map>
 #include <utility>
@@ -88,6 +88,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.attr("runtime_version") = CUDART_VERSION;
   module.def("device_count", &m3ae::cuda::device_count, "CUDA devices that this build's runtime sees");
 #endif
+  m3ae::load_exchange_api();
   module.def("tickets", &m3ae::cuda::tickets);
   module.def("sum_tickets", [](int64_t number) { return m3ae::cuda::sum_tickets(number); });
 #define M3AE_OP(op) m3ae::cuda::bind_##op(module);

@@ -63,8 +63,11 @@ struct Partials {
   unsigned* tickets;  // sum_tickets(number) for each tile
 };
 
+inline Partials partials_of(void* each, void* out, Address tickets) {
+  return {as<float>(each), as<float>(out), as<unsigned>(pointer(tickets))};
+}
 inline Partials partials_of(Address each, Address out, Address tickets) {
-  return {as<float>(pointer(each)), as<float>(pointer(out)), as<unsigned>(pointer(tickets))};
+  return partials_of(pointer(each), pointer(out), tickets);
 }
 
 // The columns that a sum's blocks share: `columns` from `first` on, of each of `rows` rows.

@@ -1,11 +1,10 @@
 // layer_norm on a GPU. Rows of up to 1280 columns: a warp each, held in registers, N columns a lane at a time: eight of
 // 16-bit types, four of any mix (cuda/raw.cuh). Other rows: a block each, read again from the caches.
-#include "ops/layer_norm/layer_norm.h"
-
 #include "cuda/bind.h"
 #include "cuda/partials.cuh"
 #include "cuda/raw.cuh"
 #include "cuda/reduce.cuh"
+#include "ops/layer_norm/arguments.h"
 
 namespace m3ae::cuda {
 namespace {
@@ -352,34 +351,30 @@ void launch_backward(Columns<N>, Share<kValues>, const LayerNormBackward& a, con
               chunks);
 }
 
-void forward(Address x, Address residual, Address weight, Address bias, Address y, Address s, Address stats,
-             int64_t count, int64_t width, double eps, int x_dtype, int residual_dtype, int y_dtype, int device,
-             Address on) {
-  const LayerNorm a{pointer(x), pointer(residual), pointer(weight), pointer(bias),         pointer(y),
-                    pointer(s), pointer(stats),    count,           width,                 eps,
-                    Dtype(x_dtype), Dtype(residual_dtype), Dtype(y_dtype)};
-  const Stream stream{device, on};
+void forward(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias, double eps,
+             const Tensor& y, const Tensor& s, const Tensor& stats) {
+  const LayerNorm a = layer_norm_arguments(x, residual, weight, bias, eps, y, s, stats);
+  const Stream stream = stream_of(x);
   choose(
-      width,
+      a.width,
       {{a.x, a.x_dtype}, {a.residual, a.residual_dtype}, {a.s, sum_dtype(a)}, {a.y, a.y_dtype}}, {a.weight, a.bias},
       [&](auto columns, auto share) { launch_forward(columns, share, a, stream); },
       [&](auto columns) {
         constexpr int N = decltype(columns)::value;
-        M3AE_LAUNCH(layer_norm_wide_kernel<N>, grid(count), kWideThreads, 0, stream, a);
+        M3AE_LAUNCH(layer_norm_wide_kernel<N>, grid(a.count), kWideThreads, 0, stream, a);
       });
 }
 
-// dparams: [2][width], dweight and dbias, the sum of `number` partials of that shape, at least one; null, both: not
-// wanted.
-void backward(Address dy, Address ds, Address s, Address weight, Address stats, Address dx, Address partials,
-              Address dparams, Address tickets, int64_t number, int64_t count, int64_t width, int s_dtype, int y_dtype,
-              int device, Address on) {
-  const LayerNormBackward a{pointer(dy), pointer(ds), pointer(s), pointer(weight), pointer(stats),
-                            pointer(dx), count,       width,      Dtype(s_dtype),  Dtype(y_dtype)};
-  const Chunks chunks{partials_of(partials, dparams, tickets), number, (count + number - 1) / number};
-  const Stream stream{device, on};
+// dparams: [2][width], dweight and dbias, the sum of the partials, at least one of that shape.
+void backward(const Tensor& dy, const Tensor& ds, const Tensor& s, const Tensor& weight, const Tensor& stats,
+              const Tensor& partials, Address tickets, int64_t number, const Tensor& dx, const Tensor& dparams) {
+  const LayerNormBackward a = layer_norm_arguments(dy, ds, s, weight, stats, dx);
+  const Chunks chunks{partials_of(partials.optional("partials", {number, 2, a.width}, Dtype::f32),
+                                  dparams.optional("dparams", {2, a.width}, Dtype::f32), tickets),
+                      number, (a.count + number - 1) / number};
+  const Stream stream = stream_of(s);
   choose(
-      width, {{a.dy, a.y_dtype}, {a.ds, a.s_dtype}, {a.s, a.s_dtype}, {a.dx, a.s_dtype}}, {a.weight},
+      a.width, {{a.dy, a.y_dtype}, {a.ds, a.s_dtype}, {a.s, a.s_dtype}, {a.dx, a.s_dtype}}, {a.weight},
       [&](auto columns, auto share) { launch_backward(columns, share, a, chunks, stream); },
       [&](auto columns) {
         constexpr int N = decltype(columns)::value;
@@ -390,9 +385,12 @@ void backward(Address dy, Address ds, Address s, Address weight, Address stats, 
 }  // namespace
 
 void bind_layer_norm(pybind11::module_& module) {
+  using pybind11::arg, pybind11::kw_only;
   const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
-  module.def("layer_norm", &forward, no_gil);
-  module.def("layer_norm_backward", &backward, no_gil);
+  module.def("layer_norm", &forward, no_gil, kw_only(), arg("x"), arg("residual"), arg("weight"), arg("bias"),
+             arg("eps"), arg("y"), arg("s"), arg("stats"));
+  module.def("layer_norm_backward", &backward, no_gil, kw_only(), arg("dy"), arg("ds"), arg("s"), arg("weight"),
+             arg("stats"), arg("partials"), arg("tickets"), arg("number"), arg("dx"), arg("dparams"));
 }
 
 }  // namespace m3ae::cuda

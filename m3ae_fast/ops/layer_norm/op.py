@@ -7,8 +7,8 @@ from torch import Tensor
 
 from m3ae_fast import _backends, _checks
 from m3ae_fast._autograd import Function, differentiable_once, kept
+from m3ae_fast._backends import like
 from m3ae_fast.ops.layer_norm import reference
-from m3ae_fast.ops.layer_norm.outputs import empty_outputs
 
 BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
 
@@ -51,15 +51,11 @@ def layer_norm(
         raise ValueError(f"x must have a last dimension of at least 1, got shape {tuple(x.shape)}")
     width, sum_dtype = x.shape[-1], x.dtype
     if residual is not None:
-        _checks.shape("residual", residual, x.shape)
-        _checks.dtype("residual", residual, _checks.FLOATS)
-        _checks.device("residual", residual, "x", x)
+        _checks.floating("residual", residual, x.shape, "x", x)
         sum_dtype = torch.promote_types(x.dtype, residual.dtype)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
-            _checks.shape(name, value, (width,))
-            _checks.dtype(name, value, _checks.FLOATS)
-            _checks.device(name, value, "x", x)
+            _checks.floating(name, value, (width,), "x", x)
     if dtype is None:
         dtype = sum_dtype
     _checks.choice("dtype", dtype, _checks.FLOATS)
@@ -94,8 +90,28 @@ def layer_norm(
     return y if residual is None else (y, s)
 
 
+@_backends.operator(BACKENDS, "forward")
+def _layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """y [T, D], s [T, D] where there is a residual, stats [2, T]: mean and 1 / sqrt(var + eps)."""
+    sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    accumulate = torch.float64 if sum_dtype == torch.float64 else torch.float32
+    s = None if residual is None else like(x, sum_dtype)
+    return like(x, dtype), s, x.new_empty(2, x.shape[0], dtype=accumulate)
+
+
+@_backends.operator(BACKENDS, "backward")
+def _layer_norm_backward(
+    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor | None, stats: Tensor, need_input: bool, need_params: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx of s's dtype, the gradient of x and of residual; dparams [2, D] in the accumulation dtype: weight, bias."""
+    dx = like(s) if need_input else None
+    return dx, s.new_empty(2, s.shape[1], dtype=stats.dtype) if need_params else None
+
+
 class _LayerNorm(Function):
-    """One for all backends: (y, s, stats), s empty without residual."""
+    """One for all backends."""
 
     @staticmethod
     def forward(impl, x, residual, weight, bias, eps, dtype):
@@ -124,31 +140,11 @@ class _LayerNorm(Function):
             )  # fmt: skip
             if need_weight or need_bias:
                 dweight, dbias = dparams.unbind(0)
-        dx, dresidual = (dx.to(d) if dx is not None and n else None
-                         for d, n in ((ctx.x_dtype, need_x), (ctx.residual_dtype, need_residual)))  # fmt: skip
+        dx, dresidual = _cast(dx, need_x, ctx.x_dtype), _cast(dx, need_residual, ctx.residual_dtype)
         return None, dx, dresidual, dweight if need_weight else None, dbias if need_bias else None, None, None
 
 
-def _fake_forward(impl, x, residual, weight, bias, eps, dtype):
-    return empty_outputs(x, residual, dtype)
-
-
-def _fake_backward(impl, dy, ds, s, weight, stats, need_input, need_params):
-    dx = torch.empty_like(s) if need_input else s.new_empty(0, s.shape[1])
-    return dx, s.new_empty(2 if need_params else 0, s.shape[1], dtype=stats.dtype)
-
-
-# s has no rows without residual: an op may not return its own argument. stats [2, T]: mean and 1 / sqrt(var + eps).
-_layer_norm = _backends.register(
-    "layer_norm(str impl, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, ScalarType dtype"
-    ") -> (Tensor y, Tensor s, Tensor stats)",
-    lambda impl, *args: BACKENDS[impl].forward(*args),
-    _fake_forward,
-)
-# dx of s's dtype, the gradient of x and of residual; dparams [2, D] in the accumulation dtype: weight, bias.
-_layer_norm_backward = _backends.register(
-    "layer_norm_backward(str impl, Tensor dy, Tensor? ds, Tensor s, Tensor? weight, Tensor stats, "
-    "bool need_input, bool need_params) -> (Tensor dx, Tensor dparams)",
-    lambda impl, *args: BACKENDS[impl].backward(*args),
-    _fake_backward,
-)
+def _cast(gradient, needed, dtype):
+    if gradient is None or not needed:
+        return None
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)

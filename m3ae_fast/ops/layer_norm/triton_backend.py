@@ -6,33 +6,28 @@ import triton.language as tl
 
 from m3ae_fast import _triton
 from m3ae_fast._triton import Resource, load_or_zero
-from m3ae_fast.ops.layer_norm.outputs import empty_outputs
 
 TILE = 2048  # values that a program of the backward pass takes at a time, in whole rows
 
 
-def forward(x, residual, weight, bias, eps, dtype):
+def forward(x, residual, weight, bias, eps, dtype, y, s, stats):
     count, width = x.shape
-    y, s, stats = empty_outputs(x, residual, dtype)
     block = triton.next_power_of_2(width)
     _forward_kernel[(count,)](
         x, residual, weight, bias, y, s, stats, eps, count, width, block, **_triton.row_options(block)
     )  # fmt: skip
-    return y, s, stats
 
 
-def backward(dy, ds, s, weight, stats, need_input, need_params):
+def backward(dy, ds, s, weight, stats, need_input, need_params, dx, dparams):
     count, width = s.shape
-    dx = torch.empty_like(s) if need_input else s.new_empty(0, width)
     number, per_chunk = _triton.chunks(count)
     partials = s.new_empty(number, 2, width, dtype=torch.float32) if need_params else None
     block, rows, options = _backward_tile(width)
     _backward_kernel[(number,)](
-        dy, ds, s, weight, stats, dx if need_input else None, partials, count, per_chunk, width, rows, block, **options
+        dy, ds, s, weight, stats, dx, partials, count, per_chunk, width, rows, block, **options
     )  # fmt: skip
-    if partials is None:
-        return dx, s.new_empty(0, width, dtype=torch.float32)
-    return dx, _triton.sum_partials(partials)
+    if need_params:
+        _triton.sum_partials(partials, dparams)
 
 
 def _backward_tile(width):
