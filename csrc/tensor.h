@@ -62,15 +62,15 @@ class Tensor {
     return view_.data;
   }
   template <class Integer>
-  const Integer* integers(const char* name, std::initializer_list<int64_t> sizes) const {
+  Integer* integers(const char* name, std::initializer_list<int64_t> sizes) const {
     M3AE_CHECK(!given_ || (view_.dtype.code == dlpack::kInt && view_.dtype.bits == 8 * sizeof(Integer)), name,
                " must be of dtype int", 8 * sizeof(Integer), ", got ", type_text());
-    return static_cast<const Integer*>(dense(name, sizes));
+    return static_cast<Integer*>(dense(name, sizes));
   }
-  const int32_t* int32s(const char* name, std::initializer_list<int64_t> sizes) const {
+  int32_t* int32s(const char* name, std::initializer_list<int64_t> sizes) const {
     return integers<int32_t>(name, sizes);
   }
-  const int32_t* optional_int32s(const char* name, std::initializer_list<int64_t> sizes) const {
+  int32_t* optional_int32s(const char* name, std::initializer_list<int64_t> sizes) const {
     return given_ ? int32s(name, sizes) : nullptr;
   }
   // Any strides.

@@ -151,6 +151,11 @@ def for_product(
     return impl, x, weight, None if bias is None else bias.to(weight.dtype)
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums and losses are computed in: fp32, fp64 where the tensors are."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for an output of x's shape, contiguous. (Sizes that are passed as a torch.Size cost twice as much.)"""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)

@@ -65,13 +65,12 @@ def chunks(count: int) -> tuple[int, int]:
     return number, triton.cdiv(count, max(number, 1))
 
 
-def sum_partials(partials: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def sum_partials(partials: torch.Tensor, out: torch.Tensor) -> None:
     """out = partials.sum(0) of a contiguous fp32 [chunks, ...], always in the same order."""
     size = out.numel()
     _sum_partials_kernel[(triton.cdiv(size, COLUMNS),)](
         partials, out, partials.shape[0], size, ROWS, COLUMNS, **TILE_OPTIONS
     )
-    return out
 
 
 @triton.jit(do_not_specialize=["count", "size"])
@@ -88,11 +87,9 @@ def _sum_partials_kernel(partials_ptr, out_ptr, count, size, ROWS: tl.constexpr,
 VALUES, VALUES_OPTIONS = 4096, {"num_warps": 8, "num_stages": 1}
 
 
-def sum_values(values: torch.Tensor) -> torch.Tensor:
-    """values.sum() of a contiguous fp64 vector as one fp32 number, always in the same order."""
-    out = values.new_empty((), dtype=torch.float32)
+def sum_values(values: torch.Tensor, out: torch.Tensor) -> None:
+    """out = values.sum() of a contiguous fp64 vector as one fp32 number, always in the same order."""
     _sum_values_kernel[(1,)](values, out, values.shape[0], VALUES, **VALUES_OPTIONS)
-    return out
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -113,14 +110,13 @@ def sum_values_resources():
 GROUP_TILE, GROUP_COLUMNS = 2048, 512
 
 
-def sum_groups(rows: torch.Tensor, order: torch.Tensor, starts: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def sum_groups(rows: torch.Tensor, order: torch.Tensor, starts: torch.Tensor, out: torch.Tensor) -> None:
     """out[g] = sum of rows[order[i]] for i in starts[g] .. starts[g + 1], in fp32; without any it is zero."""
     groups, width = out.shape
     block = min(triton.next_power_of_2(width), GROUP_COLUMNS)
     _sum_groups_kernel[(groups, triton.cdiv(width, block))](
         rows, order, starts, out, width, GROUP_TILE // block, block, **TILE_OPTIONS
     )
-    return out
 
 
 @triton.jit

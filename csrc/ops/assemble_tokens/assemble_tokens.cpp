@@ -1,28 +1,18 @@
 #include "ops/assemble_tokens/assemble_tokens.h"
 
-#include <pybind11/pybind11.h>
-
 #include <cstring>
 #include <vector>
 
-#include "check.h"
 #include "cpu/pages.h"
 #include "cpu/reduce_rows.h"
 #include "cpu/sum_rows.h"
 #include "cpu/threads.h"
+#include "tensor.h"
 
 namespace py = pybind11;
 
 namespace m3ae {
 namespace {
-
-void check_cu(const char* name, const int32_t* cu, int64_t batch, int64_t rows) {
-  if (!cu) return;
-  M3AE_CHECK(cu[0] == 0, name, " must start at 0, got ", cu[0]);
-  for (int64_t b = 0; b < batch; ++b)
-    M3AE_CHECK(cu[b] <= cu[b + 1], name, " must not decrease, got ", cu[b + 1], " after ", cu[b], " at sequence ", b);
-  M3AE_CHECK(cu[batch] <= rows, name, " must end at or before the ", rows, " rows it divides, got ", cu[batch]);
-}
 
 void check_id(const char* name, const char* table, int32_t id, int64_t at, int64_t rows) {
   M3AE_CHECK(id >= 0 && id < rows, name, " must name a row of ", table, ", which has ", rows, " rows, got ", name, "[",
@@ -45,117 +35,152 @@ int64_t for_each_row(const int32_t* cu_image, const int32_t* cu_text, int64_t ba
   return t;
 }
 
-const char* row_of(Address rows, int64_t row, int64_t width, Dtype dtype) {
-  return as<char>(pointer(rows)) + row * width * size_of(dtype);
+const char* row_of(const void* rows, int64_t row, int64_t width, Dtype dtype) {
+  return as<char>(rows) + row * width * size_of(dtype);
 }
 
-// vocabulary, patches, words: rows of their tables, -1 without a table.
-void forward(Address image_tokens, Address text_tokens, Address image_ids, Address text_ids, Address cu_image,
-             Address cu_text, Address cls_token, Address text_embedding, Address image_position, Address text_position,
-             Address image_type, Address text_type, Address out, int64_t batch, int64_t count, int64_t image_rows,
-             int64_t text_rows, int64_t vocabulary, int64_t patches, int64_t words, int64_t width, int image_dtype,
-             int text_dtype, int out_dtype) {
-  const Dtype image_code = Dtype(image_dtype), text_code = Dtype(text_dtype), dtype = Dtype(out_dtype);
-  check_cu("cu_image", int32s(cu_image), batch, image_rows);
-  check_cu("cu_text", int32s(cu_text), batch, text_rows);
+// Of samples, and their offsets into image rows and text rows; either may be null.
+struct Packing {
+  const int32_t *cu_image, *cu_text;
+  int64_t batch;
+};
+
+Packing packing_of(const Tensor& cu_image, const Tensor& cu_text) {
+  const int64_t batch = (cu_image ? cu_image : cu_text).size(0) - 1;
+  return {cu_image.optional_int32s("cu_image", {batch + 1}), cu_text.optional_int32s("cu_text", {batch + 1}), batch};
+}
+
+void forward(const Tensor& image_tokens, const Tensor& text_tokens, const Tensor& image_ids, const Tensor& text_ids,
+             const Tensor& cu_image, const Tensor& cu_text, const Tensor& cls_token, const Tensor& text_embedding,
+             const Tensor& image_position, const Tensor& text_position, const Tensor& image_type,
+             const Tensor& text_type, const Tensor& out) {
+  const int64_t count = out.size(0), width = out.size(1), images = image_tokens.size(0), texts = text_tokens.size(0);
+  const Dtype dtype = out.dtype();
+  const Packing packing = packing_of(cu_image, cu_text);
+  if (packing.cu_image) check_offsets("cu_image", packing.cu_image, packing.batch, images);
+  if (packing.cu_text) check_offsets("cu_text", packing.cu_text, packing.batch, texts);
+  const Tensor& text = text_embedding ? text_embedding : text_tokens;
+  const void* image_rows = image_tokens.dense("image_tokens", {images, width});
+  const void* text_rows = text.dense(text_embedding ? "text_embedding" : "text_tokens", {kAny, width});
+  const int32_t* words = text_embedding ? text_tokens.int32s("text_tokens", {texts}) : nullptr;
+  const int32_t* image_slots = image_ids.optional_int32s("image_ids", {images});
+  const int32_t* text_slots = text_ids.optional_int32s("text_ids", {texts});
+  const void* image_places = image_position.optional("image_position", {kAny, width}, dtype);
+  const void* text_places = text_position.optional("text_position", {kAny, width}, dtype);
+  const void* cls = cls_token.optional("cls_token", {width}, dtype);
+  const void* of_images = image_type.optional("image_type", {width}, dtype);
+  const void* of_texts = text_type.optional("text_type", {width}, dtype);
   std::vector<AssembledRow> rows(static_cast<size_t>(count));  // zeroed: rows past the last sequence stay so
-  const auto place = [&](const int32_t* ids, const char* name, const char* table_name, Address table, int64_t k,
-                         int64_t table_rows) -> const void* {
-    if (table_rows < 0) return nullptr;
-    check_id(name, table_name, ids[k], k, table_rows);
+  const auto place = [&](const int32_t* ids, const char* name, const char* table_name, const void* table,
+                         const Tensor& position, int64_t k) -> const void* {
+    if (!position) return nullptr;
+    check_id(name, table_name, ids[k], k, position.size(0));
     return row_of(table, ids[k], width, dtype);
   };
   for_each_row(
-      int32s(cu_image), int32s(cu_text), batch, cls_token != 0,
-      [&](int64_t t) { rows[static_cast<size_t>(t)] = {pointer(cls_token), nullptr, nullptr, dtype == Dtype::bf16}; },
+      packing.cu_image, packing.cu_text, packing.batch, static_cast<bool>(cls_token),
+      [&](int64_t t) { rows[static_cast<size_t>(t)] = {cls, nullptr, nullptr, dtype == Dtype::bf16}; },
       [&](int64_t t, int64_t k) {
         rows[static_cast<size_t>(t)] = {
-            row_of(image_tokens, k, width, image_code),
-            place(int32s(image_ids), "image_ids", "image_position", image_position, k, patches), pointer(image_type),
-            image_code == Dtype::bf16};
+            row_of(image_rows, k, width, image_tokens.dtype()),
+            place(image_slots, "image_ids", "image_position", image_places, image_position, k), of_images,
+            image_tokens.dtype() == Dtype::bf16};
       },
       [&](int64_t t, int64_t k) {
-        int64_t row = k;
-        if (vocabulary >= 0) {
-          row = int32s(text_tokens)[k];
-          check_id("text_tokens", "text_embedding", int32s(text_tokens)[k], k, vocabulary);
-        }
-        rows[static_cast<size_t>(t)] = {row_of(vocabulary >= 0 ? text_embedding : text_tokens, row, width, text_code),
-                                        place(int32s(text_ids), "text_ids", "text_position", text_position, k, words),
-                                        pointer(text_type), text_code == Dtype::bf16};
+        if (words) check_id("text_tokens", "text_embedding", words[k], k, text_embedding.size(0));
+        rows[static_cast<size_t>(t)] = {row_of(text_rows, words ? words[k] : k, width, text.dtype()),
+                                        place(text_slots, "text_ids", "text_position", text_places, text_position, k),
+                                        of_texts, text.dtype() == Dtype::bf16};
       });
-  prefer_huge_pages(pointer(out), count * width * size_of(dtype));
-  const AssembleTokens args{rows.data(), pointer(out), width, dtype};
+  const AssembleTokens args{rows.data(), out.dense("out", {count, width}), width, dtype};
+  prefer_huge_pages(args.out, count * width * size_of(dtype));
   const auto kernel = M3AE_DISPATCH(assemble_tokens);
   parallel_for(count, grain_rows(width), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 // The gradient of a table: the sum of dout's rows by the row of the table they were read from.
 struct Lookup {
-  Address ids, dtable;
+  Lookup(const char* name, const Tensor& table, const int32_t* ids, int64_t count, int64_t width)
+      : ids(ids), dtable(table.optional(name, {kAny, width})), table_rows(table.size(0)), dtype(table.dtype()) {
+    if (dtable) index.assign(static_cast<size_t>(count), -1);
+  }
+  void note(int64_t t, int64_t k) {
+    if (dtable) index[static_cast<size_t>(t)] = ids[k];
+  }
+
+  const int32_t* ids;
+  void* dtable;
   int64_t table_rows;
-  int dtype;
-  std::vector<int32_t> index = {};  // [T], -1 where no row of the table was read
+  Dtype dtype;
+  std::vector<int32_t> index;  // [T], -1 where no row of the table was read
 };
 
-void zero_tail(Address rows, const int32_t* cu, int64_t batch, int64_t count, int64_t width, Dtype dtype) {
-  if (!rows || !cu) return;
-  const int64_t row_bytes = width * size_of(dtype);
-  std::memset(as<char>(pointer(rows)) + cu[batch] * row_bytes, 0, static_cast<size_t>((count - cu[batch]) * row_bytes));
-}
+// The gradient of rows of tokens, in the order in which they came in.
+struct TokenRows {
+  TokenRows(const char* name, const Tensor& rows, int64_t width)
+      : data(rows.optional(name, {kAny, width})), count(rows.size(0)), row_bytes(width * size_of(rows.dtype())),
+        bf16(rows.dtype() == Dtype::bf16) {}
+  DisassembledRow at(int64_t k, int32_t part) const {
+    return {data ? as<char>(data) + k * row_bytes : nullptr, part, bf16};
+  }
+  void zero_from(int64_t k) const {
+    if (data) std::memset(as<char>(data) + k * row_bytes, 0, static_cast<size_t>((count - k) * row_bytes));
+  }
 
-// Indices were checked by forward. A null gradient is not wanted; dparts is [3, width] accumulators: class tokens,
-// image rows, text rows.
-void backward(Address dout, Address text_tokens, Address image_ids, Address text_ids, Address cu_image, Address cu_text,
-              Address dimage, Address dtext, Address dparts, Address dembedding, Address dimage_position,
-              Address dtext_position, int64_t batch, int64_t count, int64_t image_rows, int64_t text_rows,
-              int64_t vocabulary, int64_t patches, int64_t words, int64_t width, bool has_cls, int image_dtype,
-              int text_dtype, int embedding_dtype, int out_dtype) {
-  const Dtype image_code = Dtype(image_dtype), text_code = Dtype(text_dtype), dtype = Dtype(out_dtype);
-  Lookup embedding{text_tokens, dembedding, vocabulary, embedding_dtype};
-  Lookup image_position{image_ids, dimage_position, patches, out_dtype};
-  Lookup text_position{text_ids, dtext_position, words, out_dtype};
-  for (Lookup* each : {&embedding, &image_position, &text_position})
-    if (each->dtable) each->index.assign(static_cast<size_t>(count), -1);
-  const auto note = [](Lookup& lookup, int64_t t, int64_t k) {
-    if (lookup.dtable) lookup.index[static_cast<size_t>(t)] = int32s(lookup.ids)[k];
-  };
-  const auto target = [&](Address rows, int64_t k, Dtype code) {
-    return rows ? as<char>(pointer(rows)) + k * width * size_of(code) : nullptr;
-  };
+  void* data;
+  int64_t count, row_bytes;
+  bool bf16;
+};
+
+// Indices were checked by forward. dparts: [3, width], sums of class tokens, of image rows, of text rows.
+void backward(const Tensor& dout, const Tensor& text_tokens, const Tensor& image_ids, const Tensor& text_ids,
+              const Tensor& cu_image, const Tensor& cu_text, bool has_cls, const Tensor& dimage, const Tensor& dtext,
+              const Tensor& dparts, const Tensor& dembedding, const Tensor& dimage_position,
+              const Tensor& dtext_position) {
+  const int64_t count = dout.size(0), width = dout.size(1);
+  const Dtype dtype = dout.dtype();
+  const Packing packing = packing_of(cu_image, cu_text);
+  const TokenRows image_rows("dimage", dimage, width), text_rows("dtext", dtext, width);
+  Lookup embedding("dembedding", dembedding, text_tokens.optional_int32s("text_tokens", {kAny}), count, width);
+  Lookup image_position("dimage_position", dimage_position, image_ids.optional_int32s("image_ids", {kAny}), count, width);
+  Lookup text_position("dtext_position", dtext_position, text_ids.optional_int32s("text_ids", {kAny}), count, width);
   std::vector<DisassembledRow> rows(static_cast<size_t>(count), {nullptr, -1, false});
   for_each_row(
-      int32s(cu_image), int32s(cu_text), batch, has_cls,
+      packing.cu_image, packing.cu_text, packing.batch, has_cls,
       [&](int64_t t) { rows[static_cast<size_t>(t)].part = 0; },
       [&](int64_t t, int64_t k) {
-        rows[static_cast<size_t>(t)] = {target(dimage, k, image_code), 1, image_code == Dtype::bf16};
-        note(image_position, t, k);
+        rows[static_cast<size_t>(t)] = image_rows.at(k, 1);
+        image_position.note(t, k);
       },
       [&](int64_t t, int64_t k) {
-        rows[static_cast<size_t>(t)] = {target(dtext, k, text_code), 2, text_code == Dtype::bf16};
-        note(embedding, t, k);
-        note(text_position, t, k);
+        rows[static_cast<size_t>(t)] = text_rows.at(k, 2);
+        embedding.note(t, k);
+        text_position.note(t, k);
       });
-  zero_tail(dimage, int32s(cu_image), batch, image_rows, width, image_code);
-  zero_tail(dtext, int32s(cu_text), batch, text_rows, width, text_code);
+  if (packing.cu_image) image_rows.zero_from(packing.cu_image[packing.batch]);
+  if (packing.cu_text) text_rows.zero_from(packing.cu_text[packing.batch]);
+  const AssembleTokensBackward args{rows.data(), dout.dense("dout", {count, width}), width, dtype};
   if (dimage || dtext || dparts) {
-    const AssembleTokensBackward args{rows.data(), pointer(dout), width, dtype};
     const auto kernel = M3AE_DISPATCH(assemble_tokens_backward);
-    reduce_rows(count, 3 * width, dtype, pointer(dparts),
+    reduce_rows(count, 3 * width, dtype, dparts.optional("dparts", {3, width}, accumulator(dtype)),
                 [&](int64_t begin, int64_t end, void* partial) { kernel(args, begin, end, partial); });
   }
   for (const Lookup* each : {&embedding, &image_position, &text_position})
     if (each->dtable)
-      sum_rows(pointer(dout), dtype, each->index.data(), count, 0, each->table_rows, width, pointer(each->dtable),
-               Dtype(each->dtype));
+      sum_rows(args.dout, dtype, each->index.data(), count, 0, each->table_rows, width, each->dtable, each->dtype);
 }
 
 }  // namespace
 
 void bind_assemble_tokens(py::module_& module) {
+  using py::arg, py::kw_only;
   const py::call_guard<py::gil_scoped_release> no_gil;
-  module.def("assemble_tokens", &forward, no_gil);
-  module.def("assemble_tokens_backward", &backward, no_gil);
+  module.def("assemble_tokens", &forward, no_gil, kw_only(), arg("image_tokens"), arg("text_tokens"), arg("image_ids"),
+             arg("text_ids"), arg("cu_image"), arg("cu_text"), arg("cls_token"), arg("text_embedding"),
+             arg("image_position"), arg("text_position"), arg("image_type"), arg("text_type"), arg("out"));
+  module.def("assemble_tokens_backward", &backward, no_gil, kw_only(), arg("dout"), arg("text_tokens"),
+             arg("image_ids"), arg("text_ids"), arg("cu_image"), arg("cu_text"), arg("has_cls"), arg("dimage"),
+             arg("dtext"), arg("dparts"), arg("dembedding"), arg("dimage_position"), arg("dtext_position"));
 }
 
 }  // namespace m3ae

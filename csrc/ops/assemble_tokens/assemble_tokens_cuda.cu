@@ -113,25 +113,34 @@ __global__ void __launch_bounds__(kGroupThreads, 6) assemble_tokens_table_kernel
   sum_group<N>(a, [&](int64_t token) { return packing.row_of(part, token); });
 }
 
-Packing packing_of(Address cu_image, Address cu_text, int64_t batch, bool has_cls, int64_t image_rows) {
-  return {int32s(cu_image), int32s(cu_text), static_cast<int32_t>(batch), has_cls, static_cast<int32_t>(image_rows)};
+Packing packing_of(const Tensor& cu_image, const Tensor& cu_text, bool has_cls, int64_t image_rows) {
+  const int64_t batch = (cu_image ? cu_image : cu_text).size(0) - 1;
+  return {cu_image.optional_int32s("cu_image", {batch + 1}), cu_text.optional_int32s("cu_text", {batch + 1}),
+          static_cast<int32_t>(batch), has_cls, static_cast<int32_t>(image_rows)};
 }
 
-// text_rows: the text tokens, or the table that `words` are looked up in.
-void forward(Address image_tokens, Address text_rows, Address words, Address image_ids, Address text_ids,
-             Address cu_image, Address cu_text, Address cls_token, Address image_position, Address text_position,
-             Address image_type, Address text_type, Address out, int64_t batch, int64_t count, int64_t image_rows,
-             int64_t width, int image_dtype, int text_dtype, int dtype, int device, Address on) {
-  const AssembleTokens a{packing_of(cu_image, cu_text, batch, cls_token != 0, image_rows),
-                         {pointer(image_tokens), nullptr, int32s(image_ids), pointer(image_position),
-                          pointer(image_type), Dtype(image_dtype)},
-                         {pointer(text_rows), int32s(words), int32s(text_ids), pointer(text_position),
-                          pointer(text_type), Dtype(text_dtype)},
-                         pointer(cls_token),
-                         pointer(out),
+void forward(const Tensor& image_tokens, const Tensor& text_tokens, const Tensor& image_ids, const Tensor& text_ids,
+             const Tensor& cu_image, const Tensor& cu_text, const Tensor& cls_token, const Tensor& text_embedding,
+             const Tensor& image_position, const Tensor& text_position, const Tensor& image_type,
+             const Tensor& text_type, const Tensor& out) {
+  const int64_t count = out.size(0), width = out.size(1), images = image_tokens.size(0), texts = text_tokens.size(0);
+  const Dtype dtype = out.dtype();
+  const Tensor& text = text_embedding ? text_embedding : text_tokens;
+  const AssembleTokens a{packing_of(cu_image, cu_text, static_cast<bool>(cls_token), images),
+                         {image_tokens.dense("image_tokens", {images, width}), nullptr,
+                          image_ids.optional_int32s("image_ids", {images}),
+                          image_position.optional("image_position", {kAny, width}, dtype),
+                          image_type.optional("image_type", {width}, dtype), image_tokens.dtype()},
+                         {text.dense(text_embedding ? "text_embedding" : "text_tokens", {kAny, width}),
+                          text_embedding ? text_tokens.int32s("text_tokens", {texts}) : nullptr,
+                          text_ids.optional_int32s("text_ids", {texts}),
+                          text_position.optional("text_position", {kAny, width}, dtype),
+                          text_type.optional("text_type", {width}, dtype), text.dtype()},
+                         cls_token.optional("cls_token", {width}, dtype),
+                         out.dense("out", {count, width}),
                          count,
                          width,
-                         Dtype(dtype)};
+                         dtype};
   const int64_t warps = kRowThreads / kWarp;
   with_columns(width,
                {{a.image.rows, a.image.dtype},
@@ -144,53 +153,66 @@ void forward(Address image_tokens, Address text_rows, Address words, Address ima
                 {a.out, a.dtype}},
                [&](auto columns) {
                  M3AE_LAUNCH(assemble_tokens_kernel<decltype(columns)::value>, grid((count + warps - 1) / warps),
-                             kRowThreads, 0, Stream{device, on}, a);
+                             kRowThreads, 0, stream_of(out), a);
                });
 }
 
-// A null gradient is not wanted. dparts: [3][width], class tokens, image rows and text rows, the sum of `chunks`
-// partials of that shape, at least one.
-void backward(Address dout, Address cu_image, Address cu_text, Address dimage, Address dtext, Address partials,
-              Address dparts, Address tickets, int64_t chunks, int64_t batch, int64_t count, int64_t image_rows,
-              int64_t width, bool has_cls, int image_dtype, int text_dtype, int dtype, int device, Address on) {
-  const MoveRows a{pointer(dout),
-                   partials_of(partials, dparts, tickets),
+// dparts: [3][width], class tokens, image rows and text rows, the sum of `number` partials of that shape, at least one.
+void backward(const Tensor& dout, const Tensor& cu_image, const Tensor& cu_text, bool has_cls, int64_t image_rows,
+              const Tensor& partials, Address tickets, int64_t number, const Tensor& dimage, const Tensor& dtext,
+              const Tensor& dparts) {
+  const int64_t count = dout.size(0), width = dout.size(1);
+  const MoveRows a{dout.dense("dout", {count, width}),
+                   partials_of(partials.optional("partials", {number, 3, width}, Dtype::f32),
+                               dparts.optional("dparts", {3, width}, Dtype::f32), tickets),
                    count,
-                   (count + chunks - 1) / chunks,
+                   (count + number - 1) / number,
                    static_cast<int>(width),
-                   Dtype(dtype)};
-  const Assembled assembled{packing_of(cu_image, cu_text, batch, has_cls, image_rows),
-                            {pointer(dimage), Dtype(image_dtype)},
-                            {pointer(dtext), Dtype(text_dtype)}};
+                   dout.dtype()};
+  const Assembled assembled{packing_of(cu_image, cu_text, has_cls, image_rows),
+                            {dimage.optional("dimage", {image_rows, width}), dimage.dtype()},
+                            {dtext.optional("dtext", {kAny, width}), dtext.dtype()}};
   const auto rows_of = [](const Target& target) { return Rows{target.rows, target.dtype}; };
   with_columns(width, {{a.dout, a.dtype}, rows_of(assembled.image), rows_of(assembled.text)}, [&](auto columns) {
     constexpr int N = decltype(columns)::value;
-    M3AE_LAUNCH(assemble_tokens_backward_kernel<N>, dim3(tiles(width, N), grid(chunks).x), kMoveThreads, 0,
-                Stream{device, on}, a, assembled);
+    M3AE_LAUNCH(assemble_tokens_backward_kernel<N>, dim3(tiles(width, N), grid(number).x), kMoveThreads, 0,
+                stream_of(dout), a, assembled);
   });
 }
 
 // One table's gradient: see Groups. images: its rows were read for image tokens, else for text tokens.
-void backward_table(Address dout, Address order, Address starts, Address dtable, Address cu_image, Address cu_text,
-                    int64_t groups, int64_t batch, int64_t width, bool has_cls, bool images, int dtype, int table_dtype,
-                    int device, Address on) {
-  const Groups a{pointer(dout), as<int64_t>(pointer(order)), int32s(starts), pointer(dtable), groups,
-                 static_cast<int>(width), Dtype(dtype), Dtype(table_dtype)};
-  const Packing packing = packing_of(cu_image, cu_text, batch, has_cls, 0);
+void backward_table(const Tensor& dout, const Tensor& order, const Tensor& starts, const Tensor& cu_image,
+                    const Tensor& cu_text, bool has_cls, bool images, const Tensor& dtable) {
+  const int64_t groups = dtable.size(0), width = dout.size(1);
+  const Groups a{dout.dense("dout", {kAny, width}),
+                 order.integers<int64_t>("order", {kAny}),
+                 starts.int32s("starts", {groups + 1}),
+                 dtable.dense("dtable", {groups, width}),
+                 groups,
+                 static_cast<int>(width),
+                 dout.dtype(),
+                 dtable.dtype()};
+  const Packing packing = packing_of(cu_image, cu_text, has_cls, 0);
   with_columns(width, {{a.dout, a.dtype}, {a.out, a.out_dtype}}, [&](auto columns) {
     constexpr int N = decltype(columns)::value;
     M3AE_LAUNCH(assemble_tokens_table_kernel<N>, dim3(grid(groups).x, tiles(width, N)), kGroupThreads, 0,
-                Stream{device, on}, a, packing, images ? kImage : kText);
+                stream_of(dout), a, packing, images ? kImage : kText);
   });
 }
 
 }  // namespace
 
 void bind_assemble_tokens(pybind11::module_& module) {
+  using pybind11::arg, pybind11::kw_only;
   const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
-  module.def("assemble_tokens", &forward, no_gil);
-  module.def("assemble_tokens_backward", &backward, no_gil);
-  module.def("assemble_tokens_backward_table", &backward_table, no_gil);
+  module.def("assemble_tokens", &forward, no_gil, kw_only(), arg("image_tokens"), arg("text_tokens"), arg("image_ids"),
+             arg("text_ids"), arg("cu_image"), arg("cu_text"), arg("cls_token"), arg("text_embedding"),
+             arg("image_position"), arg("text_position"), arg("image_type"), arg("text_type"), arg("out"));
+  module.def("assemble_tokens_backward", &backward, no_gil, kw_only(), arg("dout"), arg("cu_image"), arg("cu_text"),
+             arg("has_cls"), arg("image_rows"), arg("partials"), arg("tickets"), arg("number"), arg("dimage"),
+             arg("dtext"), arg("dparts"));
+  module.def("assemble_tokens_backward_table", &backward_table, no_gil, kw_only(), arg("dout"), arg("order"),
+             arg("starts"), arg("cu_image"), arg("cu_text"), arg("has_cls"), arg("images"), arg("dtable"));
 }
 
 }  // namespace m3ae::cuda

@@ -1,15 +1,11 @@
-#include "ops/restore_tokens/restore_tokens.h"
-
-#include <pybind11/pybind11.h>
-
 #include <cstring>
 #include <vector>
 
-#include "check.h"
 #include "cpu/pages.h"
 #include "cpu/reduce_rows.h"
 #include "cpu/sum_rows.h"
 #include "cpu/threads.h"
+#include "ops/restore_tokens/arguments.h"
 
 namespace py = pybind11;
 
@@ -32,21 +28,16 @@ void check_indices(const int32_t* rows, const int32_t* slots, int64_t count, int
   }
 }
 
-void forward(Address kept, Address rows, Address slots, Address image_mask_token, Address text_mask_token,
-             Address image_position, Address text_position, Address image_type, Address text_type, Address out,
-             int64_t count, int64_t kept_rows, int64_t width, int64_t patches, int64_t words, int kept_dtype,
-             int out_dtype) {
-  check_indices(int32s(rows), int32s(slots), count, kept_rows, patches + words);
-  const RestoreTokens args{pointer(kept),           int32s(rows),
-                           int32s(slots),           pointer(image_mask_token),
-                           pointer(text_mask_token), pointer(image_position),
-                           pointer(text_position),  pointer(image_type),
-                           pointer(text_type),      pointer(out),
-                           width,                   static_cast<int32_t>(patches),
-                           Dtype(kept_dtype),       Dtype(out_dtype)};
-  prefer_huge_pages(pointer(out), count * width * size_of(Dtype(out_dtype)));
+void forward(const Tensor& kept, const Tensor& rows, const Tensor& slots, const Tensor& image_mask_token,
+             const Tensor& text_mask_token, const Tensor& image_position, const Tensor& text_position,
+             const Tensor& image_type, const Tensor& text_type, const Tensor& out) {
+  const RestoreTokens args = restore_tokens_arguments(kept, rows, slots, image_mask_token, text_mask_token,
+                                                      image_position, text_position, image_type, text_type, out);
+  const int64_t count = out.size(0);
+  check_indices(args.rows, args.slots, count, kept.size(0), image_position.size(0) + text_position.size(0));
+  prefer_huge_pages(args.out, count * args.width * size_of(args.out_dtype));
   const auto kernel = M3AE_DISPATCH(restore_tokens);
-  parallel_for(count, grain_rows(width), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  parallel_for(count, grain_rows(args.width), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 // Rows of dkept that no entry of `rows` names.
@@ -59,35 +50,44 @@ void zero_unnamed(const int32_t* rows, int64_t count, void* dkept, int64_t kept_
       std::memset(as<char>(dkept) + k * row_bytes, 0, static_cast<size_t>(row_bytes));
 }
 
-// Indices were checked by forward. A null gradient is not wanted; dsums is accumulators [2][2][width]: by modality
-// (image, text), then by masked or kept.
-void backward(Address dout, Address rows, Address slots, Address dkept, Address dsums, Address dimage_position,
-              Address dtext_position, int64_t count, int64_t kept_rows, int64_t width, int64_t patches, int64_t words,
-              int kept_dtype, int out_dtype) {
-  const Dtype dtype = Dtype(out_dtype);
-  if (dkept) zero_unnamed(int32s(rows), count, pointer(dkept), kept_rows, width * size_of(Dtype(kept_dtype)));
+// Indices were checked by forward. dsums: [2][2][width], by modality (image, text), then by masked or kept.
+void backward(const Tensor& dout, const Tensor& rows, const Tensor& slots, int64_t patches, const Tensor& dkept,
+              const Tensor& dsums, const Tensor& dimage_position, const Tensor& dtext_position) {
+  const int64_t count = dout.size(0), width = dout.size(1), kept_rows = dkept.size(0);
+  const Dtype dtype = dout.dtype();
+  const RestoreTokensBackward args{dout.dense("dout", {count, width}),
+                                   rows.int32s("rows", {count}),
+                                   slots.int32s("slots", {count}),
+                                   dkept.optional("dkept", {kAny, width}),
+                                   width,
+                                   static_cast<int32_t>(patches),
+                                   dkept.dtype(),
+                                   dtype};
+  if (args.dkept) zero_unnamed(args.rows, count, args.dkept, kept_rows, width * size_of(args.kept_dtype));
   if (dkept || dsums) {
-    const RestoreTokensBackward args{pointer(dout), int32s(rows), int32s(slots), pointer(dkept),
-                                     width, static_cast<int32_t>(patches), Dtype(kept_dtype), dtype};
     const auto kernel = M3AE_DISPATCH(restore_tokens_backward);
-    reduce_rows(count, 4 * width, dtype, pointer(dsums),
+    reduce_rows(count, 4 * width, dtype, dsums.optional("dsums", {2, 2, width}, accumulator(dtype)),
                 [&](int64_t begin, int64_t end, void* partial) { kernel(args, begin, end, partial); });
   }
-  const auto position = [&](Address dtable, int64_t first, int64_t table_rows) {
+  const auto position = [&](const char* name, const Tensor& dtable, int64_t first) {
     if (!dtable) return;
-    sum_rows(pointer(dout), dtype, int32s(slots), count, static_cast<int32_t>(first), table_rows, width,
-             pointer(dtable), dtype);
+    sum_rows(args.dout, dtype, args.slots, count, static_cast<int32_t>(first), dtable.size(0), width,
+             dtable.dense(name, {kAny, width}, dtype), dtype);
   };
-  position(dimage_position, 0, patches);
-  position(dtext_position, patches, words);
+  position("dimage_position", dimage_position, 0);
+  position("dtext_position", dtext_position, patches);
 }
 
 }  // namespace
 
 void bind_restore_tokens(py::module_& module) {
+  using py::arg, py::kw_only;
   const py::call_guard<py::gil_scoped_release> no_gil;
-  module.def("restore_tokens", &forward, no_gil);
-  module.def("restore_tokens_backward", &backward, no_gil);
+  module.def("restore_tokens", &forward, no_gil, kw_only(), arg("kept"), arg("rows"), arg("slots"),
+             arg("image_mask_token"), arg("text_mask_token"), arg("image_position"), arg("text_position"),
+             arg("image_type"), arg("text_type"), arg("out"));
+  module.def("restore_tokens_backward", &backward, no_gil, kw_only(), arg("dout"), arg("rows"), arg("slots"),
+             arg("patches"), arg("dkept"), arg("dsums"), arg("dimage_position"), arg("dtext_position"));
 }
 
 }  // namespace m3ae

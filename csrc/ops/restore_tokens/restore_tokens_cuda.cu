@@ -1,8 +1,7 @@
 // restore_tokens on a GPU: a warp an output row; backward, kept rows are written back and sums made in one pass.
-#include "ops/restore_tokens/restore_tokens.h"
-
 #include "cuda/bind.h"
 #include "cuda/token_rows.cuh"
+#include "ops/restore_tokens/arguments.h"
 
 namespace m3ae::cuda {
 namespace {
@@ -49,18 +48,14 @@ __global__ void __launch_bounds__(kGroupThreads, 6) restore_tokens_position_kern
   sum_group<N>(a, [](int64_t t) { return t; });
 }
 
-void forward(Address kept, Address rows, Address slots, Address image_mask_token, Address text_mask_token,
-             Address image_position, Address text_position, Address image_type, Address text_type, Address out,
-             int64_t count, int64_t width, int64_t patches, int kept_dtype, int out_dtype, int device, Address on) {
-  const RestoreTokens a{pointer(kept),            int32s(rows),
-                        int32s(slots),            pointer(image_mask_token),
-                        pointer(text_mask_token), pointer(image_position),
-                        pointer(text_position),   pointer(image_type),
-                        pointer(text_type),       pointer(out),
-                        width,                    static_cast<int32_t>(patches),
-                        Dtype(kept_dtype),        Dtype(out_dtype)};
+void forward(const Tensor& kept, const Tensor& rows, const Tensor& slots, const Tensor& image_mask_token,
+             const Tensor& text_mask_token, const Tensor& image_position, const Tensor& text_position,
+             const Tensor& image_type, const Tensor& text_type, const Tensor& out) {
+  const RestoreTokens a = restore_tokens_arguments(kept, rows, slots, image_mask_token, text_mask_token, image_position,
+                                                   text_position, image_type, text_type, out);
+  const int64_t count = out.size(0);
   const int64_t warps = kRowThreads / kWarp;
-  with_columns(width,
+  with_columns(a.width,
                {{a.kept, a.kept_dtype},
                 {a.image_mask_token, a.out_dtype},
                 {a.text_mask_token, a.out_dtype},
@@ -71,49 +66,61 @@ void forward(Address kept, Address rows, Address slots, Address image_mask_token
                 {a.out, a.out_dtype}},
                [&](auto columns) {
                  M3AE_LAUNCH(restore_tokens_kernel<decltype(columns)::value>, grid((count + warps - 1) / warps),
-                             kRowThreads, 0, Stream{device, on}, a, count);
+                             kRowThreads, 0, stream_of(out), a, count);
                });
 }
 
-// dkept holds zeros: only the rows that are named are written; null: not wanted. dsums: [2][2][width], the sum of
-// `chunks` partials of that shape, at least one; null, both: not wanted.
-void backward(Address dout, Address rows, Address slots, Address dkept, Address partials, Address dsums,
-              Address tickets, int64_t chunks, int64_t count, int64_t width, int64_t patches, int kept_dtype,
-              int out_dtype, int device, Address on) {
-  const MoveRows a{pointer(dout),
-                   partials_of(partials, dsums, tickets),
+// dkept holds zeros: only the rows that are named are written. dsums: [2][2][width], the sum of `number` partials of that
+// shape, at least one.
+void backward(const Tensor& dout, const Tensor& rows, const Tensor& slots, int64_t patches, const Tensor& partials,
+              Address tickets, int64_t number, const Tensor& dkept, const Tensor& dsums) {
+  const int64_t count = dout.size(0), width = dout.size(1);
+  const MoveRows a{dout.dense("dout", {count, width}),
+                   partials_of(partials.optional("partials", {number, 2, 2, width}, Dtype::f32),
+                               dsums.optional("dsums", {2, 2, width}, Dtype::f32), tickets),
                    count,
-                   (count + chunks - 1) / chunks,
+                   (count + number - 1) / number,
                    static_cast<int>(width),
-                   Dtype(out_dtype)};
-  const Restored restored{int32s(rows), int32s(slots), static_cast<int32_t>(patches),
-                          {pointer(dkept), Dtype(kept_dtype)}};
+                   dout.dtype()};
+  const Restored restored{rows.int32s("rows", {count}), slots.int32s("slots", {count}), static_cast<int32_t>(patches),
+                          {dkept.optional("dkept", {kAny, width}), dkept.dtype()}};
   with_columns(width, {{a.dout, a.dtype}, {restored.dkept.rows, restored.dkept.dtype}}, [&](auto columns) {
     constexpr int N = decltype(columns)::value;
-    M3AE_LAUNCH(restore_tokens_backward_kernel<N>, dim3(tiles(width, N), grid(chunks).x), kMoveThreads, 0,
-                Stream{device, on}, a, restored);
+    M3AE_LAUNCH(restore_tokens_backward_kernel<N>, dim3(tiles(width, N), grid(number).x), kMoveThreads, 0,
+                stream_of(dout), a, restored);
   });
 }
 
 // One table's gradient: see Groups.
-void backward_position(Address dout, Address order, Address starts, Address dposition, int64_t groups, int64_t width,
-                       int dtype, int device, Address on) {
-  const Groups a{pointer(dout), as<int64_t>(pointer(order)), int32s(starts), pointer(dposition), groups,
-                 static_cast<int>(width), Dtype(dtype), Dtype(dtype)};
+void backward_position(const Tensor& dout, const Tensor& order, const Tensor& starts, const Tensor& dposition) {
+  const int64_t groups = dposition.size(0), width = dout.size(1);
+  const Groups a{dout.dense("dout", {kAny, width}),
+                 order.integers<int64_t>("order", {dout.size(0)}),
+                 starts.int32s("starts", {kAny}),
+                 dposition.dense("dposition", {groups, width}, dout.dtype()),
+                 groups,
+                 static_cast<int>(width),
+                 dout.dtype(),
+                 dout.dtype()};
   with_columns(width, {{a.dout, a.dtype}, {a.out, a.out_dtype}}, [&](auto columns) {
     constexpr int N = decltype(columns)::value;
     M3AE_LAUNCH(restore_tokens_position_kernel<N>, dim3(grid(groups).x, tiles(width, N)), kGroupThreads, 0,
-                Stream{device, on}, a);
+                stream_of(dout), a);
   });
 }
 
 }  // namespace
 
 void bind_restore_tokens(pybind11::module_& module) {
+  using pybind11::arg, pybind11::kw_only;
   const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
-  module.def("restore_tokens", &forward, no_gil);
-  module.def("restore_tokens_backward", &backward, no_gil);
-  module.def("restore_tokens_backward_position", &backward_position, no_gil);
+  module.def("restore_tokens", &forward, no_gil, kw_only(), arg("kept"), arg("rows"), arg("slots"),
+             arg("image_mask_token"), arg("text_mask_token"), arg("image_position"), arg("text_position"),
+             arg("image_type"), arg("text_type"), arg("out"));
+  module.def("restore_tokens_backward", &backward, no_gil, kw_only(), arg("dout"), arg("rows"), arg("slots"),
+             arg("patches"), arg("partials"), arg("tickets"), arg("number"), arg("dkept"), arg("dsums"));
+  module.def("restore_tokens_backward_position", &backward_position, no_gil, kw_only(), arg("dout"), arg("order"),
+             arg("starts"), arg("dposition"));
 }
 
 }  // namespace m3ae::cuda

@@ -1,13 +1,10 @@
-#include "ops/sample_mask/sample_mask.h"
-
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <vector>
 
-#include "check.h"
 #include "cpu/threads.h"
+#include "ops/sample_mask/arguments.h"
 #include "philox.h"
 
 namespace py = pybind11;
@@ -18,10 +15,6 @@ namespace {
 // Everything the kernel takes for granted. Returns the longest length.
 int64_t check(const int32_t* cu, const int32_t* cu_keep, const int64_t* sample_ids, int64_t samples, int64_t total,
               int64_t total_keep, bool shared) {
-  M3AE_CHECK(cu[0] == 0 && cu[samples] == total, "lengths must sum to ", total, ", got offsets ", cu[0], " to ",
-             cu[samples]);
-  M3AE_CHECK(cu_keep[0] == 0 && cu_keep[samples] == total_keep, "num_keep must sum to ", total_keep, ", got offsets ",
-             cu_keep[0], " to ", cu_keep[samples]);
   int64_t longest = 0;
   for (int64_t i = 0; i < samples; ++i) {
     const int64_t length = cu[i + 1] - cu[i], keep = cu_keep[i + 1] - cu_keep[i];
@@ -34,19 +27,17 @@ int64_t check(const int32_t* cu, const int32_t* cu_keep, const int64_t* sample_i
                " in sample ", i, " and ", cu_keep[1], " of ", cu[1], " in sample 0");
     if (length > longest) longest = length;
   }
+  M3AE_CHECK(cu[0] == 0 && cu[samples] == total, "lengths must sum to ", total, ", got offsets ", cu[0], " to ",
+             cu[samples]);
+  M3AE_CHECK(cu_keep[0] == 0 && cu_keep[samples] == total_keep, "num_keep must sum to ", total_keep, ", got offsets ",
+             cu_keep[0], " to ", cu_keep[samples]);
   return longest;
 }
 
-void forward(Address cu, Address cu_keep, Address sample_ids, Address ids_keep, Address ids_mask, int64_t samples,
-             int64_t total, int64_t total_keep, uint64_t seed, uint32_t step, uint32_t stream, bool shared) {
-  const SampleMask args{int32s(cu),
-                        int32s(cu_keep),
-                        as<int64_t>(pointer(sample_ids)),
-                        as<int32_t>(pointer(ids_keep)),
-                        as<int32_t>(pointer(ids_mask)),
-                        seed,
-                        step,
-                        stream};
+void forward(const Tensor& cu, const Tensor& cu_keep, const Tensor& sample_ids, uint64_t seed, uint32_t step,
+             uint32_t stream, bool shared, const Tensor& ids_keep, const Tensor& ids_mask) {
+  const SampleMask args = sample_mask_arguments(cu, cu_keep, sample_ids, seed, step, stream, ids_keep, ids_mask);
+  const int64_t samples = sample_ids.size(0), total_keep = ids_keep.size(0), total = total_keep + ids_mask.size(0);
   const int64_t longest = check(args.cu, args.cu_keep, args.sample_ids, samples, total, total_keep, shared);
   const int64_t padded = (longest + kSampleMaskBlock - 1) / kSampleMaskBlock * kSampleMaskBlock;
   const auto kernel = M3AE_DISPATCH(sample_mask);
@@ -65,7 +56,10 @@ std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint3
 }  // namespace
 
 void bind_sample_mask(py::module_& module) {
-  module.def("sample_mask", &forward, py::call_guard<py::gil_scoped_release>());
+  using py::arg;
+  module.def("sample_mask", &forward, py::call_guard<py::gil_scoped_release>(), py::kw_only(), arg("cu"),
+             arg("cu_keep"), arg("sample_ids"), arg("seed"), arg("step"), arg("stream"), arg("shared"), arg("ids_keep"),
+             arg("ids_mask"));
   module.def("philox4x32", &philox, "the four words of a counter and a key");
 }
 

@@ -1,7 +1,7 @@
 // sample_mask on a GPU: one block a sample, one launch. Words that fit are drawn once into shared memory.
 #include "cuda/bind.h"
 #include "cuda/reduce.cuh"
-#include "ops/sample_mask/sample_mask.h"
+#include "ops/sample_mask/arguments.h"
 #include "philox.h"
 
 namespace m3ae::cuda {
@@ -101,23 +101,19 @@ __global__ void __launch_bounds__(kThreads) sample_mask_kernel(SampleMask args) 
   }
 }
 
-void forward(Address cu, Address cu_keep, Address sample_ids, Address ids_keep, Address ids_mask, int64_t samples,
-             uint64_t seed, uint32_t step, uint32_t stream, int device, Address on) {
-  const SampleMask args{int32s(cu),
-                        int32s(cu_keep),
-                        as<int64_t>(pointer(sample_ids)),
-                        as<int32_t>(pointer(ids_keep)),
-                        as<int32_t>(pointer(ids_mask)),
-                        seed,
-                        step,
-                        stream};
-  M3AE_LAUNCH(sample_mask_kernel, grid(samples), kThreads, 0, Stream{device, on}, args);
+void forward(const Tensor& cu, const Tensor& cu_keep, const Tensor& sample_ids, uint64_t seed, uint32_t step,
+             uint32_t stream, const Tensor& ids_keep, const Tensor& ids_mask) {
+  const SampleMask args = sample_mask_arguments(cu, cu_keep, sample_ids, seed, step, stream, ids_keep, ids_mask);
+  M3AE_LAUNCH(sample_mask_kernel, grid(sample_ids.size(0)), kThreads, 0, stream_of(cu), args);
 }
 
 }  // namespace
 
 void bind_sample_mask(pybind11::module_& module) {
-  module.def("sample_mask", &forward, pybind11::call_guard<pybind11::gil_scoped_release>());
+  using pybind11::arg;
+  module.def("sample_mask", &forward, pybind11::call_guard<pybind11::gil_scoped_release>(), pybind11::kw_only(),
+             arg("cu"), arg("cu_keep"), arg("sample_ids"), arg("seed"), arg("step"), arg("stream"), arg("ids_keep"),
+             arg("ids_mask"));
 }
 
 }  // namespace m3ae::cuda

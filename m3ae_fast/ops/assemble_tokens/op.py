@@ -8,7 +8,6 @@ from torch import Tensor
 from m3ae_fast import _backends, _checks
 from m3ae_fast._autograd import Function, differentiable_once
 from m3ae_fast.ops.assemble_tokens import reference
-from m3ae_fast.ops.assemble_tokens.outputs import empty_gradients, empty_output
 from m3ae_fast.seqlens import SeqLens, cu_seqlens
 
 BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
@@ -94,9 +93,7 @@ def assemble_tokens(
     for name, value in (rows | tables | vectors).items():
         if value is None:
             continue
-        _checks.shape(name, value, (width,) if name in vectors else (None, width))
-        _checks.dtype(name, value, _checks.FLOATS)
-        _checks.device(name, value, like_name, like)
+        _checks.floating(name, value, (width,) if name in vectors else (None, width), like_name, like)
         out_dtype = torch.promote_types(out_dtype, value.dtype)
     indices = {"text_tokens": text_tokens, "image_ids": image_ids, "text_ids": text_ids, "cu_image": cu_image,
                "cu_text": cu_text}  # fmt: skip
@@ -136,6 +133,35 @@ def _companions(name, tokens, ids, cu, position):
     return ids, cu if cu is None else cu_seqlens(f"cu_{name}", cu)
 
 
+@_backends.operator(BACKENDS, "forward")
+def _assemble_tokens(
+    image_tokens: Tensor, text_tokens: Tensor, image_ids: Tensor | None, text_ids: Tensor | None,
+    cu_image: Tensor | None, cu_text: Tensor | None, cls_token: Tensor | None, text_embedding: Tensor | None,
+    image_position: Tensor | None, text_position: Tensor | None, image_type: Tensor | None, text_type: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """[rows, D]."""
+    samples = 0 if cls_token is None else (cu_text if cu_image is None else cu_image).shape[0] - 1
+    total = samples + image_tokens.shape[0] + text_tokens.shape[0]
+    return image_tokens.new_empty(total, image_tokens.shape[1], dtype=dtype)
+
+
+@_backends.operator(BACKENDS, "backward")
+def _assemble_tokens_backward(
+    dout: Tensor, text_tokens: Tensor | None, image_ids: Tensor | None, text_ids: Tensor | None,
+    cu_image: Tensor | None, cu_text: Tensor | None, has_cls: bool, image_rows: int, text_rows: int, vocabulary: int,
+    patches: int, words: int, image_dtype: torch.dtype, text_dtype: torch.dtype, need: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients as `need` asks for them: of image rows, of float text rows, [3, D] sums of class tokens, image rows and
+    text rows in the accumulation dtype, of the text embedding, of the image position, of the text position."""
+    sizes = (image_rows, text_rows, 3, vocabulary, patches, words)
+    dtypes = (image_dtype, text_dtype, _backends.accumulator(dout.dtype), text_dtype, dout.dtype, dout.dtype)
+    return tuple(
+        dout.new_empty(rows, dout.shape[1], dtype=dtype) if needed else None
+        for rows, dtype, needed in zip(sizes, dtypes, need, strict=True)
+    )
+
+
 class _AssembleTokens(Function):
     """One for all backends."""
 
@@ -172,32 +198,3 @@ class _AssembleTokens(Function):
         grads = (None, dimage, dtext, None, None, None, None, dcls, dembedding, dimage_position, dtext_position,
                  dimage_type, dtext_type, None)  # fmt: skip
         return tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=True))
-
-
-def _fake_forward(impl, image_tokens, text_tokens, image_ids, text_ids, cu_image, cu_text, cls_token, text_embedding,
-                  image_position, text_position, image_type, text_type, dtype):  # fmt: skip
-    return empty_output(image_tokens, text_tokens, cu_image, cu_text, cls_token, dtype)
-
-
-def _fake_backward(impl, dout, text_tokens, image_ids, text_ids, cu_image, cu_text, has_cls, image_rows, text_rows,
-                   vocabulary, patches, words, image_dtype, text_dtype, need):  # fmt: skip
-    return empty_gradients(dout, image_rows, text_rows, vocabulary, patches, words, image_dtype, text_dtype, need)
-
-
-_assemble_tokens = _backends.register(
-    "assemble_tokens(str impl, Tensor image_tokens, Tensor text_tokens, Tensor? image_ids, Tensor? text_ids, "
-    "Tensor? cu_image, Tensor? cu_text, Tensor? cls_token, Tensor? text_embedding, Tensor? image_position, "
-    "Tensor? text_position, Tensor? image_type, Tensor? text_type, ScalarType dtype) -> Tensor",
-    lambda impl, *args: BACKENDS[impl].forward(*args),
-    _fake_forward,
-)
-# need and the outputs: image rows, float text rows, [3, D] sums of class tokens, image rows and text rows in the
-# accumulation dtype, text embedding, image position, text position; what is not needed has no rows.
-_assemble_tokens_backward = _backends.register(
-    "assemble_tokens_backward(str impl, Tensor dout, Tensor? text_tokens, Tensor? image_ids, Tensor? text_ids, "
-    "Tensor? cu_image, Tensor? cu_text, bool has_cls, SymInt image_rows, SymInt text_rows, SymInt vocabulary, "
-    "SymInt patches, SymInt words, ScalarType image_dtype, ScalarType text_dtype, bool[] need"
-    ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda impl, *args: BACKENDS[impl].backward(*args),
-    _fake_backward,
-)

@@ -7,62 +7,57 @@ import triton.language as tl
 from m3ae_fast import _triton
 from m3ae_fast._groups import group
 from m3ae_fast._triton import Resource, element, load_or_zero
-from m3ae_fast.ops.assemble_tokens.outputs import empty_gradients, empty_output, samples
 
 BLOCK = 2048  # values of a row in one program, at most
 
 
 def forward(
     image_tokens, text_tokens, image_ids, text_ids, cu_image, cu_text, cls_token, text_embedding, image_position,
-    text_position, image_type, text_type, dtype,
+    text_position, image_type, text_type, dtype, out,
 ):  # fmt: skip
-    out = empty_output(image_tokens, text_tokens, cu_image, cu_text, cls_token, dtype)
     total, width = out.shape
     block = min(triton.next_power_of_2(width), BLOCK)
     _forward_kernel[(total, triton.cdiv(width, block))](
         image_tokens, text_tokens, image_ids, text_ids, cu_image, cu_text, cls_token, text_embedding, image_position,
-        text_position, image_type, text_type, out, samples(cu_image, cu_text), image_tokens.shape[0], width, block,
+        text_position, image_type, text_type, out, _samples(cu_image, cu_text), image_tokens.shape[0], width, block,
         **_triton.row_options(block),
     )  # fmt: skip
-    return out
+
+
+def _samples(cu_image, cu_text):
+    return (cu_text if cu_image is None else cu_image).shape[0] - 1
 
 
 def backward(
     dout, text_tokens, image_ids, text_ids, cu_image, cu_text, has_cls, image_rows, text_rows, vocabulary, patches,
-    words, image_dtype, text_dtype, need,
+    words, image_dtype, text_dtype, need, dimage, dtext, dparts, dembedding, dimage_position, dtext_position,
 ):  # fmt: skip
     count, width = dout.shape
-    grads = list(
-        empty_gradients(dout, image_rows, text_rows, vocabulary, patches, words, image_dtype, text_dtype, need)
-    )
-    need_image, need_text, need_parts, need_embedding, need_image_position, need_text_position = need
     # text_tokens are the looked-up ids, or None: then image_rows + text_rows float rows
     tokens = image_rows + (text_rows if text_tokens is None else text_tokens.shape[0])
     source, target = dout.new_empty(count, dtype=torch.int32), dout.new_empty(tokens, dtype=torch.int32)
-    batch = samples(cu_image, cu_text)
     _places_kernel[(count,)](
-        source, target, cu_image, cu_text, batch, image_rows, has_cls, **_triton.row_options(1)
-    )  # fmt: skip
-    if need_image or need_text or need_parts:
+        source, target, cu_image, cu_text, _samples(cu_image, cu_text), image_rows, has_cls, **_triton.row_options(1)
+    )
+    if any(need[:3]):  # image rows, text rows, sums
         number, per_chunk = _triton.chunks(count)
-        partials = dout.new_empty(number, 3, width, dtype=torch.float32) if need_parts else None
+        partials = None if dparts is None else dout.new_empty(number, 3, width, dtype=torch.float32)
         _backward_kernel[(number, triton.cdiv(width, _triton.COLUMNS))](
-            dout, source, target, grads[0] if need_image else None, grads[1] if need_text else None, partials, count,
-            per_chunk, image_rows, width, _triton.ROWS, _triton.COLUMNS, **_triton.TILE_OPTIONS,
+            dout, source, target, dimage, dtext, partials, count, per_chunk, image_rows, width, _triton.ROWS,
+            _triton.COLUMNS, **_triton.TILE_OPTIONS,
         )  # fmt: skip
-    if need_parts:
-        grads[2] = _triton.sum_partials(partials)
+    if dparts is not None:
+        _triton.sum_partials(partials, dparts)
     image_target, text_target = target[:image_rows], target[image_rows:]
     tables = (
-        (need_embedding, text_tokens, text_target, grads[3]),
-        (need_image_position, image_ids, image_target, grads[4]),
-        (need_text_position, text_ids, text_target, grads[5]),
+        (text_tokens, text_target, dembedding),
+        (image_ids, image_target, dimage_position),
+        (text_ids, text_target, dtext_position),
     )
-    for needed, ids, rows, grad in tables:
-        if needed:
-            order, starts = group(torch.where(rows < 0, -1, ids), grad.shape[0])
-            _triton.sum_groups(dout, rows[order], starts, grad)
-    return tuple(grads)
+    for ids, rows, dtable in tables:
+        if dtable is not None:
+            order, starts = group(torch.where(rows < 0, -1, ids), dtable.shape[0])
+            _triton.sum_groups(dout, rows[order], starts, dtable)
 
 
 @triton.jit

@@ -98,6 +98,17 @@ def feature_regression(
     return _FeatureRegression.apply(impl, pred.contiguous(), target.contiguous(), *args)[0]
 
 
+@_backends.operator(BACKENDS, "forward")
+def _feature_regression(
+    pred: Tensor, target: Tensor, rows: Tensor | None, cu_seqlens: Tensor | None, distance: str, normalize: bool,
+    eps: float, reduction: str, dpred_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """loss; with a dtype dpred: the gradient of the loss, with reduction "none" of the sum of the losses."""
+    size = pred.shape[:1] if reduction == "none" else ()
+    loss = pred.new_empty(size, dtype=_backends.accumulator(pred.dtype))
+    return loss, None if dpred_dtype is None else _backends.like(pred, dpred_dtype)
+
+
 class _FeatureRegression(Function):
     """One for all backends. The forward pass makes the gradient, the backward pass only scales it."""
 
@@ -124,18 +135,3 @@ class _FeatureRegression(Function):
                 dloss = torch.where(torch.arange(len(dloss), device=cu.device) < cu[-1], dloss, 0)
             dpred = dpred * dloss[:, None]
         return None, dpred.to(ctx.dtype), *(None,) * (ctx.inputs - 2)
-
-
-def _fake(impl, pred, target, rows, cu, distance, normalize, eps, reduction, dpred_dtype):
-    dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
-    loss = pred.new_empty(pred.shape[:1] if reduction == "none" else (), dtype=dtype)
-    return loss, pred.new_empty((0, 0) if dpred_dtype is None else pred.shape, dtype=dpred_dtype)
-
-
-# dpred: the gradient of the loss, with reduction "none" of the sum of the losses; empty without a dtype.
-_feature_regression = _backends.register(
-    "feature_regression(str impl, Tensor pred, Tensor target, Tensor? rows, Tensor? cu_seqlens, str distance, "
-    "bool normalize, float eps, str reduction, ScalarType? dpred_dtype) -> (Tensor loss, Tensor dpred)",
-    lambda impl, *args: BACKENDS[impl].forward(*args),
-    _fake,
-)

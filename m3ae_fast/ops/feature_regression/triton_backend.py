@@ -11,19 +11,16 @@ from m3ae_fast.ops.masked_mse.triton_backend import REDUCTIONS
 DISTANCES = {"l2": 0, "l1": 1, "cosine": 2}
 
 
-def forward(pred, target, rows, cu, distance, normalize, eps, reduction, dpred_dtype):
+def forward(pred, target, rows, cu, distance, normalize, eps, reduction, dpred_dtype, loss, dpred):
     count, width = pred.shape
-    row_loss = pred.new_empty(count, dtype=torch.float32 if reduction == "none" else torch.float64)
-    dpred = pred.new_empty((0, 0) if dpred_dtype is None else pred.shape, dtype=dpred_dtype)
+    row_loss = loss if reduction == "none" else pred.new_empty(count, dtype=torch.float64)
     block = triton.next_power_of_2(width)
     _forward_kernel[(count,)](
-        pred, target, rows, cu, row_loss, None if dpred_dtype is None else dpred, eps, count,
-        0 if cu is None else cu.shape[0] - 1, width, DISTANCES[distance], normalize, REDUCTIONS[reduction], block,
-        **_triton.row_options(block),
+        pred, target, rows, cu, row_loss, dpred, eps, count, 0 if cu is None else cu.shape[0] - 1, width,
+        DISTANCES[distance], normalize, REDUCTIONS[reduction], block, **_triton.row_options(block),
     )  # fmt: skip
-    if reduction == "none":
-        return row_loss, dpred
-    return _triton.sum_values(row_loss), dpred
+    if reduction != "none":
+        _triton.sum_values(row_loss, loss)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from m3ae_fast import _backends, _checks
 from m3ae_fast._autograd import Function, differentiable_once, kept
-from m3ae_fast._backends import like
+from m3ae_fast._backends import accumulator, like
 from m3ae_fast.ops.layer_norm import reference
 
 BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
@@ -67,7 +67,7 @@ def layer_norm(
 
     # What the kernels read: rows of fp32 and bf16 (on a GPU fp16 too) in any mix, or fp64 alone; weight and bias in the
     # accumulation dtype.
-    accumulate = torch.float64 if sum_dtype == torch.float64 else torch.float32
+    accumulate = accumulator(sum_dtype)
     half = () if impl == "cpp" else (torch.float16,)
     kernels_write = (torch.float64,) if accumulate == torch.float64 else (torch.float32, torch.bfloat16, *half)
 
@@ -96,9 +96,8 @@ def _layer_norm(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y [T, D], s [T, D] where there is a residual, stats [2, T]: mean and 1 / sqrt(var + eps)."""
     sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    accumulate = torch.float64 if sum_dtype == torch.float64 else torch.float32
     s = None if residual is None else like(x, sum_dtype)
-    return like(x, dtype), s, x.new_empty(2, x.shape[0], dtype=accumulate)
+    return like(x, dtype), s, x.new_empty(2, x.shape[0], dtype=accumulator(sum_dtype))
 
 
 @_backends.operator(BACKENDS, "backward")

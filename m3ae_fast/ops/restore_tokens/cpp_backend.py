@@ -1,27 +1,21 @@
 """restore_tokens on the CPU: csrc/ops/restore_tokens."""
 
-from m3ae_fast._backends import address, code
 from m3ae_fast._cpp import _C
-from m3ae_fast.ops.restore_tokens.outputs import empty_gradients, empty_output
 
 
-def forward(kept, rows, slots, *params):
-    image_position, text_position = params[2:4]
-    out = empty_output(kept, rows, params)
+def forward(
+    kept, rows, slots, image_mask_token, text_mask_token, image_position, text_position, image_type, text_type, out
+):
     _C.restore_tokens(
-        address(kept), address(rows), address(slots), *map(address, params), address(out),
-        rows.shape[0], kept.shape[0], kept.shape[1],
-        0 if image_position is None else image_position.shape[0],
-        0 if text_position is None else text_position.shape[0],
-        code(kept), code(out),
+        kept=kept, rows=rows, slots=slots, image_mask_token=image_mask_token, text_mask_token=text_mask_token,
+        image_position=image_position, text_position=text_position, image_type=image_type, text_type=text_type, out=out,
     )  # fmt: skip
-    return out
 
 
-def backward(dout, rows, slots, kept_rows, kept_dtype, patches, words, need):
-    count, width = dout.shape
-    grads = empty_gradients(dout, kept_rows, kept_dtype, patches, words, need)
+def backward(
+    dout, rows, slots, kept_rows, kept_dtype, patches, words, need, dkept, dsums, dimage_position, dtext_position
+):
     _C.restore_tokens_backward(
-        *map(address, (dout, rows, slots, *grads)), count, kept_rows, width, patches, words, code(grads[0]), code(dout)
-    )
-    return grads
+        dout=dout, rows=rows, slots=slots, patches=patches, dkept=dkept, dsums=dsums, dimage_position=dimage_position,
+        dtext_position=dtext_position,
+    )  # fmt: skip

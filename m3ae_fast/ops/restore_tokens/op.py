@@ -8,7 +8,6 @@ from torch import Tensor
 from m3ae_fast import _backends, _checks
 from m3ae_fast._autograd import Function, differentiable_once
 from m3ae_fast.ops.restore_tokens import reference
-from m3ae_fast.ops.restore_tokens.outputs import empty_gradients, empty_output
 
 BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
 
@@ -70,9 +69,7 @@ def restore_tokens(
     for name, value in params.items():
         if value is None:
             continue
-        _checks.shape(name, value, (None, width) if name.endswith("position") else (width,))
-        _checks.dtype(name, value, _checks.FLOATS)
-        _checks.device(name, value, "kept", kept)
+        _checks.floating(name, value, (None, width) if name.endswith("position") else (width,), "kept", kept)
         out_dtype = torch.promote_types(out_dtype, value.dtype)
     for name, value in (("rows", rows), ("slots", slots)):
         _checks.device(name, value, "kept", kept)
@@ -91,6 +88,37 @@ def restore_tokens(
         rows,
         slots,
         *(v if v is None else (v if v.dtype == out_dtype else v.to(out_dtype)).contiguous() for v in params.values()),
+    )
+
+
+@_backends.operator(BACKENDS, "forward")
+def _restore_tokens(
+    kept: Tensor, rows: Tensor, slots: Tensor, image_mask_token: Tensor | None, text_mask_token: Tensor | None,
+    image_position: Tensor | None, text_position: Tensor | None, image_type: Tensor | None, text_type: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """[T, D], in the dtype of the parameters where there are any."""
+    params = (image_mask_token, text_mask_token, image_position, text_position, image_type, text_type)
+    dtype = next((p.dtype for p in params if p is not None), kept.dtype)
+    return kept.new_empty(rows.shape[0], kept.shape[1], dtype=dtype)
+
+
+@_backends.operator(BACKENDS, "backward")
+def _restore_tokens_backward(
+    dout: Tensor, rows: Tensor, slots: Tensor, kept_rows: int, kept_dtype: torch.dtype, patches: int, words: int,
+    need: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dkept, dsums, dimage_position, dtext_position, as `need` asks for them.
+
+    dsums [2, 2, D] in the accumulation dtype: sums of dout's rows by modality (image, text), then by masked or kept. A
+    mask token's gradient is the first, a type's is both.
+    """
+    width = dout.shape[1]
+    need_kept, need_sums, need_image_position, need_text_position = need
+    return (
+        dout.new_empty(kept_rows, width, dtype=kept_dtype) if need_kept else None,
+        dout.new_empty(2, 2, width, dtype=_backends.accumulator(dout.dtype)) if need_sums else None,
+        dout.new_empty(patches, width) if need_image_position else None,
+        dout.new_empty(words, width) if need_text_position else None,
     )
 
 
@@ -126,29 +154,3 @@ class _RestoreTokens(Function):
         dtype = dsums.sum(1).to(dout.dtype).unbind(0) if image_type or text_type else (None, None)
         grads = (None, dkept, None, None, *dmask, dimage_position, dtext_position, *dtype)
         return tuple(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=True))
-
-
-def _fake_forward(impl, kept, rows, slots, *params):
-    return empty_output(kept, rows, params)
-
-
-def _fake_backward(impl, dout, rows, slots, kept_rows, kept_dtype, patches, words, need):
-    return empty_gradients(dout, kept_rows, kept_dtype, patches, words, need)
-
-
-_restore_tokens = _backends.register(
-    "restore_tokens(str impl, Tensor kept, Tensor rows, Tensor slots, Tensor? image_mask_token, "
-    "Tensor? text_mask_token, Tensor? image_position, Tensor? text_position, Tensor? image_type, "
-    "Tensor? text_type) -> Tensor",
-    lambda impl, *args: BACKENDS[impl].forward(*args),
-    _fake_forward,
-)
-# need: the four outputs; what is not needed has no rows. dsums [2, 2, D] in the accumulation dtype: sums of dout's rows
-# by modality (image, text), then by masked or kept. A mask token's gradient is the first, a type's is both.
-_restore_tokens_backward = _backends.register(
-    "restore_tokens_backward(str impl, Tensor dout, Tensor rows, Tensor slots, SymInt kept_rows, "
-    "ScalarType kept_dtype, SymInt patches, SymInt words, bool[] need"
-    ") -> (Tensor dkept, Tensor dsums, Tensor dimage_position, Tensor dtext_position)",
-    lambda impl, *args: BACKENDS[impl].backward(*args),
-    _fake_backward,
-)

@@ -7,41 +7,41 @@ import triton.language as tl
 from m3ae_fast import _triton
 from m3ae_fast._groups import group
 from m3ae_fast._triton import Resource, load_or_zero
-from m3ae_fast.ops.restore_tokens.outputs import empty_gradients, empty_output
 
 BLOCK = 2048  # values of a row in one program, at most
 
 
-def forward(kept, rows, slots, *params):
-    width, image_position = kept.shape[1], params[2]
-    out = empty_output(kept, rows, params)
+def forward(
+    kept, rows, slots, image_mask_token, text_mask_token, image_position, text_position, image_type, text_type, out
+):
+    width = kept.shape[1]
     block = min(triton.next_power_of_2(width), BLOCK)
     _forward_kernel[(rows.shape[0], triton.cdiv(width, block))](
-        kept, rows, slots, *params, out, 0 if image_position is None else image_position.shape[0], width, block,
-        **_triton.row_options(block),
+        kept, rows, slots, image_mask_token, text_mask_token, image_position, text_position, image_type, text_type, out,
+        0 if image_position is None else image_position.shape[0], width, block, **_triton.row_options(block),
     )  # fmt: skip
-    return out
 
 
-def backward(dout, rows, slots, kept_rows, kept_dtype, patches, words, need):
+def backward(
+    dout, rows, slots, kept_rows, kept_dtype, patches, words, need, dkept, dsums, dimage_position, dtext_position
+):
     count, width = dout.shape
-    need_kept, need_sums, need_image_position, need_text_position = need
-    dkept, dsums, dimage_position, dtext_position = empty_gradients(dout, kept_rows, kept_dtype, patches, words, need)
-    dkept.zero_()  # rows that are not named
+    if dkept is not None:
+        dkept.zero_()  # rows that are not named
     number, per_chunk = _triton.chunks(count)
-    partials = dout.new_empty(number, 2, 2, width, dtype=torch.float32) if need_sums else None
-    if need_kept or need_sums:
+    partials = None if dsums is None else dout.new_empty(number, 2, 2, width, dtype=torch.float32)
+    if dkept is not None or dsums is not None:
         _backward_kernel[(number, triton.cdiv(width, _triton.COLUMNS))](
-            dout, rows, slots, dkept if need_kept else None, partials, count, patches, per_chunk, width,
-            _triton.ROWS, _triton.COLUMNS, **_triton.TILE_OPTIONS,
+            dout, rows, slots, dkept, partials, count, patches, per_chunk, width, _triton.ROWS, _triton.COLUMNS,
+            **_triton.TILE_OPTIONS,
         )  # fmt: skip
-    if need_sums:
-        dsums = _triton.sum_partials(partials)
-    if need_image_position or need_text_position:
+    if dsums is not None:
+        _triton.sum_partials(partials, dsums)
+    if dimage_position is not None or dtext_position is not None:
         order, starts = group(slots, patches + words)
-        _triton.sum_groups(dout, order, starts, dimage_position)
-        _triton.sum_groups(dout, order, starts[patches:], dtext_position)
-    return dkept, dsums, dimage_position, dtext_position
+        for first, dposition in ((0, dimage_position), (patches, dtext_position)):
+            if dposition is not None:
+                _triton.sum_groups(dout, order, starts[first:], dposition)
 
 
 @triton.jit(do_not_specialize=["patches"])

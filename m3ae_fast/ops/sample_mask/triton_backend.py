@@ -3,7 +3,6 @@
 The kernels hold 32-bit words as uint32 and pass through memory and arguments as int32.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -20,11 +19,10 @@ def _word(value):
     return value - 2**32 if value >= 2**31 else value
 
 
-def forward(cu, cu_keep, sample_ids, total, total_keep, max_length, seed, step, stream, shared):
-    batch = sample_ids.shape[0]
-    words, ids_keep, ids_mask = (cu.new_empty(n, dtype=torch.int32) for n in (total, total_keep, total - total_keep))
+def forward(cu, cu_keep, sample_ids, total, total_keep, max_length, seed, step, stream, shared, ids_keep, ids_mask):
+    batch, words = sample_ids.shape[0], cu.new_empty(total)
     if batch == 0 or max_length == 0:
-        return ids_keep, ids_mask
+        return
     counters = min(triton.next_power_of_2(triton.cdiv(max_length, 4)), COUNTERS)
     _draw_kernel[(batch, triton.cdiv(max_length, 4 * counters))](
         cu, sample_ids, words, _word(seed), _word(seed >> 32), _word(step), _word(stream), counters,
@@ -32,7 +30,6 @@ def forward(cu, cu_keep, sample_ids, total, total_keep, max_length, seed, step, 
     )  # fmt: skip
     block = min(triton.next_power_of_2(max_length), BLOCK)
     _select_kernel[(batch,)](cu, cu_keep, words, ids_keep, ids_mask, block, **row_options(block))
-    return ids_keep, ids_mask
 
 
 @triton.jit(do_not_specialize=SCALARS)
