@@ -1,34 +1,43 @@
 #include "ops/gather_patches/gather_patches.h"
 
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "cpu/threads.h"
+#include "ops/gather_patches/arguments.h"
 
 namespace py = pybind11;
 
 namespace m3ae {
 namespace {
 
-void forward(Address images, int dtype, std::array<int64_t, 4> shape, std::array<int64_t, 4> strides, int64_t patch,
-             const std::vector<double>& scale, const std::vector<double>& shift, Address ids, Address cu, Address out,
-             int64_t count, int out_dtype) {
-  const bool wide = Dtype(dtype) == Dtype::f64 || Dtype(out_dtype) == Dtype::f64;
-  const Patches patches(images, dtype, shape, strides, patch, scale, shift, wide ? Dtype::f64 : Dtype::f32);
+void forward(const Tensor& images, const Tensor& ids, const Tensor& cu, int64_t patch_size,
+             const std::vector<double>& scale, const std::vector<double>& shift, const Tensor& out) {
+  const int64_t count = out.size(0), samples = images.size(0);
+  const bool wide = images.dtype() == Dtype::f64 || out.dtype() == Dtype::f64;
+  const Patches patches(images, patch_size, scale, shift, wide ? Dtype::f64 : Dtype::f32);
   const PatchSource& source = patches.source();
-  check_patch_ids("ids", int32s(ids), "seqlens", int32s(cu), shape[0], count, source.rows * source.columns);
-  const GatherPatches args{source, int32s(ids), int32s(cu), pointer(out), shape[0], Dtype(out_dtype)};
+  const GatherPatches args{source, ids.int32s("ids", {count}), cu.int32s("seqlens", {samples + 1}),
+                           out.dense("out", {count, patches.values()}), samples, out.dtype()};
+  check_patch_ids("ids", args.ids, "seqlens", args.cu, samples, count, source.rows * source.columns);
   const auto kernel = M3AE_DISPATCH(gather_patches);
   parallel_for(count, grain_rows(patches.values()), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
-// dimages arrives zeroed.
-void backward(Address dout, Address ids, Address cu, Address dimages, std::array<int64_t, 4> shape, int64_t patch,
-              const std::vector<double>& scale, int dout_dtype, int accumulator) {
-  const auto [images, channels, height, width] = shape;
-  const GatherPatchesBackward args{pointer(dout),     int32s(ids), int32s(cu), pointer(dimages),
-                                   scale.data(),      channels,    patch,      height / patch,
-                                   width / patch,     Dtype(dout_dtype),       Dtype(accumulator)};
+// dimages arrives zeroed, in the accumulation dtype.
+void backward(const Tensor& dout, const Tensor& ids, const Tensor& cu, int64_t patch_size,
+              const std::vector<double>& scale, const Tensor& dimages) {
+  const int64_t count = dout.size(0), images = dimages.size(0), channels = dimages.size(1);
+  const GatherPatchesBackward args{dout.dense("dout", {count, patch_size * patch_size * channels}),
+                                   ids.int32s("ids", {count}),
+                                   cu.int32s("seqlens", {images + 1}),
+                                   dimages.dense("dimages", {kAny, kAny, kAny, kAny}),
+                                   scale.data(),
+                                   channels,
+                                   patch_size,
+                                   dimages.size(2) / patch_size,
+                                   dimages.size(3) / patch_size,
+                                   dout.dtype(),
+                                   dimages.dtype()};
   const auto kernel = M3AE_DISPATCH(gather_patches_backward);
   parallel_for(images, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
@@ -36,9 +45,12 @@ void backward(Address dout, Address ids, Address cu, Address dimages, std::array
 }  // namespace
 
 void bind_gather_patches(py::module_& module) {
+  using py::arg, py::kw_only;
   const py::call_guard<py::gil_scoped_release> no_gil;
-  module.def("gather_patches", &forward, no_gil);
-  module.def("gather_patches_backward", &backward, no_gil);
+  module.def("gather_patches", &forward, no_gil, kw_only(), arg("images"), arg("ids"), arg("cu"), arg("patch_size"),
+             arg("scale"), arg("shift"), arg("out"));
+  module.def("gather_patches_backward", &backward, no_gil, kw_only(), arg("dout"), arg("ids"), arg("cu"),
+             arg("patch_size"), arg("scale"), arg("dimages"));
 }
 
 }  // namespace m3ae

@@ -2,6 +2,7 @@
 // named or not: it looks for the rows that name it, in order, so that nothing has to be zeroed or sorted before.
 #include "cuda/bind.h"
 #include "cuda/sequences.cuh"
+#include "ops/gather_patches/arguments.h"
 #include "ops/gather_patches/gather_patches.h"
 #include "ops/gather_patches/patch_rows.cuh"
 
@@ -152,53 +153,65 @@ __global__ void __launch_bounds__(kThreads, 4)
   });
 }
 
-void forward(Address images, int dtype, std::array<int64_t, 4> shape, std::array<int64_t, 4> strides, int64_t patch,
-             const std::vector<double>& scale, const std::vector<double>& shift, Address ids, Address cu, Address out,
-             int64_t rows, int out_dtype, int device, Address on) {
-  const PatchTables tables = patch_tables(shape[1], patch, scale, shift);
-  const GatherPatches args{read_in_packs(patch_source(images, dtype, shape, strides, patch)),
-                           int32s(ids),
-                           int32s(cu),
-                           pointer(out),
-                           shape[0],
-                           Dtype(out_dtype)};
+void forward(const Tensor& images, const Tensor& ids, const Tensor& cu, int64_t patch_size,
+             const std::vector<double>& scale, const std::vector<double>& shift, const Tensor& out) {
+  const int64_t rows = out.size(0), samples = images.size(0);
+  const PatchTables tables = patch_tables(images.size(1), patch_size, scale, shift);
+  const GatherPatches args{read_in_packs(patch_source(images, patch_size)),
+                           ids.int32s("ids", {rows}),
+                           cu.int32s("seqlens", {samples + 1}),
+                           out.dense("out", {rows, tables.width}),
+                           samples,
+                           out.dtype()};
   const bool packs = rows_in_packs(args.out, tables.width);
   const size_t shared = staging(args.source, packs, kWarps);
   with_float(args.out_dtype, [&](auto type) {
     using Out = typename decltype(type)::type;
     launch("gather_patches_kernel", packs ? gather_patches_kernel<Out, kPackOf<Out>> : gather_patches_kernel<Out, 1>,
-           grid_of_rows(rows, tables.width), kThreads, shared, Stream{device, on}, args, tables, rows);
+           grid_of_rows(rows, tables.width), kThreads, shared, stream_of(out), args, tables, rows);
   });
 }
 
-void backward(Address dout, Address ids, Address cu, Address dimages, std::array<int64_t, 4> shape, int64_t patch,
-              const std::vector<double>& scale, int dout_dtype, int dtype, int device, Address on) {
-  const PatchTables tables = patch_tables(shape[1], patch, scale, {});
-  const GatherPatchesBackward args{pointer(dout),    int32s(ids), int32s(cu), pointer(dimages),
-                                   nullptr,          shape[1],    patch,      shape[2] / patch,
-                                   shape[3] / patch, Dtype(dout_dtype),       Dtype(dtype)};
-  const int64_t patches = shape[0] * args.rows * args.columns;
+void backward(const Tensor& dout, const Tensor& ids, const Tensor& cu, int64_t patch_size,
+              const std::vector<double>& scale, const Tensor& dimages) {
+  const int64_t rows = dout.size(0), images = dimages.size(0), channels = dimages.size(1);
+  const PatchTables tables = patch_tables(channels, patch_size, scale, {});
+  const GatherPatchesBackward args{dout.dense("dout", {rows, tables.width}),
+                                   ids.int32s("ids", {rows}),
+                                   cu.int32s("seqlens", {images + 1}),
+                                   dimages.dense("dimages", {kAny, kAny, kAny, kAny}),
+                                   nullptr,
+                                   channels,
+                                   patch_size,
+                                   dimages.size(2) / patch_size,
+                                   dimages.size(3) / patch_size,
+                                   dout.dtype(),
+                                   dimages.dtype()};
+  const int64_t patches = images * args.rows * args.columns;
   const int lines = kWarpValues / tables.line, share = lines * tables.line;
-  const bool packs = rows_in_packs(args.dimages, patch) && rows_in_packs(args.dout, patch) && lines > 0;
+  const bool packs = rows_in_packs(args.dimages, patch_size) && rows_in_packs(args.dout, patch) && lines > 0;
   const size_t shared = static_cast<size_t>(kWarps * kWarpValues * size_of(args.accumulator));
-  const Stream stream{device, on};
+  const Stream stream = stream_of(dout);
   with_float(args.dout_dtype, [&](auto type) {
     using Out = typename decltype(type)::type;
     if (packs)
       M3AE_LAUNCH(gather_patches_backward_kernel<Out>, grid_of_rows(patches, tables.width, share), kThreads, shared,
-                  stream, args, tables, Divide(patch), share, shape[0]);
+                  stream, args, tables, Divide(patch_size), share, images);
     else
       M3AE_LAUNCH(gather_patches_backward_by_one_kernel<Out>, grid_of_rows(patches, tables.width), kThreads, 0, stream,
-                  args, tables, Divide(patch), shape[0]);
+                  args, tables, Divide(patch_size), images);
   });
 }
 
 }  // namespace
 
 void bind_gather_patches(pybind11::module_& module) {
+  using pybind11::arg, pybind11::kw_only;
   const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
-  module.def("gather_patches", &forward, no_gil);
-  module.def("gather_patches_backward", &backward, no_gil);
+  module.def("gather_patches", &forward, no_gil, kw_only(), arg("images"), arg("ids"), arg("cu"), arg("patch_size"),
+             arg("scale"), arg("shift"), arg("out"));
+  module.def("gather_patches_backward", &backward, no_gil, kw_only(), arg("dout"), arg("ids"), arg("cu"),
+             arg("patch_size"), arg("scale"), arg("dimages"));
 }
 
 }  // namespace m3ae::cuda

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "cuda/numbers.cuh"
 #include "ops/gather_patches/patches.h"

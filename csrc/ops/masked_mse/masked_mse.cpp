@@ -1,30 +1,39 @@
 #include "ops/masked_mse/masked_mse.h"
 
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <string>
 
 #include "cpu/threads.h"
+#include "ops/gather_patches/arguments.h"
 
 namespace py = pybind11;
 
 namespace m3ae {
 namespace {
 
-// loss: one, or with reduction "none" one a row; fp64 where pred is, else fp32.
-void forward(Address pred, int pred_dtype, int64_t rows, Address images, int dtype, std::array<int64_t, 4> shape,
-             std::array<int64_t, 4> strides, int64_t patch, const std::vector<double>& scale,
-             const std::vector<double>& shift, Address ids, Address cu, bool norm_pix,
-             const std::string& reduction_name, Address loss, Address error) {
+// loss: one, or with reduction "none" one a row.
+void forward(const Tensor& pred, const Tensor& images, const Tensor& ids_mask, const Tensor& cu_mask,
+             int64_t patch_size, bool norm_pix, const std::vector<double>& scale, const std::vector<double>& shift,
+             const std::string& reduction_name, const Tensor& loss, const Tensor& error) {
   const Reduction reduction = reduction_of(reduction_name);
-  const bool wide = Dtype(dtype) == Dtype::f64 || Dtype(pred_dtype) == Dtype::f64;
-  const Patches patches(images, dtype, shape, strides, patch, scale, shift, wide ? Dtype::f64 : Dtype::f32);
+  const int64_t rows = pred.size(0), samples = images.size(0);
+  const bool wide = images.dtype() == Dtype::f64 || pred.dtype() == Dtype::f64;
+  const Patches patches(images, patch_size, scale, shift, wide ? Dtype::f64 : Dtype::f32);
   const PatchSource& source = patches.source();
-  check_patch_ids("ids_mask", int32s(ids), "cu_mask", int32s(cu), shape[0], rows, source.rows * source.columns);
   std::vector<double> row_loss(static_cast<size_t>(rows));
-  const MaskedMse args{source,          int32s(ids), int32s(cu),        pointer(pred), pointer(error),
-                       row_loss.data(), shape[0],    Dtype(pred_dtype), norm_pix};
+  const MaskedMse args{source,
+                       ids_mask.int32s("ids_mask", {rows}),
+                       cu_mask.int32s("cu_mask", {samples + 1}),
+                       pred.dense("pred", {rows, patches.values()}),
+                       error.optional("error", {rows, patches.values()}, pred.dtype()),
+                       row_loss.data(),
+                       samples,
+                       pred.dtype(),
+                       norm_pix};
+  check_patch_ids("ids_mask", args.ids, "cu_mask", args.cu, samples, rows, source.rows * source.columns);
+  const Dtype accumulate = accumulator(pred.dtype());
+  void* out = reduction == Reduction::none ? loss.dense("loss", {rows}, accumulate) : loss.dense("loss", {}, accumulate);
   const auto kernel = M3AE_DISPATCH(masked_mse);
   parallel_for(rows, grain_rows(patches.values()), [&](int64_t begin, int64_t end) {
     std::vector<double> target(static_cast<size_t>(patches.values() + kTargetPadding));
@@ -32,9 +41,9 @@ void forward(Address pred, int pred_dtype, int64_t rows, Address images, int dty
   });
   const auto write = [&](int64_t at, double value) {
     if (args.pred_dtype == Dtype::f64)
-      as<double>(pointer(loss))[at] = value;
+      as<double>(out)[at] = value;
     else
-      as<float>(pointer(loss))[at] = static_cast<float>(value);
+      as<float>(out)[at] = static_cast<float>(value);
   };
   if (reduction == Reduction::none) {
     for (int64_t t = 0; t < rows; ++t) write(t, row_loss[t]);
@@ -48,19 +57,24 @@ void forward(Address pred, int pred_dtype, int64_t rows, Address images, int dty
   write(0, sum);
 }
 
-void backward(Address dloss, Address error, int dtype, int64_t rows, int64_t width, Address cu, int64_t images,
-              const std::string& reduction_name, Address dpred) {
+void backward(const Tensor& dloss, const Tensor& error, const Tensor& cu_mask, const std::string& reduction_name,
+              const Tensor& dpred) {
   const Reduction reduction = reduction_of(reduction_name);
+  const int64_t rows = error.size(0), width = error.size(1), images = cu_mask.size(0) - 1;
+  const int32_t* cu = cu_mask.int32s("cu_mask", {images + 1});
+  const Dtype dtype = error.dtype(), accumulate = accumulator(dtype);
+  const bool each = reduction == Reduction::none;
+  const void* dlosses = each ? dloss.dense("dloss", {rows}, accumulate) : dloss.dense("dloss", {}, accumulate);
   std::vector<double> factors(static_cast<size_t>(rows), 0.0);
   for (int64_t n = 0; n < images; ++n) {
-    const double weight = row_weight(reduction, int32s(cu), images, n);
-    for (int64_t t = int32s(cu)[n]; t < int32s(cu)[n + 1]; ++t) {
-      const int64_t at = reduction == Reduction::none ? t : 0;
-      const bool wide = Dtype(dtype) == Dtype::f64;
-      factors[t] = weight * 2 / width * (wide ? as<double>(pointer(dloss))[at] : as<float>(pointer(dloss))[at]);
+    const double weight = row_weight(reduction, cu, images, n);
+    for (int64_t t = cu[n]; t < cu[n + 1]; ++t) {
+      const int64_t at = each ? t : 0;
+      factors[t] = weight * 2 / width * (dtype == Dtype::f64 ? as<double>(dlosses)[at] : as<float>(dlosses)[at]);
     }
   }
-  const MaskedMseBackward args{pointer(error), factors.data(), pointer(dpred), int32s(cu)[images], width, Dtype(dtype)};
+  const MaskedMseBackward args{error.dense("error", {rows, width}), factors.data(),
+                               dpred.dense("dpred", {rows, width}, dtype), cu[images], width, dtype};
   const auto kernel = M3AE_DISPATCH(masked_mse_backward);
   parallel_for(rows, grain_rows(width), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
@@ -68,9 +82,13 @@ void backward(Address dloss, Address error, int dtype, int64_t rows, int64_t wid
 }  // namespace
 
 void bind_masked_mse(py::module_& module) {
+  using py::arg, py::kw_only;
   const py::call_guard<py::gil_scoped_release> no_gil;
-  module.def("masked_mse", &forward, no_gil);
-  module.def("masked_mse_backward", &backward, no_gil);
+  module.def("masked_mse", &forward, no_gil, kw_only(), arg("pred"), arg("images"), arg("ids_mask"), arg("cu_mask"),
+             arg("patch_size"), arg("norm_pix"), arg("scale"), arg("shift"), arg("reduction"), arg("loss"),
+             arg("error"));
+  module.def("masked_mse_backward", &backward, no_gil, kw_only(), arg("dloss"), arg("error"), arg("cu_mask"),
+             arg("reduction"), arg("dpred"));
 }
 
 }  // namespace m3ae

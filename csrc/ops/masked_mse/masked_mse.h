@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "check.h"
 #include "cpu/dispatch.h"
 #include "ops/gather_patches/patches.h"
 

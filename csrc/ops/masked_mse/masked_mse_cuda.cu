@@ -4,6 +4,7 @@
 #include "cuda/partials.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/sequences.cuh"
+#include "ops/gather_patches/arguments.h"
 #include "ops/gather_patches/patch_rows.cuh"
 #include "ops/masked_mse/masked_mse.h"
 
@@ -149,58 +150,71 @@ __global__ void __launch_bounds__(kRows* kWarp)
 }
 
 // partials: at least one and one a row are enough for one a block. Not taken, as the ticket, for the reduction "none".
-void forward(Address pred, int pred_dtype, int64_t rows, Address images, int dtype, std::array<int64_t, 4> shape,
-             std::array<int64_t, 4> strides, int64_t patch, const std::vector<double>& scale,
-             const std::vector<double>& shift, Address ids, Address cu, bool norm_pix,
-             const std::string& reduction_name, Address loss, Address error, Address partials, Address ticket,
-             int device, Address on) {
-  const Stream stream{device, on};
-  const PatchTables tables = patch_tables(shape[1], patch, scale, shift);
+void forward(const Tensor& pred, const Tensor& images, const Tensor& ids_mask, const Tensor& cu_mask,
+             int64_t patch_size, bool norm_pix, const std::vector<double>& scale, const std::vector<double>& shift,
+             const std::string& reduction_name, const Tensor& partials, Address ticket, const Tensor& loss,
+             const Tensor& error) {
+  const int64_t rows = pred.size(0), samples = images.size(0);
+  const PatchTables tables = patch_tables(images.size(1), patch_size, scale, shift);
   const int row_warps = (tables.width + kWarpValues - 1) / kWarpValues;
   M3AE_CHECK(row_warps <= kMostWarps, "patch_size must leave at most ", kMostWarps * kWarpValues,
-             " values in a patch for impl='cuda', got ", patch, ", which makes ", tables.width);
-  const MaskedMse args{read_in_packs(patch_source(images, dtype, shape, strides, patch)),
-                       int32s(ids),
-                       int32s(cu),
-                       pointer(pred),
-                       pointer(error),
+             " values in a patch for impl='cuda', got ", patch_size, ", which makes ", tables.width);
+  const MaskedMse args{read_in_packs(patch_source(images, patch_size)),
+                       ids_mask.int32s("ids_mask", {rows}),
+                       cu_mask.int32s("cu_mask", {samples + 1}),
+                       pred.dense("pred", {rows, tables.width}),
+                       error.optional("error", {rows, tables.width}, pred.dtype()),
                        nullptr,
-                       shape[0],
-                       Dtype(pred_dtype),
+                       samples,
+                       pred.dtype(),
                        norm_pix};
   M3AE_CHECK(rows < int64_t{1} << 30, "pred must have fewer than 2^30 rows for impl='cuda', got ", rows);
   const Reduction reduction = reduction_of(reduction_name);
+  const bool each = reduction == Reduction::none;
+  float* out = as<float>(each ? loss.dense("loss", {rows}, Dtype::f32) : loss.dense("loss", {}, Dtype::f32));
+  double* sums = as<double>(partials.optional("partials", {std::max<int64_t>(rows, 1)}, Dtype::f64));
   const int warps = row_warps == 1 ? kRows : row_warps;
   const int64_t blocks = std::clamp<int64_t>(row_warps == 1 ? (rows + kRows - 1) / kRows : rows, 1, kMostBlocks);
   const bool packs = rows_in_packs(args.pred, tables.width) && rows_in_packs(args.error, tables.width);
   with_float(args.pred_dtype, [&](auto type) {
     using Pred = typename decltype(type)::type;
     launch("masked_mse_kernel", packs ? masked_mse_kernel<Pred, kPack> : masked_mse_kernel<Pred, 1>, grid(blocks),
-           warps * kWarp, staging(args.source, packs, warps), stream, args, tables, static_cast<int>(rows), reduction,
-           as<float>(pointer(loss)), as<double>(pointer(partials)), as<unsigned>(pointer(ticket)));
+           warps * kWarp, staging(args.source, packs, warps), stream_of(pred), args, tables, static_cast<int>(rows), reduction,
+           out, sums, as<unsigned>(pointer(ticket)));
   });
 }
 
-void backward(Address dloss, Address error, int dtype, int64_t rows, int64_t width, Address cu, int64_t images,
-              const std::string& reduction, Address dpred, int device, Address on) {
-  const bool packs = rows_in_packs(pointer(error), width) && rows_in_packs(pointer(dpred), width);
+void backward(const Tensor& dloss, const Tensor& error, const Tensor& cu_mask, const std::string& reduction_name,
+              const Tensor& dpred) {
+  const Reduction reduction = reduction_of(reduction_name);
+  const int64_t rows = error.size(0), width = error.size(1), images = cu_mask.size(0) - 1;
+  const void* from = error.dense("error", {rows, width});
+  void* to = dpred.dense("dpred", {rows, width}, error.dtype());
+  const int32_t* cu = cu_mask.int32s("cu_mask", {images + 1});
+  const bool each = reduction == Reduction::none;
+  const void* dlosses = each ? dloss.dense("dloss", {rows}, Dtype::f32) : dloss.dense("dloss", {}, Dtype::f32);
+  const bool packs = rows_in_packs(from, width) && rows_in_packs(to, width);
   dim3 blocks = grid((rows + kRows - 1) / kRows);
   blocks.y = static_cast<unsigned>((width + kWarpValues - 1) / kWarpValues);
-  with_float(Dtype(dtype), [&](auto type) {
+  with_float(error.dtype(), [&](auto type) {
     using Pred = typename decltype(type)::type;
     launch("masked_mse_backward_kernel",
            packs ? masked_mse_backward_kernel<Pred, kPackOf<Pred>> : masked_mse_backward_kernel<Pred, 1>, blocks,
-           kRows * kWarp, 0, Stream{device, on}, as<Pred>(pointer(error)), as<float>(pointer(dloss)), int32s(cu),
-           images, as<Pred>(pointer(dpred)), rows, static_cast<int>(width), reduction_of(reduction));
+           kRows * kWarp, 0, stream_of(error), as<Pred>(from), as<float>(dlosses), cu, images, as<Pred>(to), rows,
+           static_cast<int>(width), reduction);
   });
 }
 
 }  // namespace
 
 void bind_masked_mse(pybind11::module_& module) {
+  using pybind11::arg, pybind11::kw_only;
   const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
-  module.def("masked_mse", &forward, no_gil);
-  module.def("masked_mse_backward", &backward, no_gil);
+  module.def("masked_mse", &forward, no_gil, kw_only(), arg("pred"), arg("images"), arg("ids_mask"), arg("cu_mask"),
+             arg("patch_size"), arg("norm_pix"), arg("scale"), arg("shift"), arg("reduction"), arg("partials"),
+             arg("ticket"), arg("loss"), arg("error"));
+  module.def("masked_mse_backward", &backward, no_gil, kw_only(), arg("dloss"), arg("error"), arg("cu_mask"),
+             arg("reduction"), arg("dpred"));
 }
 
 }  // namespace m3ae::cuda

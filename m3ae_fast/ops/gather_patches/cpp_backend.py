@@ -2,24 +2,17 @@
 
 import torch
 
-from m3ae_fast._backends import DTYPE_CODE, address, code
+from m3ae_fast._backends import accumulator
 from m3ae_fast._cpp import _C
 
 
-def forward(images, ids, cu, patch_size, scale, shift, dtype):
-    out = images.new_empty(ids.shape[0], patch_size * patch_size * images.shape[1], dtype=dtype)
-    _C.gather_patches(
-        address(images), code(images), images.shape, images.stride(), patch_size, scale, shift,
-        address(ids), address(cu), address(out), ids.shape[0], code(out),
-    )  # fmt: skip
-    return out
+def forward(images, ids, cu, patch_size, scale, shift, dtype, out):
+    _C.gather_patches(images=images, ids=ids, cu=cu, patch_size=patch_size, scale=scale, shift=shift, out=out)
 
 
-def backward(dout, ids, cu, shape, patch_size, scale, dtype):
-    accumulate = torch.float64 if torch.float64 in (dtype, dout.dtype) else torch.float32
-    dimages = dout.new_zeros(shape, dtype=accumulate)
-    _C.gather_patches_backward(
-        address(dout), address(ids), address(cu), address(dimages), shape, patch_size, scale,
-        code(dout), DTYPE_CODE[accumulate],
-    )  # fmt: skip
-    return dimages.to(dtype)
+def backward(dout, ids, cu, shape, patch_size, scale, dtype, dimages):
+    accumulate = accumulator(torch.promote_types(dtype, dout.dtype))
+    sums = dimages.zero_() if dtype == accumulate else dout.new_zeros(shape, dtype=accumulate)
+    _C.gather_patches_backward(dout=dout, ids=ids, cu=cu, patch_size=patch_size, scale=scale, dimages=sums)
+    if sums is not dimages:
+        dimages.copy_(sums)

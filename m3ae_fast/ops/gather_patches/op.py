@@ -70,6 +70,23 @@ def gather_patches(
     return _GatherPatches.apply(impl, images, ids, cu, patch_size, scale, shift, dtype)
 
 
+@_backends.operator(BACKENDS, "forward")
+def _gather_patches(
+    images: Tensor, ids: Tensor, cu: Tensor, patch_size: int, scale: list[float], shift: list[float],
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """[T, patch_size * patch_size * C]."""
+    return images.new_empty(ids.shape[0], patch_size * patch_size * images.shape[1], dtype=dtype)
+
+
+@_backends.operator(BACKENDS, "backward")
+def _gather_patches_backward(
+    dout: Tensor, ids: Tensor, cu: Tensor, shape: list[int], patch_size: int, scale: list[float], dtype: torch.dtype
+) -> Tensor:
+    """The images' gradient."""
+    return dout.new_empty(shape, dtype=dtype)
+
+
 class _GatherPatches(Function):
     """One for all backends."""
 
@@ -91,25 +108,3 @@ class _GatherPatches(Function):
             ctx.impl, dout.contiguous(), ids, cu, ctx.shape, ctx.patch_size, ctx.scale, ctx.dtype
         )
         return None, dimages, None, None, None, None, None, None
-
-
-def _fake_forward(impl, images, ids, cu, patch_size, scale, shift, dtype):
-    return images.new_empty(ids.shape[0], patch_size * patch_size * images.shape[1], dtype=dtype)
-
-
-def _fake_backward(impl, dout, ids, cu, shape, patch_size, scale, dtype):
-    return dout.new_empty(shape, dtype=dtype)
-
-
-_gather_patches = _backends.register(
-    "gather_patches(str impl, Tensor images, Tensor ids, Tensor cu, int patch_size, float[] scale, float[] shift, "
-    "ScalarType dtype) -> Tensor",
-    lambda impl, *args: BACKENDS[impl].forward(*args),
-    _fake_forward,
-)
-_gather_patches_backward = _backends.register(
-    "gather_patches_backward(str impl, Tensor dout, Tensor ids, Tensor cu, SymInt[] shape, int patch_size, "
-    "float[] scale, ScalarType dtype) -> Tensor",
-    lambda impl, *args: BACKENDS[impl].backward(*args),
-    _fake_backward,
-)

@@ -13,22 +13,19 @@ BLOCK = 1024  # values of a patch in one program, at most
 EXACT = {"enable_fp_fusion": False}
 
 
-def forward(images, ids, cu, patch_size, scale, shift, dtype):
+def forward(images, ids, cu, patch_size, scale, shift, dtype, out):
     count, channels = images.shape[:2]
     values = patch_size * patch_size * channels
-    out = images.new_empty(ids.shape[0], values, dtype=dtype)
     block = min(triton.next_power_of_2(values), BLOCK)
     _forward_kernel[(ids.shape[0], triton.cdiv(values, block))](
         images, ids, cu, out, count, *images.stride(), tuple(scale), tuple(shift), images.shape[3] // patch_size,
         patch_size, channels, block, **_triton.row_options(block), **EXACT,
     )  # fmt: skip
-    return out
 
 
-def backward(dout, ids, cu, shape, patch_size, scale, dtype):
+def backward(dout, ids, cu, shape, patch_size, scale, dtype, dimages):
     count, channels, height, width = shape
     rows, columns = height // patch_size, width // patch_size
-    dimages = dout.new_empty(shape, dtype=dtype)
     place = torch.arange(ids.shape[0], dtype=torch.int32, device=ids.device)
     image = torch.bucketize(place, cu[1:], right=True)
     patches = count * rows * columns
@@ -39,7 +36,6 @@ def backward(dout, ids, cu, shape, patch_size, scale, dtype):
         dout, order, starts, dimages, tuple(scale), rows, columns, patch_size, channels, block,
         **_triton.row_options(block),
     )  # fmt: skip
-    return dimages
 
 
 @triton.jit

@@ -82,6 +82,23 @@ def masked_mse(
     return _MaskedMse.apply(impl, pred.contiguous(), *args, need_error)[0]
 
 
+@_backends.operator(BACKENDS, "forward")
+def _masked_mse(
+    pred: Tensor, images: Tensor, ids_mask: Tensor, cu_mask: Tensor, patch_size: int, norm_pix: bool,
+    scale: list[float], shift: list[float], reduction: str, need_error: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """loss; error, pred - target, where it is needed."""
+    size = pred.shape[:1] if reduction == "none" else ()
+    loss = pred.new_empty(size, dtype=_backends.accumulator(pred.dtype))
+    return loss, _backends.like(pred) if need_error else None
+
+
+@_backends.operator(BACKENDS, "backward")
+def _masked_mse_backward(dloss: Tensor, error: Tensor, cu_mask: Tensor, reduction: str) -> Tensor:
+    """dpred."""
+    return _backends.like(error)
+
+
 class _MaskedMse(Function):
     """One for all backends. The forward pass leaves pred - target, so that the backward pass only multiplies. (Not yet
     with the factor of the reduction, which would be below what float16 can hold.)"""
@@ -104,26 +121,3 @@ class _MaskedMse(Function):
         error, cu, _ = saved
         dpred = _masked_mse_backward(ctx.impl, dloss.contiguous(), error, cu, ctx.reduction)
         return None, dpred, *(None,) * (ctx.inputs - 2)
-
-
-def _fake_forward(impl, pred, images, ids_mask, cu, patch_size, norm_pix, scale, shift, reduction, need_error):
-    dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
-    loss = pred.new_empty(pred.shape[:1] if reduction == "none" else (), dtype=dtype)
-    return loss, pred.new_empty(pred.shape if need_error else (0, 0))
-
-
-def _fake_backward(impl, dloss, error, cu, reduction):
-    return torch.empty_like(error)
-
-
-_masked_mse = _backends.register(
-    "masked_mse(str impl, Tensor pred, Tensor images, Tensor ids_mask, Tensor cu_mask, int patch_size, bool norm_pix, "
-    "float[] scale, float[] shift, str reduction, bool need_error) -> (Tensor loss, Tensor error)",
-    lambda impl, *args: BACKENDS[impl].forward(*args),
-    _fake_forward,
-)
-_masked_mse_backward = _backends.register(
-    "masked_mse_backward(str impl, Tensor dloss, Tensor error, Tensor cu_mask, str reduction) -> Tensor",
-    lambda impl, *args: BACKENDS[impl].backward(*args),
-    _fake_backward,
-)

@@ -11,31 +11,27 @@ from m3ae_fast.ops.gather_patches.triton_backend import EXACT, load_patch, sourc
 REDUCTIONS = {"none": 0, "sum": 0, "mean": 1, "sample_mean": 2}  # how a row is weighted: not, by all rows, by its image
 
 
-def forward(pred, images, ids_mask, cu_mask, patch_size, norm_pix, scale, shift, reduction, need_error):
+def forward(pred, images, ids_mask, cu_mask, patch_size, norm_pix, scale, shift, reduction, need_error, loss, error):
     rows, width = pred.shape
     count, channels = images.shape[:2]
-    row_loss = pred.new_empty(rows, dtype=torch.float32 if reduction == "none" else torch.float64)
-    error = pred.new_empty(pred.shape if need_error else (0, 0))
+    row_loss = loss if reduction == "none" else pred.new_empty(rows, dtype=torch.float64)
     block = triton.next_power_of_2(width)
     _forward_kernel[(rows,)](
-        pred, images, ids_mask, cu_mask, row_loss, error if need_error else None, count, *images.stride(),
-        tuple(scale), tuple(shift), images.shape[3] // patch_size, patch_size, channels, bool(norm_pix),
-        REDUCTIONS[reduction], block, **_triton.row_options(block), **EXACT,
+        pred, images, ids_mask, cu_mask, row_loss, error, count, *images.stride(), tuple(scale), tuple(shift),
+        images.shape[3] // patch_size, patch_size, channels, bool(norm_pix), REDUCTIONS[reduction], block,
+        **_triton.row_options(block), **EXACT,
     )  # fmt: skip
-    if reduction == "none":
-        return row_loss, error
-    return _triton.sum_values(row_loss), error
+    if reduction != "none":
+        _triton.sum_values(row_loss, loss)
 
 
-def backward(dloss, error, cu_mask, reduction):
+def backward(dloss, error, cu_mask, reduction, dpred):
     rows, width = error.shape
-    dpred = torch.empty_like(error)
     block = triton.next_power_of_2(width)
     _backward_kernel[(rows,)](
         dloss, error, cu_mask, dpred, cu_mask.shape[0] - 1, width, REDUCTIONS[reduction], reduction == "none", block,
         **_triton.row_options(block),
     )  # fmt: skip
-    return dpred
 
 
 @triton.jit
