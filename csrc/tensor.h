@@ -57,7 +57,7 @@ class Tensor {
   void* strided(const char* name, std::initializer_list<int64_t> sizes, Dtype expected) const {
     check_dtype(name, expected);
     check(name, sizes);
-    M3AE_CHECK(stride(view_.rank - 1) == 1 || size(view_.rank - 1) <= 1, name,
+    M3AE_CHECK(stride(view_.rank - 1) == 1 || size(view_.rank - 1) <= 1 || elements() == 0, name,
                " must have a contiguous last dimension, got strides ", text(view_.strides));
     return view_.data;
   }
@@ -165,8 +165,8 @@ struct pybind11::detail::type_caster<m3ae::Tensor> {
     if (source.is_none()) return true;
     m3ae::dlpack::Tensor view;
     if (m3ae::exchange_api->tensor_from_py_object_no_sync(source.ptr(), &view) != 0) {
-      if (isinstance(source, module_::import("torch").attr("Tensor"))) throw error_already_set();
-      PyErr_Clear();
+      error_already_set error;
+      if (isinstance(source, module_::import("torch").attr("Tensor"))) throw error;
       return false;  // pybind11 raises TypeError
     }
     view.data = static_cast<char*>(view.data) + view.byte_offset;

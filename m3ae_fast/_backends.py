@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import typing
@@ -16,7 +17,6 @@ from torch.nn import Parameter
 IMPLS = ("reference", "cpp", "triton", "cuda")
 # Best first; the reference closes every list. "cuda" is in none: no measurement has shown it faster than "triton" yet.
 PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton",)}
-DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.uint8: 3, torch.float16: 4}  # csrc/dtype.h
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs on CPU tensors, slowly, to be tested
 EMULATED = os.environ.get("M3AE_FAST_EMULATE") == "1"  # so do then the CUDA kernels: csrc/cuda/emulator.h
 TESTED = "triton" if INTERPRETED else "cuda" if EMULATED else None  # the one backend that such a run is for
@@ -161,12 +161,13 @@ def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def operator(backends: Backends, part: str) -> Callable[[Callable], Operator]:
+def operator(backends: Backends, part: str | Callable) -> Callable[[Callable], Operator]:
     """Decorates the function that allocates an operator's outputs, the one place where its signature is written.
 
     The annotated parameters are the torch operator's; the result is a tensor, or a tuple of tensors and Nones (for
     outputs that these arguments do not ask for). The function is the operator's fake, and a backend's function `part`
-    is given the same arguments, then the outputs, which it fills.
+    is given the same arguments, then the outputs, which it fills. `part` may also be a function that is given the
+    backend before these.
     """
     return lambda allocate: Operator(backends, part, allocate)
 
@@ -174,7 +175,7 @@ def operator(backends: Backends, part: str) -> Callable[[Callable], Operator]:
 class Operator:
     """A torch operator `m3ae_fast::<name>(str impl, ...)`. Called in eager mode, it does without torch's dispatcher."""
 
-    def __init__(self, backends: Backends, part: str, allocate: Callable):
+    def __init__(self, backends: Backends, part: str | Callable, allocate: Callable):
         self.backends, self.part, self.allocate = backends, part, allocate
         self.name = name = allocate.__name__.lstrip("_")
         LIBRARY.define(name + _schema(allocate), tags=torch.Tag.pt2_compliant_tag)
@@ -185,8 +186,11 @@ class Operator:
     def __call__(self, impl: str, *args):
         if torch.compiler.is_compiling() or not eager(args):
             return self.registered(impl, *args)
-        outputs = self.allocate(*args)
-        fill = getattr(self.backends.modules[impl], self.part)
+        return self._run(impl, *args)
+
+    def _run(self, impl, *args):
+        outputs, backend = self.allocate(*args), self.backends.modules[impl]
+        fill = getattr(backend, self.part) if type(self.part) is str else functools.partial(self.part, backend)
         if type(outputs) is tuple:
             fill(*args, *outputs)
         else:
@@ -194,10 +198,7 @@ class Operator:
         return outputs
 
     def _implementation(self, impl, *args):
-        outputs = self.allocate(*args)
-        fill = getattr(self.backends.modules[impl], self.part)
-        fill(*args, *(outputs if type(outputs) is tuple else (outputs,)))
-        return _tensors(outputs, args[0])
+        return _tensors(self._run(impl, *args), args[0])
 
     def _fake(self, impl, *args):
         return _tensors(self.allocate(*args), args[0])
@@ -254,27 +255,3 @@ def eager(args: tuple) -> bool:
         elif isinstance(x, Tensor):
             return False
     return True
-
-
-def register(schema: str, implementation: Callable, fake: Callable):
-    """Define `m3ae_fast::<schema>`, one body for every device, with its fake; returns the callable op."""
-    name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"m3ae_fast::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.m3ae_fast, name).default
-
-
-def address(tensor: Tensor | None) -> int:
-    """What the compiled kernels take for a tensor: its data pointer, 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def strided(heads: Tensor) -> tuple[int, int, int]:
-    """What they take for [rows, heads, width] with a dense last dimension: address, row and head strides."""
-    return address(heads), heads.stride(0), heads.stride(1)
-
-
-def code(tensor: Tensor) -> int:
-    """What the compiled kernels take for a dtype."""
-    return DTYPE_CODE[tensor.dtype]

@@ -23,10 +23,12 @@ constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr int kWarp = 32;
 constexpr int kStaticShared = 1 << 10;  // bytes, at most, of a kernel with some 48 KB of dynamic shared memory or more
 
+using Address = std::uintptr_t;  // what passes through Python as a number: of tickets, of a stream
+
 // Where a call's kernels run.
 struct Stream {
   int device;
-  std::uintptr_t handle;  // of torch's current stream there
+  Address handle;  // of torch's current stream there
 };
 
 template <class T>
@@ -43,7 +45,7 @@ inline Stream stream_of(const Tensor& x) {
   void* handle = nullptr;
   if (exchange_api->current_work_stream(dlpack::kCuda, x.device().index, &handle) != 0)
     throw std::runtime_error("torch has no current stream of a CUDA device");
-  return {x.device().index, reinterpret_cast<std::uintptr_t>(handle)};
+  return {x.device().index, reinterpret_cast<Address>(handle)};
 #endif
 }
 

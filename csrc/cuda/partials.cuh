@@ -64,10 +64,7 @@ struct Partials {
 };
 
 inline Partials partials_of(void* each, void* out, Address tickets) {
-  return {as<float>(each), as<float>(out), as<unsigned>(pointer(tickets))};
-}
-inline Partials partials_of(Address each, Address out, Address tickets) {
-  return partials_of(pointer(each), pointer(out), tickets);
+  return {as<float>(each), as<float>(out), reinterpret_cast<unsigned*>(tickets)};
 }
 
 // The columns that a sum's blocks share: `columns` from `first` on, of each of `rows` rows.

@@ -189,7 +189,7 @@ void backward(const Tensor& dout, const Tensor& ids, const Tensor& cu, int64_t p
                                    dimages.dtype()};
   const int64_t patches = images * args.rows * args.columns;
   const int lines = kWarpValues / tables.line, share = lines * tables.line;
-  const bool packs = rows_in_packs(args.dimages, patch_size) && rows_in_packs(args.dout, patch) && lines > 0;
+  const bool packs = rows_in_packs(args.dimages, patch_size) && rows_in_packs(args.dout, patch_size) && lines > 0;
   const size_t shared = static_cast<size_t>(kWarps * kWarpValues * size_of(args.accumulator));
   const Stream stream = stream_of(dout);
   with_float(args.dout_dtype, [&](auto type) {

@@ -1,13 +1,13 @@
 #include "ops/linear/linear.h"
 
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
+#include <string>
 
 #include "cpu/pages.h"
 #include "cpu/reduce_rows.h"
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
+#include "tensor.h"
 
 namespace py = pybind11;
 
@@ -53,63 +53,80 @@ void multiply(LinearProduct& args) {
   }
 }
 
+Activation activation_of(const std::string& name) {
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  M3AE_CHECK(name.empty(), "activation must be empty, gelu or gelu_tanh, got ", name);
+  return Activation::none;
+}
+
 // out [m][n] of a contraction over k.
-LinearProduct product(Address left, Address right, Address out, int64_t m, int64_t n, int64_t k, int dtype,
-                      int parameter_dtype) {
+LinearProduct product(const void* left, const void* right, void* out, int64_t m, int64_t n, int64_t k, Dtype dtype,
+                      Dtype parameter_dtype) {
   LinearProduct args;
-  args.left = pointer(left), args.right = pointer(right), args.out = pointer(out);
+  args.left = left, args.right = right, args.out = out;
   args.m = m, args.n = n, args.k = k;
-  args.dtype = Dtype(dtype), args.parameter_dtype = Dtype(parameter_dtype);
+  args.dtype = dtype, args.parameter_dtype = parameter_dtype;
   return args;
 }
 
-// y = act(f(x) W^T + b), and what act was applied to (before; 0: not wanted).
-void forward(Address x, Address weight, Address bias, Address before, Address y, int64_t rows, int64_t inner,
-             int64_t outer, int input_activation, int activation, int dtype, int parameter_dtype) {
-  LinearProduct args = product(x, weight, y, rows, outer, inner, dtype, parameter_dtype);
+// y = act(f(x) W^T + b), and z, what act was applied to.
+void forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::string& activation,
+             const std::string& input_activation, const Tensor& y, const Tensor& z) {
+  const int64_t rows = x.size(0), inner = x.size(1), outer = weight.size(0);
+  LinearProduct args = product(x.dense("x", {rows, inner}), weight.dense("weight", {outer, inner}),
+                               y.dense("y", {rows, outer}, x.dtype()), rows, outer, inner, x.dtype(), weight.dtype());
   args.right_by_rows = true;
-  args.bias = pointer(bias), args.before = pointer(before);
-  args.left_activation = Activation(input_activation), args.activation = Activation(activation);
+  args.bias = bias.optional("bias", {outer}, weight.dtype());
+  args.before = z.optional("z", {rows, outer}, x.dtype());
+  args.left_activation = activation_of(input_activation), args.activation = activation_of(activation);
   multiply(args);
 }
 
-// dx = f'(x) (dz W)
-void backward_x(Address dz, Address weight, Address x, Address dx, int64_t rows, int64_t inner, int64_t outer,
-                int input_activation, int dtype, int parameter_dtype) {
-  LinearProduct args = product(dz, weight, dx, rows, inner, outer, dtype, parameter_dtype);
-  if (input_activation) args.slope_at = pointer(x), args.slope = Activation(input_activation);
-  multiply(args);
-}
-
-// dW = dz^T f(x)
-void backward_weight(Address dz, Address x, Address dweight, int64_t rows, int64_t inner, int64_t outer,
-                     int input_activation, int dtype, int parameter_dtype) {
-  LinearProduct args = product(dz, x, dweight, outer, inner, rows, dtype, parameter_dtype);
-  args.left_by_columns = true;
-  args.right_activation = Activation(input_activation);
-  multiply(args);
-}
-
-// dz = act'(z) dy and its column sums. dbias: [width] accumulators (fp32; fp64 for Dtype::f64), 0: not wanted. dz: 0:
-// not wanted.
-void activation_backward(Address dy, Address z, Address dz, Address dbias, int64_t count, int64_t width, int activation,
-                         int dtype) {
-  const LinearActivationBackward args{pointer(dy), pointer(z),             pointer(dz),
-                                      width,       Activation(activation), Dtype(dtype)};
-  const auto kernel = M3AE_DISPATCH_PRODUCT(linear_activation_backward);
-  if (dz) prefer_huge_pages(pointer(dz), count * width * size_of(args.dtype));
-  reduce_rows(count, width, args.dtype, pointer(dbias),
-              [&](int64_t begin, int64_t end, void* sum) { kernel(args, sum, begin, end); });
+// dz = act'(z) dy, its column sums, dx = f'(x) (dz W) and dW = dz^T f(x), as far as they are wanted. dz: without an
+// activation dy itself.
+void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& z, const std::string& activation,
+              const std::string& input_activation, const Tensor& dz, const Tensor& dx, const Tensor& dweight,
+              const Tensor& dbias) {
+  const int64_t rows = x.size(0), inner = x.size(1), outer = weight.size(0);
+  const Dtype dtype = dy.dtype(), parameter_dtype = weight.dtype();
+  const Activation act = activation_of(activation), input = activation_of(input_activation);
+  void* gradient = dz.dense("dz", {rows, outer}, dtype);
+  const void* in = x.dense("x", {rows, inner}, dtype);
+  if (act != Activation::none || dbias) {
+    const bool through = act != Activation::none;
+    const LinearActivationBackward args{dy.dense("dy", {rows, outer}),
+                                        through ? z.dense("z", {rows, outer}, dtype) : nullptr,
+                                        through ? gradient : nullptr, outer, act, dtype};
+    const auto kernel = M3AE_DISPATCH_PRODUCT(linear_activation_backward);
+    if (through) prefer_huge_pages(gradient, rows * outer * size_of(dtype));
+    reduce_rows(rows, outer, dtype, dbias.optional("dbias", {outer}, accumulator(dtype)),
+                [&](int64_t begin, int64_t end, void* sum) { kernel(args, sum, begin, end); });
+  }
+  if (dx) {
+    LinearProduct args = product(gradient, weight.dense("weight", {outer, inner}), dx.dense("dx", {rows, inner}, dtype),
+                                 rows, inner, outer, dtype, parameter_dtype);
+    if (input != Activation::none) args.slope_at = in, args.slope = input;
+    multiply(args);
+  }
+  if (dweight) {
+    LinearProduct args = product(gradient, in, dweight.dense("dweight", {outer, inner}, parameter_dtype), outer, inner,
+                                 rows, dtype, parameter_dtype);
+    args.left_by_columns = true;
+    args.right_activation = input;
+    multiply(args);
+  }
 }
 
 }  // namespace
 
 void bind_linear(py::module_& module) {
+  using py::arg, py::kw_only;
   const py::call_guard<py::gil_scoped_release> no_gil;
-  module.def("linear", &forward, no_gil);
-  module.def("linear_backward_x", &backward_x, no_gil);
-  module.def("linear_backward_weight", &backward_weight, no_gil);
-  module.def("linear_activation_backward", &activation_backward, no_gil);
+  module.def("linear", &forward, no_gil, kw_only(), arg("x"), arg("weight"), arg("bias"), arg("activation"),
+             arg("input_activation"), arg("y"), arg("z"));
+  module.def("linear_backward", &backward, no_gil, kw_only(), arg("dy"), arg("x"), arg("weight"), arg("z"),
+             arg("activation"), arg("input_activation"), arg("dz"), arg("dx"), arg("dweight"), arg("dbias"));
 }
 
 }  // namespace m3ae

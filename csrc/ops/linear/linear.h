@@ -5,7 +5,7 @@
 
 namespace m3ae {
 
-enum class Activation : int { none = 0, gelu = 1, gelu_tanh = 2 };  // the codes of m3ae_fast/ops/linear/cpp_backend.py
+enum class Activation : int { none, gelu, gelu_tanh };
 
 // out[m][n] = finish(sum_k left(m, k) right(k, n)): the three products of a linear layer y = act(f(x) W^T + b).
 //   forward  left x, right W by rows, bias, activation          dx  left dz, right W, slope_at x

@@ -1,13 +1,12 @@
 #include "ops/linear_cross_entropy/linear_cross_entropy.h"
 
-#include <pybind11/pybind11.h>
-
+#include <cstring>
 #include <vector>
 
-#include "check.h"
 #include "cpu/pages.h"
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
+#include "tensor.h"
 
 namespace py = pybind11;
 
@@ -28,24 +27,57 @@ std::vector<int32_t> rows_that_count(const int32_t* target, int64_t count, int64
   return rows;
 }
 
-// Returns how many rows count. loss, hit and dx arrive zeroed; dweight and dbias are written where any row counts.
-int64_t run(Address x, Address weight, Address bias, Address target, Address dloss, Address loss, Address hit,
-            Address dx, Address dweight, Address dbias, int64_t count, int64_t width, int64_t vocab,
-            int64_t ignore_index, double label_smoothing, int dtype, int parameter_dtype) {
-  const std::vector<int32_t> rows = rows_that_count(int32s(target), count, vocab, ignore_index);
+void zero(void* data, int64_t bytes) {
+  constexpr int64_t kGrain = int64_t{1} << 18;
+  parallel_for(data ? bytes : 0, kGrain, [&](int64_t begin, int64_t end) {
+    std::memset(as<char>(data) + begin, 0, static_cast<size_t>(end - begin));
+  });
+}
+
+void forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& target, const Tensor& dloss,
+             int64_t ignore_index, double label_smoothing, const Tensor& loss, const Tensor& hit, const Tensor& dx,
+             const Tensor& dweight, const Tensor& dbias) {
+  const int64_t count = x.size(0), width = x.size(1), vocab = weight.size(0);
+  const Dtype dtype = x.dtype(), parameter_dtype = weight.dtype(), accumulate = accumulator(dtype);
+  CrossEntropyBlock args{x.dense("x", {count, width}),
+                         weight.dense("weight", {vocab, width}),
+                         bias.optional("bias", {vocab}, parameter_dtype),
+                         target.int32s("target", {count}),
+                         dx || dweight || dbias ? dloss.dense("dloss", {count}, accumulate) : nullptr,
+                         loss.dense("loss", {count}, accumulate),
+                         hit.dense("hit", {count}, accumulate),
+                         dx.optional("dx", {count, width}, dtype),
+                         dweight.optional("dweight", {vocab, width}, parameter_dtype),
+                         dbias.optional("dbias", {vocab}, accumulate),
+                         width,
+                         vocab,
+                         label_smoothing,
+                         dtype,
+                         parameter_dtype,
+                         nullptr,
+                         0,
+                         false,
+                         nullptr,
+                         nullptr,
+                         nullptr};
+  const std::vector<int32_t> rows = rows_that_count(args.target, count, vocab, ignore_index);
   const int64_t found = static_cast<int64_t>(rows.size());
-  if (found == 0) return 0;
+  zero(args.loss, count * size_of(accumulate));
+  zero(args.hit, count * size_of(accumulate));
+  if (found < count) zero(args.dx, count * width * size_of(dtype));
+  if (found == 0) {
+    zero(args.dweight, vocab * width * size_of(parameter_dtype));
+    zero(args.dbias, vocab * size_of(accumulate));
+    return;
+  }
   const auto sizes_of = M3AE_DISPATCH_PRODUCT(cross_entropy_sizes);
-  const int64_t most = kLogitsBytes / sizes_of(1, width, vocab, Dtype(dtype)).logits_row;
+  const int64_t most = kLogitsBytes / sizes_of(1, width, vocab, dtype).logits_row;
   const int64_t blocks = most > 0 ? (found + most - 1) / most : found, high = (found + blocks - 1) / blocks;
-  const CrossEntropySizes sizes = sizes_of(high, width, vocab, Dtype(dtype));
+  const CrossEntropySizes sizes = sizes_of(high, width, vocab, dtype);
   const Scratch logits(high * sizes.logits_row), x_rows(high * sizes.x_rows_row), x_steps(high * sizes.x_steps_row);
   prefer_huge_pages(logits.get(), high * sizes.logits_row);
-  if (dweight) prefer_huge_pages(pointer(dweight), vocab * width * size_of(Dtype(parameter_dtype)));
-
-  CrossEntropyBlock args{pointer(x), pointer(weight), pointer(bias), int32s(target), pointer(dloss), pointer(loss),
-                         pointer(hit), pointer(dx), pointer(dweight), pointer(dbias), width, vocab, label_smoothing,
-                         Dtype(dtype), Dtype(parameter_dtype), nullptr, 0, false, logits.get(), x_rows.get(), x_steps.get()};
+  if (args.dweight) prefer_huge_pages(args.dweight, vocab * width * size_of(parameter_dtype));
+  args.logits = logits.get(), args.x_rows = x_rows.get(), args.x_steps = x_steps.get();
   const auto stage = [&](int64_t tasks, auto kernel) {
     parallel_for(tasks, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   };
@@ -64,16 +96,18 @@ int64_t run(Address x, Address weight, Address bias, Address target, Address dlo
     stage(args.count, M3AE_DISPATCH_PRODUCT(cross_entropy_pack));
     stage_with_scratch(panels, M3AE_DISPATCH_PRODUCT(cross_entropy_logits));
     stage(args.count, M3AE_DISPATCH_PRODUCT(cross_entropy_softmax));
-    if (dx) stage_with_scratch((args.count + kDxRows - 1) / kDxRows * columns, M3AE_DISPATCH_PRODUCT(cross_entropy_dx));
-    if (dweight || dbias) stage_with_scratch(panels, M3AE_DISPATCH_PRODUCT(cross_entropy_dweight));
+    if (args.dx) stage_with_scratch((args.count + kDxRows - 1) / kDxRows * columns, M3AE_DISPATCH_PRODUCT(cross_entropy_dx));
+    if (args.dweight || args.dbias) stage_with_scratch(panels, M3AE_DISPATCH_PRODUCT(cross_entropy_dweight));
   }
-  return found;
 }
 
 }  // namespace
 
 void bind_linear_cross_entropy(py::module_& module) {
-  module.def("linear_cross_entropy", &run, py::call_guard<py::gil_scoped_release>());
+  using py::arg;
+  module.def("linear_cross_entropy", &forward, py::call_guard<py::gil_scoped_release>(), py::kw_only(), arg("x"),
+             arg("weight"), arg("bias"), arg("target"), arg("dloss"), arg("ignore_index"), arg("label_smoothing"),
+             arg("loss"), arg("hit"), arg("dx"), arg("dweight"), arg("dbias"));
 }
 
 }  // namespace m3ae

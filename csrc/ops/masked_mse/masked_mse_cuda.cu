@@ -180,7 +180,7 @@ void forward(const Tensor& pred, const Tensor& images, const Tensor& ids_mask, c
     using Pred = typename decltype(type)::type;
     launch("masked_mse_kernel", packs ? masked_mse_kernel<Pred, kPack> : masked_mse_kernel<Pred, 1>, grid(blocks),
            warps * kWarp, staging(args.source, packs, warps), stream_of(pred), args, tables, static_cast<int>(rows), reduction,
-           out, sums, as<unsigned>(pointer(ticket)));
+           out, sums, reinterpret_cast<unsigned*>(ticket));
   });
 }
 

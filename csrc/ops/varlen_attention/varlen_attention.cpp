@@ -1,17 +1,12 @@
-#include "ops/varlen_attention/varlen_attention.h"
-
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
 #include <new>
-#include <tuple>
 #include <vector>
 
-#include "check.h"
 #include "cpu/threads.h"
+#include "ops/varlen_attention/arguments.h"
 
 namespace py = pybind11;
 
@@ -62,20 +57,20 @@ char* workspace(size_t bytes) {
   return memory.get();
 }
 
-// Offsets ascend from 0 to at most `rows`, no length past `most` (-1: not said). Returns the longest.
-int64_t check_offsets(const char* side, const int32_t* cu, int64_t batch, int64_t rows, int64_t most) {
-  M3AE_CHECK(cu[0] == 0, "cu_seqlens", side, " must start at 0, got cu_seqlens", side, "[0] = ", cu[0]);
-  int64_t longest = 0;
-  for (int64_t b = 0; b < batch; ++b) {
-    M3AE_CHECK(cu[b] <= cu[b + 1], "cu_seqlens", side, " must ascend, got ", cu[b], ", ", cu[b + 1], " at cu_seqlens",
-               side, "[", b, "]");
-    longest = std::max<int64_t>(longest, cu[b + 1] - cu[b]);
+// The offsets of one side: one row a sequence and one more. other: where offsets are None; most: no length is beyond it.
+struct Offsets {
+  Offsets(const char* side, const Tensor& given, const Tensor& other, int64_t rows, std::optional<int64_t> most) {
+    const std::string name = std::string("cu_seqlens_") + side;
+    const Tensor& offsets = given ? given : other;
+    batch = offsets.size(0) - 1;
+    cu = offsets.int32s(name.c_str(), {batch + 1});
+    longest = check_offsets(name.c_str(), cu, batch, rows);
+    M3AE_CHECK(longest <= most.value_or(longest), "max_seqlen_", side, " must be at least the longest length, ", longest,
+               ", got ", *most);
   }
-  M3AE_CHECK(cu[batch] <= rows, "cu_seqlens", side, " must end within its ", rows, " rows, got ", cu[batch]);
-  M3AE_CHECK(most < 0 || longest <= most, "max_seqlen", side, " must be at least the longest length, ", longest,
-             ", got ", most);
-  return longest;
-}
+  int64_t batch, longest;
+  const int32_t* cu;
+};
 
 // The whole call as tasks, the most work first. Neighbouring heads lie side by side in memory, so a task takes several
 // where that leaves each thread some sixteen tasks to choose from.
@@ -111,63 +106,58 @@ void run(const std::vector<AttentionTask>& list, int64_t bytes, const Kernel& ke
   });
 }
 
-int64_t item_bytes(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
-
 // Rows [begin, end) become 0.
 void zero_rows(const HeadRows& x, int64_t begin, int64_t end, int64_t heads, int64_t width, Dtype dtype) {
-  const int64_t item = item_bytes(dtype);
+  const int64_t item = size_of(dtype);
   for (int64_t row = begin; row < end; ++row)
     for (int64_t h = 0; h < heads; ++h)
       std::memset(as<char>(x.data) + (row * x.row + h * x.head) * item, 0, static_cast<size_t>(width * item));
 }
 
-using Strides = std::tuple<Address, int64_t, int64_t>;  // address, row stride, head stride
-HeadRows head_rows(const Strides& x) { return {pointer(std::get<0>(x)), std::get<1>(x), std::get<2>(x)}; }
-
-void forward(Strides q, Strides k, Strides v, Address cu_q, Address cu_k, Address out, Address lse, int64_t batch,
-             int64_t query_rows, int64_t key_rows, int64_t heads, int64_t key_heads, int64_t width, int64_t max_q,
-             int64_t max_k, double scale, int dtype) {
-  check_offsets("_q", int32s(cu_q), batch, query_rows, max_q);
-  check_offsets("_k", int32s(cu_k), batch, key_rows, max_k);
-  const VarlenAttention args{head_rows(q), head_rows(k), head_rows(v), pointer(out), pointer(lse), query_rows, heads,
-                             heads / key_heads, width, scale, Dtype(dtype)};
-  const auto list = tasks(int32s(cu_q), int32s(cu_k), batch, heads, kQueryBlock);
+void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q, const Tensor& cu_k,
+             std::optional<int64_t> max_q, std::optional<int64_t> max_k, std::optional<double> scale, const Tensor& out,
+             const Tensor& lse) {
+  const VarlenAttention args = varlen_attention_arguments(q, k, v, scale, out, lse);
+  const Offsets queries("q", cu_q, cu_q, q.size(0), max_q), keys("k", cu_k, cu_q, k.size(0), max_k);
+  M3AE_CHECK(keys.batch == queries.batch, "cu_seqlens_k must hold ", queries.batch, " sequences, got ", keys.batch);
+  const auto list = tasks(queries.cu, keys.cu, queries.batch, args.heads, kQueryBlock);
   const auto kernel = M3AE_DISPATCH_PRODUCT(varlen_attention);
-  run(list, workspace_bytes(width, args.dtype),
+  run(list, workspace_bytes(args.width, args.dtype),
       [&](const AttentionTask& task, const AttentionTask* next, void* memory) { kernel(args, task, next, memory); });
 
-  const int64_t end = int32s(cu_q)[batch];
-  zero_rows({args.out, heads * width, width}, end, query_rows, heads, width, args.dtype);
-  for (int64_t h = 0; h < heads; ++h)
-    for (int64_t row = end; row < query_rows; ++row) {
-      if (args.dtype == Dtype::f64) as<double>(args.lse)[h * query_rows + row] = -HUGE_VAL;
-      else as<float>(args.lse)[h * query_rows + row] = -HUGE_VALF;
+  const int64_t end = queries.cu[queries.batch];
+  zero_rows({args.out, args.heads * args.width, args.width}, end, args.query_rows, args.heads, args.width, args.dtype);
+  for (int64_t h = 0; h < args.heads; ++h)
+    for (int64_t row = end; row < args.query_rows; ++row) {
+      if (args.dtype == Dtype::f64) as<double>(args.lse)[h * args.query_rows + row] = -HUGE_VAL;
+      else as<float>(args.lse)[h * args.query_rows + row] = -HUGE_VALF;
     }
 }
 
-void backward(Strides dout, Strides q, Strides k, Strides v, Address out, Address lse, Address dlse, Address cu_q,
-              Address cu_k, Strides dq, Strides dk, Strides dv, int64_t batch, int64_t query_rows, int64_t key_rows,
-              int64_t heads, int64_t key_heads, int64_t width, int64_t max_q, int64_t max_k, double scale, int dtype) {
-  check_offsets("_q", int32s(cu_q), batch, query_rows, max_q);
-  const int64_t longest_key = check_offsets("_k", int32s(cu_k), batch, key_rows, max_k);
-  const VarlenAttentionBackward args{head_rows(dout), head_rows(q), head_rows(k), head_rows(v), pointer(out),
-                                     pointer(lse), pointer(dlse), head_rows(dq), head_rows(dk), head_rows(dv),
-                                     query_rows, heads, heads / key_heads, width, scale, Dtype(dtype)};
-  const auto list = tasks(int32s(cu_q), int32s(cu_k), batch, key_heads, 0);
+void backward(const Tensor& dout, const Tensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+              const Tensor& out, const Tensor& lse, const Tensor& cu_q, const Tensor& cu_k, std::optional<double> scale,
+              const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+  const VarlenAttentionBackward args = varlen_attention_arguments(dout, dlse, q, k, v, out, lse, scale, dq, dk, dv);
+  const Offsets queries("q", cu_q, cu_q, q.size(0), {}), keys("k", cu_k, cu_q, k.size(0), {});
+  const int64_t key_rows = k.size(0), key_heads = k.size(1);
+  const auto list = tasks(queries.cu, keys.cu, queries.batch, key_heads, 0);
   const auto kernel = M3AE_DISPATCH_PRODUCT(varlen_attention_backward);
-  run(list, backward_workspace_bytes(width, longest_key, args.dtype),
+  run(list, backward_workspace_bytes(args.width, keys.longest, args.dtype),
       [&](const AttentionTask& task, const AttentionTask*, void* memory) { kernel(args, task, memory); });
-  zero_rows(args.dq, int32s(cu_q)[batch], query_rows, heads, width, args.dtype);
-  zero_rows(args.dk, int32s(cu_k)[batch], key_rows, key_heads, width, args.dtype);
-  zero_rows(args.dv, int32s(cu_k)[batch], key_rows, key_heads, width, args.dtype);
+  zero_rows(args.dq, queries.cu[queries.batch], args.query_rows, args.heads, args.width, args.dtype);
+  zero_rows(args.dk, keys.cu[keys.batch], key_rows, key_heads, args.width, args.dtype);
+  zero_rows(args.dv, keys.cu[keys.batch], key_rows, key_heads, args.width, args.dtype);
 }
 
 }  // namespace
 
 void bind_varlen_attention(py::module_& module) {
+  using py::arg, py::kw_only;
   const py::call_guard<py::gil_scoped_release> no_gil;
-  module.def("varlen_attention", &forward, no_gil);
-  module.def("varlen_attention_backward", &backward, no_gil);
+  module.def("varlen_attention", &forward, no_gil, kw_only(), arg("q"), arg("k"), arg("v"), arg("cu_q"), arg("cu_k"),
+             arg("max_q"), arg("max_k"), arg("scale"), arg("out"), arg("lse"));
+  module.def("varlen_attention_backward", &backward, no_gil, kw_only(), arg("dout"), arg("dlse"), arg("q"), arg("k"),
+             arg("v"), arg("out"), arg("lse"), arg("cu_q"), arg("cu_k"), arg("scale"), arg("dq"), arg("dk"), arg("dv"));
 }
 
 }  // namespace m3ae

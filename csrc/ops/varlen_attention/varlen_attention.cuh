@@ -6,13 +6,12 @@
 // scores between them never leave its registers.
 #pragma once
 
-#include <tuple>
 #include <type_traits>
 
 #include "cuda/mma.cuh"
 #include "cuda/reduce.cuh"
+#include "ops/varlen_attention/arguments.h"
 #include "ops/varlen_attention/schedule.cuh"
-#include "ops/varlen_attention/varlen_attention.h"
 
 namespace m3ae::cuda {
 
@@ -175,10 +174,6 @@ __device__ __forceinline__ void clear_rows(const HeadRows& x, int64_t head, int 
     for (int d = lane_of_warp(); d < width; d += kWarp) row_of<T>(x, row, head)[d] = T{};
 }
 
-// On the host: (address, row stride, head stride), as Python hands tensors over.
-using Strides = std::tuple<Address, int64_t, int64_t>;
-inline HeadRows head_rows(const Strides& x) { return {pointer(std::get<0>(x)), std::get<1>(x), std::get<2>(x)}; }
-
 // Whether rows of all heads can be moved in packs of sixteen bytes.
 inline bool in_packs(const HeadRows& x, int64_t width) {
   const auto bytes = static_cast<std::uintptr_t>(2 * (x.row | x.head | width));
@@ -191,9 +186,13 @@ inline int64_t most_shared(int64_t limit) { return limit - kStaticShared; }
 inline int64_t half_shared(int64_t limit) { return (limit + 1024) / 2 - 1024 - kStaticShared; }
 
 // There is no order where all sequences are as long as the longest, as far as the host can tell.
-inline Lengths lengths(Address cu_q, Address cu_k, int64_t sequences, int64_t heads, bool equal) {
+inline Lengths lengths(const Tensor& cu_q, const Tensor& cu_k, int64_t heads, int64_t max_q, int64_t query_rows,
+                       int64_t max_k, int64_t key_rows) {
+  const int64_t sequences = cu_q.size(0) - 1;
+  const bool equal = max_q * sequences == query_rows && max_k * sequences == key_rows;
   const bool sorted = !equal && sequences <= kMostSorted;
-  return {int32s(cu_q), int32s(cu_k), static_cast<int>(sequences), static_cast<int>(heads), 0, 1,
+  const int32_t* queries = cu_q.int32s("cu_seqlens_q", {sequences + 1});
+  return {queries, cu_k ? cu_k.int32s("cu_seqlens_k", {sequences + 1}) : queries, static_cast<int>(sequences), static_cast<int>(heads), 0, 1,
           sorted ? static_cast<int>(sequences + 7) / 8 * 16 : 0};
 }
 

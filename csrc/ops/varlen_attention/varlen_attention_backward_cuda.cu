@@ -370,28 +370,28 @@ std::pair<int, size_t> plan(Backward& a, int64_t max_q, int64_t max_k, int64_t l
   return {kChunk / kRows, static_cast<size_t>(bytes(kChunk))};
 }
 
-void backward(Strides dout, Strides q, Strides k, Strides v, Address out, Address lse, Address dlse, Address cu_q,
-              Address cu_k, Strides dq, Strides dk, Strides dv, int64_t batch, int64_t query_rows, int64_t key_rows,
-              int64_t heads, int64_t key_heads, int64_t width, int64_t max_q, int64_t max_k, double scale, int dtype,
-              int64_t shared_limit, int device, Address stream) {
+void backward(const Tensor& dout, const Tensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+              const Tensor& out, const Tensor& lse, const Tensor& cu_q, const Tensor& cu_k, int64_t max_q,
+              int64_t max_k, int64_t shared_limit, std::optional<double> scale, const Tensor& dq, const Tensor& dk,
+              const Tensor& dv) {
   Backward args{};
-  args.op = {head_rows(dout), head_rows(q), head_rows(k), head_rows(v), pointer(out), pointer(lse), pointer(dlse),
-             head_rows(dq), head_rows(dk), head_rows(dv), query_rows, heads, heads / key_heads, width, scale,
-             Dtype(dtype)};
-  max_q = std::min(max_q, query_rows);  // a caller may know no better than that a sequence is not longer
+  args.op = varlen_attention_arguments(dout, dlse, q, k, v, out, lse, scale, dq, dk, dv);
+  const int64_t batch = cu_q.size(0) - 1, key_rows = k.size(0), key_heads = k.size(1), heads = args.op.heads;
+  const int64_t width = args.op.width;
+  max_q = std::min(max_q, args.op.query_rows);  // a caller may know no better than that a sequence is not longer
   max_k = std::min(max_k, key_rows);
-  args.lengths = lengths(cu_q, cu_k, batch, heads, max_q * batch == query_rows && max_k * batch == key_rows);
+  args.lengths = lengths(cu_q, cu_k, heads, max_q, args.op.query_rows, max_k, key_rows);
   args.key_rows = key_rows;
-  args.scale = static_cast<float>(scale);
+  args.scale = static_cast<float>(args.op.scale);
   args.scale2 = args.scale * kLog2e;
-  args.packs = in_packs({pointer(out), heads * width, width}, width);
+  args.packs = in_packs({const_cast<void*>(args.op.out), heads * width, width}, width);
   for (const HeadRows& x : {args.op.dout, args.op.q, args.op.k, args.op.v, args.op.dq, args.op.dk, args.op.dv})
     args.packs = args.packs && in_packs(x, width);
   with_tile(args.op.dtype, width, [&](auto type, auto tile) {
     using T = typename decltype(type)::type;
     constexpr int D = decltype(tile)::value;
     const auto [warps, bytes] = plan<D>(args, max_q, max_k, shared_limit);
-    const Stream on{device, stream};
+    const Stream on = stream_of(q);
     if (args.key_blocks == 0)
       return launch_turns("varlen_attention_backward_kernel", varlen_attention_backward_kernel<T, D, true>,
                           args.lengths, warps, bytes, on, args);
@@ -403,7 +403,11 @@ void backward(Strides dout, Strides q, Strides k, Strides v, Address out, Addres
 }  // namespace
 
 void bind_varlen_attention_backward(pybind11::module_& module) {
-  module.def("varlen_attention_backward", &backward, pybind11::call_guard<pybind11::gil_scoped_release>());
+  using pybind11::arg;
+  module.def("varlen_attention_backward", &backward, pybind11::call_guard<pybind11::gil_scoped_release>(),
+             pybind11::kw_only(), arg("dout"), arg("dlse"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse"),
+             arg("cu_q"), arg("cu_k"), arg("max_q"), arg("max_k"), arg("shared_limit"), arg("scale"), arg("dq"),
+             arg("dk"), arg("dv"));
 }
 
 }  // namespace m3ae::cuda

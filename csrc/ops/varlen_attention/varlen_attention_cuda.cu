@@ -263,16 +263,15 @@ std::pair<int, size_t> plan(Forward& a, int64_t max_q, int64_t max_k, int64_t li
   return {warps, static_cast<size_t>(bytes(a.capacity, warps))};
 }
 
-void forward(Strides q, Strides k, Strides v, Address cu_q, Address cu_k, Address out, Address lse, int64_t batch,
-             int64_t query_rows, int64_t key_rows, int64_t heads, int64_t key_heads, int64_t width, int64_t max_q,
-             int64_t max_k, double scale, int dtype, int64_t shared_limit, int device, Address stream) {
+void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q, const Tensor& cu_k, int64_t max_q,
+             int64_t max_k, int64_t shared_limit, std::optional<double> scale, const Tensor& out, const Tensor& lse) {
   Forward args{};
-  args.op = {head_rows(q), head_rows(k), head_rows(v), pointer(out), pointer(lse), query_rows, heads,
-             heads / key_heads, width, scale, Dtype(dtype)};
-  max_q = std::min(max_q, query_rows);  // a caller may know no better than that a sequence is not longer
+  args.op = varlen_attention_arguments(q, k, v, scale, out, lse);
+  const int64_t key_rows = k.size(0), heads = args.op.heads, width = args.op.width;
+  max_q = std::min(max_q, args.op.query_rows);  // a caller may know no better than that a sequence is not longer
   max_k = std::min(max_k, key_rows);
-  args.lengths = lengths(cu_q, cu_k, batch, heads, max_q * batch == query_rows && max_k * batch == key_rows);
-  args.scale2 = static_cast<float>(scale) * kLog2e;
+  args.lengths = lengths(cu_q, cu_k, heads, max_q, args.op.query_rows, max_k, key_rows);
+  args.scale2 = static_cast<float>(args.op.scale) * kLog2e;
   args.packs = in_packs(args.op.q, width) && in_packs(args.op.k, width) && in_packs(args.op.v, width) &&
                in_packs({args.op.out, heads * width, width}, width);
   with_tile(args.op.dtype, width, [&](auto type, auto tile) {
@@ -280,7 +279,7 @@ void forward(Strides q, Strides k, Strides v, Address cu_q, Address cu_k, Addres
     constexpr int D = decltype(tile)::value;
     const auto [warps, bytes] = plan<D>(args, max_q, max_k, shared_limit);
     launch_turns("varlen_attention_kernel", varlen_attention_kernel<T, D>, args.lengths, warps, bytes,
-                 Stream{device, stream}, args);
+                 stream_of(q), args);
   });
 }
 
@@ -289,7 +288,10 @@ void forward(Strides q, Strides k, Strides v, Address cu_q, Address cu_k, Addres
 void bind_varlen_attention_backward(pybind11::module_& module);  // varlen_attention_backward_cuda.cu
 
 void bind_varlen_attention(pybind11::module_& module) {
-  module.def("varlen_attention", &forward, pybind11::call_guard<pybind11::gil_scoped_release>());
+  using pybind11::arg;
+  module.def("varlen_attention", &forward, pybind11::call_guard<pybind11::gil_scoped_release>(), pybind11::kw_only(),
+             arg("q"), arg("k"), arg("v"), arg("cu_q"), arg("cu_k"), arg("max_q"), arg("max_k"), arg("shared_limit"),
+             arg("scale"), arg("out"), arg("lse"));
   bind_varlen_attention_backward(module);
 }
 

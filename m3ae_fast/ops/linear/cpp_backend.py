@@ -3,16 +3,19 @@
 import torch
 import torch.nn.functional as F
 
-from m3ae_fast._backends import DTYPE_CODE, address, code
+from m3ae_fast._backends import accumulator
 from m3ae_fast._cpp import _C
 
-ACTIVATION_CODE = {"": 0, "gelu": 1, "gelu_tanh": 2}  # csrc/ops/linear/linear.h
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}  # torch's names
+
+
+# _C reads a dtype from a tensor.
+OF_DTYPE = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)}
 
 
 def ours(dtype):
     """Whether products of this dtype are ours on this machine, or torch's."""
-    return _C.own_products(DTYPE_CODE[dtype])
+    return _C.own_products(OF_DTYPE[dtype])
 
 
 def library():
@@ -26,47 +29,40 @@ def library():
     )
 
 
-def forward(x, weight, bias, activation, input_activation, training):
-    rows, inner = x.shape
-    keep_z = training and bool(activation)
-    if not ours(x.dtype):
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        z = F.linear(activate(x, input_activation), weight, bias)
-        return activate(z, activation), z if keep_z else z.new_empty(0, z.shape[1])
-    y = x.new_empty(rows, weight.shape[0])
-    z = x.new_empty(rows if keep_z else 0, weight.shape[0])
-    _C.linear(
-        *map(address, (x, weight, bias, z, y)), rows, inner, weight.shape[0],
-        ACTIVATION_CODE[input_activation], ACTIVATION_CODE[activation], code(x), code(weight),
-    )  # fmt: skip
-    return y, z
-
-
-def backward(dy, x, weight, z, activation, input_activation, need_x, need_weight, need_bias):
-    dx, dweight = (each.new_empty(0, weight.shape[1]) for each in (dy, weight))
-    dz = torch.empty_like(dy) if activation else dy
-    dbias = dy.new_empty(dy.shape[1] if need_bias else 0, dtype=torch.promote_types(dy.dtype, torch.float32))
-    if activation or need_bias:
-        _C.linear_activation_backward(
-            *map(address, (dy, z, dz if activation else None, dbias if need_bias else None)),
-            *dy.shape, ACTIVATION_CODE[activation], code(dy),
+def forward(x, weight, bias, activation, input_activation, training, y, z):
+    if ours(x.dtype):
+        _C.linear(
+            x=x, weight=weight, bias=bias, activation=activation, input_activation=input_activation, y=y, z=z
         )  # fmt: skip
-    if ours(dy.dtype):
-        sizes = (*x.shape, weight.shape[0], ACTIVATION_CODE[input_activation], code(x), code(weight))
-        if need_x:
-            dx = x.new_empty(x.shape)
-            _C.linear_backward_x(*map(address, (dz, weight, x, dx)), *sizes)
-        if need_weight:
-            dweight = weight.new_empty(weight.shape)
-            _C.linear_backward_weight(*map(address, (dz, x, dweight)), *sizes)
+        return
+    before = y if z is None else z
+    if bias is None:
+        torch.mm(activate(x, input_activation), weight.to(x.dtype).t(), out=before)
     else:
-        if need_x:
-            dx = dz @ weight.to(dz.dtype)
-            if input_activation:
-                dx = torch.ops.aten.gelu_backward(dx, x, approximate=APPROXIMATE[input_activation])
-        if need_weight:
-            dweight = (dz.t() @ activate(x, input_activation)).to(weight.dtype)
-    return dx, dweight, dbias.to(weight.dtype)
+        torch.addmm(bias.to(x.dtype), activate(x, input_activation), weight.to(x.dtype).t(), out=before)
+    if activation:
+        torch.ops.aten.gelu.out(before, approximate=APPROXIMATE[activation], out=y)
+
+
+def backward(dy, x, weight, z, activation, input_activation, need_x, need_weight, need_bias, dx, dweight, dbias):
+    dz = torch.empty_like(dy) if activation else dy
+    accumulate = accumulator(dy.dtype)
+    sums = dbias if dbias is None or dbias.dtype == accumulate else dbias.new_empty(dbias.shape[0], dtype=accumulate)
+    products = dict(dx=dx, dweight=dweight) if ours(dy.dtype) else dict(dx=None, dweight=None)
+    _C.linear_backward(
+        dy=dy, x=x, weight=weight, z=z, activation=activation, input_activation=input_activation, dz=dz, **products,
+        dbias=sums,
+    )  # fmt: skip
+    if sums is not dbias:
+        dbias.copy_(sums)
+    if products["dx"] is not dx:
+        torch.mm(dz, weight.to(dz.dtype), out=dx)
+        if input_activation:
+            torch.ops.aten.gelu_backward.grad_input(
+                dx, x, approximate=APPROXIMATE[input_activation], grad_input=dx
+            )  # fmt: skip
+    if products["dweight"] is not dweight:
+        dweight.copy_(dz.t() @ activate(x, input_activation))
 
 
 def activate(x, activation):

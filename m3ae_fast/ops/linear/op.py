@@ -68,6 +68,31 @@ def linear(
     return y if len(leading) == 1 else y.view(*leading, weight.shape[0])
 
 
+@_backends.operator(BACKENDS, "forward")
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, input_activation: str, training: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y [M, N]; z [M, N], the value before the activation, where a backward pass will ask for it.
+
+    An activation of "" is none. "cpp" also takes fp32 parameters with bf16 rows.
+    """
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    return y, _backends.like(y) if training and activation else None
+
+
+@_backends.operator(BACKENDS, "backward")
+def _linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, activation: str, input_activation: str, need_x: bool,
+    need_weight: bool, need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dx, dweight, dbias, as they are needed."""
+    return (
+        _backends.like(x) if need_x else None,
+        _backends.like(weight) if need_weight else None,
+        weight.new_empty(weight.shape[0]) if need_bias else None,
+    )
+
+
 class _Linear(Function):
     """One for all backends."""
 
@@ -86,35 +111,8 @@ class _Linear(Function):
     @differentiable_once
     def backward(ctx, saved, dy, _):
         x, weight, z = saved
+        if not ctx.activations[0]:
+            z = None  # a compiled graph makes one without elements
         need = ctx.needs_input_grad[1:4]
         grads = _linear_backward(ctx.impl, dy.contiguous(), x, weight, z, *ctx.activations, *need)
         return None, *(grad if needed else None for grad, needed in zip(grads, need, strict=True)), None, None, None
-
-
-def _fake_forward(impl, x, weight, bias, activation, input_activation, training):
-    rows, width = x.shape[0], weight.shape[0]
-    return x.new_empty(rows, width), x.new_empty(rows if training and activation else 0, width)
-
-
-def _fake_backward(impl, dy, x, weight, z, activation, input_activation, need_x, need_weight, need_bias):
-    return (
-        dy.new_empty(dy.shape[0] if need_x else 0, weight.shape[1]),
-        weight.new_empty(dy.shape[1] if need_weight else 0, weight.shape[1]),
-        weight.new_empty(dy.shape[1] if need_bias else 0),
-    )
-
-
-# activations "": none. z [M, N], the value before the activation, is empty where no backward pass will ask for it.
-# "cpp" also takes fp32 parameters with bf16 rows; the parameters' gradients are fp32 then.
-_linear = _backends.register(
-    "linear(str impl, Tensor x, Tensor weight, Tensor? bias, str activation, str input_activation, bool training) "
-    "-> (Tensor, Tensor)",
-    lambda impl, *args: BACKENDS[impl].forward(*args),
-    _fake_forward,
-)
-_linear_backward = _backends.register(
-    "linear_backward(str impl, Tensor dy, Tensor x, Tensor weight, Tensor z, str activation, str input_activation, "
-    "bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
-    lambda impl, *args: BACKENDS[impl].backward(*args),
-    _fake_backward,
-)

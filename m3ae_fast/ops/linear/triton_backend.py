@@ -1,7 +1,6 @@
 """linear on the GPU: products by torch (cuBLAS), activations, their slopes and the bias gradient in Triton."""
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -12,44 +11,53 @@ BLOCK, OPTIONS = 1024, {"num_warps": 4, "num_stages": 1}  # of _forward_kernel
 TANH = {"gelu": False, "gelu_tanh": True}
 
 
-def forward(x, weight, bias, activation, input_activation, training):
-    z = F.linear(activate(x, input_activation), weight, bias)
-    none = z.new_empty(0, z.shape[1])
-    if not activation:
-        return z, none
-    return activate(z, activation), z if training else none
+def forward(x, weight, bias, activation, input_activation, training, y, z):
+    before = y if z is None else z
+    if bias is None:
+        torch.mm(activated(x, input_activation), weight.t(), out=before)
+    else:
+        torch.addmm(bias, activated(x, input_activation), weight.t(), out=before)
+    if activation:
+        activate(before, activation, y)
 
 
-def backward(dy, x, weight, z, activation, input_activation, need_x, need_weight, need_bias):
-    dx, dweight = dy.new_empty(0, weight.shape[1]), weight.new_empty(0, weight.shape[1])
-    dz, dbias = through(dy, z, activation, need_bias)
+def backward(dy, x, weight, z, activation, input_activation, need_x, need_weight, need_bias, dx, dweight, dbias):
+    dz = through(dy, z, activation, dbias)
     if need_x:
-        dx, _ = through(dz @ weight, x, input_activation, False)
+        torch.mm(dz, weight, out=dx)
+        through(dx, x, input_activation, None, dx)
     if need_weight:
-        dweight = dz.t() @ activate(x, input_activation)
-    return dx, dweight, dbias
+        torch.mm(dz.t(), activated(x, input_activation), out=dweight)
 
 
-def activate(z, activation):
-    if not activation:
-        return z
-    y = torch.empty_like(z)
+def activated(z, activation):
+    return activate(z, activation, torch.empty_like(z)) if activation else z
+
+
+def activate(z, activation, y):
+    """y = act(z), which may be z itself."""
     _forward_kernel[(triton.cdiv(z.numel(), BLOCK),)](z, y, z.numel(), TANH[activation], BLOCK, **OPTIONS)
     return y
 
 
-def through(dy, z, activation, need_sums):
-    """(dy times the slope of the activation at z, the sum of its rows)."""
+def through(dy, z, activation, dbias, dz=None):
+    """dy times the slope of the activation at z, in dz, which may be dy itself; dbias: the sum of its rows."""
     count, width = dy.shape
     number, per_chunk = _triton.chunks(count)
-    dz = torch.empty_like(dy) if activation else dy
-    partials = dy.new_empty(number, width, dtype=torch.float32) if need_sums else None
-    if activation or need_sums:
+    if activation:
+        dz = torch.empty_like(dy) if dz is None else dz
+    partials = None if dbias is None else dy.new_empty(number, width, dtype=torch.float32)
+    if activation or dbias is not None:
         _backward_kernel[(number, triton.cdiv(width, _triton.COLUMNS))](
             dy, z if activation else None, dz if activation else None, partials, count, width, per_chunk,
             TANH.get(activation, False), _triton.ROWS, _triton.COLUMNS, **_triton.TILE_OPTIONS,
         )  # fmt: skip
-    return dz, _triton.sum_partials(partials).to(dy.dtype) if need_sums else dy.new_empty(0)
+    if dbias is not None:
+        sums = dbias if dbias.dtype == torch.float32 else dbias.new_empty(width, dtype=torch.float32)
+        _triton.sum_partials(partials, sums)
+        if sums is not dbias:
+            dbias.copy_(sums)
+    return dz if activation else dy
 
 
 @triton.jit

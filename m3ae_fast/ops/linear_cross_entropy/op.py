@@ -121,6 +121,26 @@ def _total(values: Tensor, share: Tensor) -> Tensor:
     return weighted.view(-1, block).sum(1).sum().to(values.dtype)
 
 
+@_backends.operator(BACKENDS, "forward")
+def _linear_cross_entropy(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, dloss: Tensor | None, ignore_index: int,
+    label_smoothing: float, need_x: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Per row the loss [T] and 1 where the argmax is the target [T]; dx, dweight and dbias of sum(dloss * loss), as they
+    are needed. Rows with target == ignore_index: 0, 0 and no gradient.
+
+    "cpp" also takes fp32 parameters with bf16 x; their gradients are fp32 then.
+    """
+    loss = x.new_empty(x.shape[0], dtype=_backends.accumulator(x.dtype))
+    return (
+        loss,
+        _backends.like(loss),
+        _backends.like(x) if need_x else None,
+        _backends.like(weight) if need_weight else None,
+        weight.new_empty(weight.shape[0]) if need_bias else None,
+    )
+
+
 class _LinearCrossEntropy(Function):
     """One for all backends."""
 
@@ -148,32 +168,9 @@ class _LinearCrossEntropy(Function):
     @differentiable_once
     def backward(ctx, saved, dloss, *_):
         if ctx.reduced:
-            gradients = [scaled(g, dloss) for g in saved[:3]]
+            gradients = [scaled(g, dloss) if n else None for g, n in zip(saved[:3], ctx.need, strict=True)]
         else:
             impl, *options = ctx.options
             _, _, *gradients = _linear_cross_entropy(impl, *saved, dloss.contiguous(), *options, *ctx.need)
         dx, dweight, dbias = (g if n else None for g, n in zip(gradients, ctx.need, strict=True))
         return None, dx, dweight, dbias, None, None, None, None, None
-
-
-def _fake(impl, x, weight, bias, target, dloss, ignore_index, label_smoothing, need_x, need_weight, need_bias):
-    rows = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
-    return (
-        rows,
-        torch.empty_like(rows),
-        x.new_empty(x.shape[0] if need_x else 0, x.shape[1]),
-        weight.new_empty(weight.shape[0] if need_weight else 0, x.shape[1]),
-        weight.new_empty(weight.shape[0] if need_bias else 0),
-    )
-
-
-# Per row the loss [T] and 1 where the argmax is the target [T]; the gradients asked for of sum(dloss * loss), others
-# empty. Rows with target == ignore_index: 0, 0 and no gradient. "cpp" also takes fp32 parameters with bf16 x; their
-# gradients are fp32 then.
-_linear_cross_entropy = _backends.register(
-    "linear_cross_entropy(str impl, Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? dloss, "
-    "SymInt ignore_index, float label_smoothing, bool need_x, bool need_weight, bool need_bias"
-    ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda impl, *args: BACKENDS[impl].forward(*args),
-    _fake,
-)

@@ -124,26 +124,29 @@ def _row_options(width):
     return dict(WIDTH=width, BLOCK=block, num_warps=min(8, max(1, block // 256)))
 
 
-def forward(x, weight, bias, target, dloss, ignore_index, label_smoothing, need_x, need_weight, need_bias):
+def forward(
+    x, weight, bias, target, dloss, ignore_index, label_smoothing, need_x, need_weight, need_bias, loss, hit, dx,
+    dweight, dbias,
+):  # fmt: skip
     (total, width), vocab = x.shape, weight.shape[0]
-    loss, hit = (x.new_zeros(total, dtype=torch.float32) for _ in range(2))
-    dbias = x.new_zeros(vocab if need_bias else 0, dtype=torch.float32)
+    for each in (loss, hit, dweight):
+        if each is not None:
+            each.zero_()
     gradient = need_x or need_weight or need_bias
     stride = triton.cdiv(vocab, ALIGNMENT) * ALIGNMENT
     chunks = max(1, triton.cdiv(total * stride * x.element_size(), LOGITS_BYTES))
     rows_each = triton.cdiv(total, chunks)
-    # In one chunk, dweight is one product, rounded once; in many, it is added up in fp32.
-    added_up = need_weight and chunks > 1
-    dweight = weight.new_zeros((vocab, width) if need_weight else (0, width), dtype=torch.float32 if added_up else None)
-    dx = x.new_empty(total if need_x else 0, width)
-    if total == 0:
-        return loss, hit, dx, dweight, dbias.to(x.dtype)
-
-    counted = (target != ignore_index).cumsum(0, dtype=torch.int32)
-    packed, rows = torch.empty_like(x), torch.empty_like(target)
-    _pack_kernel[(total,)](x, target, counted, packed, rows, total, ignore_index, **_row_options(width))
-    buffer = x.new_empty(rows_each, stride)
-    for first in range(0, total, rows_each):
+    # In one chunk, dweight is one product, rounded once; in many, it is added up in fp32. dbias is always.
+    sums = dbias if dbias is None else dbias.new_zeros(vocab, dtype=torch.float32)
+    added_up = None
+    if need_weight and chunks > 1:
+        added_up = dweight if dweight.dtype == torch.float32 else dweight.new_zeros(vocab, width, dtype=torch.float32)
+    if total > 0:
+        counted = (target != ignore_index).cumsum(0, dtype=torch.int32)
+        packed, rows = torch.empty_like(x), torch.empty_like(target)
+        _pack_kernel[(total,)](x, target, counted, packed, rows, total, ignore_index, **_row_options(width))
+        buffer = x.new_empty(rows_each, stride)
+    for first in range(0, total, max(rows_each, 1)):
         some = packed[first : first + rows_each]
         logits = buffer[: some.shape[0], :vocab]
         if bias is None:
@@ -157,17 +160,20 @@ def forward(x, weight, bias, target, dloss, ignore_index, label_smoothing, need_
         )  # fmt: skip
         if need_bias:
             _dbias_kernel[(triton.cdiv(vocab, COLUMNS["BLOCK"]),)](
-                logits, counted, dbias, first, some.shape[0], total, stride, VOCAB=vocab, **COLUMNS
+                logits, counted, sums, first, some.shape[0], total, stride, VOCAB=vocab, **COLUMNS
             )
-        if added_up:
-            _add_product(dweight, logits.t(), some)
+        if added_up is not None:
+            _add_product(added_up, logits.t(), some)
         elif need_weight:
             torch.mm(logits.t(), some, out=dweight)
         if need_x:
             torch.mm(logits, weight, out=some)
-    if need_x:
+    if need_x and total > 0:
         _unpack_kernel[(total,)](packed, target, counted, dx, ignore_index, **_row_options(width))
-    return loss, hit, dx, dweight.to(x.dtype), dbias.to(x.dtype)
+    if added_up is not None and added_up is not dweight:
+        dweight.copy_(added_up)
+    if need_bias:
+        dbias.copy_(sums)
 
 
 def resources():

@@ -5,8 +5,8 @@ import functools
 import torch
 
 from m3ae_fast import seqlens
-from m3ae_fast._backends import EMULATED, address, code, strided
-from m3ae_fast._cuda_module import _cuda, place
+from m3ae_fast._backends import EMULATED
+from m3ae_fast._cuda_module import _cuda
 
 FLOATS = (torch.bfloat16, torch.float16)
 WIDEST = 128
@@ -22,25 +22,17 @@ def shared_limit(device):
     return 227 << 10 if EMULATED else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def _sizes(q, k, cu_q, cu_k, max_q, max_k, scale):
-    longest = seqlens.longest(cu_q, max_q), seqlens.longest(cu_k, max_k)
-    (rows, heads, width), (key_rows, key_heads, _) = q.shape, k.shape
-    sizes = cu_q.shape[0] - 1, rows, key_rows, heads, key_heads, width
-    return *sizes, *longest, scale, code(q), shared_limit(q.device), *place(q)
+def _lengths(q, cu_q, cu_k, max_q, max_k):
+    longest_q, longest_k = seqlens.longest(cu_q, max_q), seqlens.longest(cu_q if cu_k is None else cu_k, max_k)
+    return dict(cu_q=cu_q, cu_k=cu_k, max_q=longest_q, max_k=longest_k, shared_limit=shared_limit(q.device))
 
 
-def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale):
-    out = q.new_empty(q.shape)
-    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    _cuda.varlen_attention(
-        *map(strided, (q, k, v)), address(cu_q), address(cu_k), address(out), address(lse),
-        *_sizes(q, k, cu_q, cu_k, max_q, max_k, scale),
-    )  # fmt: skip
-    return out, lse
+def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale, out, lse):
+    _cuda.varlen_attention(q=q, k=k, v=v, **_lengths(q, cu_q, cu_k, max_q, max_k), scale=scale, out=out, lse=lse)
 
 
 def backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, dq, dk, dv):
     _cuda.varlen_attention_backward(
-        *map(strided, (dout, q, k, v)), address(out), address(lse), address(dlse), address(cu_q), address(cu_k),
-        *map(strided, (dq, dk, dv)), *_sizes(q, k, cu_q, cu_k, max_q, max_k, scale),
+        dout=dout, dlse=dlse, q=q, k=k, v=v, out=out, lse=lse, **_lengths(q, cu_q, cu_k, max_q, max_k), scale=scale,
+        dq=dq, dk=dk, dv=dv,
     )  # fmt: skip

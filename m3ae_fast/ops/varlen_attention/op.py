@@ -7,6 +7,7 @@ from torch import Tensor
 
 from m3ae_fast import _backends, _checks, seqlens
 from m3ae_fast._autograd import Function, differentiable_once, kept
+from m3ae_fast._backends import like
 from m3ae_fast.ops.varlen_attention import reference
 
 BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
@@ -167,6 +168,39 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@_backends.operator(BACKENDS, "forward")
+def _varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, max_q: int | None, max_k: int | None,
+    softmax_scale: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out, lse. cu_k None: cu_q, for torch.compile takes no tensor twice."""
+    return like(q), q.new_empty(q.shape[1], q.shape[0], dtype=_backends.accumulator(q.dtype))
+
+
+@_backends.operator(BACKENDS, "backward")
+def _varlen_attention_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor,
+    cu_k: Tensor | None, max_q: int | None, max_k: int | None, softmax_scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv: filled whole, rows past cu[-1] included."""
+    return like(q), like(k), like(v)
+
+
+def _fill_packed(backend, dout, dlse, qkv, out, lse, cu, longest, softmax_scale, dqkv):
+    backend.backward(
+        dout, dlse, *qkv.unbind(1), out, lse, cu, None, longest, longest, softmax_scale, *dqkv.unbind(1)
+    )  # fmt: skip
+
+
+@_backends.operator(BACKENDS, _fill_packed)
+def _varlen_attention_packed_backward(
+    dout: Tensor, dlse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor, cu: Tensor, longest: int | None,
+    softmax_scale: float | None,
+) -> Tensor:  # fmt: skip
+    """dqkv."""
+    return like(qkv)
+
+
 class _VarlenAttention(Function):
     """One for all backends."""
 
@@ -217,52 +251,3 @@ class _VarlenAttentionPacked(Function):
             ctx.softmax_scale,
         )  # fmt: skip
         return None, None, dqkv, None, None, None
-
-
-def _forward(impl, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale):
-    scale = _scale(softmax_scale, q.shape[2])
-    return BACKENDS[impl].forward(q, k, v, cu_q, cu_q if cu_k is None else cu_k, max_q, max_k, scale)
-
-
-def _backward(impl, dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, softmax_scale):
-    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    scale = _scale(softmax_scale, q.shape[2])
-    cu_k = cu_q if cu_k is None else cu_k
-    BACKENDS[impl].backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, *gradients)
-    return gradients
-
-
-def _packed_backward(impl, dout, dlse, qkv, out, lse, cu, longest, softmax_scale):
-    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    scale = _scale(softmax_scale, qkv.shape[3])
-    BACKENDS[impl].backward(
-        dout, dlse, *qkv.unbind(1), out, lse, cu, cu, longest, longest, scale, *dqkv.unbind(1)
-    )  # fmt: skip
-    return dqkv
-
-
-def _fake_forward(impl, q, *_):
-    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=accumulate)
-
-
-_varlen_attention = _backends.register(
-    "varlen_attention(str impl, Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor? cu_k, SymInt? max_q, SymInt? max_k, "
-    "float? softmax_scale) -> (Tensor, Tensor)",
-    _forward,
-    _fake_forward,
-)
-# A backend's `backward` fills the gradients it is handed: whole, rows past cu[-1] included.
-_varlen_attention_backward = _backends.register(
-    "varlen_attention_backward(str impl, Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    "Tensor lse, Tensor cu_q, Tensor? cu_k, SymInt? max_q, SymInt? max_k, float? softmax_scale"
-    ") -> (Tensor, Tensor, Tensor)",
-    _backward,
-    lambda impl, dout, dlse, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
-)
-_varlen_attention_packed_backward = _backends.register(
-    "varlen_attention_packed_backward(str impl, Tensor dout, Tensor? dlse, Tensor qkv, Tensor out, Tensor lse, "
-    "Tensor cu, SymInt? longest, float? softmax_scale) -> Tensor",
-    _packed_backward,
-    lambda impl, dout, dlse, qkv, *_: qkv.new_empty(qkv.shape),
-)

@@ -362,11 +362,16 @@ def _grid(length, block, heads, batch):
     return blocks, (blocks * heads * (batch + 1),)
 
 
-def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale):
+def _lengths(q, cu_q, cu_k, max_q, max_k, scale):
+    """(cu_k, max_q, max_k, scale), what is None as it is meant."""
+    cu_k = cu_q if cu_k is None else cu_k
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    return cu_k, seqlens.longest(cu_q, max_q), seqlens.longest(cu_k, max_k), scale
+
+
+def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale, out, lse):
     (rows, heads, width), batch = q.shape, cu_q.shape[0] - 1
-    max_q, max_k = seqlens.longest(cu_q, max_q), seqlens.longest(cu_k, max_k)
-    out = q.new_empty(q.shape)
-    lse = q.new_empty(heads, rows, dtype=torch.float32)
+    cu_k, max_q, max_k, scale = _lengths(q, cu_q, cu_k, max_q, max_k, scale)
     architecture = _architecture(q)
     whole = _is_whole(architecture, width, max_k)
     tiling = _tiling("forward", architecture, width, max_q, max_k, whole)
@@ -375,13 +380,12 @@ def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale):
         *_strided(q), *_strided(k), *_strided(v), out, lse, cu_q, cu_k, batch, blocks, rows, scale,
         HEADS=heads, GROUPS=heads // k.shape[1], WHOLE=whole, **tiling,
     )  # fmt: skip
-    return out, lse
 
 
 def backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, dq, dk, dv):
     (rows, heads, width), batch = q.shape, cu_q.shape[0] - 1
     key_rows, key_heads = k.shape[:2]
-    max_q, max_k = seqlens.longest(cu_q, max_q), seqlens.longest(cu_k, max_k)
+    cu_k, max_q, max_k, scale = _lengths(q, cu_q, cu_k, max_q, max_k, scale)
     architecture = _architecture(q)
     whole = _is_whole(architecture, width, max_k)
     inputs = (*_strided(q), *_strided(k), *_strided(v))
