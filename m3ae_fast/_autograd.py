@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from m3ae_fast._backends import is_wrapped
+from m3ae_fast._backends import DIRECT, eager
 
 # Private to torch, so it may be missing: then every graph is taken to be kept.
 keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -49,14 +49,14 @@ class Function(torch.autograd.Function):
         try:
             if transformed():
                 return super().apply(*args)
-            need = forward_ad._current_level >= 0  # autograd has a forward-mode derivative to refuse
-            for x in args:
-                if isinstance(x, Tensor):
-                    if is_wrapped(x):  # left over from a transformation
-                        return cls.apply(*unwrap_dead_wrappers(args))
-                    need = need or x.requires_grad
-            if not (need and torch.is_grad_enabled()):
-                return cls.forward(*args)
+            plain, need = eager(args), forward_ad._current_level >= 0  # which autograd has to refuse
+            if not plain:
+                args = unwrap_dead_wrappers(args)  # left over from a transformation
+            if torch.is_grad_enabled():
+                for x in args:
+                    need = need or (isinstance(x, Tensor) and x.requires_grad)
+            if not need:
+                return cls.forward(DIRECT[args[0]] if plain else args[0], *args[1:])
             # Function.apply without its look at forward's signature, which costs three times the rest of it.
             return super(torch.autograd.Function, cls).apply(*args)
         except NotImplementedError as error:

@@ -33,10 +33,9 @@ if _FORCED is not None and _FORCED not in IMPLS:
 try:
     dispatch_modes, function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
     transforms, tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
-    profiling = torch._C._autograd._profiler_enabled
-    is_wrapped, is_batched = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor
+    profiling, has_storage = torch._C._autograd._profiler_enabled, torch._C._has_storage
 except AttributeError:
-    dispatch_modes = is_wrapped = lambda *_: True  # noqa: E731
+    dispatch_modes, has_storage = (lambda: 1), (lambda x: True)
 
 LIBRARY = torch.library.Library("m3ae_fast", "DEF")
 LOADED: dict[str, Backends] = {}  # op name -> its backends, for explain() and the contract tests
@@ -128,7 +127,8 @@ def product_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of a matrix product: the widest of its arguments', under autocast the autocast dtype, as PyTorch's."""
     dtype = tensors[0].dtype
     for each in tensors[1:]:
-        dtype = torch.promote_types(dtype, each.dtype)
+        if each.dtype != dtype:
+            dtype = torch.promote_types(dtype, each.dtype)
     device = tensors[0].device.type
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -143,12 +143,15 @@ def for_product(
     "cpp" takes fp32 parameters with bf16 rows, as autocast has them: it rounds them on their way into the product and
     leaves their gradients in fp32, so nothing is cast in a pass of its own.
     """
-    dtype = product_dtype(*(t for t in (x, weight, bias) if t is not None))
-    x = x.to(dtype)
+    dtype = product_dtype(x, weight) if bias is None else product_dtype(x, weight, bias)
+    if x.dtype != dtype:
+        x = x.to(dtype)
     impl = pick(backends, impl, x)
-    if not (impl == "cpp" and dtype == torch.bfloat16 and weight.dtype == torch.float32):
+    if weight.dtype != dtype and not (impl == "cpp" and dtype == torch.bfloat16 and weight.dtype == torch.float32):
         weight = weight.to(dtype)
-    return impl, x, weight, None if bias is None else bias.to(weight.dtype)
+    if bias is not None and bias.dtype != weight.dtype:
+        bias = bias.to(weight.dtype)
+    return impl, x, weight, bias
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -184,7 +187,7 @@ class Operator:
         self.registered = getattr(torch.ops.m3ae_fast, name).default
 
     def __call__(self, impl: str, *args):
-        if torch.compiler.is_compiling() or not eager(args):
+        if type(impl) is not Direct and (torch.compiler.is_compiling() or not eager(args)):
             return self.registered(impl, *args)
         return self._run(impl, *args)
 
@@ -235,9 +238,16 @@ def _schema(allocate: Callable) -> str:
     return f"(str impl, {arguments}) -> " + ("Tensor" if returned == 1 else f"({', '.join(['Tensor'] * returned)})")
 
 
+class Direct(str):
+    """A backend's name in a call that was found to do without torch's dispatcher."""
+
+
+DIRECT = {impl: Direct(impl) for impl in IMPLS}
+
+
 def eager(args: tuple) -> bool:
     """Whether a call can do without torch's dispatcher: nothing traces, transforms or records it, and no argument is a
-    wrapper, or a view that is yet to be negated."""
+    wrapper (which has no storage), or a view that is yet to be negated."""
     if (
         dispatch_modes()
         or function_modes()
@@ -250,7 +260,7 @@ def eager(args: tuple) -> bool:
     for x in args:
         kind = type(x)
         if kind is Tensor or kind is Parameter:
-            if is_wrapped(x) or is_batched(x) or x.is_neg():
+            if not has_storage(x) or x.is_neg():
                 return False
         elif isinstance(x, Tensor):
             return False

@@ -52,10 +52,7 @@ def device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
 def floating(name: str, value: Tensor, expected: Sequence[int | None], like_name: str, like: Tensor) -> None:
     """A floating-point tensor of this shape on the device that another one is on: what most arguments are."""
     if not (
-        isinstance(value, Tensor)
-        and value.shape == expected
-        and value.dtype in FLOATS
-        and value.device == like.device
+        isinstance(value, Tensor) and value.shape == expected and value.dtype in FLOATS and value.device == like.device
     ):
         shape(name, value, expected)
         dtype(name, value, FLOATS)

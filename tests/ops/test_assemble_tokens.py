@@ -233,8 +233,14 @@ VALUES = {
     "negative word": (_with("text_tokens", 0, -1), r"got text_tokens\[0\] = -1"),
     "image id": (_with("image_ids", 2, 36), r"image_ids must name a row of image_position, which has 36 rows"),
     "text id": (_with("text_ids", 0, 9), r"text_ids must name a row of text_position, which has 9 rows"),
-    "decreasing": (_with("cu_image", 1, 100), r"cu_image must ascend from 0 to at most \d+ rows, got cu_image\[1\] = 100 after 0"),
-    "past the end": (_with("cu_text", -1, 100), r"cu_text must ascend from 0 to at most \d+ rows, got cu_text\[\d+\] = 100 after"),
+    "decreasing": (
+        _with("cu_image", 1, 100),
+        r"cu_image must ascend from 0 to at most \d+ rows, got cu_image\[1\] = 100 after 0",
+    ),
+    "past the end": (
+        _with("cu_text", -1, 100),
+        r"cu_text must ascend from 0 to at most \d+ rows, got cu_text\[\d+\] = 100 after",
+    ),
     "late start": (_with("cu_text", 0, 1), r"cu_text must ascend from 0 to at most \d+ rows, got cu_text\[0\] = 1"),
 }
 

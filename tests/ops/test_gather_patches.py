@@ -218,9 +218,21 @@ IMAGES, IDS, SEQLENS = torch.zeros(2, 3, 8, 12), torch.tensor([0, 5, 1]), torch.
             ValueError,
             r"ids must be in \[0, 6\), an image's patches, got -1 at row 2",
         ),
-        ({"seqlens": torch.tensor([1, 2, 3])}, ValueError, r"seqlens must ascend from 0 to at most 3 rows, got seqlens\[0\] = 1"),
-        ({"seqlens": torch.tensor([0, 4, 3])}, ValueError, r"seqlens must ascend from 0 to at most 3 rows, got seqlens\[1\] = 4"),
-        ({"seqlens": torch.tensor([0, 2, 4])}, ValueError, r"seqlens must ascend from 0 to at most 3 rows, got seqlens\[2\] = 4"),
+        (
+            {"seqlens": torch.tensor([1, 2, 3])},
+            ValueError,
+            r"seqlens must ascend from 0 to at most 3 rows, got seqlens\[0\] = 1",
+        ),
+        (
+            {"seqlens": torch.tensor([0, 4, 3])},
+            ValueError,
+            r"seqlens must ascend from 0 to at most 3 rows, got seqlens\[1\] = 4",
+        ),
+        (
+            {"seqlens": torch.tensor([0, 2, 4])},
+            ValueError,
+            r"seqlens must ascend from 0 to at most 3 rows, got seqlens\[2\] = 4",
+        ),
     ],
 )
 def test_errors(change, error, message):

@@ -204,8 +204,16 @@ PRED, IMAGES, IDS, CU = torch.zeros(3, 48), torch.zeros(2, 3, 8, 12), torch.tens
             ValueError,
             r"ids_mask must be in \[0, 6\), .* patches, got 6 at row 1",
         ),
-        ({"cu_mask": torch.tensor([0, 3, 2])}, ValueError, r"cu_mask must ascend from 0 to at most 3 rows, got cu_mask\[2\] = 2 after 3"),
-        ({"cu_mask": torch.tensor([0, 2, 4])}, ValueError, r"cu_mask must ascend from 0 to at most 3 rows, got cu_mask\[2\] = 4"),
+        (
+            {"cu_mask": torch.tensor([0, 3, 2])},
+            ValueError,
+            r"cu_mask must ascend from 0 to at most 3 rows, got cu_mask\[2\] = 2 after 3",
+        ),
+        (
+            {"cu_mask": torch.tensor([0, 2, 4])},
+            ValueError,
+            r"cu_mask must ascend from 0 to at most 3 rows, got cu_mask\[2\] = 4",
+        ),
     ],
 )
 def test_errors(change, error, message):

@@ -466,10 +466,22 @@ def test_errors(change, error, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cu_seqlens_q": torch.tensor([1, 7])}, r"cu_seqlens_q must ascend from 0 to at most 7 rows, got cu_seqlens_q\[0\] = 1"),
-        ({"cu_seqlens_q": torch.tensor([0, 5, 4])}, r"cu_seqlens_q must ascend from 0 to at most 7 rows, got cu_seqlens_q\[2\] = 4 after 5"),
-        ({"cu_seqlens_q": torch.tensor([0, 8])}, r"cu_seqlens_q must ascend from 0 to at most 7 rows, got cu_seqlens_q\[1\] = 8"),
-        ({"cu_seqlens_k": torch.tensor([0, 3, 8])}, r"cu_seqlens_k must ascend from 0 to at most 7 rows, got cu_seqlens_k\[2\] = 8"),
+        (
+            {"cu_seqlens_q": torch.tensor([1, 7])},
+            r"cu_seqlens_q must ascend from 0 to at most 7 rows, got cu_seqlens_q\[0\] = 1",
+        ),
+        (
+            {"cu_seqlens_q": torch.tensor([0, 5, 4])},
+            r"cu_seqlens_q must ascend from 0 to at most 7 rows, got cu_seqlens_q\[2\] = 4 after 5",
+        ),
+        (
+            {"cu_seqlens_q": torch.tensor([0, 8])},
+            r"cu_seqlens_q must ascend from 0 to at most 7 rows, got cu_seqlens_q\[1\] = 8",
+        ),
+        (
+            {"cu_seqlens_k": torch.tensor([0, 3, 8])},
+            r"cu_seqlens_k must ascend from 0 to at most 7 rows, got cu_seqlens_k\[2\] = 8",
+        ),
         ({"max_seqlen_q": 3}, "max_seqlen_q must be at least the longest length, 4, got 3"),
         ({"cu_seqlens_k": LENS, "max_seqlen_k": 3}, "max_seqlen_k must be at least the longest length, 4, got 3"),
     ],

@@ -1,8 +1,6 @@
 // What the bindings of the CPU and of CUDA take: tensors become a kernel's arguments, and are checked on the way.
 #pragma once
 
-#include <pybind11/stl.h>  // std::optional
-
 #include <cmath>
 #include <optional>
 

@@ -1,3 +1,5 @@
+#include <pybind11/stl.h>  // std::optional
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>

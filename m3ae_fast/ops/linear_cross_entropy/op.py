@@ -126,8 +126,8 @@ def _linear_cross_entropy(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, dloss: Tensor | None, ignore_index: int,
     label_smoothing: float, need_x: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Per row the loss [T] and 1 where the argmax is the target [T]; dx, dweight and dbias of sum(dloss * loss), as they
-    are needed. Rows with target == ignore_index: 0, 0 and no gradient.
+    """Per row the loss [T] and 1 where the argmax is the target [T]; of sum(dloss * loss) the gradients that are needed,
+    dx, dweight and dbias. Rows with target == ignore_index: 0, 0 and no gradient.
 
     "cpp" also takes fp32 parameters with bf16 x; their gradients are fp32 then.
     """

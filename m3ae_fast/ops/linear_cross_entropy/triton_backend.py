@@ -146,6 +146,8 @@ def forward(
         packed, rows = torch.empty_like(x), torch.empty_like(target)
         _pack_kernel[(total,)](x, target, counted, packed, rows, total, ignore_index, **_row_options(width))
         buffer = x.new_empty(rows_each, stride)
+        if not x.is_cuda:  # the interpreter's: oneDNN's products on AMX multiply a row's padding, NaN perhaps, by zero
+            buffer.zero_()
     for first in range(0, total, max(rows_each, 1)):
         some = packed[first : first + rows_each]
         logits = buffer[: some.shape[0], :vocab]
