@@ -3,6 +3,8 @@
 
 #include <initializer_list>
 #include <string>
+#include <tuple>
+#include <type_traits>
 
 #include "check.h"
 #include "dlpack.h"
@@ -114,11 +116,12 @@ class Tensor {
       matches = sizes.begin()[d] == kAny || sizes.begin()[d] == view_.sizes[d];
     if (!matches) {
       std::string expected;
-      for (int64_t size : sizes) expected += (expected.empty() ? "" : ", ") + (size == kAny ? "any" : std::to_string(size));
+      for (int64_t size : sizes)
+        expected += (expected.empty() ? "" : ", ") + (size == kAny ? "any" : std::to_string(size));
       value_error(name, " must have shape (", expected, sizes.size() == 1 ? ",)" : ")", ", got ", text(view_.sizes));
     }
-    M3AE_CHECK(view_.device.type == kDevice, name, " must be on ", kDevice == dlpack::kCpu ? "the CPU" : "a CUDA device",
-               ", got DLPack device type ", view_.device.type);
+    M3AE_CHECK(view_.device.type == kDevice, name, " must be on ",
+               kDevice == dlpack::kCpu ? "the CPU" : "a CUDA device", ", got DLPack device type ", view_.device.type);
     M3AE_CHECK(view_.data != nullptr || elements() == 0, name, " must have memory, got a tensor without any");
   }
 
@@ -174,4 +177,20 @@ struct pybind11::detail::type_caster<m3ae::Tensor> {
     return true;
   }
 };
+
+namespace m3ae {
+
+// A function of Python: arguments by keyword alone, each by its name here; without Python's lock.
+template <class... Args>
+void bind(pybind11::module_& module, const char* name, void (*function)(Args...),
+          std::initializer_list<const char*> names) {
+  M3AE_CHECK(names.size() == sizeof...(Args), name, " must have ", sizeof...(Args), " names, got ", names.size());
+  const auto define = [&](auto... each) {
+    module.def(name, function, pybind11::call_guard<pybind11::gil_scoped_release>(), pybind11::kw_only(), each...);
+  };
+  auto next = [at = names.begin()](const auto*) mutable { return pybind11::arg(*at++); };
+  std::apply(define, std::tuple{next(static_cast<std::remove_reference_t<Args>*>(nullptr))...});
+}
+
+}  // namespace m3ae
 #endif

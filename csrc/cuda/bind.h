@@ -6,17 +6,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #else
+#include <initializer_list>
+
 namespace pybind11 {
-struct module_ {
-  template <class... Args>
-  void def(Args&&...) {}
-};
-struct arg {
-  explicit arg(const char*) {}
-};
-struct kw_only {};
-struct gil_scoped_release {};
-template <class>
-struct call_guard {};
+struct module_ {};
 }  // namespace pybind11
+namespace m3ae {
+template <class... Args>
+void bind(pybind11::module_&, const char*, void (*)(Args...), std::initializer_list<const char*>) {}
+}  // namespace m3ae
 #endif

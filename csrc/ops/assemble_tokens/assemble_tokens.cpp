@@ -142,7 +142,8 @@ void backward(const Tensor& dout, const Tensor& text_tokens, const Tensor& image
   const Packing packing = packing_of(cu_image, cu_text);
   const TokenRows image_rows("dimage", dimage, width), text_rows("dtext", dtext, width);
   Lookup embedding("dembedding", dembedding, text_tokens.optional_int32s("text_tokens", {kAny}), count, width);
-  Lookup image_position("dimage_position", dimage_position, image_ids.optional_int32s("image_ids", {kAny}), count, width);
+  Lookup image_position("dimage_position", dimage_position, image_ids.optional_int32s("image_ids", {kAny}), count,
+                        width);
   Lookup text_position("dtext_position", dtext_position, text_ids.optional_int32s("text_ids", {kAny}), count, width);
   std::vector<DisassembledRow> rows(static_cast<size_t>(count), {nullptr, -1, false});
   for_each_row(
@@ -173,14 +174,10 @@ void backward(const Tensor& dout, const Tensor& text_tokens, const Tensor& image
 }  // namespace
 
 void bind_assemble_tokens(py::module_& module) {
-  using py::arg, py::kw_only;
-  const py::call_guard<py::gil_scoped_release> no_gil;
-  module.def("assemble_tokens", &forward, no_gil, kw_only(), arg("image_tokens"), arg("text_tokens"), arg("image_ids"),
-             arg("text_ids"), arg("cu_image"), arg("cu_text"), arg("cls_token"), arg("text_embedding"),
-             arg("image_position"), arg("text_position"), arg("image_type"), arg("text_type"), arg("out"));
-  module.def("assemble_tokens_backward", &backward, no_gil, kw_only(), arg("dout"), arg("text_tokens"),
-             arg("image_ids"), arg("text_ids"), arg("cu_image"), arg("cu_text"), arg("has_cls"), arg("dimage"),
-             arg("dtext"), arg("dparts"), arg("dembedding"), arg("dimage_position"), arg("dtext_position"));
+  bind(module, "assemble_tokens", forward, {"image_tokens", "text_tokens", "image_ids", "text_ids", "cu_image",
+       "cu_text", "cls_token", "text_embedding", "image_position", "text_position", "image_type", "text_type", "out"});
+  bind(module, "assemble_tokens_backward", backward, {"dout", "text_tokens", "image_ids", "text_ids", "cu_image",
+       "cu_text", "has_cls", "dimage", "dtext", "dparts", "dembedding", "dimage_position", "dtext_position"});
 }
 
 }  // namespace m3ae

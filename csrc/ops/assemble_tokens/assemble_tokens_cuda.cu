@@ -136,11 +136,8 @@ void forward(const Tensor& image_tokens, const Tensor& text_tokens, const Tensor
                           text_ids.optional_int32s("text_ids", {texts}),
                           text_position.optional("text_position", {kAny, width}, dtype),
                           text_type.optional("text_type", {width}, dtype), text.dtype()},
-                         cls_token.optional("cls_token", {width}, dtype),
-                         out.dense("out", {count, width}),
-                         count,
-                         width,
-                         dtype};
+                         cls_token.optional("cls_token", {width}, dtype), out.dense("out", {count, width}), count,
+                         width, dtype};
   const int64_t warps = kRowThreads / kWarp;
   with_columns(width,
                {{a.image.rows, a.image.dtype},
@@ -165,10 +162,7 @@ void backward(const Tensor& dout, const Tensor& cu_image, const Tensor& cu_text,
   const MoveRows a{dout.dense("dout", {count, width}),
                    partials_of(partials.optional("partials", {number, 3, width}, Dtype::f32),
                                dparts.optional("dparts", {3, width}, Dtype::f32), tickets),
-                   count,
-                   (count + number - 1) / number,
-                   static_cast<int>(width),
-                   dout.dtype()};
+                   count, (count + number - 1) / number, static_cast<int>(width), dout.dtype()};
   const Assembled assembled{packing_of(cu_image, cu_text, has_cls, image_rows),
                             {dimage.optional("dimage", {image_rows, width}), dimage.dtype()},
                             {dtext.optional("dtext", {kAny, width}), dtext.dtype()}};
@@ -184,14 +178,9 @@ void backward(const Tensor& dout, const Tensor& cu_image, const Tensor& cu_text,
 void backward_table(const Tensor& dout, const Tensor& order, const Tensor& starts, const Tensor& cu_image,
                     const Tensor& cu_text, bool has_cls, bool images, const Tensor& dtable) {
   const int64_t groups = dtable.size(0), width = dout.size(1);
-  const Groups a{dout.dense("dout", {kAny, width}),
-                 order.integers<int64_t>("order", {kAny}),
-                 starts.int32s("starts", {groups + 1}),
-                 dtable.dense("dtable", {groups, width}),
-                 groups,
-                 static_cast<int>(width),
-                 dout.dtype(),
-                 dtable.dtype()};
+  const Groups a{dout.dense("dout", {kAny, width}), order.integers<int64_t>("order", {kAny}),
+                 starts.int32s("starts", {groups + 1}), dtable.dense("dtable", {groups, width}), groups,
+                 static_cast<int>(width), dout.dtype(), dtable.dtype()};
   const Packing packing = packing_of(cu_image, cu_text, has_cls, 0);
   with_columns(width, {{a.dout, a.dtype}, {a.out, a.out_dtype}}, [&](auto columns) {
     constexpr int N = decltype(columns)::value;
@@ -203,16 +192,12 @@ void backward_table(const Tensor& dout, const Tensor& order, const Tensor& start
 }  // namespace
 
 void bind_assemble_tokens(pybind11::module_& module) {
-  using pybind11::arg, pybind11::kw_only;
-  const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
-  module.def("assemble_tokens", &forward, no_gil, kw_only(), arg("image_tokens"), arg("text_tokens"), arg("image_ids"),
-             arg("text_ids"), arg("cu_image"), arg("cu_text"), arg("cls_token"), arg("text_embedding"),
-             arg("image_position"), arg("text_position"), arg("image_type"), arg("text_type"), arg("out"));
-  module.def("assemble_tokens_backward", &backward, no_gil, kw_only(), arg("dout"), arg("cu_image"), arg("cu_text"),
-             arg("has_cls"), arg("image_rows"), arg("partials"), arg("tickets"), arg("number"), arg("dimage"),
-             arg("dtext"), arg("dparts"));
-  module.def("assemble_tokens_backward_table", &backward_table, no_gil, kw_only(), arg("dout"), arg("order"),
-             arg("starts"), arg("cu_image"), arg("cu_text"), arg("has_cls"), arg("images"), arg("dtable"));
+  bind(module, "assemble_tokens", forward, {"image_tokens", "text_tokens", "image_ids", "text_ids", "cu_image",
+       "cu_text", "cls_token", "text_embedding", "image_position", "text_position", "image_type", "text_type", "out"});
+  bind(module, "assemble_tokens_backward", backward, {"dout", "cu_image", "cu_text", "has_cls", "image_rows",
+       "partials", "tickets", "number", "dimage", "dtext", "dparts"});
+  bind(module, "assemble_tokens_backward_table", backward_table, {"dout", "order", "starts", "cu_image", "cu_text",
+       "has_cls", "images", "dtable"});
 }
 
 }  // namespace m3ae::cuda

@@ -39,19 +39,11 @@ void forward(const Tensor& pred, const Tensor& target, const Tensor& rows, const
                "), the rows of target, got ", predicted[r], " at row ", r);
   const std::vector<double> weights = row_weights(reduction, cu, samples, count);
   std::vector<double> row_loss(static_cast<size_t>(count));
-  const FeatureRegression args{pred.dense("pred", {count, width}),
-                               target.dense("target", {rows ? kAny : count, width}),
-                               predicted,
-                               weights.data(),
-                               row_loss.data(),
-                               dpred.optional("dpred", {count, width}, pred.dtype()),
-                               width,
-                               eps,
-                               pred.dtype(),
+  const FeatureRegression args{pred.dense("pred", {count, width}), target.dense("target", {rows ? kAny : count, width}),
+                               predicted, weights.data(), row_loss.data(),
+                               dpred.optional("dpred", {count, width}, pred.dtype()), width, eps, pred.dtype(),
                                target.dtype(),
-                               distance == "l2"   ? Distance::l2
-                               : distance == "l1" ? Distance::l1
-                                                  : Distance::cosine,
+                               distance == "l2"   ? Distance::l2 : distance == "l1" ? Distance::l1 : Distance::cosine,
                                normalize};
   if (args.dpred) prefer_huge_pages(args.dpred, count * width * size_of(args.pred_dtype));
   const Dtype accumulate = accumulator(pred.dtype());
@@ -78,10 +70,8 @@ void forward(const Tensor& pred, const Tensor& target, const Tensor& rows, const
 }  // namespace
 
 void bind_feature_regression(py::module_& module) {
-  using py::arg;
-  module.def("feature_regression", &forward, py::call_guard<py::gil_scoped_release>(), py::kw_only(), arg("pred"),
-             arg("target"), arg("rows"), arg("cu_seqlens"), arg("distance"), arg("normalize"), arg("eps"),
-             arg("reduction"), arg("loss"), arg("dpred"));
+  bind(module, "feature_regression", forward, {"pred", "target", "rows", "cu_seqlens", "distance", "normalize", "eps",
+       "reduction", "loss", "dpred"});
 }
 
 }  // namespace m3ae

@@ -11,17 +11,8 @@ namespace m3ae {
 inline PatchSource patch_source(const Tensor& images, int64_t patch) {
   const int64_t channels = images.size(1);
   const bool on_end = images.stride(3) == channels && (channels == 1 || images.stride(1) == 1);
-  return {images.any("images", {kAny, kAny, kAny, kAny}),
-          nullptr,
-          nullptr,
-          images.stride(0),
-          images.stride(1),
-          images.stride(2),
-          images.stride(3),
-          channels,
-          patch,
-          images.size(2) / patch,
-          images.size(3) / patch,
+  return {images.any("images", {kAny, kAny, kAny, kAny}), nullptr, nullptr, images.stride(0), images.stride(1),
+          images.stride(2), images.stride(3), channels, patch, images.size(2) / patch, images.size(3) / patch,
           on_end                                   ? Layout::pixels
           : channels == 3 && images.stride(3) == 1 ? Layout::planes
                                                    : Layout::strided,

@@ -28,15 +28,9 @@ void backward(const Tensor& dout, const Tensor& ids, const Tensor& cu, int64_t p
               const std::vector<double>& scale, const Tensor& dimages) {
   const int64_t count = dout.size(0), images = dimages.size(0), channels = dimages.size(1);
   const GatherPatchesBackward args{dout.dense("dout", {count, patch_size * patch_size * channels}),
-                                   ids.int32s("ids", {count}),
-                                   cu.int32s("seqlens", {images + 1}),
-                                   dimages.dense("dimages", {kAny, kAny, kAny, kAny}),
-                                   scale.data(),
-                                   channels,
-                                   patch_size,
-                                   dimages.size(2) / patch_size,
-                                   dimages.size(3) / patch_size,
-                                   dout.dtype(),
+                                   ids.int32s("ids", {count}), cu.int32s("seqlens", {images + 1}),
+                                   dimages.dense("dimages", {kAny, kAny, kAny, kAny}), scale.data(), channels,
+                                   patch_size, dimages.size(2) / patch_size, dimages.size(3) / patch_size, dout.dtype(),
                                    dimages.dtype()};
   const auto kernel = M3AE_DISPATCH(gather_patches_backward);
   parallel_for(images, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -45,12 +39,8 @@ void backward(const Tensor& dout, const Tensor& ids, const Tensor& cu, int64_t p
 }  // namespace
 
 void bind_gather_patches(py::module_& module) {
-  using py::arg, py::kw_only;
-  const py::call_guard<py::gil_scoped_release> no_gil;
-  module.def("gather_patches", &forward, no_gil, kw_only(), arg("images"), arg("ids"), arg("cu"), arg("patch_size"),
-             arg("scale"), arg("shift"), arg("out"));
-  module.def("gather_patches_backward", &backward, no_gil, kw_only(), arg("dout"), arg("ids"), arg("cu"),
-             arg("patch_size"), arg("scale"), arg("dimages"));
+  bind(module, "gather_patches", forward, {"images", "ids", "cu", "patch_size", "scale", "shift", "out"});
+  bind(module, "gather_patches_backward", backward, {"dout", "ids", "cu", "patch_size", "scale", "dimages"});
 }
 
 }  // namespace m3ae

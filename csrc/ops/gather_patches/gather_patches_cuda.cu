@@ -157,11 +157,8 @@ void forward(const Tensor& images, const Tensor& ids, const Tensor& cu, int64_t 
              const std::vector<double>& scale, const std::vector<double>& shift, const Tensor& out) {
   const int64_t rows = out.size(0), samples = images.size(0);
   const PatchTables tables = patch_tables(images.size(1), patch_size, scale, shift);
-  const GatherPatches args{read_in_packs(patch_source(images, patch_size)),
-                           ids.int32s("ids", {rows}),
-                           cu.int32s("seqlens", {samples + 1}),
-                           out.dense("out", {rows, tables.width}),
-                           samples,
+  const GatherPatches args{read_in_packs(patch_source(images, patch_size)), ids.int32s("ids", {rows}),
+                           cu.int32s("seqlens", {samples + 1}), out.dense("out", {rows, tables.width}), samples,
                            out.dtype()};
   const bool packs = rows_in_packs(args.out, tables.width);
   const size_t shared = staging(args.source, packs, kWarps);
@@ -176,16 +173,10 @@ void backward(const Tensor& dout, const Tensor& ids, const Tensor& cu, int64_t p
               const std::vector<double>& scale, const Tensor& dimages) {
   const int64_t rows = dout.size(0), images = dimages.size(0), channels = dimages.size(1);
   const PatchTables tables = patch_tables(channels, patch_size, scale, {});
-  const GatherPatchesBackward args{dout.dense("dout", {rows, tables.width}),
-                                   ids.int32s("ids", {rows}),
+  const GatherPatchesBackward args{dout.dense("dout", {rows, tables.width}), ids.int32s("ids", {rows}),
                                    cu.int32s("seqlens", {images + 1}),
-                                   dimages.dense("dimages", {kAny, kAny, kAny, kAny}),
-                                   nullptr,
-                                   channels,
-                                   patch_size,
-                                   dimages.size(2) / patch_size,
-                                   dimages.size(3) / patch_size,
-                                   dout.dtype(),
+                                   dimages.dense("dimages", {kAny, kAny, kAny, kAny}), nullptr, channels, patch_size,
+                                   dimages.size(2) / patch_size, dimages.size(3) / patch_size, dout.dtype(),
                                    dimages.dtype()};
   const int64_t patches = images * args.rows * args.columns;
   const int lines = kWarpValues / tables.line, share = lines * tables.line;
@@ -206,12 +197,8 @@ void backward(const Tensor& dout, const Tensor& ids, const Tensor& cu, int64_t p
 }  // namespace
 
 void bind_gather_patches(pybind11::module_& module) {
-  using pybind11::arg, pybind11::kw_only;
-  const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
-  module.def("gather_patches", &forward, no_gil, kw_only(), arg("images"), arg("ids"), arg("cu"), arg("patch_size"),
-             arg("scale"), arg("shift"), arg("out"));
-  module.def("gather_patches_backward", &backward, no_gil, kw_only(), arg("dout"), arg("ids"), arg("cu"),
-             arg("patch_size"), arg("scale"), arg("dimages"));
+  bind(module, "gather_patches", forward, {"images", "ids", "cu", "patch_size", "scale", "shift", "out"});
+  bind(module, "gather_patches_backward", backward, {"dout", "ids", "cu", "patch_size", "scale", "dimages"});
 }
 
 }  // namespace m3ae::cuda

@@ -31,12 +31,8 @@ void backward(const Tensor& dy, const Tensor& ds, const Tensor& s, const Tensor&
 }  // namespace
 
 void bind_layer_norm(py::module_& module) {
-  using py::arg, py::kw_only;
-  const py::call_guard<py::gil_scoped_release> no_gil;
-  module.def("layer_norm", &forward, no_gil, kw_only(), arg("x"), arg("residual"), arg("weight"), arg("bias"),
-             arg("eps"), arg("y"), arg("s"), arg("stats"));
-  module.def("layer_norm_backward", &backward, no_gil, kw_only(), arg("dy"), arg("ds"), arg("s"), arg("weight"),
-             arg("stats"), arg("dx"), arg("dparams"));
+  bind(module, "layer_norm", forward, {"x", "residual", "weight", "bias", "eps", "y", "s", "stats"});
+  bind(module, "layer_norm_backward", backward, {"dy", "ds", "s", "weight", "stats", "dx", "dparams"});
 }
 
 }  // namespace m3ae

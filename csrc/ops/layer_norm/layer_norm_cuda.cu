@@ -385,12 +385,9 @@ void backward(const Tensor& dy, const Tensor& ds, const Tensor& s, const Tensor&
 }  // namespace
 
 void bind_layer_norm(pybind11::module_& module) {
-  using pybind11::arg, pybind11::kw_only;
-  const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
-  module.def("layer_norm", &forward, no_gil, kw_only(), arg("x"), arg("residual"), arg("weight"), arg("bias"),
-             arg("eps"), arg("y"), arg("s"), arg("stats"));
-  module.def("layer_norm_backward", &backward, no_gil, kw_only(), arg("dy"), arg("ds"), arg("s"), arg("weight"),
-             arg("stats"), arg("partials"), arg("tickets"), arg("number"), arg("dx"), arg("dparams"));
+  bind(module, "layer_norm", forward, {"x", "residual", "weight", "bias", "eps", "y", "s", "stats"});
+  bind(module, "layer_norm_backward", backward, {"dy", "ds", "s", "weight", "stats", "partials", "tickets", "number",
+       "dx", "dparams"});
 }
 
 }  // namespace m3ae::cuda

@@ -121,12 +121,9 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Ten
 }  // namespace
 
 void bind_linear(py::module_& module) {
-  using py::arg, py::kw_only;
-  const py::call_guard<py::gil_scoped_release> no_gil;
-  module.def("linear", &forward, no_gil, kw_only(), arg("x"), arg("weight"), arg("bias"), arg("activation"),
-             arg("input_activation"), arg("y"), arg("z"));
-  module.def("linear_backward", &backward, no_gil, kw_only(), arg("dy"), arg("x"), arg("weight"), arg("z"),
-             arg("activation"), arg("input_activation"), arg("dz"), arg("dx"), arg("dweight"), arg("dbias"));
+  bind(module, "linear", forward, {"x", "weight", "bias", "activation", "input_activation", "y", "z"});
+  bind(module, "linear_backward", backward, {"dy", "x", "weight", "z", "activation", "input_activation", "dz", "dx",
+       "dweight", "dbias"});
 }
 
 }  // namespace m3ae

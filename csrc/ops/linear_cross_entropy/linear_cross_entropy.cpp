@@ -39,27 +39,14 @@ void forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Te
              const Tensor& dweight, const Tensor& dbias) {
   const int64_t count = x.size(0), width = x.size(1), vocab = weight.size(0);
   const Dtype dtype = x.dtype(), parameter_dtype = weight.dtype(), accumulate = accumulator(dtype);
-  CrossEntropyBlock args{x.dense("x", {count, width}),
-                         weight.dense("weight", {vocab, width}),
-                         bias.optional("bias", {vocab}, parameter_dtype),
-                         target.int32s("target", {count}),
+  CrossEntropyBlock args{x.dense("x", {count, width}), weight.dense("weight", {vocab, width}),
+                         bias.optional("bias", {vocab}, parameter_dtype), target.int32s("target", {count}),
                          dx || dweight || dbias ? dloss.dense("dloss", {count}, accumulate) : nullptr,
-                         loss.dense("loss", {count}, accumulate),
-                         hit.dense("hit", {count}, accumulate),
+                         loss.dense("loss", {count}, accumulate), hit.dense("hit", {count}, accumulate),
                          dx.optional("dx", {count, width}, dtype),
                          dweight.optional("dweight", {vocab, width}, parameter_dtype),
-                         dbias.optional("dbias", {vocab}, accumulate),
-                         width,
-                         vocab,
-                         label_smoothing,
-                         dtype,
-                         parameter_dtype,
-                         nullptr,
-                         0,
-                         false,
-                         nullptr,
-                         nullptr,
-                         nullptr};
+                         dbias.optional("dbias", {vocab}, accumulate), width, vocab, label_smoothing, dtype,
+                         parameter_dtype, nullptr, 0, false, nullptr, nullptr, nullptr};
   const std::vector<int32_t> rows = rows_that_count(args.target, count, vocab, ignore_index);
   const int64_t found = static_cast<int64_t>(rows.size());
   zero(args.loss, count * size_of(accumulate));
@@ -104,10 +91,8 @@ void forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Te
 }  // namespace
 
 void bind_linear_cross_entropy(py::module_& module) {
-  using py::arg;
-  module.def("linear_cross_entropy", &forward, py::call_guard<py::gil_scoped_release>(), py::kw_only(), arg("x"),
-             arg("weight"), arg("bias"), arg("target"), arg("dloss"), arg("ignore_index"), arg("label_smoothing"),
-             arg("loss"), arg("hit"), arg("dx"), arg("dweight"), arg("dbias"));
+  bind(module, "linear_cross_entropy", forward, {"x", "weight", "bias", "target", "dloss", "ignore_index",
+       "label_smoothing", "loss", "hit", "dx", "dweight", "dbias"});
 }
 
 }  // namespace m3ae

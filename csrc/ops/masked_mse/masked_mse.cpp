@@ -22,18 +22,14 @@ void forward(const Tensor& pred, const Tensor& images, const Tensor& ids_mask, c
   const Patches patches(images, patch_size, scale, shift, wide ? Dtype::f64 : Dtype::f32);
   const PatchSource& source = patches.source();
   std::vector<double> row_loss(static_cast<size_t>(rows));
-  const MaskedMse args{source,
-                       ids_mask.int32s("ids_mask", {rows}),
-                       cu_mask.int32s("cu_mask", {samples + 1}),
+  const MaskedMse args{source, ids_mask.int32s("ids_mask", {rows}), cu_mask.int32s("cu_mask", {samples + 1}),
                        pred.dense("pred", {rows, patches.values()}),
-                       error.optional("error", {rows, patches.values()}, pred.dtype()),
-                       row_loss.data(),
-                       samples,
-                       pred.dtype(),
-                       norm_pix};
+                       error.optional("error", {rows, patches.values()}, pred.dtype()), row_loss.data(), samples,
+                       pred.dtype(), norm_pix};
   check_patch_ids("ids_mask", args.ids, "cu_mask", args.cu, samples, rows, source.rows * source.columns);
   const Dtype accumulate = accumulator(pred.dtype());
-  void* out = reduction == Reduction::none ? loss.dense("loss", {rows}, accumulate) : loss.dense("loss", {}, accumulate);
+  void* out =
+      reduction == Reduction::none ? loss.dense("loss", {rows}, accumulate) : loss.dense("loss", {}, accumulate);
   const auto kernel = M3AE_DISPATCH(masked_mse);
   parallel_for(rows, grain_rows(patches.values()), [&](int64_t begin, int64_t end) {
     std::vector<double> target(static_cast<size_t>(patches.values() + kTargetPadding));
@@ -82,13 +78,9 @@ void backward(const Tensor& dloss, const Tensor& error, const Tensor& cu_mask, c
 }  // namespace
 
 void bind_masked_mse(py::module_& module) {
-  using py::arg, py::kw_only;
-  const py::call_guard<py::gil_scoped_release> no_gil;
-  module.def("masked_mse", &forward, no_gil, kw_only(), arg("pred"), arg("images"), arg("ids_mask"), arg("cu_mask"),
-             arg("patch_size"), arg("norm_pix"), arg("scale"), arg("shift"), arg("reduction"), arg("loss"),
-             arg("error"));
-  module.def("masked_mse_backward", &backward, no_gil, kw_only(), arg("dloss"), arg("error"), arg("cu_mask"),
-             arg("reduction"), arg("dpred"));
+  bind(module, "masked_mse", forward, {"pred", "images", "ids_mask", "cu_mask", "patch_size", "norm_pix", "scale",
+       "shift", "reduction", "loss", "error"});
+  bind(module, "masked_mse_backward", backward, {"dloss", "error", "cu_mask", "reduction", "dpred"});
 }
 
 }  // namespace m3ae

@@ -159,14 +159,9 @@ void forward(const Tensor& pred, const Tensor& images, const Tensor& ids_mask, c
   const int row_warps = (tables.width + kWarpValues - 1) / kWarpValues;
   M3AE_CHECK(row_warps <= kMostWarps, "patch_size must leave at most ", kMostWarps * kWarpValues,
              " values in a patch for impl='cuda', got ", patch_size, ", which makes ", tables.width);
-  const MaskedMse args{read_in_packs(patch_source(images, patch_size)),
-                       ids_mask.int32s("ids_mask", {rows}),
-                       cu_mask.int32s("cu_mask", {samples + 1}),
-                       pred.dense("pred", {rows, tables.width}),
-                       error.optional("error", {rows, tables.width}, pred.dtype()),
-                       nullptr,
-                       samples,
-                       pred.dtype(),
+  const MaskedMse args{read_in_packs(patch_source(images, patch_size)), ids_mask.int32s("ids_mask", {rows}),
+                       cu_mask.int32s("cu_mask", {samples + 1}), pred.dense("pred", {rows, tables.width}),
+                       error.optional("error", {rows, tables.width}, pred.dtype()), nullptr, samples, pred.dtype(),
                        norm_pix};
   M3AE_CHECK(rows < int64_t{1} << 30, "pred must have fewer than 2^30 rows for impl='cuda', got ", rows);
   const Reduction reduction = reduction_of(reduction_name);
@@ -208,13 +203,9 @@ void backward(const Tensor& dloss, const Tensor& error, const Tensor& cu_mask, c
 }  // namespace
 
 void bind_masked_mse(pybind11::module_& module) {
-  using pybind11::arg, pybind11::kw_only;
-  const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
-  module.def("masked_mse", &forward, no_gil, kw_only(), arg("pred"), arg("images"), arg("ids_mask"), arg("cu_mask"),
-             arg("patch_size"), arg("norm_pix"), arg("scale"), arg("shift"), arg("reduction"), arg("partials"),
-             arg("ticket"), arg("loss"), arg("error"));
-  module.def("masked_mse_backward", &backward, no_gil, kw_only(), arg("dloss"), arg("error"), arg("cu_mask"),
-             arg("reduction"), arg("dpred"));
+  bind(module, "masked_mse", forward, {"pred", "images", "ids_mask", "cu_mask", "patch_size", "norm_pix", "scale",
+       "shift", "reduction", "partials", "ticket", "loss", "error"});
+  bind(module, "masked_mse_backward", backward, {"dloss", "error", "cu_mask", "reduction", "dpred"});
 }
 
 }  // namespace m3ae::cuda

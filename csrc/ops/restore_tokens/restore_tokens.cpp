@@ -55,14 +55,9 @@ void backward(const Tensor& dout, const Tensor& rows, const Tensor& slots, int64
               const Tensor& dsums, const Tensor& dimage_position, const Tensor& dtext_position) {
   const int64_t count = dout.size(0), width = dout.size(1), kept_rows = dkept.size(0);
   const Dtype dtype = dout.dtype();
-  const RestoreTokensBackward args{dout.dense("dout", {count, width}),
-                                   rows.int32s("rows", {count}),
-                                   slots.int32s("slots", {count}),
-                                   dkept.optional("dkept", {kAny, width}),
-                                   width,
-                                   static_cast<int32_t>(patches),
-                                   dkept.dtype(),
-                                   dtype};
+  const RestoreTokensBackward args{dout.dense("dout", {count, width}), rows.int32s("rows", {count}),
+                                   slots.int32s("slots", {count}), dkept.optional("dkept", {kAny, width}), width,
+                                   static_cast<int32_t>(patches), dkept.dtype(), dtype};
   if (args.dkept) zero_unnamed(args.rows, count, args.dkept, kept_rows, width * size_of(args.kept_dtype));
   if (dkept || dsums) {
     const auto kernel = M3AE_DISPATCH(restore_tokens_backward);
@@ -81,13 +76,10 @@ void backward(const Tensor& dout, const Tensor& rows, const Tensor& slots, int64
 }  // namespace
 
 void bind_restore_tokens(py::module_& module) {
-  using py::arg, py::kw_only;
-  const py::call_guard<py::gil_scoped_release> no_gil;
-  module.def("restore_tokens", &forward, no_gil, kw_only(), arg("kept"), arg("rows"), arg("slots"),
-             arg("image_mask_token"), arg("text_mask_token"), arg("image_position"), arg("text_position"),
-             arg("image_type"), arg("text_type"), arg("out"));
-  module.def("restore_tokens_backward", &backward, no_gil, kw_only(), arg("dout"), arg("rows"), arg("slots"),
-             arg("patches"), arg("dkept"), arg("dsums"), arg("dimage_position"), arg("dtext_position"));
+  bind(module, "restore_tokens", forward, {"kept", "rows", "slots", "image_mask_token", "text_mask_token",
+       "image_position", "text_position", "image_type", "text_type", "out"});
+  bind(module, "restore_tokens_backward", backward, {"dout", "rows", "slots", "patches", "dkept", "dsums",
+       "dimage_position", "dtext_position"});
 }
 
 }  // namespace m3ae

@@ -70,18 +70,15 @@ void forward(const Tensor& kept, const Tensor& rows, const Tensor& slots, const 
                });
 }
 
-// dkept holds zeros: only the rows that are named are written. dsums: [2][2][width], the sum of `number` partials of that
-// shape, at least one.
+// dkept holds zeros: only the rows that are named are written. dsums: [2][2][width], the sum of `number` partials of
+// that shape, at least one.
 void backward(const Tensor& dout, const Tensor& rows, const Tensor& slots, int64_t patches, const Tensor& partials,
               Address tickets, int64_t number, const Tensor& dkept, const Tensor& dsums) {
   const int64_t count = dout.size(0), width = dout.size(1);
   const MoveRows a{dout.dense("dout", {count, width}),
                    partials_of(partials.optional("partials", {number, 2, 2, width}, Dtype::f32),
                                dsums.optional("dsums", {2, 2, width}, Dtype::f32), tickets),
-                   count,
-                   (count + number - 1) / number,
-                   static_cast<int>(width),
-                   dout.dtype()};
+                   count, (count + number - 1) / number, static_cast<int>(width), dout.dtype()};
   const Restored restored{rows.int32s("rows", {count}), slots.int32s("slots", {count}), static_cast<int32_t>(patches),
                           {dkept.optional("dkept", {kAny, width}), dkept.dtype()}};
   with_columns(width, {{a.dout, a.dtype}, {restored.dkept.rows, restored.dkept.dtype}}, [&](auto columns) {
@@ -94,14 +91,9 @@ void backward(const Tensor& dout, const Tensor& rows, const Tensor& slots, int64
 // One table's gradient: see Groups.
 void backward_position(const Tensor& dout, const Tensor& order, const Tensor& starts, const Tensor& dposition) {
   const int64_t groups = dposition.size(0), width = dout.size(1);
-  const Groups a{dout.dense("dout", {kAny, width}),
-                 order.integers<int64_t>("order", {dout.size(0)}),
-                 starts.int32s("starts", {kAny}),
-                 dposition.dense("dposition", {groups, width}, dout.dtype()),
-                 groups,
-                 static_cast<int>(width),
-                 dout.dtype(),
-                 dout.dtype()};
+  const Groups a{dout.dense("dout", {kAny, width}), order.integers<int64_t>("order", {dout.size(0)}),
+                 starts.int32s("starts", {kAny}), dposition.dense("dposition", {groups, width}, dout.dtype()), groups,
+                 static_cast<int>(width), dout.dtype(), dout.dtype()};
   with_columns(width, {{a.dout, a.dtype}, {a.out, a.out_dtype}}, [&](auto columns) {
     constexpr int N = decltype(columns)::value;
     M3AE_LAUNCH(restore_tokens_position_kernel<N>, dim3(grid(groups).x, tiles(width, N)), kGroupThreads, 0,
@@ -112,15 +104,11 @@ void backward_position(const Tensor& dout, const Tensor& order, const Tensor& st
 }  // namespace
 
 void bind_restore_tokens(pybind11::module_& module) {
-  using pybind11::arg, pybind11::kw_only;
-  const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
-  module.def("restore_tokens", &forward, no_gil, kw_only(), arg("kept"), arg("rows"), arg("slots"),
-             arg("image_mask_token"), arg("text_mask_token"), arg("image_position"), arg("text_position"),
-             arg("image_type"), arg("text_type"), arg("out"));
-  module.def("restore_tokens_backward", &backward, no_gil, kw_only(), arg("dout"), arg("rows"), arg("slots"),
-             arg("patches"), arg("partials"), arg("tickets"), arg("number"), arg("dkept"), arg("dsums"));
-  module.def("restore_tokens_backward_position", &backward_position, no_gil, kw_only(), arg("dout"), arg("order"),
-             arg("starts"), arg("dposition"));
+  bind(module, "restore_tokens", forward, {"kept", "rows", "slots", "image_mask_token", "text_mask_token",
+       "image_position", "text_position", "image_type", "text_type", "out"});
+  bind(module, "restore_tokens_backward", backward, {"dout", "rows", "slots", "patches", "partials", "tickets",
+       "number", "dkept", "dsums"});
+  bind(module, "restore_tokens_backward_position", backward_position, {"dout", "order", "starts", "dposition"});
 }
 
 }  // namespace m3ae::cuda

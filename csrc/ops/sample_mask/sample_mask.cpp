@@ -56,10 +56,8 @@ std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint3
 }  // namespace
 
 void bind_sample_mask(py::module_& module) {
-  using py::arg;
-  module.def("sample_mask", &forward, py::call_guard<py::gil_scoped_release>(), py::kw_only(), arg("cu"),
-             arg("cu_keep"), arg("sample_ids"), arg("seed"), arg("step"), arg("stream"), arg("shared"), arg("ids_keep"),
-             arg("ids_mask"));
+  bind(module, "sample_mask", forward, {"cu", "cu_keep", "sample_ids", "seed", "step", "stream", "shared", "ids_keep",
+       "ids_mask"});
   module.def("philox4x32", &philox, "the four words of a counter and a key");
 }
 

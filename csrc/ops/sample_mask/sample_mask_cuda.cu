@@ -42,12 +42,8 @@ __global__ void __launch_bounds__(kThreads) sample_mask_kernel(SampleMask args) 
   const int first = args.cu[sample], first_keep = args.cu_keep[sample];
   const int length = args.cu[sample + 1] - first, keep = args.cu_keep[sample + 1] - first_keep;
   const int64_t id = args.sample_ids[sample];
-  Words words{nullptr,
-              static_cast<uint32_t>(id),
-              args.stream | static_cast<uint32_t>(id >> 32) << 8,
-              args.step,
-              static_cast<uint32_t>(args.seed),
-              static_cast<uint32_t>(args.seed >> 32)};
+  Words words{nullptr, static_cast<uint32_t>(id), args.stream | static_cast<uint32_t>(id >> 32) << 8, args.step,
+              static_cast<uint32_t>(args.seed), static_cast<uint32_t>(args.seed >> 32)};
   if (length <= kWords) {
     for (int counter = thread; 4 * counter < length; counter += kThreads) {
       const Philox4 four = words.four(static_cast<uint32_t>(counter));
@@ -110,10 +106,8 @@ void forward(const Tensor& cu, const Tensor& cu_keep, const Tensor& sample_ids, 
 }  // namespace
 
 void bind_sample_mask(pybind11::module_& module) {
-  using pybind11::arg;
-  module.def("sample_mask", &forward, pybind11::call_guard<pybind11::gil_scoped_release>(), pybind11::kw_only(),
-             arg("cu"), arg("cu_keep"), arg("sample_ids"), arg("seed"), arg("step"), arg("stream"), arg("ids_keep"),
-             arg("ids_mask"));
+  bind(module, "sample_mask", forward, {"cu", "cu_keep", "sample_ids", "seed", "step", "stream", "ids_keep",
+       "ids_mask"});
 }
 
 }  // namespace m3ae::cuda

@@ -59,7 +59,7 @@ char* workspace(size_t bytes) {
   return memory.get();
 }
 
-// The offsets of one side: one row a sequence and one more. other: where offsets are None; most: no length is beyond it.
+// The offsets of one side; `other` where they are None. most: no length is beyond it.
 struct Offsets {
   Offsets(const char* side, const Tensor& given, const Tensor& other, int64_t rows, std::optional<int64_t> most) {
     const std::string name = std::string("cu_seqlens_") + side;
@@ -154,12 +154,9 @@ void backward(const Tensor& dout, const Tensor& dlse, const Tensor& q, const Ten
 }  // namespace
 
 void bind_varlen_attention(py::module_& module) {
-  using py::arg, py::kw_only;
-  const py::call_guard<py::gil_scoped_release> no_gil;
-  module.def("varlen_attention", &forward, no_gil, kw_only(), arg("q"), arg("k"), arg("v"), arg("cu_q"), arg("cu_k"),
-             arg("max_q"), arg("max_k"), arg("scale"), arg("out"), arg("lse"));
-  module.def("varlen_attention_backward", &backward, no_gil, kw_only(), arg("dout"), arg("dlse"), arg("q"), arg("k"),
-             arg("v"), arg("out"), arg("lse"), arg("cu_q"), arg("cu_k"), arg("scale"), arg("dq"), arg("dk"), arg("dv"));
+  bind(module, "varlen_attention", forward, {"q", "k", "v", "cu_q", "cu_k", "max_q", "max_k", "scale", "out", "lse"});
+  bind(module, "varlen_attention_backward", backward, {"dout", "dlse", "q", "k", "v", "out", "lse", "cu_q", "cu_k",
+       "scale", "dq", "dk", "dv"});
 }
 
 }  // namespace m3ae

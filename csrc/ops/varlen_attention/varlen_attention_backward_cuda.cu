@@ -403,11 +403,8 @@ void backward(const Tensor& dout, const Tensor& dlse, const Tensor& q, const Ten
 }  // namespace
 
 void bind_varlen_attention_backward(pybind11::module_& module) {
-  using pybind11::arg;
-  module.def("varlen_attention_backward", &backward, pybind11::call_guard<pybind11::gil_scoped_release>(),
-             pybind11::kw_only(), arg("dout"), arg("dlse"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse"),
-             arg("cu_q"), arg("cu_k"), arg("max_q"), arg("max_k"), arg("shared_limit"), arg("scale"), arg("dq"),
-             arg("dk"), arg("dv"));
+  bind(module, "varlen_attention_backward", backward, {"dout", "dlse", "q", "k", "v", "out", "lse", "cu_q", "cu_k",
+       "max_q", "max_k", "shared_limit", "scale", "dq", "dk", "dv"});
 }
 
 }  // namespace m3ae::cuda

@@ -288,10 +288,8 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu
 void bind_varlen_attention_backward(pybind11::module_& module);  // varlen_attention_backward_cuda.cu
 
 void bind_varlen_attention(pybind11::module_& module) {
-  using pybind11::arg;
-  module.def("varlen_attention", &forward, pybind11::call_guard<pybind11::gil_scoped_release>(), pybind11::kw_only(),
-             arg("q"), arg("k"), arg("v"), arg("cu_q"), arg("cu_k"), arg("max_q"), arg("max_k"), arg("shared_limit"),
-             arg("scale"), arg("out"), arg("lse"));
+  bind(module, "varlen_attention", forward, {"q", "k", "v", "cu_q", "cu_k", "max_q", "max_k", "shared_limit", "scale",
+       "out", "lse"});
   bind_varlen_attention_backward(module);
 }
 
