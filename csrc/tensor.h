@@ -28,29 +28,20 @@ class Tensor {
   int64_t stride(int dimension) const { return dimension < view_.rank ? view_.strides[dimension] : 0; }
   dlpack::Device device() const { return view_.device; }
 
-  // Of a floating-point tensor or of uint8 pixels; of None fp32.
+  // Of a floating-point tensor or of uint8 pixels; of anything else fp32, which the checks refuse.
   Dtype dtype() const {
-    const auto [code, bits, lanes] = view_.dtype;
-    if (code == dlpack::kFloat && bits == 64) return Dtype::f64;
-    if (code == dlpack::kFloat && bits == 16) return Dtype::f16;
-    if (code == dlpack::kBfloat && bits == 16) return Dtype::bf16;
-    if (code == dlpack::kUint && bits == 8) return Dtype::u8;
+    for (Dtype each : {Dtype::f64, Dtype::f16, Dtype::bf16, Dtype::u8})
+      if (is(each)) return each;
     return Dtype::f32;
   }
 
   // The checks: each returns the address of the first element, null for None where that is allowed ("optional") and
   // for a tensor without elements. What is wrong becomes a ValueError that names the argument.
-  void* dense(const char* name, std::initializer_list<int64_t> sizes) const {
-    check(name, sizes);
-    for (int64_t dense = 1, d = view_.rank - 1; d >= 0; dense *= view_.sizes[d--])
-      if (view_.sizes[d] != 1 && view_.strides[d] != dense && elements() != 0)
-        value_error(name, " must be contiguous, got strides ", text(view_.strides));
-    return view_.data;
-  }
   void* dense(const char* name, std::initializer_list<int64_t> sizes, Dtype expected) const {
     check_dtype(name, expected);
-    return dense(name, sizes);
+    return contiguous(name, sizes);
   }
+  void* dense(const char* name, std::initializer_list<int64_t> sizes) const { return dense(name, sizes, dtype()); }
   template <class... Dtypes>
   void* optional(const char* name, std::initializer_list<int64_t> sizes, Dtypes... expected) const {
     return given_ ? dense(name, sizes, expected...) : nullptr;
@@ -67,7 +58,7 @@ class Tensor {
   Integer* integers(const char* name, std::initializer_list<int64_t> sizes) const {
     M3AE_CHECK(!given_ || (view_.dtype.code == dlpack::kInt && view_.dtype.bits == 8 * sizeof(Integer)), name,
                " must be of dtype int", 8 * sizeof(Integer), ", got ", type_text());
-    return static_cast<Integer*>(dense(name, sizes));
+    return static_cast<Integer*>(contiguous(name, sizes));
   }
   int32_t* int32s(const char* name, std::initializer_list<int64_t> sizes) const {
     return integers<int32_t>(name, sizes);
@@ -77,6 +68,7 @@ class Tensor {
   }
   // Any strides.
   void* any(const char* name, std::initializer_list<int64_t> sizes) const {
+    check_dtype(name, dtype());
     check(name, sizes);
     return view_.data;
   }
@@ -103,11 +95,21 @@ class Tensor {
     const char* names[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
     return (code < 7 ? names[code] : "type ") + std::to_string(bits);
   }
+  bool is(Dtype dtype) const {
+    const uint8_t code = dtype == Dtype::u8 ? dlpack::kUint : dtype == Dtype::bf16 ? dlpack::kBfloat : dlpack::kFloat;
+    return view_.dtype.code == code && view_.dtype.bits == 8 * size_of(dtype);
+  }
   void check_dtype(const char* name, Dtype expected) const {
     const char* names[] = {"float32", "bfloat16", "float64", "uint8", "float16"};
-    const bool known = view_.dtype.code == dlpack::kFloat || dtype() != Dtype::f32;
-    M3AE_CHECK(!given_ || (known && dtype() == expected), name, " must be of dtype ",
-               names[static_cast<int>(expected)], ", got ", type_text());
+    M3AE_CHECK(!given_ || is(expected), name, " must be of dtype ", names[static_cast<int>(expected)], ", got ",
+               type_text());
+  }
+  void* contiguous(const char* name, std::initializer_list<int64_t> sizes) const {
+    check(name, sizes);
+    for (int64_t dense = 1, d = view_.rank - 1; d >= 0; dense *= view_.sizes[d--])
+      if (view_.sizes[d] != 1 && view_.strides[d] != dense && elements() != 0)
+        value_error(name, " must be contiguous, got strides ", text(view_.strides));
+    return view_.data;
   }
   void check(const char* name, std::initializer_list<int64_t> sizes) const {
     M3AE_CHECK(given_, name, " must be a tensor, got None");

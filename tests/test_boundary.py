@@ -22,6 +22,7 @@ REFUSED = {
     "rank": (dict(weight=torch.ones(1, 8)), r"weight must have shape \(8,\), got \(1, 8\)"),
     "dtype": (dict(stats=torch.empty(2, 4).double()), "stats must be of dtype float32, got float64"),
     "integers": (dict(weight=torch.ones(8).int()), "weight must be of dtype float32, got int32"),
+    "integer rows": (dict(x=torch.ones(4, 8).int()), "x must be of dtype float32, got int32"),
     "strides": (dict(y=torch.empty(8, 4).t()), r"y must be contiguous, got strides \(1, 4\)"),
     "None": (dict(y=None), "y must be a tensor, got None"),
     "no memory": (dict(y=torch._efficientzerotensor(4, 8)), "y must have memory"),

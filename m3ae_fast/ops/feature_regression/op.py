@@ -63,9 +63,7 @@ def feature_regression(
     if width < 1:
         raise ValueError(f"pred must have a last dimension of at least 1, got shape {tuple(pred.shape)}")
     _checks.dtype("pred", pred, _checks.FLOATS)
-    _checks.shape("target", target, (count if rows is None else None, width))
-    _checks.dtype("target", target, _checks.FLOATS)
-    _checks.device("target", target, "pred", pred)
+    _checks.floating("target", target, (count if rows is None else None, width), "pred", pred)
     if rows is not None:
         rows = _checks.ids("rows", rows, count)
         _checks.device("rows", rows, "pred", pred)

@@ -45,16 +45,11 @@ def linear(
     if x.dim() < 1:
         raise ValueError("x must have at least one dimension, got a scalar")
     _checks.dtype("x", x, _checks.FLOATS)
-    _checks.shape("weight", weight, (None, x.shape[-1]))
+    _checks.floating("weight", weight, (None, x.shape[-1]), "x", x)
     _checks.choice("activation", activation, ACTIVATIONS)
     _checks.choice("input_activation", input_activation, ACTIVATIONS)
-    tensors = {"x": x, "weight": weight}
     if bias is not None:
-        _checks.shape("bias", bias, (weight.shape[0],))
-        tensors["bias"] = bias
-    for name, value in tensors.items():
-        _checks.dtype(name, value, _checks.FLOATS)
-        _checks.device(name, value, "x", x)
+        _checks.floating("bias", bias, (weight.shape[0],), "x", x)
     impl, x, weight, bias = _backends.for_product(BACKENDS, impl, x, weight, bias)
     if impl == "reference":
         return reference.linear(x, weight, bias, activation, input_activation)

@@ -56,14 +56,10 @@ def linear_cross_entropy(
     """
     _checks.shape("x", x, (None, None))
     rows, width = x.shape
-    _checks.shape("weight", weight, (None, width))
-    tensors = {"x": x, "weight": weight}
+    _checks.dtype("x", x, _checks.FLOATS)
+    _checks.floating("weight", weight, (None, width), "x", x)
     if bias is not None:
-        _checks.shape("bias", bias, (weight.shape[0],))
-        tensors["bias"] = bias
-    for name, value in tensors.items():
-        _checks.dtype(name, value, _checks.FLOATS)
-        _checks.device(name, value, "x", x)
+        _checks.floating("bias", bias, (weight.shape[0],), "x", x)
     target = _checks.ids("target", target, rows)
     _checks.device("target", target, "x", x)
     _checks.integer("ignore_index", ignore_index, -(2**31), 2**31)
@@ -126,8 +122,8 @@ def _linear_cross_entropy(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, dloss: Tensor | None, ignore_index: int,
     label_smoothing: float, need_x: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Per row the loss [T] and 1 where the argmax is the target [T]; of sum(dloss * loss) the gradients that are needed,
-    dx, dweight and dbias. Rows with target == ignore_index: 0, 0 and no gradient.
+    """Per row the loss [T] and 1 where the argmax is the target [T]; of sum(dloss * loss) the gradients that are
+    needed, dx, dweight and dbias. Rows with target == ignore_index: 0, 0 and no gradient.
 
     "cpp" also takes fp32 parameters with bf16 x; their gradients are fp32 then.
     """

@@ -60,10 +60,8 @@ def masked_mse(
     patches.check_images(images, patch_size)
     if images.requires_grad:
         raise ValueError("images must not require a gradient: the loss has one with respect to pred alone")
-    _checks.dtype("pred", pred, _checks.FLOATS)
     values = patch_size * patch_size * images.shape[1]
-    _checks.shape("pred", pred, (None, values))
-    _checks.device("pred", pred, "images", images)
+    _checks.floating("pred", pred, (None, values), "images", images)
     ids_mask = _checks.ids("ids_mask", ids_mask, pred.shape[0])
     _checks.device("ids_mask", ids_mask, "images", images)
     cu = cu_seqlens("cu_mask", cu_mask)
