@@ -189,9 +189,6 @@ class Operator:
     def __call__(self, impl: str, *args):
         if type(impl) is not Direct and (torch.compiler.is_compiling() or not eager(args)):
             return self.registered(impl, *args)
-        return self._run(impl, *args)
-
-    def _run(self, impl, *args):
         outputs, backend = self.allocate(*args), self.backends.modules[impl]
         fill = getattr(backend, self.part) if type(self.part) is str else functools.partial(self.part, backend)
         if type(outputs) is tuple:
@@ -201,7 +198,7 @@ class Operator:
         return outputs
 
     def _implementation(self, impl, *args):
-        return _tensors(self._run(impl, *args), args[0])
+        return _tensors(self(DIRECT[impl], *args), args[0])
 
     def _fake(self, impl, *args):
         return _tensors(self.allocate(*args), args[0])
