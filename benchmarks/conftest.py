@@ -3,11 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-import measure
 import pytest
-import report
 import torch
 
+from benchmarks import measure, report
 from m3ae_fast import testing
 
 

@@ -1,4 +1,4 @@
-"""What a pre-training run costs: `python benchmarks/cost.py docs/scale.md` writes the tables of that page anew.
+"""What a pre-training run costs: `python -m benchmarks.cost docs/scale.md` writes the tables of that page anew.
 
 A model of it, from the architecture alone: the products of a step, what its optimiser reads and writes, what processes
 send each other. Where docs/gpu_step.json is there (`benchmarks/gpu.sh step`), its measured steps take the place of the

@@ -1,10 +1,9 @@
-"""How cost grows: `python benchmarks/growth.py docs/growth.png` (and docs/growth.json).
+"""How cost grows: `python -m benchmarks.growth docs/growth.png` (and docs/growth.json).
 
 Left: a training step of M3AE-S over the tokens of its batch. Right: attention forward and backward over the length of
 its sequences, 4,096 tokens in all (3,200 at 1,600). Ours and the peers, interleaved, medians.
 """
 
-# ruff: noqa: E402  the folders of the benchmarks come first
 from __future__ import annotations
 
 import dataclasses
@@ -13,15 +12,12 @@ import statistics
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent / folder) for folder in (".", "models", "ops")]
-
-import bench_m3ae
-import bench_varlen_attention as attention
-import measure
-import report
 import torch
 import torch.nn.functional as F
 
+from benchmarks import measure, report
+from benchmarks.models import bench_m3ae
+from benchmarks.ops import bench_varlen_attention as attention
 from m3ae_fast import SeqLens, testing, varlen_attention
 from m3ae_fast.models import M3AEConfig
 

@@ -12,26 +12,26 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import measure
 import torch
 
-FOLDER = Path(__file__).parent
+from benchmarks import measure
+
+ROOT = Path(__file__).parents[1]
 
 
-def peak_beyond(function: str, *args) -> int:
+def peak_beyond(function: Callable, *args) -> int:
     """Bytes of resident memory that `run` adds at its peak, less `owned`.
 
     Args:
-        function: "module:name" of benchmarks; name(*args) -> (run, owned): called three times; bytes of what its caller
-            keeps anyway and that did not exist before (gradients).
+        function: function(*args) -> (run, owned), of a module of `benchmarks`: what is called three times, and bytes of
+            what its caller keeps anyway and that did not exist before (gradients).
 
     Raises:
         RuntimeError: the process failed, or this is not Linux (whose /proc gives the peak).
     """
-    command = [sys.executable, str(Path(__file__)), function, json.dumps(args)]
+    command = [sys.executable, __file__, f"{function.__module__}:{function.__name__}", json.dumps(args)]
     # glibc would keep much of what is freed, in holes: what is measured then is its heap, not what the step holds.
-    # benchmarks, and what this process can import: named, since PYTHONSAFEPATH may be set
-    path = os.pathsep.join([*(str(FOLDER / name) for name in ("", "models", "ops")), *sys.path])
+    path = os.pathsep.join([*sys.path, str(ROOT)])  # what this process can import, and `benchmarks`
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "PYTHONPATH": path}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if result.returncode:
@@ -51,7 +51,7 @@ def peak_on_gpu(run: Callable[[], object], owned: int) -> int:
     return torch.cuda.max_memory_allocated() - before - owned
 
 
-def peak(run: Callable[[], object], owned: int, function: str, *args) -> int:
+def peak(run: Callable[[], object], owned: int, function: Callable, *args) -> int:
     """Bytes that a step adds at its peak, less what is owned, on the device that is measured: on a GPU of `run`, else
     of `function` (see peak_beyond), which says itself what is owned."""
     return peak_on_gpu(run, owned) if measure.SETTINGS.gpu else peak_beyond(function, *args)

@@ -10,9 +10,9 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from padded_m3ae import Transformer, gather
 from torch import Tensor, nn
 
+from benchmarks.padded_m3ae import Transformer, gather
 from m3ae_fast import ImageTextBatch
 from m3ae_fast.models import MAMO, MAMOConfig
 

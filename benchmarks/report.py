@@ -11,10 +11,10 @@ import platform
 import subprocess
 from pathlib import Path
 
-import measure
 import torch
 
 import m3ae_fast
+from benchmarks import measure
 from m3ae_fast import testing
 
 

@@ -5,9 +5,9 @@ samples. `--stop-after 20` ends early, and the same command with `--resume` goes
 """
 
 import argparse
-import functools
 
 import lightning
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from m3ae_fast.data import Loader, Tokenizer, open_dataset
@@ -34,27 +34,27 @@ class Pretraining(lightning.LightningModule):
         self.print(f"step {self.global_step + 1} loss {self.all_gather(loss.detach()).mean():.6f}")
         return loss
 
+    def on_before_optimizer_step(self, optimizer):  # Lightning's own clipping sums in the optimizer's order, not ours
+        nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+
     def configure_optimizers(self):
-        optimiser = make_optimiser(self.model, lr=2e-3, weight_decay=0.05)
-        rate = functools.partial(learning_rate, steps=self.args.steps, warmup=self.args.steps // 10, peak=1.0)
-        return [optimiser], [{"scheduler": LambdaLR(optimiser, rate), "interval": "step"}]
+        optimiser, steps = make_optimiser(self.model, lr=2e-3, weight_decay=0.05), self.args.steps
+        rate = LambdaLR(optimiser, lambda step: learning_rate(step, steps=steps, warmup=steps // 10, peak=1.0))
+        return [optimiser], [{"scheduler": rate, "interval": "step"}]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--stop-after", type=int)
-    parser.add_argument("--batch-size", type=int, default=8, help="samples of a process in a forward pass")
-    parser.add_argument("--accumulate", type=int, default=1)
+    for name, default in {"steps": 50, "stop-after": None, "batch-size": 8, "accumulate": 1, "devices": 1}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--precision", default="32-true")
-    parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--out", default="runs/lightning")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     lightning.seed_everything(0)
     trainer = lightning.Trainer(
         max_steps=args.stop_after or args.steps, devices=args.devices, precision=args.precision,
-        accumulate_grad_batches=args.accumulate, gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
+        accumulate_grad_batches=args.accumulate, logger=False, enable_checkpointing=False,
     )  # fmt: skip
     trainer.fit(Pretraining(args), ckpt_path=f"{args.out}/last.ckpt" if args.resume else None)
     trainer.save_checkpoint(f"{args.out}/last.ckpt")

@@ -2,11 +2,10 @@
 
 import json
 
-import measure
 import pytest
-import report
 import torch
 
+from benchmarks import measure, report
 from m3ae_fast import SeqLens
 from m3ae_fast.testing import Call
 

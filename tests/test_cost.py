@@ -4,10 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-import bench_m3ae
-import cost
 import pytest
 
+from benchmarks import cost
+from benchmarks.models import bench_m3ae
 from m3ae_fast import testing
 from m3ae_fast.models import M3AE, M3AEConfig
 
@@ -42,7 +42,7 @@ def test_what_is_sent_counts_where_it_takes_longer():
 
 def test_the_page_is_up_to_date():
     page = (DOCS / "scale.md").read_text(encoding="utf-8")
-    assert cost.renewed(page, DOCS) == page, "run: python benchmarks/cost.py docs/scale.md"
+    assert cost.renewed(page, DOCS) == page, "run: python -m benchmarks.cost docs/scale.md"
 
 
 def test_a_measured_step_takes_the_place_of_an_assumed_one(tmp_path):

@@ -3,13 +3,13 @@
 import math
 import random
 
-import measure
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks import measure
 from m3ae_fast.data import EncodedImage, FolderDataset, Loader
 from m3ae_fast.data.transforms import crop
 

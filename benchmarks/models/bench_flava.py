@@ -1,10 +1,10 @@
 """A whole FLAVA pretraining step (forward, backward, AdamW) of Hugging Face's model before and after `accelerate`."""
 
-import bench_m3ae
-import measure
-import memory
 import pytest
 import torch
+
+from benchmarks import measure, memory
+from benchmarks.models import bench_m3ae
 
 pytest.importorskip("transformers", reason="pip install transformers to measure what accelerate() gains")
 from transformers import FlavaConfig, FlavaForPreTraining
@@ -80,7 +80,7 @@ def bench_flava_step(benchmark, precision):
     inputs = make_inputs(size, 2)
     names, extra = ("m3ae_fast", "transformers"), {}
     if not measure.SETTINGS.gpu:  # first: two models with their moments take 10 GB
-        extra = {name: memory.peak_beyond("bench_flava:owned", size, precision, name) for name in names}
+        extra = {name: memory.peak_beyond(owned, size, precision, name) for name in names}
     models = {name: make_model(size, name, inputs) for name in names}
     with torch.no_grad():
         torch.testing.assert_close(models["m3ae_fast"][1](0), models["transformers"][1](0), rtol=1e-5, atol=1e-5)

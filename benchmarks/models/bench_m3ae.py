@@ -4,13 +4,11 @@ import dataclasses
 import functools
 from unittest import mock
 
-import measure
-import memory
-import padded_m3ae
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import measure, memory, padded_m3ae
 from m3ae_fast import ImageTextBatch, _backends, testing
 from m3ae_fast.models import M3AE, M3AEConfig
 
@@ -98,7 +96,7 @@ def bench_m3ae_step(benchmark, size, precision):
     for name, row in rows.items():
         gradients = sum(parameter.nbytes for parameter in models[name][0].parameters())
         run = functools.partial(steps[name], 0)
-        extra = memory.peak(run, gradients, "bench_m3ae:owned", size, precision, name)
+        extra = memory.peak(run, gradients, owned, size, precision, name)
         row.extra = f"{extra / 2**20:.0f} MiB beyond weights, gradients and moments"
         if name != "padded, compiled":
             rate = flops_of(models[name][1]) / row.median_ms

@@ -2,13 +2,11 @@
 
 import functools
 
-import bench_m3ae
-import measure
-import memory
-import padded_mamo
 import pytest
 import torch
 
+from benchmarks import measure, memory, padded_mamo
+from benchmarks.models import bench_m3ae
 from m3ae_fast import testing
 from m3ae_fast.models import MAMO, MAMOConfig
 
@@ -62,5 +60,5 @@ def bench_mamo_step(benchmark, size, precision):
     for name, row in rows.items():
         gradients = sum(p.nbytes for p in models[name][0].parameters() if p.requires_grad)
         run = functools.partial(steps[name], 0)
-        extra = memory.peak(run, gradients, "bench_mamo:owned", size, precision, name)
+        extra = memory.peak(run, gradients, owned, size, precision, name)
         row.extra = f"{extra / 2**20:.0f} MiB beyond weights, gradients and moments"

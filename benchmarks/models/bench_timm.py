@@ -2,13 +2,13 @@
 
 import functools
 
-import measure
-import memory
 import pytest
-import timm_alone
 import torch
 import torch.nn.functional as F
-from bench_m3ae import make_step
+
+from benchmarks import measure, memory
+from benchmarks.models import timm_alone
+from benchmarks.models.bench_m3ae import make_step
 
 try:
     timm = timm_alone.load()
@@ -90,5 +90,5 @@ def bench_timm_step(benchmark, case, precision):
         filled = f", {make_inputs(case, 0)[0]['patch_valid'].float().mean():.0%} of the batch is no padding"
     rows = measure.compare(benchmark, "timm step", f"{case} {precision}", steps, inputs=2, queued=False)
     for name, row in rows.items():
-        extra = memory.peak(functools.partial(steps[name], 0), 0, "bench_timm:owned", case, precision, name)
+        extra = memory.peak(functools.partial(steps[name], 0), 0, owned, case, precision, name)
         row.extra = f"{extra / 2**20:.0f} MiB beyond weights and moments{filled}"

@@ -2,11 +2,11 @@
 
 import functools
 
-import bench_m3ae
-import measure
-import memory
 import pytest
 import torch
+
+from benchmarks import measure, memory
+from benchmarks.models import bench_m3ae
 
 pytest.importorskip("transformers", reason="pip install transformers to measure what accelerate() gains")
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
@@ -65,5 +65,5 @@ def bench_vit_mae_step(benchmark, precision):
     case = f"{size} {precision}, batch {BATCH}"
     rows = measure.compare(benchmark, "ViTMAE step", case, steps, inputs=len(inputs), queued=False)
     for name, row in rows.items():
-        extra = memory.peak(functools.partial(steps[name], 0), 0, "bench_vit_mae:owned", size, precision, name)
+        extra = memory.peak(functools.partial(steps[name], 0), 0, owned, size, precision, name)
         row.extra = f"{extra / 2**20:.0f} MiB beyond weights and moments"

@@ -1,10 +1,10 @@
 """assemble_tokens against the padded batch that users write: gather positions, add types, look words up, cat."""
 
-import measure
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import measure
 from m3ae_fast import assemble_tokens
 from m3ae_fast.ops.assemble_tokens import cases
 from m3ae_fast.testing import Call

@@ -1,10 +1,10 @@
 """feature_regression against the chain of MAMO's replications, eager and compiled: normalise, select, compare."""
 
-import measure
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import measure
 from m3ae_fast import feature_regression
 from m3ae_fast.ops.feature_regression import cases
 

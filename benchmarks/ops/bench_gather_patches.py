@@ -1,9 +1,9 @@
 """gather_patches against the chain it replaces: normalise the whole image, patchify it, gather the kept patches."""
 
-import measure
 import pytest
 import torch
 
+from benchmarks import measure
 from m3ae_fast import gather_patches
 from m3ae_fast.ops.gather_patches import cases
 from m3ae_fast.testing import Call

@@ -1,10 +1,10 @@
 """layer_norm against F.layer_norm(x + residual), which writes the sum, reads it back and keeps both."""
 
-import measure
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import measure
 from m3ae_fast import layer_norm
 from m3ae_fast.ops.layer_norm import cases
 

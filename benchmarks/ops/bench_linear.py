@@ -1,10 +1,10 @@
 """linear against F.linear and F.gelu."""
 
-import measure
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import measure
 from m3ae_fast import linear, testing
 from m3ae_fast.ops.linear import cases
 

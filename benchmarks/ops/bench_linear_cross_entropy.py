@@ -1,11 +1,10 @@
 """linear_cross_entropy against eager logits and torch's own chunked op; on a GPU against Liger's, too."""
 
-import measure
-import memory
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import measure, memory
 from m3ae_fast import linear_cross_entropy
 from m3ae_fast.ops.linear_cross_entropy import cases
 
@@ -70,5 +69,5 @@ def bench_linear_cross_entropy(benchmark, case, mode, dtype):
         if measure.SETTINGS.gpu:
             extra = memory.peak_on_gpu(*owned(case, str(dtype)[6:], provider))
         else:
-            extra = memory.peak_beyond("bench_linear_cross_entropy:owned", case, str(dtype)[6:], provider)
+            extra = memory.peak_beyond(owned, case, str(dtype)[6:], provider)
         rows[provider].extra = f"{extra / 2**20:.0f} MiB beyond inputs and gradients"

@@ -1,9 +1,9 @@
 """masked_mse against MAE's chain, on padded predictions of every patch, and against the same at masked patches only."""
 
-import measure
 import pytest
 import torch
 
+from benchmarks import measure
 from m3ae_fast import masked_mse
 from m3ae_fast.ops.masked_mse import cases
 from m3ae_fast.testing import Call

@@ -3,10 +3,10 @@ repeated and concatenated, a gather by ids_restore, positions and type added; th
 
 import itertools
 
-import measure
 import pytest
 import torch
 
+from benchmarks import measure
 from m3ae_fast import restore_tokens
 from m3ae_fast.ops.restore_tokens import cases
 from m3ae_fast.testing import Call

@@ -1,9 +1,9 @@
 """sample_mask against the chain it replaces: noise, argsort, argsort, slice, gather the mask."""
 
-import measure
 import pytest
 import torch
 
+from benchmarks import measure
 from m3ae_fast import SeqLens, sample_mask
 from m3ae_fast.ops.sample_mask import cases
 

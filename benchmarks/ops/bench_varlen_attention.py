@@ -7,12 +7,12 @@ sequence at a time, without padding. The packed peers are handed what ours is ha
 import functools
 import importlib
 
-import measure
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import measure
 from m3ae_fast import SeqLens, testing, varlen_attention
 from m3ae_fast.ops.varlen_attention import cases
 

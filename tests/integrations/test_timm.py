@@ -5,13 +5,13 @@ import functools
 import io
 
 import pytest
-import timm_alone
 import torch
 import torch._dynamo.testing
 from torch import nn
 from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from benchmarks.models import timm_alone
 from m3ae_fast import M3AEFastWarning, testing
 from m3ae_fast.integrations import _swap
 

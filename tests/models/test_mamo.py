@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_mamo import CONFIG, SIZES, make_batch, make_model, mlp, plain_fusion, plain_image, plain_text
 
 from m3ae_fast import ImageTextBatch
 from m3ae_fast.models import CLIP, MAMO, EncodersConfig, MAMOConfig, Supervised, SupervisedConfig
 from m3ae_fast.models.contrastive import ContrastiveLoss, same_pairs
+from tests.models.plain_mamo import CONFIG, SIZES, make_batch, make_model, mlp, plain_fusion, plain_image, plain_text
 
 
 @pytest.fixture

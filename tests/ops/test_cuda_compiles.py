@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton, whose cuobjdump is used, is missing")
 def test_no_kernel_spills_and_attention_runs_on_tensor_cores():
     import m3ae_fast._cuda
-    import resources
+
+    from benchmarks import resources
 
     kernels = resources.cuda_kernels(m3ae_fast._cuda.__file__)
     assert not [(k.arch, k.name, k.complaints()) for k in kernels if k.complaints()]

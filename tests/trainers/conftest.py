@@ -1,7 +1,6 @@
 """Two processes that talk by gloo, kept for all tests of a module."""
 
 import os
-import sys
 import traceback
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -12,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-ROOT = str(Path(__file__).parents[2])
 SECONDS = 120  # for one call, and for one process to wait for the other
 
 
@@ -44,9 +42,7 @@ class Pair:
         for rank in range(2):
             ours, theirs = context.Pipe()
             process = context.Process(target=serve, args=(rank, folder / "rendezvous", theirs), daemon=True)
-            sys.path.append(ROOT)  # there it finds the tests' functions; last: m3ae_fast is the installed one
             process.start()
-            sys.path.remove(ROOT)
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)

@@ -1,0 +1,6 @@
+"""Makes `benchmarks` and `tests` importable. This folder comes last, so an installed m3ae_fast is the one tested."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))
