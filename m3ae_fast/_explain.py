@@ -42,6 +42,8 @@ def explain() -> str:
         forced = os.environ.get("M3AE_FAST_ISA")
         why = f"M3AE_FAST_ISA={forced}" if forced else "the best of " + ", ".join(_C.available_isas())
         cpu = [f"instruction set   {_C.active_isa()} ({why})"]
+        missing = {isa: why for isa, why in _C.unavailable_isas().items() if "emulated" not in isa}
+        cpu += [f"                  not {isa}: {why}" for isa, why in missing.items()]
         sharing = "OpenMP" if _C.openmp else "built without OpenMP"
         cpu.append(f"threads           {_C.num_threads()} ({sharing}; torch has {torch.get_num_threads()})")
         cpu.append(f"products          {_backends.LOADED['linear']['cpp'].library()}")

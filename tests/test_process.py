@@ -23,7 +23,9 @@ def test_an_instruction_set_can_be_forced(isa, python):
 def test_an_instruction_set_that_is_not_there_is_refused(python):
     done = python("import m3ae_fast", M3AE_FAST_ISA="avx1024")
     assert done.returncode != 0
-    assert re.search("M3AE_FAST_ISA must be one of .*scalar, avx2, avx512, avx512_bf16, amx, got 'avx1024'", done.stderr)
+    assert re.search(
+        "M3AE_FAST_ISA must be one of .*scalar, avx2, avx512, avx512_bf16, amx, got 'avx1024'", done.stderr
+    )
 
 
 def test_a_backend_can_be_forced_for_a_process(python):

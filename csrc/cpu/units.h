@@ -29,6 +29,11 @@ struct Product {
   bool accumulate;        // c += instead of c =
 };
 
+// Whether `a` is read by tiles, dense along k (a_step 1): rows that lie along k are then transposed, best once for all
+// products that share them.
+template <class Unit>
+inline constexpr bool kDenseLeft = false;
+
 // m rows by n lanes, a multiple of the vector width.
 template <class Unit>
 void multiply(const Product<Unit>& whole, int64_t m, int64_t n);

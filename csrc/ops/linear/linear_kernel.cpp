@@ -111,6 +111,7 @@ struct Block {
   // Bytes of a thread's scratch: the left operand packed, its values, the sums. The right operand is packed before them.
   static constexpr int64_t packed_bytes = sizeof(U) * (kBlockRows + V::width) * kProductSteps;
   static constexpr int64_t value_bytes = sizeof(T) * most * (kBlockRows > kPanel ? kBlockRows : kPanel);
+  static_assert(!kDenseLeft<U> || value_bytes >= int64_t{sizeof(U)} * kBlockRows * kProductSteps, "rows to transpose");
   static constexpr int64_t sum_bytes = sizeof(Sum) * kBlockRows * kPanel * kGroupPanels;
 
   explicit Block(const LinearProduct& a)
@@ -169,7 +170,12 @@ Left<T> left_of(const Block<T>& b, const typename Block<T>::Steps& s, int64_t ro
   U* packed = reinterpret_cast<U*>(scratch);
   if (a.left_by_columns) {
     const int64_t ld = round_up(rows, B::V::width);
-    pack_steps(as<T>(a.left) + s.k * a.m + row, a.m, s.elements, rows, packed, ld);
+    U* steps = kDenseLeft<U> ? reinterpret_cast<U*>(scratch + B::packed_bytes) : packed;
+    pack_steps(as<T>(a.left) + s.k * a.m + row, a.m, s.elements, rows, steps, ld);
+    if constexpr (kDenseLeft<U>) {
+      transpose_rows(steps, ld, rows, s.count, packed, kProductSteps);
+      return {packed, kProductSteps, 1};
+    }
     return {packed, 1, ld};
   }
   const T* left = as<T>(a.left) + row * a.k + s.k;
