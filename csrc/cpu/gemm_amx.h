@@ -77,7 +77,8 @@ void multiply_block(TileStep s, int64_t tiles, int64_t b_step, const TileStep* r
   if (two_rows && two_columns) TILE_STORE(3, below + kTile, c_stride);
 }
 
-// `count` rows of `width` pairs, both at most as many as a tile block has, to rows of `kTile` or more pairs; zeros behind.
+// Copies [rows][width] pairs, `stride` apart, into [to_rows][to_width] and fills the rest with zeros. `to` starts on a
+// cache line, and to_width is a multiple of 16.
 M3AE_INLINE void copy_padded(const Pair* from, int64_t stride, int64_t rows, int64_t width, Pair* to, int64_t to_rows,
                              int64_t to_width) {
   for (int64_t r = 0; r < to_rows; ++r)

@@ -32,16 +32,18 @@ const char* no_avx512_bf16() {
 }
 const char* no_amx() {
   if (const char* reason = no_avx512_bf16()) return reason;
-  unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;  // CPUID leaf 7: bit 22 AMX-BF16, bit 24 AMX-TILE
-  __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-  if (!(edx >> 22 & 1) || !(edx >> 24 & 1)) return "this CPU has no AMX for bf16";
+  static const char* const reason = []() -> const char* {  // once: a virtual machine traps on CPUID
+    unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;  // leaf 7: bit 22 AMX-BF16, bit 24 AMX-TILE
+    __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+    if (!(edx >> 22 & 1) || !(edx >> 24 & 1)) return "this CPU has no AMX for bf16";
 #ifdef __linux__
-  // Linux hands out the tiles' state once a process asks: ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA.
-  static const bool permitted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-  return permitted ? nullptr : "Linux did not permit AMX to this process";
+    // Linux grants the tiles' state to a process that asks: ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA.
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? nullptr : "Linux did not permit AMX to this process";
 #else
-  return "AMX is used on Linux alone";
+    return "AMX is used on Linux alone";
 #endif
+  }();
+  return reason;
 }
 #else
 const char* no_avx2() { return "this CPU is no x86-64"; }

@@ -7,10 +7,8 @@ from m3ae_fast._backends import accumulator
 from m3ae_fast._cpp import _C
 
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}  # torch's names
-
-
 # _C reads a dtype from a tensor.
-OF_DTYPE = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)}
+OF_DTYPE = {d: torch.empty(0, dtype=d, device="cpu") for d in (torch.float32, torch.bfloat16, torch.float64)}
 
 
 def ours(dtype):
