@@ -80,6 +80,12 @@ std::string refusal(const InstructionSet& set) {
   return reason ? reason : built(set.name) < 0 ? "this build left it out" : "";
 }
 
+std::string joined(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
 }  // namespace
 
 int active_isa() { return active; }
@@ -102,24 +108,21 @@ std::map<std::string, std::string> unavailable_isas() {
 bool own_products(Dtype dtype) {
   const std::string isa = isa_name(active);
   if (dtype == Dtype::f64 || isa == "scalar") return false;
-  return dtype != Dtype::bf16 || isa == "amx" || no_amx();
+  return dtype != Dtype::bf16 || isa == "amx" || isa == "amx_emulated" || no_amx();
 }
 
 void set_isa(const std::string& name) {
-  std::string known;
   for (const InstructionSet& set : kKnown) {
-    if (built(set.name) >= 0) known += (known.empty() ? "" : ", ") + std::string(set.name);
     if (!name.empty() && name != set.name) continue;
     const std::string reason = refusal(set);
-    if (reason.empty()) active = built(set.name);  // of all that can run, the last is the best
-    if (name.empty()) continue;
-    if (reason.empty()) return;
-    std::string here;
-    for (const auto& each : available_isas()) here += (here.empty() ? "" : ", ") + each;
-    value_error("M3AE_FAST_ISA must name an instruction set that this build and machine have (", here, "), got '", name,
-                "': ", reason);
+    if (reason.empty()) active = built(set.name);  // without a name the last one stays: the best
+    else if (!name.empty())
+      value_error("M3AE_FAST_ISA must name an instruction set that this build and machine have (",
+                  joined(available_isas()), "), got '", name, "': ", reason);
+    if (!name.empty()) return;
   }
-  if (!name.empty()) value_error("M3AE_FAST_ISA must be one of ", known, ", got '", name, "'");
+  if (!name.empty())
+    value_error("M3AE_FAST_ISA must be one of ", joined({kBuilt, kBuilt + kBuiltCount}), ", got '", name, "'");
 }
 
 }  // namespace m3ae

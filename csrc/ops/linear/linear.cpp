@@ -47,8 +47,8 @@ void multiply(LinearProduct& args) {
     const int64_t bands = std::max(least, std::min((wanted + chunks - 1) / chunks, (args.m + kThinRows - 1) / kThinRows));
     each(bands * chunks, [&](int64_t i, char* mine) {
       const Range rows = chunk_range(args.m, bands, i / chunks), columns = chunk_range(args.panels, chunks, i % chunks);
-      M3AE_DISPATCH_PRODUCT(linear_multiply)(args, mine, rows.begin, rows.end - rows.begin, args.first_panel + columns.begin,
-                                     columns.end - columns.begin);
+      M3AE_DISPATCH_PRODUCT(linear_multiply)(args, mine, rows.begin, rows.end - rows.begin,
+                                             args.first_panel + columns.begin, columns.end - columns.begin);
     });
   }
 }
