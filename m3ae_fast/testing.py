@@ -135,7 +135,7 @@ def cotangent(x: Tensor) -> Tensor:
 
 
 def cases(op: str):
-    """The op's cases module: `SMALL` and `REAL` (names), `make(name, dtype, seed) -> Call`."""
+    """The op's cases module: `SMALL` and `REAL` (names), `make(name, dtype, seed) -> Call`, in a loss `LOSS = True`."""
     return importlib.import_module(f"m3ae_fast.ops.{op}.cases")
 
 

@@ -12,6 +12,7 @@ SMALL = (
 REAL = ("mamo_base l2", "mamo_base l1", "mamo_base cosine", "mamo_small l2")
 WIDTHS = {"mamo_base": 768, "mamo_small": 384}
 SAMPLES, PATCHES, MASKED = 64, 196, 147  # of the real ones: 75 % of the patches of 224 px
+LOSS = True
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:

@@ -16,6 +16,7 @@ OPTIONS = {
 }
 SMALL = ("small", "mean", "sum", "none", "no_bias", "all_ignored", "empty")
 REAL = ("m3ae_small", "batch_64")  # the masked words of a batch of 8; a third of 2048 rows ignored
+LOSS = True
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:

@@ -17,6 +17,7 @@ SMALL = (
     "wide norm_pix",
 )
 REAL = ("m3ae_small", "mae_base norm_pix")
+LOSS = True
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:
