@@ -77,9 +77,7 @@ def tune(backend, batch: int, heads: int, length: int, width: int) -> None:
             try:
                 with mock.patch.dict(tables, table):
                     ours = few.run(varlen_attention, impl="triton")
-                for factor, *results in zip((2, 3), ours, eager, truth, strict=True):  # outputs, gradients
-                    for each in zip(*results, strict=True):
-                        testing.assert_error_rule("out or a gradient", *each, factor=factor)
+                testing.assert_error_rules(ours, eager, truth)
                 run = runner(tables, table, calls, kernel != "forward")
                 run(0)
             except Exception as error:  # too much shared memory, a shape the compiler refuses, a wrong result

@@ -204,3 +204,10 @@ def assert_error_rule(name: str, ours: Tensor, eager: Tensor, truth: Tensor, fac
     error = (ours.double() - truth)[finite].abs().max()
     eager_error = scale * (eager.double() - truth)[finite].abs().max()
     assert error <= factor * eager_error + rounding, f"{name}: error {error:.3e}, eager PyTorch has {eager_error:.3e}"
+
+
+def assert_error_rules(ours: tuple, eager: tuple, truth: tuple) -> None:
+    """The error rule for all that three runs (`Call.run`) return: factor 2 for outputs, 3 for gradients."""
+    for kind, factor, *results in zip(("output", "gradient"), (2, 3), ours, eager, truth, strict=True):
+        for i, each in enumerate(zip(*results, strict=True)):
+            assert_error_rule(f"{kind} {i}", *each, factor)

@@ -52,15 +52,11 @@ def assert_same_bits(a, b):
 )
 def test_error_rule(op, impl, device, case, dtype, isa):
     call = testing.cases(op).make(case, dtype).on(device)
-    outputs, gradients = call.run(function(op), impl=impl)
+    ours = call.run(function(op), impl=impl)
     # There is no truth beyond fp64 to measure fp64 eager PyTorch against: its error is that of fp32, scaled.
     eager = call.to(torch.float32) if dtype == torch.float64 else call
-    eager_outputs, eager_gradients = eager.run(function(op), impl="reference")
-    true_outputs, true_gradients = call.to(torch.float64).run(function(op), impl="reference")
-    for i, results in enumerate(zip(outputs, eager_outputs, true_outputs, strict=True)):
-        testing.assert_error_rule(f"output {i}", *results, factor=2)
-    for i, results in enumerate(zip(gradients, eager_gradients, true_gradients, strict=True)):
-        testing.assert_error_rule(f"gradient {i}", *results, factor=3)
+    references = (each.run(function(op), impl="reference") for each in (eager, call.to(torch.float64)))
+    testing.assert_error_rules(ours, *references)
 
 
 @pytest.mark.parametrize(("op", "impl", "device", "case"), WITH_FP64)
@@ -173,13 +169,9 @@ def test_one_fp64_argument_is_refused_or_taken_right(op, impl, device, case):
 def test_tensors_that_are_not_aligned(op, impl, device, case):
     """Views that begin an element after an allocation does: what moves sixteen bytes at a time has to notice."""
     call = testing.cases(op).make(case, testing.dtypes(impl, op)[0]).on(device)
-    outputs, gradients = call.map(lambda x: testing.moved(x, 1)).run(function(op), impl=impl)
-    eager = call.run(function(op), impl="reference")
-    truth = call.to(torch.float64).run(function(op), impl="reference")
-    for i, results in enumerate(zip(outputs, eager[0], truth[0], strict=True)):
-        testing.assert_error_rule(f"output {i}", *results, factor=2)
-    for i, results in enumerate(zip(gradients, eager[1], truth[1], strict=True)):
-        testing.assert_error_rule(f"gradient {i}", *results, factor=3)
+    ours = call.map(lambda x: testing.moved(x, 1)).run(function(op), impl=impl)
+    references = (each.run(function(op), impl="reference") for each in (call, call.to(torch.float64)))
+    testing.assert_error_rules(ours, *references)
 
 
 @pytest.mark.parametrize(("op", "impl", "device", "case"), CASES)

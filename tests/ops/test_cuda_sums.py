@@ -82,13 +82,9 @@ def test_sums_are_right_and_always_the_same(device, impl, name):
     make, rows, width = SIZES[name]
     function, call = make(rows, width)
     call = call.on(device)
-    outputs, gradients = first = call.run(function, impl=impl)
-    eager = call.run(function, impl="reference")
-    truth = call.to(torch.float64).run(function, impl="reference")
-    for i, results in enumerate(zip(outputs, eager[0], truth[0], strict=True)):
-        testing.assert_error_rule(f"output {i}", *results, factor=2)
-    for i, results in enumerate(zip(gradients, eager[1], truth[1], strict=True)):
-        testing.assert_error_rule(f"gradient {i}", *results, factor=3)
+    first = call.run(function, impl=impl)
+    references = (each.run(function, impl="reference") for each in (call, call.to(torch.float64)))
+    testing.assert_error_rules(first, *references)
     assert zeros(device)
     assert_same_bits(first, call.run(function, impl=impl))
     if _backends.EMULATED:  # the first block is the last to finish
