@@ -29,8 +29,9 @@ WHY = (
 
 
 def op_of(part: Callable | type) -> str:
-    """The op that a class or a function of its op.py belongs to."""
-    return part.__module__.split(".")[-2]
+    """The op that a class or a function of its op.py belongs to; elsewhere the module's name says what it is."""
+    *_, package, module = part.__module__.split(".")
+    return package if module == "op" else module
 
 
 class Function(torch.autograd.Function):

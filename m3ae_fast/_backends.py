@@ -123,6 +123,12 @@ def _pick(backends: Backends, impl: str | None, tensor: Tensor, *others: torch.d
     return impl
 
 
+def has_kernels(backends: Backends, device: str, *dtypes: torch.dtype) -> bool:
+    """Whether calls with such tensors that name no impl are run by kernels, not by the reference."""
+    names = PREFERENCE.get(device, ()) if _FORCED is None else (_FORCED,)
+    return any(backends.refusal(name, device, *dtypes) is None for name in names)
+
+
 def product_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of a matrix product: the widest of its arguments', under autocast the autocast dtype, as PyTorch's."""
     dtype = tensors[0].dtype

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from m3ae_fast.nn import block_node
 from m3ae_fast.nn.attention import Attention
 from m3ae_fast.nn.linear import LayerNorm, Linear
 from m3ae_fast.nn.rows import take_rows
@@ -72,27 +73,42 @@ class Block(nn.Module):
                 values.
             apart: return (x, update), whose sum is the result: the next block adds it in passing.
         """
+        asked = (x, seqlens) if rows is None else (rows, rows_seqlens)
+        scales = self._scale(*asked), self._scale(*asked)
+        layers = self._layers() if rows is None and not torch.compiler.is_compiling() else None
+        if layers is not None and block_node.takes(x, update, seqlens, layers):
+            x, y = block_node.apply(x, update, seqlens, layers, scales, self.attn.heads)
+            return (x, y) if apart else x + y
         if update is None:
             y = self.norm1(x)
         else:
             y, x = self.norm1(update, residual=x)
         with self.norm1.recomputed(y, x):
             y = self.attn(y, seqlens, rows, rows_seqlens)
-        asked = seqlens if rows is None else rows_seqlens
-        y = self._drop(y, asked)
-        y, x = self.norm2(y, residual=x if rows is None else take_rows(x, rows))
+        y, x = self.norm2(block_node.scaled(y, scales[0]), residual=x if rows is None else take_rows(x, rows))
         with self.norm2.recomputed(y, x):
             y = self.mlp(y)
-        y = self._drop(y, asked)
+        y = block_node.scaled(y, scales[1])
         return (x, y) if apart else x + y
 
-    def _drop(self, y: Tensor, seqlens: SeqLens) -> Tensor:
-        """0 for some sequences, the others larger by as much as that costs in the mean (arXiv:1603.09382)."""
+    def _layers(self) -> list[LayerNorm | Linear] | None:
+        """norm1, qkv, proj, norm2, fc1, fc2, where calling the block's parts is calling these and nothing else."""
+        untouched, attn, mlp = block_node.untouched, self.attn, self.mlp
+        if not (untouched(attn, Attention) and untouched(mlp, Mlp)):
+            return None
+        norms, linears = (self.norm1, self.norm2), (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
+        if not (all(untouched(x, LayerNorm) for x in norms) and all(untouched(x, Linear) for x in linears)):
+            return None
+        if any(x.activation or (x.input_activation and x is not mlp.fc2) for x in linears):
+            return None
+        return [norms[0], *linears[:2], norms[1], *linears[2:]]
+
+    def _scale(self, rows: Tensor, seqlens: SeqLens) -> Tensor | None:
+        """[T, 1]: 0 in some sequences, the others larger by as much as that costs in the mean (arXiv:1603.09382)."""
         if not self.training or not self.drop_path:
-            return y
-        kept = torch.rand(len(seqlens), device=y.device) >= self.drop_path
-        scale = (kept / (1 - self.drop_path)).repeat_interleave(seqlens.cu.diff(), output_size=len(y))
-        return (y * scale[:, None]).to(y.dtype)
+            return None
+        kept = torch.rand(len(seqlens), device=rows.device) >= self.drop_path
+        return (kept / (1 - self.drop_path)).repeat_interleave(seqlens.cu.diff(), output_size=len(rows))[:, None]
 
 
 class Transformer(nn.Module):
