@@ -1,4 +1,7 @@
-"""What the Triton backends share: what each declares for the offline check of resources, and kernels with two callers.
+"""What the Triton backends share: how they launch, what each declares for the offline check of resources, and kernels
+with two callers.
+
+A kernel that is launched is decorated with `jit`, a function that kernels call with `triton.jit`.
 
 A `triton_backend.py` has, beside `forward` and `backward`, a function that names its kernels at the sizes of real
 models, exactly as `forward` and `backward` would launch them (take the launch options from the same table):
@@ -23,13 +26,104 @@ always a multiple of 16 says so: "i32:16".
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 from m3ae_fast._backends import INTERPRETED
+
+
+class Kernel(JITFunction):
+    """A jit function that finds what it has compiled by a key of its own: Triton's way takes twice as long.
+
+    `kernel[grid](*arguments, **constants_and_options)` as with any jit function, but the grid is a tuple. The first
+    launch with a key is Triton's own; only that one checks that the global constants that a kernel reads are unchanged.
+    """
+
+    def __init__(self, function, **options):
+        super().__init__(function, **options)
+        self.kinds: dict[tuple, tuple] = {}  # types of the arguments, keywords -> (`_key_of`, its keys -> `_keep`'s)
+
+    def __getitem__(self, grid):
+        return functools.partial(self._launch, grid)
+
+    def _launch(self, grid, *args, **options):
+        if self.pre_run_hooks or _watched():
+            self.run(*args, grid=grid, warmup=False, **options)
+            return
+        kind = (*map(type, args), *options)
+        key_of, kept = self.kinds.get(kind) or self.kinds.setdefault(kind, (self._key_of(args, options), {}))
+        active = driver.active
+        device = active.get_current_device()
+        key = key_of(device, *args, *options.values())
+        found = kept.get(key)
+        if found is None:
+            self._keep(kept, key, self.run(*args, grid=grid, warmup=False, **options), args, options)
+            return
+        compiled, constants = found
+        x, y, z = (*grid, 1, 1)[:3]
+        # None: neither launch metadata nor hooks
+        compiled.run(
+            x, y, z, active.get_current_stream(device), compiled.function, compiled.packed_metadata, None, None, None,
+            *args, *constants,
+        )  # fmt: skip
+
+    def _key_of(self, args, options):
+        """key(device, *args, *options.values()): what decides what Triton compiles for arguments of these types.
+
+        Generated, as Triton's binder is: a loop over the arguments takes three times as long.
+        """
+        decisive = [_decisive(parameter, arg) for parameter, arg in zip(self.params, args, strict=False)]
+        expressions = ["{0}", *decisive, *["{0}"] * len(options)]
+        names = [f"x{i}" for i in range(len(expressions))]
+        values = [expression.format(name) for expression, name in zip(expressions, names, strict=True)]
+        return eval(f"lambda {', '.join(names)}: ({', '.join(values)},)")
+
+    def _keep(self, kept, key, compiled, args, options):
+        """Keep what Triton has just launched, unless something decides that is not in the key."""
+        rest = self.params[len(args) :]
+        in_tuples = {type(number) for each in args if type(each) is tuple for number in each}
+        if compiled is not None and all(p.is_constexpr for p in rest) and in_tuples <= {float}:
+            kept[key] = compiled, tuple(options.get(p.name, p.default) for p in rest)
+
+
+def _decisive(parameter, arg) -> str:
+    """What of an argument decides, beside its type, what Triton compiles for an NVIDIA GPU: an expression of {0}."""
+    if parameter.is_constexpr:
+        return "{0}"
+    if isinstance(arg, torch.Tensor):
+        return "{0}.dtype, {0}.data_ptr() % 16 == 0"
+    if isinstance(arg, tuple):
+        return "tuple(map(type, {0}))"
+    if isinstance(arg, int):  # shifted, what fits into 32 bits is 0 or -1
+        return "{0} >> 31" if parameter.do_not_specialize else "{0} >> 31, {0} == 1 or {0} % 16 == 0 and 16"
+    if arg is None or isinstance(arg, float):
+        return "None"
+    raise TypeError(f"{parameter.name} must be a tensor, a number, a tuple or None, got {type(arg)}")
+
+
+def _watched() -> bool:
+    """Whether launches are hooked, as profilers do, or kernels are compiled in another way: then Triton launches."""
+    runtime = knobs.runtime
+    return bool(
+        getattr(runtime.launch_enter_hook, "calls", True)
+        or getattr(runtime.launch_exit_hook, "calls", True)
+        or runtime.debug
+        or runtime.add_stages_inspection_hook
+        or knobs.compilation.instrumentation_mode
+    )
+
+
+def jit(**options):
+    """Decorates a kernel that is launched, with triton.jit's options."""
+    known = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))  # what `Kernel` does is private to Triton
+    return functools.partial(Kernel, **options) if known and not INTERPRETED else triton.jit(**options)
 
 
 class Resource(NamedTuple):
@@ -73,7 +167,7 @@ def sum_partials(partials: torch.Tensor, out: torch.Tensor) -> None:
     )
 
 
-@triton.jit(do_not_specialize=["count", "size"])
+@jit(do_not_specialize=["count", "size"])
 def _sum_partials_kernel(partials_ptr, out_ptr, count, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -92,7 +186,7 @@ def sum_values(values: torch.Tensor, out: torch.Tensor) -> None:
     _sum_values_kernel[(1,)](values, out, values.shape[0], VALUES, **VALUES_OPTIONS)
 
 
-@triton.jit(do_not_specialize=["count"])
+@jit(do_not_specialize=["count"])
 def _sum_values_kernel(values_ptr, out_ptr, count, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, count, BLOCK):
@@ -119,7 +213,7 @@ def sum_groups(rows: torch.Tensor, order: torch.Tensor, starts: torch.Tensor, ou
     )
 
 
-@triton.jit
+@jit()
 def _sum_groups_kernel(
     rows_ptr, order_ptr, starts_ptr, out_ptr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -89,7 +89,7 @@ def _place(t, cu_image_ptr, cu_text_ptr, batch, image_rows, HAS_CLS: tl.constexp
     return tl.where(offset < 0, -1, source), inside
 
 
-@triton.jit(do_not_specialize=["batch", "image_rows"])
+@_triton.jit(do_not_specialize=["batch", "image_rows"])
 def _forward_kernel(
     image_tokens_ptr, text_tokens_ptr, image_ids_ptr, text_ids_ptr, cu_image_ptr, cu_text_ptr, cls_ptr, embedding_ptr,
     image_position_ptr, text_position_ptr, image_type_ptr, text_type_ptr, out_ptr, batch, image_rows,
@@ -122,7 +122,7 @@ def _forward_kernel(
     tl.store(out_ptr + t.to(tl.int64) * WIDTH + d, value, mask=in_row)
 
 
-@triton.jit(do_not_specialize=["batch", "image_rows"])
+@_triton.jit(do_not_specialize=["batch", "image_rows"])
 def _places_kernel(source_ptr, target_ptr, cu_image_ptr, cu_text_ptr, batch, image_rows, HAS_CLS: tl.constexpr):
     """source[t]: the token row of output row t, -1 for a class token. target: the way back, -1 where in no sample."""
     t = tl.program_id(0)
@@ -131,7 +131,7 @@ def _places_kernel(source_ptr, target_ptr, cu_image_ptr, cu_text_ptr, batch, ima
     tl.store(target_ptr + row, tl.where(inside, t, -1), mask=row >= 0)
 
 
-@triton.jit(do_not_specialize=["count", "per_chunk", "image_rows"])
+@_triton.jit(do_not_specialize=["count", "per_chunk", "image_rows"])
 def _backward_kernel(
     dout_ptr, source_ptr, target_ptr, dimage_ptr, dtext_ptr, partials_ptr, count, per_chunk, image_rows,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

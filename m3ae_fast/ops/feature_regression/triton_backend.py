@@ -39,7 +39,7 @@ def _row_weight(cu_ptr, count, samples, r, REDUCTION: tl.constexpr):
     return weight, r < named
 
 
-@triton.jit(do_not_specialize=["eps", "count", "samples"])
+@_triton.jit(do_not_specialize=["eps", "count", "samples"])
 def _forward_kernel(
     pred_ptr, target_ptr, rows_ptr, cu_ptr, row_loss_ptr, dpred_ptr, eps, count, samples, WIDTH: tl.constexpr,
     DISTANCE: tl.constexpr, NORMALIZE: tl.constexpr, REDUCTION: tl.constexpr, BLOCK: tl.constexpr,

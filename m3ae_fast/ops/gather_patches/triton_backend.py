@@ -62,7 +62,7 @@ def load_patch(
     return tl.where(inside, values, 0.0)
 
 
-@triton.jit(do_not_specialize=["count"])
+@_triton.jit(do_not_specialize=["count"])
 def _forward_kernel(
     images_ptr, ids_ptr, cu_ptr, out_ptr, count, stride_n, stride_c, stride_h, stride_w, scale, shift,
     COLUMNS: tl.constexpr, PATCH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
@@ -79,7 +79,7 @@ def _forward_kernel(
     tl.store(out_ptr + t.to(tl.int64) * WIDTH + d, values, mask=d < WIDTH)
 
 
-@triton.jit
+@_triton.jit()
 def _backward_kernel(
     dout_ptr, order_ptr, starts_ptr, dimages_ptr, scale, PATCHES_DOWN: tl.constexpr, COLUMNS: tl.constexpr,
     PATCH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,

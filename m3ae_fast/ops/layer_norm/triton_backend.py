@@ -37,7 +37,7 @@ def _backward_tile(width):
     return block, rows, {"num_warps": min(max(rows * block // 512, 4), 16), "num_stages": 1}
 
 
-@triton.jit(do_not_specialize=["count", "eps"])
+@_triton.jit(do_not_specialize=["count", "eps"])
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, s_ptr, stats_ptr, eps, count, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -65,7 +65,7 @@ def _forward_kernel(
 
 
 # With h = (s - mean) * rstd and g = dy * weight: dx = rstd * (g - mean(g) - h * mean(g * h)) + ds.
-@triton.jit(do_not_specialize=["count", "per_chunk"])
+@_triton.jit(do_not_specialize=["count", "per_chunk"])
 def _backward_kernel(
     dy_ptr, ds_ptr, s_ptr, weight_ptr, stats_ptr, dx_ptr, partials_ptr, count, per_chunk, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -74,14 +74,14 @@ def _share(z, TANH: tl.constexpr):
         return 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
 
 
-@triton.jit(do_not_specialize=["count"])
+@_triton.jit(do_not_specialize=["count"])
 def _forward_kernel(z_ptr, y_ptr, count, TANH: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(z_ptr + at, mask=at < count, other=0).to(tl.float32)
     tl.store(y_ptr + at, z * _share(z, TANH), mask=at < count)
 
 
-@triton.jit(do_not_specialize=["count", "per_chunk"])
+@_triton.jit(do_not_specialize=["count", "per_chunk"])
 def _backward_kernel(
     dy_ptr, z_ptr, dz_ptr, partials_ptr, count, width, per_chunk, TANH: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from m3ae_fast._triton import Resource
+from m3ae_fast._triton import Resource, jit
 
 LOGITS_BYTES = 128 << 20  # of a chunk: each one reads and adds to the whole of dweight, in fp32
 ALIGNMENT = (
@@ -19,7 +19,7 @@ SOFTMAX = dict(BLOCK=4096, num_warps=8)
 COLUMNS = dict(BLOCK_ROWS=64, BLOCK=64, num_warps=4)
 
 
-@triton.jit(do_not_specialize=["total", "ignore_index"])
+@jit(do_not_specialize=["total", "ignore_index"])
 def _pack_kernel(
     x_ptr, target_ptr, counted_ptr, packed_ptr, rows_ptr, total, ignore_index, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -35,7 +35,7 @@ def _pack_kernel(
         tl.store(packed_ptr + t * WIDTH + d, tl.zeros([BLOCK], packed_ptr.dtype.element_ty), mask=d < WIDTH)
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@jit(do_not_specialize=["ignore_index"])
 def _unpack_kernel(packed_ptr, target_ptr, counted_ptr, dx_ptr, ignore_index, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
@@ -44,7 +44,7 @@ def _unpack_kernel(packed_ptr, target_ptr, counted_ptr, dx_ptr, ignore_index, WI
     tl.store(dx_ptr + t * WIDTH + d, tl.load(packed_ptr + i * WIDTH + d, mask=mask, other=0.0), mask=d < WIDTH)
 
 
-@triton.jit
+@jit()
 def _softmax_kernel(
     logits_ptr, rows_ptr, target_ptr, dloss_ptr, loss_ptr, hit_ptr, stride, label_smoothing,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, SMOOTHED: tl.constexpr, GRADIENT: tl.constexpr, CLEAR: tl.constexpr,
@@ -92,7 +92,7 @@ def _softmax_kernel(
             tl.store(logits_ptr + v, dlogits.to(logits_ptr.dtype.element_ty), mask=v < VOCAB)
 
 
-@triton.jit(do_not_specialize=["first", "rows", "total"])
+@jit(do_not_specialize=["first", "rows", "total"])
 def _dbias_kernel(
     dlogits_ptr, counted_ptr, dbias_ptr, first, rows, total, stride,
     VOCAB: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,

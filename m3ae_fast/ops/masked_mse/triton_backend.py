@@ -48,7 +48,7 @@ def _row_weight(cu_ptr, count, image, REDUCTION: tl.constexpr):
     return weight
 
 
-@triton.jit(do_not_specialize=["count"])
+@_triton.jit(do_not_specialize=["count"])
 def _forward_kernel(
     pred_ptr, images_ptr, ids_ptr, cu_ptr, row_loss_ptr, error_ptr, count, stride_n, stride_c, stride_h, stride_w,
     scale, shift, COLUMNS: tl.constexpr, PATCH: tl.constexpr, CHANNELS: tl.constexpr, NORM_PIX: tl.constexpr,
@@ -78,7 +78,7 @@ def _forward_kernel(
     tl.store(row_loss_ptr + t, loss * _row_weight(cu_ptr, count, image, REDUCTION))
 
 
-@triton.jit(do_not_specialize=["count"])
+@_triton.jit(do_not_specialize=["count"])
 def _backward_kernel(
     dloss_ptr, error_ptr, cu_ptr, dpred_ptr, count, WIDTH: tl.constexpr, REDUCTION: tl.constexpr,
     A_LOSS_EACH: tl.constexpr, BLOCK: tl.constexpr,

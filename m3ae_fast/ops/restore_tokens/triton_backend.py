@@ -44,7 +44,7 @@ def backward(
                 _triton.sum_groups(dout, order, starts[first:], dposition)
 
 
-@triton.jit(do_not_specialize=["patches"])
+@_triton.jit(do_not_specialize=["patches"])
 def _forward_kernel(
     kept_ptr, rows_ptr, slots_ptr, image_mask_ptr, text_mask_ptr, image_position_ptr, text_position_ptr,
     image_type_ptr, text_type_ptr, out_ptr, patches, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -64,7 +64,7 @@ def _forward_kernel(
     tl.store(out_ptr + t * WIDTH + d, source + tl.where(image, image_place, text_place), mask=inside)
 
 
-@triton.jit(do_not_specialize=["count", "patches", "per_chunk"])
+@_triton.jit(do_not_specialize=["count", "patches", "per_chunk"])
 def _backward_kernel(
     dout_ptr, rows_ptr, slots_ptr, dkept_ptr, partials_ptr, count, patches, per_chunk, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -6,7 +6,7 @@ The kernels hold 32-bit words as uint32 and pass through memory and arguments as
 import triton
 import triton.language as tl
 
-from m3ae_fast._triton import Resource, row_options
+from m3ae_fast._triton import Resource, jit, row_options
 
 COUNTERS = 256  # of a program of _draw_kernel, at most: four words each
 BLOCK = 4096  # words that a sample's program takes at a time, at most
@@ -32,7 +32,7 @@ def forward(cu, cu_keep, sample_ids, total, total_keep, max_length, seed, step, 
     _select_kernel[(batch,)](cu, cu_keep, words, ids_keep, ids_mask, block, **row_options(block))
 
 
-@triton.jit(do_not_specialize=SCALARS)
+@jit(do_not_specialize=SCALARS)
 def _draw_kernel(
     cu_ptr, sample_ids_ptr, words_ptr, seed_low, seed_high, step, stream, COUNTERS: tl.constexpr
 ):  # fmt: skip
@@ -71,7 +71,7 @@ def _below(words_ptr, length, limit, BLOCK: tl.constexpr):
     return tl.sum(count, 0)
 
 
-@triton.jit
+@jit()
 def _select_kernel(cu_ptr, cu_keep_ptr, words_ptr, ids_keep_ptr, ids_mask_ptr, BLOCK: tl.constexpr):
     sample = tl.program_id(0)
     first, first_keep = tl.load(cu_ptr + sample), tl.load(cu_keep_ptr + sample)

@@ -120,7 +120,7 @@ def _scores(a, b, real, scale):
     return tl.where(real, _outer(a, b) * (scale * LOG2E), float("-inf"))
 
 
-@triton.jit(do_not_specialize=["batch", "blocks", "q_rows"])
+@_triton.jit(do_not_specialize=["batch", "blocks", "q_rows"])
 def _forward_kernel(
     q_ptr, q_row, q_head, k_ptr, k_row, k_head, v_ptr, v_row, v_head, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr,
     batch, blocks, q_rows, scale,
@@ -177,7 +177,7 @@ def _forward_kernel(
     tl.store(lse_ptr + rows, lse, mask=rows < end)
 
 
-@triton.jit(do_not_specialize=["batch", "blocks", "q_rows", "k_rows"])
+@_triton.jit(do_not_specialize=["batch", "blocks", "q_rows", "k_rows"])
 def _backward_keys_kernel(
     q_ptr, q_row, q_head, k_ptr, k_row, k_head, v_ptr, v_row, v_head, dout_ptr, dout_row, dout_head,
     lse_ptr, dlse_ptr, delta_ptr, cu_q_ptr, cu_k_ptr, dq_ptr, dq_row, dq_head, dk_ptr, dv_ptr, dk_row, dk_head,
@@ -239,7 +239,7 @@ def _backward_keys_kernel(
     _store(dv_ptr, dk_row, keys, keys < last, dv, WIDTH)
 
 
-@triton.jit(do_not_specialize=["batch", "blocks", "q_rows"])
+@_triton.jit(do_not_specialize=["batch", "blocks", "q_rows"])
 def _backward_queries_kernel(
     q_ptr, q_row, q_head, k_ptr, k_row, k_head, v_ptr, v_row, v_head, out_ptr, dout_ptr, dout_row, dout_head,
     lse_ptr, dlse_ptr, delta_ptr, cu_q_ptr, cu_k_ptr, dq_ptr, dq_row, dq_head, batch, blocks, q_rows, scale,
