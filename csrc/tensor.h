@@ -60,6 +60,7 @@ class Tensor {
                " must be of dtype int", 8 * sizeof(Integer), ", got ", type_text());
     return static_cast<Integer*>(contiguous(name, sizes));
   }
+  bool is_int64() const { return view_.dtype.code == dlpack::kInt && view_.dtype.bits == 64; }
   int32_t* int32s(const char* name, std::initializer_list<int64_t> sizes) const {
     return integers<int32_t>(name, sizes);
   }

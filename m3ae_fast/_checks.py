@@ -87,13 +87,19 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> None
         raise ValueError(f"{name} must be {bound}, got {value}")
 
 
-def ids(name: str, value: Tensor, length: int | None = None) -> Tensor:
-    """An index vector, int32 or int64, of `length` entries; returned as contiguous int32."""
+def indices(name: str, value: Tensor, length: int | None = None) -> Tensor:
+    """An index vector, int32 or int64, of `length` entries; returned contiguous."""
     shape(name, value, (length,))
     dtype(name, value, INTEGERS)
+    return value.contiguous()
+
+
+def ids(name: str, value: Tensor, length: int | None = None) -> Tensor:
+    """An index vector, int32 or int64, of `length` entries; returned as contiguous int32."""
+    value = indices(name, value, length)
     if value.dtype != torch.int32:  # saturate: what is out of range must stay out of range, on a GPU too
         value = value.clamp(-(2**31), 2**31 - 1).to(torch.int32)
-    return value.contiguous()
+    return value
 
 
 def offsets(name: str, value: Tensor, rows: int) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import m3ae_fast
+from m3ae_fast import testing
 from m3ae_fast.ops.layer_norm import op
 
 _C = pytest.importorskip("m3ae_fast._cpp")._C
@@ -44,7 +45,12 @@ def test_a_binding_takes_tensors_by_name():
 
 
 class Mode(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.called = set()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.called.add(func.name())
         return func(*args, **(kwargs or {}))
 
 
@@ -60,6 +66,15 @@ def test_only_calls_that_somebody_watches_pass_the_dispatcher():
             m3ae_fast.layer_norm(x, weight, None)
         assert registered.call_count == 2
     assert "m3ae_fast::layer_norm" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("op", ["feature_regression", "linear_cross_entropy", "masked_mse"])
+def test_a_loss_is_one_call(op):
+    """Weights of rows, sums and checks are the kernel's work: each torch call beside it costs microseconds."""
+    call = testing.cases(op).make(testing.cases(op).SMALL[0])
+    with torch.no_grad(), Mode() as mode:
+        getattr(m3ae_fast, op)(*call.args, **call.kwargs, impl="cpp")
+    assert mode.called - {"aten::new_empty", "aten::detach"} == {f"m3ae_fast::{op}"}
 
 
 def test_a_view_that_is_yet_to_be_negated():

@@ -6,7 +6,7 @@
 
 #include "cpu/pages.h"
 #include "cpu/threads.h"
-#include "tensor.h"
+#include "reduction.h"
 
 namespace py = pybind11;
 
@@ -14,22 +14,23 @@ namespace m3ae {
 namespace {
 
 // What the loss of each row is multiplied with before all are added up; 0 for rows past cu's last entry.
-std::vector<double> row_weights(const std::string& reduction, const int32_t* cu, int64_t samples, int64_t count) {
+std::vector<double> row_weights(Reduction reduction, const int32_t* cu, int64_t samples, int64_t count) {
   std::vector<double> weights(static_cast<size_t>(count), 0.0);
-  if (reduction == "sample_mean") {
+  if (reduction == Reduction::sample_mean) {
     for (int64_t n = 0; n < samples; ++n)
       std::fill(weights.begin() + cu[n], weights.begin() + cu[n + 1], 1.0 / samples / (cu[n + 1] - cu[n]));
   } else {
     const int64_t named = cu ? cu[samples] : count;
-    std::fill_n(weights.begin(), named, reduction == "mean" ? 1.0 / named : 1.0);
+    std::fill_n(weights.begin(), named, reduction == Reduction::mean ? 1.0 / named : 1.0);
   }
   return weights;
 }
 
 // loss: one, or with reduction "none" one a row.
 void forward(const Tensor& pred, const Tensor& target, const Tensor& rows, const Tensor& cu_seqlens,
-             const std::string& distance, bool normalize, double eps, const std::string& reduction, const Tensor& loss,
-             const Tensor& dpred) {
+             const std::string& distance, bool normalize, double eps,
+             const std::string& reduction_name, const Tensor& loss, const Tensor& dpred) {
+  const Reduction reduction = reduction_of(reduction_name);
   const int64_t count = pred.size(0), width = pred.size(1), samples = cu_seqlens.size(0) - 1;
   const int32_t* cu = cu_seqlens.optional_int32s("cu_seqlens", {samples + 1});
   if (cu) check_offsets("cu_seqlens", cu, samples, count);
@@ -46,25 +47,14 @@ void forward(const Tensor& pred, const Tensor& target, const Tensor& rows, const
                                distance == "l2"   ? Distance::l2 : distance == "l1" ? Distance::l1 : Distance::cosine,
                                normalize};
   if (args.dpred) prefer_huge_pages(args.dpred, count * width * size_of(args.pred_dtype));
-  const Dtype accumulate = accumulator(pred.dtype());
-  void* out = reduction == "none" ? loss.dense("loss", {count}, accumulate) : loss.dense("loss", {}, accumulate);
+  const Reduced out("loss", loss, reduction, count, accumulator(pred.dtype()));
   const auto kernel = M3AE_DISPATCH(feature_regression);
   parallel_for(count, grain_rows(width), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  const auto write = [&](int64_t at, double value) {
-    if (args.pred_dtype == Dtype::f64)
-      as<double>(out)[at] = value;
-    else
-      as<float>(out)[at] = static_cast<float>(value);
-  };
-  if (reduction == "none") {
-    for (int64_t r = 0; r < count; ++r) write(r, row_loss[r]);
+  if (reduction == Reduction::none) {
+    for (int64_t r = 0; r < count; ++r) out.write(r, row_loss[r]);
     return;
   }
-  double sums[16] = {};  // short chains: one long one would round more often
-  for (int64_t r = 0; r < count; ++r) sums[r % 16] += weights[r] * row_loss[r];
-  for (int half = 8; half > 0; half /= 2)
-    for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
-  write(0, sums[0]);
+  out.write(0, sum_in_chains(count, [&](int64_t r) { return weights[r] * row_loss[r]; }));
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 #include "cpu/pages.h"
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
-#include "tensor.h"
+#include "reduction.h"
 
 namespace py = pybind11;
 
@@ -15,15 +15,26 @@ namespace {
 
 constexpr int64_t kLogitsBytes = int64_t{32} << 20;  // of a block. Every block reads and packs the whole weight thrice
 
-// The rows whose target is a class; every other target must be ignore_index.
-std::vector<int32_t> rows_that_count(const int32_t* target, int64_t count, int64_t vocab, int64_t ignore_index) {
-  std::vector<int32_t> rows;
-  for (int64_t t = 0; t < count; ++t) {
-    if (target[t] == ignore_index) continue;
-    M3AE_CHECK(target[t] >= 0 && target[t] < vocab, "target must be in [0, ", vocab, ") or ignore_index (", ignore_index,
-               "), got ", target[t], " at row ", t);
-    rows.push_back(static_cast<int32_t>(t));
+// The rows whose target is a class, each with its share of the reduced loss; every other target must be ignore_index.
+// Rows past the last sequence are not looked at.
+template <class Integer>
+std::vector<CrossEntropyRow> rows_that_count(const Integer* target, int64_t count, const int32_t* cu, int64_t sequences,
+                                             int64_t vocab, int64_t ignore_index, Reduction reduction) {
+  std::vector<CrossEntropyRow> rows;
+  for (int64_t n = 0; n < sequences; ++n) {
+    const size_t first = rows.size();
+    for (int64_t t = cu ? cu[n] : 0, end = cu ? cu[n + 1] : count; t < end; ++t) {
+      if (target[t] == ignore_index) continue;
+      M3AE_CHECK(target[t] >= 0 && target[t] < vocab, "target must be in [0, ", vocab, ") or ignore_index (",
+                 ignore_index, "), got ", target[t], " at row ", t);
+      rows.push_back({static_cast<int32_t>(t), static_cast<int32_t>(target[t]), 1, 0, 0, false});
+    }
+    if (reduction != Reduction::sample_mean) continue;
+    const int64_t parts = static_cast<int64_t>(rows.size() - first) * sequences;
+    for (size_t i = first; i < rows.size(); ++i) rows[i].share = 1.0 / static_cast<double>(parts);
   }
+  if (reduction == Reduction::mean)
+    for (CrossEntropyRow& row : rows) row.share = 1.0 / static_cast<double>(rows.size());
   return rows;
 }
 
@@ -34,36 +45,16 @@ void zero(void* data, int64_t bytes) {
   });
 }
 
-void forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& target, const Tensor& dloss,
-             int64_t ignore_index, double label_smoothing, const Tensor& loss, const Tensor& hit, const Tensor& dx,
-             const Tensor& dweight, const Tensor& dbias) {
-  const int64_t count = x.size(0), width = x.size(1), vocab = weight.size(0);
-  const Dtype dtype = x.dtype(), parameter_dtype = weight.dtype(), accumulate = accumulator(dtype);
-  CrossEntropyBlock args{x.dense("x", {count, width}), weight.dense("weight", {vocab, width}),
-                         bias.optional("bias", {vocab}, parameter_dtype), target.int32s("target", {count}),
-                         dx || dweight || dbias ? dloss.dense("dloss", {count}, accumulate) : nullptr,
-                         loss.dense("loss", {count}, accumulate), hit.dense("hit", {count}, accumulate),
-                         dx.optional("dx", {count, width}, dtype),
-                         dweight.optional("dweight", {vocab, width}, parameter_dtype),
-                         dbias.optional("dbias", {vocab}, accumulate), width, vocab, label_smoothing, dtype,
-                         parameter_dtype, nullptr, 0, false, nullptr, nullptr, nullptr};
-  const std::vector<int32_t> rows = rows_that_count(args.target, count, vocab, ignore_index);
-  const int64_t found = static_cast<int64_t>(rows.size());
-  zero(args.loss, count * size_of(accumulate));
-  zero(args.hit, count * size_of(accumulate));
-  if (found < count) zero(args.dx, count * width * size_of(dtype));
-  if (found == 0) {
-    zero(args.dweight, vocab * width * size_of(parameter_dtype));
-    zero(args.dbias, vocab * size_of(accumulate));
-    return;
-  }
+// The losses and hits of these rows; the gradients, of sum(dloss * loss), of what they belong to.
+void run_blocks(CrossEntropyBlock args, std::vector<CrossEntropyRow>* rows) {
+  const int64_t count = static_cast<int64_t>(rows->size()), width = args.width, vocab = args.vocab;
   const auto sizes_of = M3AE_DISPATCH_PRODUCT(cross_entropy_sizes);
-  const int64_t most = kLogitsBytes / sizes_of(1, width, vocab, dtype).logits_row;
-  const int64_t blocks = most > 0 ? (found + most - 1) / most : found, high = (found + blocks - 1) / blocks;
-  const CrossEntropySizes sizes = sizes_of(high, width, vocab, dtype);
+  const int64_t most = kLogitsBytes / sizes_of(1, width, vocab, args.dtype).logits_row;
+  const int64_t blocks = most > 0 ? (count + most - 1) / most : count, high = (count + blocks - 1) / blocks;
+  const CrossEntropySizes sizes = sizes_of(high, width, vocab, args.dtype);
   const Scratch logits(high * sizes.logits_row), x_rows(high * sizes.x_rows_row), x_steps(high * sizes.x_steps_row);
   prefer_huge_pages(logits.get(), high * sizes.logits_row);
-  if (args.dweight) prefer_huge_pages(args.dweight, vocab * width * size_of(parameter_dtype));
+  if (args.dweight) prefer_huge_pages(args.dweight, vocab * width * size_of(args.parameter_dtype));
   args.logits = logits.get(), args.x_rows = x_rows.get(), args.x_steps = x_steps.get();
   const auto stage = [&](int64_t tasks, auto kernel) {
     parallel_for(tasks, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -76,8 +67,8 @@ void forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Te
   };
   const int64_t panels = (vocab + kClassPanel - 1) / kClassPanel, columns = (width + kDxColumns - 1) / kDxColumns;
   for (int64_t block = 0; block < blocks; ++block) {
-    const Range range = chunk_range(found, blocks, block);
-    args.rows = rows.data() + range.begin;
+    const Range range = chunk_range(count, blocks, block);
+    args.rows = rows->data() + range.begin;
     args.count = range.end - range.begin;
     args.first = block == 0;
     stage(args.count, M3AE_DISPATCH_PRODUCT(cross_entropy_pack));
@@ -88,11 +79,59 @@ void forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Te
   }
 }
 
+// loss, hit: reduced, or with reduction "none" one a row. The gradients are those of the reduced loss, or with "none"
+// of sum(dloss * loss).
+void forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& target, const Tensor& cu_seqlens,
+             const Tensor& dloss, int64_t ignore_index, const std::string& reduction_name, double label_smoothing,
+             const Tensor& loss, const Tensor& hit, const Tensor& dx, const Tensor& dweight, const Tensor& dbias) {
+  const Reduction reduction = reduction_of(reduction_name);
+  const bool each = reduction == Reduction::none;
+  const int64_t count = x.size(0), width = x.size(1), vocab = weight.size(0);
+  const int64_t sequences = cu_seqlens ? cu_seqlens.size(0) - 1 : 1;
+  const Dtype dtype = x.dtype(), parameter_dtype = weight.dtype(), accumulate = accumulator(dtype);
+  const CrossEntropyBlock args{
+      x.dense("x", {count, width}), weight.dense("weight", {vocab, width}),
+      bias.optional("bias", {vocab}, parameter_dtype), dx.optional("dx", {count, width}, dtype),
+      dweight.optional("dweight", {vocab, width}, parameter_dtype), dbias.optional("dbias", {vocab}, accumulate), width,
+      vocab, label_smoothing, dtype, parameter_dtype, nullptr, 0, false, nullptr, nullptr, nullptr};
+  const void* dlosses = each && (dx || dweight || dbias) ? dloss.dense("dloss", {count}, accumulate) : nullptr;
+  const Reduced losses("loss", loss, reduction, count, accumulate), hits("hit", hit, reduction, count, accumulate);
+  const int32_t* cu = cu_seqlens.optional_int32s("cu_seqlens", {sequences + 1});
+  if (cu) check_offsets("cu_seqlens", cu, sequences, count);
+  const auto collect = [&](const auto* targets) {
+    return rows_that_count(targets, count, cu, sequences, vocab, ignore_index, reduction);
+  };
+  std::vector<CrossEntropyRow> rows = target.is_int64() ? collect(target.integers<int64_t>("target", {count}))
+                                                        : collect(target.int32s("target", {count}));
+  const auto as_accumulator = [&](const void* values, int64_t at) {
+    return accumulate == Dtype::f64 ? as<double>(values)[at] : as<float>(values)[at];
+  };
+  for (CrossEntropyRow& row : rows)
+    row.dloss = dlosses                    ? as_accumulator(dlosses, row.row)
+                : accumulate == Dtype::f64 ? row.share
+                                           : static_cast<float>(row.share);
+  if (static_cast<int64_t>(rows.size()) < count) zero(args.dx, count * width * size_of(dtype));
+  if (rows.empty()) {
+    zero(args.dweight, vocab * width * size_of(parameter_dtype));
+    zero(args.dbias, vocab * size_of(accumulate));
+  } else {
+    run_blocks(args, &rows);
+  }
+  const auto reduce = [&](const Reduced& out, auto value_of) {
+    if (!each)
+      return out.write(0, sum_in_chains(rows.size(), [&](int64_t i) { return value_of(rows[i]) * rows[i].share; }));
+    for (int64_t t = 0; t < count; ++t) out.write(t, 0);
+    for (const CrossEntropyRow& row : rows) out.write(row.row, value_of(row));
+  };
+  reduce(losses, [](const CrossEntropyRow& row) { return row.loss; });
+  if (hit) reduce(hits, [](const CrossEntropyRow& row) { return row.hit ? 1.0 : 0.0; });
+}
+
 }  // namespace
 
 void bind_linear_cross_entropy(py::module_& module) {
-  bind(module, "linear_cross_entropy", forward, {"x", "weight", "bias", "target", "dloss", "ignore_index",
-       "label_smoothing", "loss", "hit", "dx", "dweight", "dbias"});
+  bind(module, "linear_cross_entropy", forward, {"x", "weight", "bias", "target", "cu_seqlens", "dloss",
+       "ignore_index", "reduction", "label_smoothing", "loss", "hit", "dx", "dweight", "dbias"});
 }
 
 }  // namespace m3ae

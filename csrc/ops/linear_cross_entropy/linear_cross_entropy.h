@@ -5,6 +5,15 @@
 
 namespace m3ae {
 
+// A row that counts.
+struct CrossEntropyRow {
+  int32_t row;         // of x
+  int32_t target;      // in [0, vocab)
+  double share;        // what its loss weighs in the reduced one
+  double dloss, loss;  // as accumulators hold them (fp32; fp64 for Dtype::f64)
+  bool hit;            // the target's is the first of the largest logits
+};
+
 // Linear and cross entropy over a block of rows whose logits stay in a workspace. Each stage is a kernel over tasks that
 // depend on nothing of their own stage, and no sum depends on how they are shared out:
 //   pack       rows of x                    x in the two layouts that products read (csrc/cpu/gemm.h)
@@ -16,10 +25,6 @@ struct CrossEntropyBlock {
   const void* x;          // [T, width]
   const void* weight;     // [vocab, width]
   const void* bias;       // [vocab]; null: none
-  const int32_t* target;  // [T]
-  const void* dloss;      // accumulators [T] (fp32; fp64 for Dtype::f64); null: no gradient
-  void* loss;             // accumulators [T]
-  void* hit;              // accumulators [T], 1 where the target's is the first of the largest logits
   void* dx;               // [T, width]; null: not wanted
   void* dweight;          // [vocab, width]; null: not wanted
   void* dbias;            // accumulators [vocab]; null: not wanted
@@ -28,7 +33,7 @@ struct CrossEntropyBlock {
   Dtype dtype;            // of x and dx
   Dtype parameter_dtype;  // of weight, bias and dweight: dtype, or fp32 where that is bf16
 
-  const int32_t* rows;              // the rows of this block, every target of theirs in [0, vocab)
+  CrossEntropyRow* rows;            // of this block
   int64_t count;                    // how many
   bool first;                       // dweight and dbias hold nothing yet
   char *logits, *x_rows, *x_steps;  // workspaces, see CrossEntropySizes

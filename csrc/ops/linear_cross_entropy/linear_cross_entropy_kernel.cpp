@@ -67,8 +67,8 @@ void pack(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
   const Block<T> b(a);
   for (int64_t s = (begin + b.depth - 1) / b.depth; s * b.depth < end; ++s) {
     const int64_t i = s * b.depth, here = a.count - i < b.depth ? a.count - i : b.depth;
-    const T* row = b.x + a.rows[i] * a.width;
-    const int64_t next = here > 1 ? (a.rows[i + 1] - a.rows[i]) * a.width : 0;
+    const T* row = b.x + a.rows[i].row * a.width;
+    const int64_t next = here > 1 ? (a.rows[i + 1].row - a.rows[i].row) * a.width : 0;
     pack_rows(row, next, here, a.width, b.x_rows + i * b.row_ld, b.row_ld);
     pack_steps(row, next, here, a.width, b.x_steps + s * b.step_ld, b.step_ld);
   }
@@ -134,8 +134,8 @@ void softmax(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
   const double smoothing = a.label_smoothing;
   for (int64_t i = begin; i < end; ++i) {
     Logit* logits = b.logits + i * b.stride;
-    const int32_t row = a.rows[i];
-    Logit* const target = logits + a.target[row];
+    CrossEntropyRow& row = a.rows[i];
+    Logit* const target = logits + row.target;
 
     const V lowest = V::set(-INFINITY);
     V most = lowest;
@@ -150,13 +150,13 @@ void softmax(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
       const double mean = sum_lanes<V>(vocab, [&](int64_t d, int n) { return load_lanes<V>(logits + d, n); }) / vocab;
       loss += smoothing * (wanted - mean);
     }
+    row.loss = static_cast<Accumulator>(loss);
     bool hit = wanted == largest;
     for (const Logit* earlier = logits; hit && earlier < target; ++earlier) hit = at<V>(earlier) < largest;
-    as<Accumulator>(a.loss)[row] = static_cast<Accumulator>(loss);
-    as<Accumulator>(a.hit)[row] = hit;
+    row.hit = hit;
 
-    if (!a.dloss) continue;
-    const double dloss = as<Accumulator>(a.dloss)[row];
+    if (!a.dx && !a.dweight && !a.dbias) continue;
+    const double dloss = row.dloss;
     const V scale = V::set(static_cast<Accumulator>(dloss / sum));
     const V spread = V::set(static_cast<Accumulator>(-dloss * smoothing / vocab));
     const double p = std::exp(static_cast<double>(wanted) - largest) / sum;
@@ -197,7 +197,7 @@ void dx(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t end) {
                rows, round_up(columns, V::width));
     }
     for (int64_t i = 0; i < rows; ++i) {
-      T* out = as<T>(a.dx) + a.rows[first + i] * a.width + d0;
+      T* out = as<T>(a.dx) + a.rows[first + i].row * a.width + d0;
       for_lanes<V>(columns, [&](int64_t d, int n) {
         store_lanes(load_lanes<V>(sums + i * kDxColumns + d, n), out + d, n);
       });

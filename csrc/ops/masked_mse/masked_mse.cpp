@@ -6,6 +6,7 @@
 
 #include "cpu/threads.h"
 #include "ops/gather_patches/arguments.h"
+#include "ops/masked_mse/row_weight.h"
 
 namespace py = pybind11;
 
@@ -27,22 +28,14 @@ void forward(const Tensor& pred, const Tensor& images, const Tensor& ids_mask, c
                        error.optional("error", {rows, patches.values()}, pred.dtype()), row_loss.data(), samples,
                        pred.dtype(), norm_pix};
   check_patch_ids("ids_mask", args.ids, "cu_mask", args.cu, samples, rows, source.rows * source.columns);
-  const Dtype accumulate = accumulator(pred.dtype());
-  void* out =
-      reduction == Reduction::none ? loss.dense("loss", {rows}, accumulate) : loss.dense("loss", {}, accumulate);
+  const Reduced out("loss", loss, reduction, rows, accumulator(pred.dtype()));
   const auto kernel = M3AE_DISPATCH(masked_mse);
   parallel_for(rows, grain_rows(patches.values()), [&](int64_t begin, int64_t end) {
     std::vector<double> target(static_cast<size_t>(patches.values() + kTargetPadding));
     kernel(args, target.data(), begin, end);
   });
-  const auto write = [&](int64_t at, double value) {
-    if (args.pred_dtype == Dtype::f64)
-      as<double>(out)[at] = value;
-    else
-      as<float>(out)[at] = static_cast<float>(value);
-  };
   if (reduction == Reduction::none) {
-    for (int64_t t = 0; t < rows; ++t) write(t, row_loss[t]);
+    for (int64_t t = 0; t < rows; ++t) out.write(t, row_loss[t]);
     return;
   }
   double sum = 0;
@@ -50,7 +43,7 @@ void forward(const Tensor& pred, const Tensor& images, const Tensor& ids_mask, c
     const double weight = row_weight(reduction, args.cu, args.images, n);
     for (int64_t t = args.cu[n]; t < args.cu[n + 1]; ++t) sum += weight * row_loss[t];
   }
-  write(0, sum);
+  out.write(0, sum);
 }
 
 void backward(const Tensor& dloss, const Tensor& error, const Tensor& cu_mask, const std::string& reduction_name,

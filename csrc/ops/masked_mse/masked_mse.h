@@ -1,8 +1,5 @@
 #pragma once
 
-#include <string>
-
-#include "check.h"
 #include "cpu/dispatch.h"
 #include "ops/gather_patches/patches.h"
 
@@ -28,25 +25,6 @@ struct MaskedMseBackward {
   int64_t named, width;
   Dtype dtype;
 };
-
-enum class Reduction : int { none, sum, mean, sample_mean };
-
-inline Reduction reduction_of(const std::string& name) {
-  if (name == "none") return Reduction::none;
-  if (name == "sum") return Reduction::sum;
-  if (name == "mean") return Reduction::mean;
-  M3AE_CHECK(name == "sample_mean", "reduction must be none, sum, mean or sample_mean, got ", name);
-  return Reduction::sample_mean;
-}
-
-// What the loss of a row of this image is multiplied with before all are added up.
-M3AE_HOST_DEVICE double row_weight(Reduction reduction, const int32_t* cu, int64_t images, int64_t image) {
-  const auto at_least_one = [](int32_t rows) { return static_cast<double>(rows > 0 ? rows : 1); };
-  if (reduction == Reduction::mean) return 1 / at_least_one(cu[images]);
-  if (reduction == Reduction::sample_mean)
-    return 1 / static_cast<double>(images) / at_least_one(cu[image + 1] - cu[image]);
-  return 1;
-}
 
 constexpr int64_t kTargetPadding = 16;  // scratch: one target row in the accumulation type and so many values more
 

@@ -7,6 +7,7 @@
 #include "ops/gather_patches/arguments.h"
 #include "ops/gather_patches/patch_rows.cuh"
 #include "ops/masked_mse/masked_mse.h"
+#include "ops/masked_mse/row_weight.h"
 
 namespace m3ae::cuda {
 namespace {

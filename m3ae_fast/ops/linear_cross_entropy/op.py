@@ -49,8 +49,8 @@ def linear_cross_entropy(
         gives 0, with zero gradients. Under autocast the product runs in the autocast dtype, the loss in float32.
 
     Raises:
-        ValueError: shapes or devices disagree, an option is out of range, a target names no class (the C++ backend
-            looks; a GPU would have to sync for it). TypeError: dtypes.
+        ValueError: shapes or devices disagree, an option is out of range, a target names no class or offsets decrease
+            (the C++ backend looks; a GPU would have to sync for it). TypeError: dtypes.
 
     Source: arXiv:2205.14204, section 3 (masked word prediction); label smoothing: arXiv:1512.00567.
     """
@@ -60,7 +60,7 @@ def linear_cross_entropy(
     _checks.floating("weight", weight, (None, width), "x", x)
     if bias is not None:
         _checks.floating("bias", bias, (weight.shape[0],), "x", x)
-    target = _checks.ids("target", target, rows)
+    target = _checks.indices("target", target, rows)
     _checks.device("target", target, "x", x)
     _checks.integer("ignore_index", ignore_index, -(2**31), 2**31)
     _checks.choice("reduction", reduction, REDUCTIONS)
@@ -69,68 +69,43 @@ def linear_cross_entropy(
     if cu_seqlens is not None:
         cu_seqlens = offsets("cu_seqlens", cu_seqlens)
         _checks.device("cu_seqlens", cu_seqlens, "x", x)
-        _checks.offsets("cu_seqlens", cu_seqlens, rows)
-        within = torch.arange(rows, device=x.device) < cu_seqlens[-1]
-        target = torch.where(within, target, ignore_index)
     elif reduction == "sample_mean":
         raise ValueError('cu_seqlens must be given for reduction="sample_mean", got None')
     impl, x, weight, bias = _backends.for_product(BACKENDS, impl, x, weight, bias)
-    share = _shares(target != ignore_index, reduction, cu_seqlens)
 
     if impl == "reference":
+        if cu_seqlens is not None:
+            _checks.offsets("cu_seqlens", cu_seqlens, rows)
+            target = torch.where(torch.arange(rows, device=x.device) < cu_seqlens[-1], target, ignore_index)
         _checks.within("target", target[target != ignore_index], 0, weight.shape[0])
-        loss, hit = reference.linear_cross_entropy(x, weight, bias, target, ignore_index, label_smoothing)
-        loss = loss if share is None else _total(loss, share)
+        loss, hit = reference.linear_cross_entropy(
+            x, weight, bias, target, cu_seqlens, ignore_index, reduction, label_smoothing
+        )
     else:
         need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
         loss, hit, *_ = _LinearCrossEntropy.apply(
-            impl, x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), target, share,
-            ignore_index, label_smoothing, need,
+            impl, x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), target, cu_seqlens,
+            ignore_index, reduction, label_smoothing, [return_accuracy, *need],
         )  # fmt: skip
-    if not return_accuracy:
-        return loss
-    return loss, hit if share is None else _total(hit, share)
-
-
-def _shares(counts: Tensor, reduction: str, cu_seqlens: Tensor | None) -> Tensor | None:
-    """[T] fp64: what each row weighs in the reduced loss, 0 for ignored rows; None for "none"."""
-    if reduction == "none":
-        return None
-    share = counts.double()
-    if reduction == "mean":
-        return share / counts.sum().clamp(min=1)
-    if reduction == "sample_mean":
-        before = torch.cat([counts.new_zeros(1, dtype=torch.int64), counts.cumsum(0)])  # rows that count before t
-        batch, last = cu_seqlens.shape[0] - 1, counts.shape[0]
-        cu = cu_seqlens.long().clamp(max=last)
-        each = (before[cu[1:]] - before[cu[:-1]]).clamp(min=1)
-        sequence = torch.searchsorted(cu[1:], torch.arange(last, device=cu.device), right=True)
-        padded = torch.cat([each, each.new_ones(1)])  # rows past the last sequence
-        return share / (padded[sequence] * max(batch, 1))
-    return share
-
-
-def _total(values: Tensor, share: Tensor) -> Tensor:
-    """sum(values * share), in fp64 and the same bits for any thread count (torch splits a long sum by threads)."""
-    block = 4096
-    weighted = torch.nn.functional.pad(values.double() * share, (0, -values.shape[0] % block))
-    return weighted.view(-1, block).sum(1).sum().to(values.dtype)
+    return (loss, hit) if return_accuracy else loss
 
 
 @_backends.operator(BACKENDS, "forward")
 def _linear_cross_entropy(
-    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, dloss: Tensor | None, ignore_index: int,
-    label_smoothing: float, need_x: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Per row the loss [T] and 1 where the argmax is the target [T]; of sum(dloss * loss) the gradients that are
-    needed, dx, dweight and dbias. Rows with target == ignore_index: 0, 0 and no gradient.
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, cu_seqlens: Tensor | None, dloss: Tensor | None,
+    ignore_index: int, reduction: str, label_smoothing: float, need: list[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The loss; as `need` asks for them the hits, 1 where the argmax is the target, reduced alike, and the gradients
+    dx, dweight and dbias: of the loss, or with reduction "none", [T], of sum(dloss * loss).
 
     "cpp" also takes fp32 parameters with bf16 x; their gradients are fp32 then.
     """
-    loss = x.new_empty(x.shape[0], dtype=_backends.accumulator(x.dtype))
+    need_hit, need_x, need_weight, need_bias = need
+    size = x.shape[:1] if reduction == "none" else ()
+    loss = x.new_empty(size, dtype=_backends.accumulator(x.dtype))
     return (
         loss,
-        _backends.like(loss),
+        _backends.like(loss) if need_hit else None,
         _backends.like(x) if need_x else None,
         _backends.like(weight) if need_weight else None,
         weight.new_empty(weight.shape[0]) if need_bias else None,
@@ -141,23 +116,22 @@ class _LinearCrossEntropy(Function):
     """One for all backends."""
 
     @staticmethod
-    def forward(impl, x, weight, bias, target, share, ignore_index, label_smoothing, need):
-        dloss = None if share is None else share.to(torch.promote_types(x.dtype, torch.float32))
-        made = [False] * 3 if share is None else need
-        loss, *others = _linear_cross_entropy(
-            impl, x, weight, bias, target, dloss, ignore_index, label_smoothing, *made
+    def forward(impl, x, weight, bias, target, cu_seqlens, ignore_index, reduction, label_smoothing, need):
+        made = need if reduction != "none" else [need[0], False, False, False]
+        outputs = _linear_cross_entropy(
+            impl, x, weight, bias, target, cu_seqlens, None, ignore_index, reduction, label_smoothing, made
         )
-        return loss if share is None else _total(loss, share), *others, link(x)
+        return *outputs, link(x)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        impl, x, weight, bias, target, share, *options, ctx.need = inputs
-        ctx.options, ctx.reduced = (impl, *options), share is not None
+        ctx.impl, x, weight, bias, target, cu_seqlens, *ctx.options, need = inputs
+        ctx.need, ctx.reduced = need[1:], ctx.options[1] != "none"
         _, hit, *gradients, to_x = output
         if ctx.reduced:
             ctx.save_for_backward(*gradients, to_x)
         else:
-            ctx.save_for_backward(x, weight, bias, target)
+            ctx.save_for_backward(x, weight, bias, target, cu_seqlens)
         kept(ctx, hit, *gradients)
 
     @staticmethod
@@ -166,7 +140,7 @@ class _LinearCrossEntropy(Function):
         if ctx.reduced:
             gradients = [scaled(g, dloss) if n else None for g, n in zip(saved[:3], ctx.need, strict=True)]
         else:
-            impl, *options = ctx.options
-            _, _, *gradients = _linear_cross_entropy(impl, *saved, dloss.contiguous(), *options, *ctx.need)
+            need = [False, *ctx.need]
+            _, _, *gradients = _linear_cross_entropy(ctx.impl, *saved, dloss.contiguous(), *ctx.options, need)
         dx, dweight, dbias = (g if n else None for g, n in zip(gradients, ctx.need, strict=True))
-        return None, dx, dweight, dbias, None, None, None, None, None
+        return None, dx, dweight, dbias, None, None, None, None, None, None

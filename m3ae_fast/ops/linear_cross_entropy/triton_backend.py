@@ -9,47 +9,84 @@ import torch
 import triton
 import triton.language as tl
 
-from m3ae_fast._triton import Resource, jit
+from m3ae_fast import _triton
+from m3ae_fast._triton import Resource, jit, sequence_of
 
 LOGITS_BYTES = 128 << 20  # of a chunk: each one reads and adds to the whole of dweight, in fp32
 ALIGNMENT = (
     64  # elements of a row of logits: a vocabulary of 30,522 has rows that vector loads and cuBLAS would trip over
 )
+COUNT = dict(BLOCK=4096, num_warps=8)
 SOFTMAX = dict(BLOCK=4096, num_warps=8)
 COLUMNS = dict(BLOCK_ROWS=64, BLOCK=64, num_warps=4)
 
 
-@jit(do_not_specialize=["total", "ignore_index"])
+@jit(do_not_specialize=["total", "sequences", "ignore_index"])
+def _count_kernel(target_ptr, cu_ptr, counted_ptr, total, sequences, ignore_index, BLOCK: tl.constexpr):
+    """counted[t]: the rows that count among the first t, for t in [0, total]. One program."""
+    end = total
+    if cu_ptr is not None:
+        end = tl.load(cu_ptr + sequences)
+    before = tl.full([], 0, tl.int32)
+    tl.store(counted_ptr, before)
+    for start in range(0, total, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        inside = (t < end) & (t < total)
+        counts = (inside & (tl.load(target_ptr + t, mask=inside, other=0) != ignore_index)).to(tl.int32)
+        tl.store(counted_ptr + 1 + t, before + tl.cumsum(counts, 0), mask=t < total)
+        before += tl.sum(counts, 0)
+
+
+@triton.jit
+def _share(counted_ptr, cu_ptr, total, sequences, row, REDUCTION: tl.constexpr):
+    """fp64: what the loss of a row that counts weighs in the reduced loss."""
+    parts = tl.full([], 1, tl.int64)
+    if REDUCTION == "mean":
+        parts = tl.load(counted_ptr + total).to(tl.int64)
+    elif REDUCTION == "sample_mean":
+        sequence = sequence_of(cu_ptr, sequences, row)
+        end = tl.minimum(tl.load(cu_ptr + sequence + 1), total)
+        here = tl.load(counted_ptr + end) - tl.load(counted_ptr + tl.load(cu_ptr + sequence))
+        parts = here.to(tl.int64) * sequences
+    return 1.0 / parts.to(tl.float64)
+
+
+@jit(do_not_specialize=["total"])
 def _pack_kernel(
-    x_ptr, target_ptr, counted_ptr, packed_ptr, rows_ptr, total, ignore_index, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, counted_ptr, packed_ptr, rows_ptr, loss_ptr, hit_ptr, total, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """counted[t]: the rows that count among the first t + 1. packed[i], rows[i]: the i-th of them, or zeros and -1."""
+    """packed[i], rows[i]: the i-th row that counts, or zeros and -1. The others' loss and hit are 0."""
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
-    if tl.load(target_ptr + t) != ignore_index:
-        i = tl.load(counted_ptr + t).to(tl.int64) - 1
+    i = tl.load(counted_ptr + t).to(tl.int64)
+    if tl.load(counted_ptr + t + 1) > i:
         tl.store(rows_ptr + i, t)
         tl.store(packed_ptr + i * WIDTH + d, tl.load(x_ptr + t * WIDTH + d, mask=d < WIDTH), mask=d < WIDTH)
-    if t >= tl.load(counted_ptr + total - 1):
+    else:
+        tl.store(loss_ptr + t, 0.0)
+        if hit_ptr is not None:
+            tl.store(hit_ptr + t, 0.0)
+    if t >= tl.load(counted_ptr + total):
         tl.store(rows_ptr + t, -1)
         tl.store(packed_ptr + t * WIDTH + d, tl.zeros([BLOCK], packed_ptr.dtype.element_ty), mask=d < WIDTH)
 
 
-@jit(do_not_specialize=["ignore_index"])
-def _unpack_kernel(packed_ptr, target_ptr, counted_ptr, dx_ptr, ignore_index, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+@jit()
+def _unpack_kernel(packed_ptr, counted_ptr, dx_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
-    mask = (tl.load(target_ptr + t) != ignore_index) & (d < WIDTH)
-    i = tl.load(counted_ptr + t).to(tl.int64) - 1
+    i = tl.load(counted_ptr + t).to(tl.int64)
+    mask = (tl.load(counted_ptr + t + 1) > i) & (d < WIDTH)
     tl.store(dx_ptr + t * WIDTH + d, tl.load(packed_ptr + i * WIDTH + d, mask=mask, other=0.0), mask=d < WIDTH)
 
 
-@jit()
+@jit(do_not_specialize=["total", "sequences"])
 def _softmax_kernel(
-    logits_ptr, rows_ptr, target_ptr, dloss_ptr, loss_ptr, hit_ptr, stride, label_smoothing,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, SMOOTHED: tl.constexpr, GRADIENT: tl.constexpr, CLEAR: tl.constexpr,
+    logits_ptr, rows_ptr, target_ptr, counted_ptr, cu_ptr, dloss_ptr, loss_ptr, hit_ptr, total, sequences, stride,
+    label_smoothing, VOCAB: tl.constexpr, BLOCK: tl.constexpr, REDUCTION: tl.constexpr, SMOOTHED: tl.constexpr,
+    GRADIENT: tl.constexpr, CLEAR: tl.constexpr,
 ):  # fmt: skip
-    """A row's loss and hit; GRADIENT: its logits become dlogits. CLEAR: a surplus row's logits become zero."""
+    """A row's part of loss and hits; GRADIENT: its logits become dlogits. CLEAR: a surplus row's become zero."""
     logits_ptr += tl.program_id(0).to(tl.int64) * stride
     row = tl.load(rows_ptr + tl.program_id(0))
     lanes = tl.arange(0, BLOCK)
@@ -62,7 +99,7 @@ def _softmax_kernel(
     target = tl.load(target_ptr + row)
     wanted = tl.load(logits_ptr + target, mask=(target >= 0) & (target < VOCAB), other=0.0).to(tl.float32)
     most = wanted
-    total = tl.zeros([BLOCK], tl.float32)
+    scaled = tl.zeros([BLOCK], tl.float32)
     plain = tl.zeros([BLOCK], tl.float32)
     beaten = tl.zeros([BLOCK], tl.int32)
     for start in range(0, VOCAB, BLOCK):
@@ -70,19 +107,24 @@ def _softmax_kernel(
         logits = tl.load(logits_ptr + v, mask=v < VOCAB, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(most, tl.max(logits, 0))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(most - shift) + tl.exp(logits - shift)
+        scaled = scaled * tl.exp(most - shift) + tl.exp(logits - shift)
         most = higher
         beaten |= ((logits > wanted) | ((logits == wanted) & (v < target))).to(tl.int32)
         if SMOOTHED:
             plain += tl.where(v < VOCAB, logits, 0.0)
-    sum = tl.sum(total, 0)
+    sum = tl.sum(scaled, 0)
     loss = tl.log(sum) + (most - wanted)
     if SMOOTHED:
         loss += label_smoothing * (wanted - tl.sum(plain, 0) / VOCAB)
-    tl.store(loss_ptr + row, loss)
-    tl.store(hit_ptr + row, 1.0 - tl.max(beaten, 0))
+    hit = 1.0 - tl.max(beaten, 0)
+    share = 1.0
+    if REDUCTION != "none":
+        share = _share(counted_ptr, cu_ptr, total, sequences, row, REDUCTION)
+    tl.store(loss_ptr + row, loss * share)
+    if hit_ptr is not None:
+        tl.store(hit_ptr + row, hit * share)
     if GRADIENT:
-        dloss = tl.load(dloss_ptr + row)
+        dloss = tl.load(dloss_ptr + row) if REDUCTION == "none" else share.to(tl.float32)
         scale = dloss / sum
         spread = dloss * label_smoothing / VOCAB
         for start in range(0, VOCAB, BLOCK):
@@ -99,7 +141,7 @@ def _dbias_kernel(
 ):  # fmt: skip
     """dbias += the sums of a chunk's columns, [first, first + rows) of the packed rows."""
     v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = tl.minimum(tl.load(counted_ptr + total - 1) - first, rows)
+    here = tl.minimum(tl.load(counted_ptr + total) - first, rows)
     sum = tl.zeros([BLOCK_ROWS, BLOCK], tl.float32)
     for start in range(0, here, BLOCK_ROWS):
         i = start + tl.arange(0, BLOCK_ROWS)
@@ -125,13 +167,16 @@ def _row_options(width):
 
 
 def forward(
-    x, weight, bias, target, dloss, ignore_index, label_smoothing, need_x, need_weight, need_bias, loss, hit, dx,
-    dweight, dbias,
+    x, weight, bias, target, cu_seqlens, dloss, ignore_index, reduction, label_smoothing, need, loss, hit, dx, dweight,
+    dbias,
 ):  # fmt: skip
     (total, width), vocab = x.shape, weight.shape[0]
-    for each in (loss, hit, dweight):
-        if each is not None:
-            each.zero_()
+    sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    row_loss, row_hit = loss, hit
+    if reduction != "none":
+        row_loss = x.new_empty(total, dtype=torch.float64)
+        row_hit = None if hit is None else torch.empty_like(row_loss)
+    _, need_x, need_weight, need_bias = need
     gradient = need_x or need_weight or need_bias
     stride = triton.cdiv(vocab, ALIGNMENT) * ALIGNMENT
     chunks = max(1, triton.cdiv(total * stride * x.element_size(), LOGITS_BYTES))
@@ -141,10 +186,13 @@ def forward(
     added_up = None
     if need_weight and chunks > 1:
         added_up = dweight if dweight.dtype == torch.float32 else dweight.new_zeros(vocab, width, dtype=torch.float32)
+    if need_weight and (total == 0 or added_up is dweight):
+        dweight.zero_()
     if total > 0:
-        counted = (target != ignore_index).cumsum(0, dtype=torch.int32)
-        packed, rows = torch.empty_like(x), torch.empty_like(target)
-        _pack_kernel[(total,)](x, target, counted, packed, rows, total, ignore_index, **_row_options(width))
+        counted, rows = (x.new_empty(size, dtype=torch.int32) for size in (total + 1, total))
+        _count_kernel[(1,)](target, cu_seqlens, counted, total, sequences, ignore_index, **COUNT)
+        packed = torch.empty_like(x)
+        _pack_kernel[(total,)](x, counted, packed, rows, row_loss, row_hit, total, **_row_options(width))
         buffer = x.new_empty(rows_each, stride)
         if not x.is_cuda:  # the interpreter's: oneDNN's products on AMX multiply a row's padding, NaN perhaps, by zero
             buffer.zero_()
@@ -156,9 +204,9 @@ def forward(
         else:
             torch.addmm(bias, some, weight.t(), out=logits)
         _softmax_kernel[(some.shape[0],)](
-            logits, rows[first:], target, dloss, loss, hit, stride, label_smoothing,
-            VOCAB=vocab, SMOOTHED=label_smoothing > 0, GRADIENT=gradient, CLEAR=gradient and bias is not None,
-            **SOFTMAX,
+            logits, rows[first:], target, counted, cu_seqlens, dloss, row_loss, row_hit, total, sequences, stride,
+            label_smoothing, VOCAB=vocab, REDUCTION=reduction, SMOOTHED=label_smoothing > 0, GRADIENT=gradient,
+            CLEAR=gradient and bias is not None, **SOFTMAX,
         )  # fmt: skip
         if need_bias:
             _dbias_kernel[(triton.cdiv(vocab, COLUMNS["BLOCK"]),)](
@@ -171,24 +219,28 @@ def forward(
         if need_x:
             torch.mm(logits, weight, out=some)
     if need_x and total > 0:
-        _unpack_kernel[(total,)](packed, target, counted, dx, ignore_index, **_row_options(width))
+        _unpack_kernel[(total,)](packed, counted, dx, **_row_options(width))
     if added_up is not None and added_up is not dweight:
         dweight.copy_(added_up)
     if need_bias:
         dbias.copy_(sums)
+    for each, out in ((row_loss, loss), (row_hit, hit)):
+        if each is not out:
+            _triton.sum_values(each, out)
 
 
 def resources():
     """What benchmarks/resources.py compiles: see m3ae_fast/_triton.py."""
     vocab, width = 30522, 512
-    integers = dict.fromkeys(("target_ptr", "counted_ptr", "rows_ptr"), "*i32")
-    sizes = dict.fromkeys(("total", "ignore_index", "first", "rows"), "i32") | {"stride": "i32:16"}
-    rest = {"label_smoothing": "fp32"} | dict.fromkeys(("dloss_ptr", "loss_ptr", "hit_ptr", "dbias_ptr"), "*fp32")
-    flags = dict(VOCAB=vocab, SMOOTHED=False, GRADIENT=True, CLEAR=False)
+    integers = dict.fromkeys(("target_ptr", "counted_ptr", "rows_ptr", "cu_ptr"), "*i32")
+    sizes = dict.fromkeys(("total", "sequences", "ignore_index", "first", "rows"), "i32") | {"stride": "i32:16"}
+    rest = {"label_smoothing": "fp32"} | {"dbias_ptr": "*fp32", "loss_ptr": "*fp64", "hit_ptr": "*fp64"}
+    flags = dict(dloss_ptr=None, VOCAB=vocab, REDUCTION="sample_mean", SMOOTHED=False, GRADIENT=True, CLEAR=False)
     for kind in ("bf16", "fp32"):
         values = dict.fromkeys(("x_ptr", "packed_ptr", "dx_ptr", "logits_ptr", "dlogits_ptr"), f"*{kind}")
         types = integers | sizes | rest | values
         for name, kernel, launch in (
+            ("count", _count_kernel, COUNT),
             ("pack", _pack_kernel, _row_options(width)),
             ("unpack", _unpack_kernel, _row_options(width)),
             ("softmax", _softmax_kernel, flags | SOFTMAX),
