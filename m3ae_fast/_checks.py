@@ -26,12 +26,14 @@ def tensor(name: str, value: object) -> Tensor:
 
 def shape(name: str, value: Tensor, expected: Sequence[int | None]) -> None:
     """expected: one entry a dimension, None for any size."""
-    sizes = tensor(name, value).shape
+    sizes = (value if isinstance(value, Tensor) else tensor(name, value)).shape
     if sizes == expected:
         return
     matches = len(sizes) == len(expected)
-    for have, want in zip(sizes, expected, strict=False):  # a plain loop: this runs for every argument of every call
-        matches = matches and (want is None or have == want)
+    if matches:
+        for i, want in enumerate(expected):  # a plain loop: this runs for every argument of every call
+            if want is not None and sizes[i] != want:
+                matches = False
     if not matches:
         raise ValueError(f"{name} must have shape {_text(expected)}, got {_text(tuple(sizes))}")
 
@@ -51,11 +53,10 @@ def device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
 
 def floating(name: str, value: Tensor, expected: Sequence[int | None], like_name: str, like: Tensor) -> None:
     """A floating-point tensor of this shape on the device that another one is on: what most arguments are."""
-    if not (
-        isinstance(value, Tensor) and value.shape == expected and value.dtype in FLOATS and value.device == like.device
-    ):
-        shape(name, value, expected)
+    shape(name, value, expected)
+    if value.dtype not in FLOATS:
         dtype(name, value, FLOATS)
+    if value.device != like.device:
         device(name, value, like_name, like)
 
 
@@ -90,7 +91,8 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> None
 def indices(name: str, value: Tensor, length: int | None = None) -> Tensor:
     """An index vector, int32 or int64, of `length` entries; returned contiguous."""
     shape(name, value, (length,))
-    dtype(name, value, INTEGERS)
+    if value.dtype not in INTEGERS:
+        dtype(name, value, INTEGERS)
     return value.contiguous()
 
 

@@ -86,19 +86,24 @@ def assemble_tokens(
     if cu_image is not None and cu_text is not None:
         _checks.shape("cu_text", cu_text, (cu_image.shape[0],))
 
-    rows = {"image_tokens": image_tokens, "text_tokens": None if looked_up else text_tokens}
-    tables = {"text_embedding": text_embedding, "image_position": image_position, "text_position": text_position}
-    vectors = {"cls_token": cls_token, "image_type": image_type, "text_type": text_type}
+    vector, table = (width,), (None, width)
     out_dtype = like.dtype
-    for name, value in (rows | tables | vectors).items():
+    for name, value, shape in (
+        ("image_tokens", image_tokens, table), ("text_tokens", None if looked_up else text_tokens, table),
+        ("text_embedding", text_embedding, table), ("image_position", image_position, table),
+        ("text_position", text_position, table), ("cls_token", cls_token, vector), ("image_type", image_type, vector),
+        ("text_type", text_type, vector),
+    ):  # fmt: skip
         if value is None:
             continue
-        _checks.floating(name, value, (width,) if name in vectors else (None, width), like_name, like)
-        out_dtype = torch.promote_types(out_dtype, value.dtype)
-    indices = {"text_tokens": text_tokens, "image_ids": image_ids, "text_ids": text_ids, "cu_image": cu_image,
-               "cu_text": cu_text}  # fmt: skip
-    for name, value in indices.items():
-        if value is not None:
+        _checks.floating(name, value, shape, like_name, like)
+        if value.dtype != out_dtype:
+            out_dtype = torch.promote_types(out_dtype, value.dtype)
+    for name, value in (
+        ("text_tokens", text_tokens), ("image_ids", image_ids), ("text_ids", text_ids), ("cu_image", cu_image),
+        ("cu_text", cu_text),
+    ):  # fmt: skip
+        if value is not None and value.device != like.device:
             _checks.device(name, value, like_name, like)
 
     def param(x):

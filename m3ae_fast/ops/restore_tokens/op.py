@@ -10,6 +10,7 @@ from m3ae_fast._autograd import Function, differentiable_once
 from m3ae_fast.ops.restore_tokens import reference
 
 BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
+PARAMS = ("image_mask_token", "text_mask_token", "image_position", "text_position", "image_type", "text_type")
 
 
 def restore_tokens(
@@ -57,37 +58,33 @@ def restore_tokens(
     rows = _checks.ids("rows", rows)
     slots = _checks.ids("slots", slots, rows.shape[0])
     width = kept.shape[1]
-    params = {
-        "image_mask_token": image_mask_token,
-        "text_mask_token": text_mask_token,
-        "image_position": image_position,
-        "text_position": text_position,
-        "image_type": image_type,
-        "text_type": text_type,
-    }
+    vector, table = (width,), (None, width)
+    params = (image_mask_token, text_mask_token, image_position, text_position, image_type, text_type)
+    shapes = (vector, vector, table, table, vector, vector)
     out_dtype = kept.dtype
-    for name, value in params.items():
+    for name, value, shape in zip(PARAMS, params, shapes, strict=True):
         if value is None:
             continue
-        _checks.floating(name, value, (None, width) if name.endswith("position") else (width,), "kept", kept)
-        out_dtype = torch.promote_types(out_dtype, value.dtype)
-    for name, value in (("rows", rows), ("slots", slots)):
-        _checks.device(name, value, "kept", kept)
+        _checks.floating(name, value, shape, "kept", kept)
+        if value.dtype != out_dtype:
+            out_dtype = torch.promote_types(out_dtype, value.dtype)
+    _checks.device("rows", rows, "kept", kept)
+    _checks.device("slots", slots, "kept", kept)
 
     impl = _backends.pick(BACKENDS, impl, kept, out_dtype)
     if impl == "reference":
         tables = sum(table.shape[0] for table in (image_position, text_position) if table is not None)
         _checks.within("rows", rows, -1, kept.shape[0])
         _checks.within("slots", slots, -1, tables)
-        return reference.restore_tokens(kept, rows, slots, *params.values())
-    if not (kept.dtype == torch.bfloat16 and out_dtype == torch.float32):  # the one mix the kernels read as it is
-        kept = kept.to(out_dtype)
+        return reference.restore_tokens(kept, rows, slots, *params)
+    if kept.dtype != out_dtype and not (kept.dtype == torch.bfloat16 and out_dtype == torch.float32):
+        kept = kept.to(out_dtype)  # bfloat16 for float32 the kernels read as it is
     return _RestoreTokens.apply(
         impl,
         kept.contiguous(),
         rows,
         slots,
-        *(v if v is None else (v if v.dtype == out_dtype else v.to(out_dtype)).contiguous() for v in params.values()),
+        *(v if v is None else (v if v.dtype == out_dtype else v.to(out_dtype)).contiguous() for v in params),
     )
 
 
