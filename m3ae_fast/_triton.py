@@ -143,6 +143,17 @@ def element(dtype: torch.dtype) -> str:
     return {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}[dtype]
 
 
+# Triton's own two, which kernels may call, take microseconds.
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, 1 for 0."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def row_options(block: int) -> dict[str, int]:
     """Launch options of a program that holds `block` values of a row: 16 a thread."""
     return {"num_warps": min(max(block // 512, 1), 16), "num_stages": 1}
@@ -155,16 +166,14 @@ TILE_OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 def chunks(count: int) -> tuple[int, int]:
     """(number of chunks, rows of each): the same for the same count, whatever the machine."""
-    number = min(triton.cdiv(count, 2 * ROWS), 256)
-    return number, triton.cdiv(count, max(number, 1))
+    number = min(cdiv(count, 2 * ROWS), 256)
+    return number, cdiv(count, max(number, 1))
 
 
 def sum_partials(partials: torch.Tensor, out: torch.Tensor) -> None:
     """out = partials.sum(0) of a contiguous fp32 [chunks, ...], always in the same order."""
     size = out.numel()
-    _sum_partials_kernel[(triton.cdiv(size, COLUMNS),)](
-        partials, out, partials.shape[0], size, ROWS, COLUMNS, **TILE_OPTIONS
-    )
+    _sum_partials_kernel[(cdiv(size, COLUMNS),)](partials, out, partials.shape[0], size, ROWS, COLUMNS, **TILE_OPTIONS)
 
 
 @jit(do_not_specialize=["count", "size"])
@@ -207,8 +216,8 @@ GROUP_TILE, GROUP_COLUMNS = 2048, 512
 def sum_groups(rows: torch.Tensor, order: torch.Tensor, starts: torch.Tensor, out: torch.Tensor) -> None:
     """out[g] = sum of rows[order[i]] for i in starts[g] .. starts[g + 1], in fp32; without any it is zero."""
     groups, width = out.shape
-    block = min(triton.next_power_of_2(width), GROUP_COLUMNS)
-    _sum_groups_kernel[(groups, triton.cdiv(width, block))](
+    block = min(next_power_of_2(width), GROUP_COLUMNS)
+    _sum_groups_kernel[(groups, cdiv(width, block))](
         rows, order, starts, out, width, GROUP_TILE // block, block, **TILE_OPTIONS
     )
 
@@ -231,7 +240,7 @@ def _sum_groups_kernel(
 
 def sum_resources(width: int, dtype: torch.dtype):
     """The kernels above for rows of this width and dtype: sums of three partials, and sums of groups."""
-    block = min(triton.next_power_of_2(width), GROUP_COLUMNS)
+    block = min(next_power_of_2(width), GROUP_COLUMNS)
     pointers = {"rows_ptr": element(dtype), "order_ptr": "*i64", "starts_ptr": "*i32", "out_ptr": element(dtype)}
     constants = {"WIDTH": width, "ROWS": GROUP_TILE // block, "BLOCK": block}
     yield Resource(

@@ -16,8 +16,8 @@ def forward(
     text_position, image_type, text_type, dtype, out,
 ):  # fmt: skip
     total, width = out.shape
-    block = min(triton.next_power_of_2(width), BLOCK)
-    _forward_kernel[(total, triton.cdiv(width, block))](
+    block = min(_triton.next_power_of_2(width), BLOCK)
+    _forward_kernel[(total, _triton.cdiv(width, block))](
         image_tokens, text_tokens, image_ids, text_ids, cu_image, cu_text, cls_token, text_embedding, image_position,
         text_position, image_type, text_type, out, _samples(cu_image, cu_text), image_tokens.shape[0], width, block,
         **_triton.row_options(block),
@@ -42,7 +42,7 @@ def backward(
     if any(need[:3]):  # image rows, text rows, sums
         number, per_chunk = _triton.chunks(count)
         partials = None if dparts is None else dout.new_empty(number, 3, width, dtype=torch.float32)
-        _backward_kernel[(number, triton.cdiv(width, _triton.COLUMNS))](
+        _backward_kernel[(number, _triton.cdiv(width, _triton.COLUMNS))](
             dout, source, target, dimage, dtext, partials, count, per_chunk, image_rows, width, _triton.ROWS,
             _triton.COLUMNS, **_triton.TILE_OPTIONS,
         )  # fmt: skip
@@ -174,7 +174,7 @@ def resources():
         "assemble_tokens places", _places_kernel, offsets | names, {"HAS_CLS": True}, _triton.row_options(1)
     )  # fmt: skip
     for case, width in (("m3ae_small", 384), ("m3ae_huge", 1280)):
-        block = min(triton.next_power_of_2(width), BLOCK)
+        block = min(_triton.next_power_of_2(width), BLOCK)
         for rows, out in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32)):
             name = f"{case} {rows} {out}".replace("torch.", "")
             rows, out = element(rows), element(out)

@@ -14,7 +14,7 @@ DISTANCES = {"l2": 0, "l1": 1, "cosine": 2}
 def forward(pred, target, rows, cu, distance, normalize, eps, reduction, dpred_dtype, loss, dpred):
     count, width = pred.shape
     row_loss = loss if reduction == "none" else pred.new_empty(count, dtype=torch.float64)
-    block = triton.next_power_of_2(width)
+    block = _triton.next_power_of_2(width)
     _forward_kernel[(count,)](
         pred, target, rows, cu, row_loss, dpred, eps, count, 0 if cu is None else cu.shape[0] - 1, width,
         DISTANCES[distance], normalize, REDUCTIONS[reduction], block, **_triton.row_options(block),

@@ -16,8 +16,8 @@ EXACT = {"enable_fp_fusion": False}
 def forward(images, ids, cu, patch_size, scale, shift, dtype, out):
     count, channels = images.shape[:2]
     values = patch_size * patch_size * channels
-    block = min(triton.next_power_of_2(values), BLOCK)
-    _forward_kernel[(ids.shape[0], triton.cdiv(values, block))](
+    block = min(_triton.next_power_of_2(values), BLOCK)
+    _forward_kernel[(ids.shape[0], _triton.cdiv(values, block))](
         images, ids, cu, out, count, *images.stride(), tuple(scale), tuple(shift), images.shape[3] // patch_size,
         patch_size, channels, block, **_triton.row_options(block), **EXACT,
     )  # fmt: skip
@@ -31,8 +31,8 @@ def backward(dout, ids, cu, shape, patch_size, scale, dtype, dimages):
     patches = count * rows * columns
     order, starts = group(torch.where(image < count, image * (rows * columns) + ids, patches), patches)
     values = patch_size * patch_size * channels
-    block = min(triton.next_power_of_2(values), BLOCK)
-    _backward_kernel[(patches, triton.cdiv(values, block))](
+    block = min(_triton.next_power_of_2(values), BLOCK)
+    _backward_kernel[(patches, _triton.cdiv(values, block))](
         dout, order, starts, dimages, tuple(scale), rows, columns, patch_size, channels, block,
         **_triton.row_options(block),
     )  # fmt: skip

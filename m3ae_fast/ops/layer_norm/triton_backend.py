@@ -1,7 +1,6 @@
 """layer_norm in Triton: a program a row forward; backward, a program a chunk of rows, a few rows at a time."""
 
 import torch
-import triton
 import triton.language as tl
 
 from m3ae_fast import _triton
@@ -12,7 +11,7 @@ TILE = 2048  # values that a program of the backward pass takes at a time, in wh
 
 def forward(x, residual, weight, bias, eps, dtype, y, s, stats):
     count, width = x.shape
-    block = triton.next_power_of_2(width)
+    block = _triton.next_power_of_2(width)
     _forward_kernel[(count,)](
         x, residual, weight, bias, y, s, stats, eps, count, width, block, **_triton.row_options(block)
     )  # fmt: skip
@@ -32,7 +31,7 @@ def backward(dy, ds, s, weight, stats, need_input, need_params, dx, dparams):
 
 def _backward_tile(width):
     """(values of a row with their padding, rows at a time, launch options)."""
-    block = triton.next_power_of_2(width)
+    block = _triton.next_power_of_2(width)
     rows = max(TILE // block, 1)
     return block, rows, {"num_warps": min(max(rows * block // 512, 4), 16), "num_stages": 1}
 

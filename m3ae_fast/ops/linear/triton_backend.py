@@ -36,7 +36,7 @@ def activated(z, activation):
 
 def activate(z, activation, y):
     """y = act(z), which may be z itself."""
-    _forward_kernel[(triton.cdiv(z.numel(), BLOCK),)](z, y, z.numel(), TANH[activation], BLOCK, **OPTIONS)
+    _forward_kernel[(_triton.cdiv(z.numel(), BLOCK),)](z, y, z.numel(), TANH[activation], BLOCK, **OPTIONS)
     return y
 
 
@@ -48,7 +48,7 @@ def through(dy, z, activation, dbias, dz=None):
         dz = torch.empty_like(dy) if dz is None else dz
     partials = None if dbias is None else dy.new_empty(number, width, dtype=torch.float32)
     if activation or dbias is not None:
-        _backward_kernel[(number, triton.cdiv(width, _triton.COLUMNS))](
+        _backward_kernel[(number, _triton.cdiv(width, _triton.COLUMNS))](
             dy, z if activation else None, dz if activation else None, partials, count, width, per_chunk,
             TANH.get(activation, False), _triton.ROWS, _triton.COLUMNS, **_triton.TILE_OPTIONS,
         )  # fmt: skip

@@ -162,7 +162,7 @@ def _add_product(sum, a, b):
 
 
 def _row_options(width):
-    block = triton.next_power_of_2(width)
+    block = _triton.next_power_of_2(width)
     return dict(WIDTH=width, BLOCK=block, num_warps=min(8, max(1, block // 256)))
 
 
@@ -178,9 +178,9 @@ def forward(
         row_hit = None if hit is None else torch.empty_like(row_loss)
     _, need_x, need_weight, need_bias = need
     gradient = need_x or need_weight or need_bias
-    stride = triton.cdiv(vocab, ALIGNMENT) * ALIGNMENT
-    chunks = max(1, triton.cdiv(total * stride * x.element_size(), LOGITS_BYTES))
-    rows_each = triton.cdiv(total, chunks)
+    stride = _triton.cdiv(vocab, ALIGNMENT) * ALIGNMENT
+    chunks = max(1, _triton.cdiv(total * stride * x.element_size(), LOGITS_BYTES))
+    rows_each = _triton.cdiv(total, chunks)
     # In one chunk, dweight is one product, rounded once; in many, it is added up in fp32. dbias is always.
     sums = dbias if dbias is None else dbias.new_zeros(vocab, dtype=torch.float32)
     added_up = None
@@ -209,7 +209,7 @@ def forward(
             CLEAR=gradient and bias is not None, **SOFTMAX,
         )  # fmt: skip
         if need_bias:
-            _dbias_kernel[(triton.cdiv(vocab, COLUMNS["BLOCK"]),)](
+            _dbias_kernel[(_triton.cdiv(vocab, COLUMNS["BLOCK"]),)](
                 logits, counted, sums, first, some.shape[0], total, stride, VOCAB=vocab, **COLUMNS
             )
         if added_up is not None:

@@ -15,7 +15,7 @@ def forward(pred, images, ids_mask, cu_mask, patch_size, norm_pix, scale, shift,
     rows, width = pred.shape
     count, channels = images.shape[:2]
     row_loss = loss if reduction == "none" else pred.new_empty(rows, dtype=torch.float64)
-    block = triton.next_power_of_2(width)
+    block = _triton.next_power_of_2(width)
     _forward_kernel[(rows,)](
         pred, images, ids_mask, cu_mask, row_loss, error, count, *images.stride(), tuple(scale), tuple(shift),
         images.shape[3] // patch_size, patch_size, channels, bool(norm_pix), REDUCTIONS[reduction], block,
@@ -27,7 +27,7 @@ def forward(pred, images, ids_mask, cu_mask, patch_size, norm_pix, scale, shift,
 
 def backward(dloss, error, cu_mask, reduction, dpred):
     rows, width = error.shape
-    block = triton.next_power_of_2(width)
+    block = _triton.next_power_of_2(width)
     _backward_kernel[(rows,)](
         dloss, error, cu_mask, dpred, cu_mask.shape[0] - 1, width, REDUCTIONS[reduction], reduction == "none", block,
         **_triton.row_options(block),

@@ -1,7 +1,6 @@
 """restore_tokens in Triton: a program a row forward; backward, chunks of rows in tiles, and groups by position."""
 
 import torch
-import triton
 import triton.language as tl
 
 from m3ae_fast import _triton
@@ -15,8 +14,8 @@ def forward(
     kept, rows, slots, image_mask_token, text_mask_token, image_position, text_position, image_type, text_type, out
 ):
     width = kept.shape[1]
-    block = min(triton.next_power_of_2(width), BLOCK)
-    _forward_kernel[(rows.shape[0], triton.cdiv(width, block))](
+    block = min(_triton.next_power_of_2(width), BLOCK)
+    _forward_kernel[(rows.shape[0], _triton.cdiv(width, block))](
         kept, rows, slots, image_mask_token, text_mask_token, image_position, text_position, image_type, text_type, out,
         0 if image_position is None else image_position.shape[0], width, block, **_triton.row_options(block),
     )  # fmt: skip
@@ -31,7 +30,7 @@ def backward(
     number, per_chunk = _triton.chunks(count)
     partials = None if dsums is None else dout.new_empty(number, 2, 2, width, dtype=torch.float32)
     if dkept is not None or dsums is not None:
-        _backward_kernel[(number, triton.cdiv(width, _triton.COLUMNS))](
+        _backward_kernel[(number, _triton.cdiv(width, _triton.COLUMNS))](
             dout, rows, slots, dkept, partials, count, patches, per_chunk, width, _triton.ROWS, _triton.COLUMNS,
             **_triton.TILE_OPTIONS,
         )  # fmt: skip

@@ -6,7 +6,7 @@ The kernels hold 32-bit words as uint32 and pass through memory and arguments as
 import triton
 import triton.language as tl
 
-from m3ae_fast._triton import Resource, jit, row_options
+from m3ae_fast._triton import Resource, cdiv, jit, next_power_of_2, row_options
 
 COUNTERS = 256  # of a program of _draw_kernel, at most: four words each
 BLOCK = 4096  # words that a sample's program takes at a time, at most
@@ -23,12 +23,12 @@ def forward(cu, cu_keep, sample_ids, total, total_keep, max_length, seed, step, 
     batch, words = sample_ids.shape[0], cu.new_empty(total)
     if batch == 0 or max_length == 0:
         return
-    counters = min(triton.next_power_of_2(triton.cdiv(max_length, 4)), COUNTERS)
-    _draw_kernel[(batch, triton.cdiv(max_length, 4 * counters))](
+    counters = min(next_power_of_2(cdiv(max_length, 4)), COUNTERS)
+    _draw_kernel[(batch, cdiv(max_length, 4 * counters))](
         cu, sample_ids, words, _word(seed), _word(seed >> 32), _word(step), _word(stream), counters,
         **row_options(4 * counters),
     )  # fmt: skip
-    block = min(triton.next_power_of_2(max_length), BLOCK)
+    block = min(next_power_of_2(max_length), BLOCK)
     _select_kernel[(batch,)](cu, cu_keep, words, ids_keep, ids_mask, block, **row_options(block))
 
 

@@ -322,7 +322,7 @@ def _architecture(x):
 
 
 def _power_of_two(n, low=16):
-    return max(low, triton.next_power_of_2(n))
+    return max(low, _triton.next_power_of_2(n))
 
 
 def _pieces(width):
@@ -358,7 +358,7 @@ def _is_whole(architecture, width, max_k):
 
 def _grid(length, block, heads, batch):
     """(blocks of a sequence, grid): one more sequence clears the rows past the last."""
-    blocks = max(1, triton.cdiv(length, block))
+    blocks = max(1, _triton.cdiv(length, block))
     return blocks, (blocks * heads * (batch + 1),)
 
 
