@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from operator import index
 
@@ -37,16 +38,18 @@ class SeqLens:
             lengths = lengths.tolist()
         if not isinstance(lengths, Iterable):
             raise TypeError(f"lengths must be integers, one a sequence, got {type(lengths).__name__}")
-        self.lengths = tuple(n if isinstance(n, bool) or not hasattr(n, "__index__") else index(n) for n in lengths)
-        for length in self.lengths:
-            _checks.integer("lengths", length, 0)
+        lengths = tuple(lengths)
+        if not all(type(n) is int and n >= 0 for n in lengths):
+            lengths = tuple(n if isinstance(n, bool) or not hasattr(n, "__index__") else index(n) for n in lengths)
+            for length in lengths:
+                _checks.integer("lengths", length, 0)
+        self.lengths = lengths
         self.max = max(self.lengths, default=0)
         self.total = sum(self.lengths)
         if self.total >= 2**31:
             raise ValueError(f"lengths must sum to less than 2**31 rows, got {self.total}")
-        offsets = torch.zeros(len(self.lengths) + 1, dtype=torch.int64)
-        torch.cumsum(torch.tensor(self.lengths, dtype=torch.int64), 0, out=offsets[1:])
-        self.cu = offsets.to(torch.int32).to(device if device is not None else "cpu", non_blocking=True)
+        offsets = torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32, device="cpu")
+        self.cu = offsets if device is None else offsets.to(device, non_blocking=True)
 
     def __len__(self) -> int:
         return len(self.lengths)
