@@ -165,15 +165,8 @@ class _BlockNode(torch.autograd.Function):
             if any(need[:QKV]):
                 ds = norm(NORM1, dh, ds, s1, stats1, norms[0])
             grads[:NORM1] = ds, ds
-        return (
-            None,
-            None,
-            None,
-            *(
-                _cast(grad, dtype) if needed else None
-                for grad, dtype, needed in zip(grads, ctx.dtypes, need, strict=True)
-            ),
-        )
+        grads = [_cast(g, dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, need, strict=True)]
+        return None, None, None, *grads
 
 
 def _norm(x, update, weight, bias, eps):
