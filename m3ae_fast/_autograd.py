@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from m3ae_fast._backends import DIRECT, eager
+from m3ae_fast._backends import DIRECT, direct, eager
 
 # Private to torch, so it may be missing: then every graph is taken to be kept.
 keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -56,8 +56,10 @@ class Function(torch.autograd.Function):
             if torch.is_grad_enabled():
                 for x in args:
                     need = need or (isinstance(x, Tensor) and x.requires_grad)
+            if plain:
+                args = (DIRECT[args[0]], *args[1:])
             if not need:
-                return cls.forward(DIRECT[args[0]] if plain else args[0], *args[1:])
+                return cls.forward(*args)
             # Function.apply without its look at forward's signature, which costs three times the rest of it.
             return super(torch.autograd.Function, cls).apply(*args)
         except NotImplementedError as error:
@@ -80,6 +82,7 @@ def link(x: Tensor) -> Tensor:
 
 def differentiable_once(backward: Callable) -> Callable:
     """For `backward(ctx, saved, *gradients)`, which is given ctx.saved_tensors: its results cannot be differentiated.
+    ctx.impl, where there is one, becomes what operators are to be called with.
 
     torch's `once_differentiable` lets a second derivative be lost in silence where no gradient that comes in requires
     one; here what was saved counts, too, so something that stands for the op's inputs must be.
@@ -91,6 +94,8 @@ def differentiable_once(backward: Callable) -> Callable:
         if gradients[0] is None and all(x is None for x in gradients):
             return (None,) * len(ctx.needs_input_grad)
         saved = ctx.saved_tensors  # once: gradient checkpointing hands them out one time
+        if hasattr(ctx, "impl"):
+            ctx.impl = direct(ctx.impl, (*gradients, *saved))
         if not torch.is_grad_enabled():
             return backward(ctx, saved, *gradients)
         with torch.no_grad():

@@ -193,7 +193,7 @@ class Operator:
         self.registered = getattr(torch.ops.m3ae_fast, name).default
 
     def __call__(self, impl: str, *args):
-        if type(impl) is not Direct and (torch.compiler.is_compiling() or not eager(args)):
+        if type(impl) is not Direct and type(direct(impl, args)) is not Direct:
             return self.registered(impl, *args)
         outputs, backend = self.allocate(*args), self.backends.modules[impl]
         fill = getattr(backend, self.part) if type(self.part) is str else functools.partial(self.part, backend)
@@ -246,6 +246,11 @@ class Direct(str):
 
 
 DIRECT = {impl: Direct(impl) for impl in IMPLS}
+
+
+def direct(impl: str, args: tuple) -> str:
+    """impl, as a Direct where a call with these arguments can do without torch's dispatcher."""
+    return DIRECT[impl] if not torch.compiler.is_compiling() and eager(args) else str(impl)
 
 
 def eager(args: tuple) -> bool:

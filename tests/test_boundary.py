@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import m3ae_fast
-from m3ae_fast import testing
+from m3ae_fast import _backends, testing
 from m3ae_fast.ops.layer_norm import op
 
 _C = pytest.importorskip("m3ae_fast._cpp")._C
@@ -68,7 +68,24 @@ def test_only_calls_that_somebody_watches_pass_the_dispatcher():
     assert "m3ae_fast::layer_norm" in {event.key for event in profile.key_averages()}
 
 
-@pytest.mark.parametrize("op", ["feature_regression", "linear_cross_entropy", "masked_mse"])
+def test_who_watches_the_backward_pass_alone_sees_it():
+    """What the forward pass found is not what the backward pass may do."""
+    x, weight = torch.randn(4, 8), torch.randn(8, requires_grad=True)
+    watched, alone = (m3ae_fast.layer_norm(x, weight, None) for _ in range(2))
+    with Mode() as mode:
+        (gradient,) = torch.autograd.grad(watched.sum(), weight)
+    assert "m3ae_fast::layer_norm_backward" in mode.called
+    with Mode():
+        watched = m3ae_fast.layer_norm(x, weight, None)
+    with mock.patch.object(
+        op._layer_norm_backward, "registered", wraps=op._layer_norm_backward.registered
+    ) as registered:
+        for y in (watched, alone):
+            assert torch.equal(torch.autograd.grad(y.sum(), weight)[0], gradient)
+    assert not registered.called
+
+
+@pytest.mark.parametrize("op", [op for op in sorted(_backends.LOADED) if getattr(testing.cases(op), "LOSS", False)])
 def test_a_loss_is_one_call(op):
     """Weights of rows, sums and checks are the kernel's work: each torch call beside it costs microseconds."""
     call = testing.cases(op).make(testing.cases(op).SMALL[0])

@@ -114,7 +114,7 @@ class _BlockNode(torch.autograd.Function):
 
         ctx.save_for_backward(s1, stats1, packed, out, lse, s2, stats2, hidden, *norm1, *norm2, w_qkv, w_proj, w_fc1,
                               w_fc2, cu, *scales)  # fmt: skip
-        ctx.settings, ctx.longest, ctx.impls = settings, longest, (to_norm, to_product, to_attention)
+        ctx.settings, ctx.longest, ctx.impl, ctx.others = settings, longest, to_norm, (to_product, to_attention)
         ctx.dtypes = [None if t is None else t.dtype for t in (x, update, *parameters)]
         ctx.set_materialize_grads(False)
         if not any(ctx.needs_input_grad[3 : 3 + NORM2]):
@@ -126,8 +126,7 @@ class _BlockNode(torch.autograd.Function):
     def backward(ctx, saved, ds, dy):
         (s1, stats1, packed, out, lse, s2, stats2, hidden, *norms, w_qkv, w_proj, w_fc1, w_fc2, cu, scale1,
          scale2) = saved  # fmt: skip
-        direct = eager((ds, dy, *saved))
-        to_norm, to_product, to_attention = (DIRECT[impl] if direct else impl for impl in ctx.impls)
+        to_norm, (to_product, to_attention) = ctx.impl, map(type(ctx.impl), ctx.others)
         (_, eps, activation), need, grads = ctx.settings, ctx.needs_input_grad[3:], [None] * INPUTS
 
         def product(layer, dy, x, weight, activation=""):
