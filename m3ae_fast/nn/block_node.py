@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from m3ae_fast import _backends
-from m3ae_fast._autograd import differentiable_once
+from m3ae_fast._autograd import differentiable_once, link
 from m3ae_fast._backends import DIRECT, accumulator, eager, for_product, product_dtype
 from m3ae_fast.ops.layer_norm.op import BACKENDS as LAYER_NORM
 from m3ae_fast.ops.layer_norm.op import _layer_norm, _layer_norm_backward
@@ -81,7 +81,8 @@ def apply(
     layers: norm1, qkv, proj, norm2, fc1, fc2. scales: [T, 1] or None, what a branch is multiplied with on its way out.
     """
     eps, activation = (layers[0].eps, layers[3].eps), layers[5].input_activation or ""
-    return _BlockNode.apply((heads, eps, activation), seqlens, scales, x, update, *_parameters(layers))
+    s, y, *_ = _BlockNode.apply((heads, eps, activation), seqlens, scales, x, update, *_parameters(layers))
+    return s, y
 
 
 def scaled(y: Tensor, scale: Tensor | None) -> Tensor:
@@ -112,20 +113,24 @@ class _BlockNode(torch.autograd.Function):
         hidden, w_fc1, _ = _product(h, *fc1)
         y, w_fc2, _ = _product(hidden, *fc2, activation)
 
+        # A second derivative finds the node through s2; where that needs no gradient, through an output made for it.
+        to_node = None if any(ctx.needs_input_grad[3 : 3 + NORM2]) else link(y)
         ctx.save_for_backward(s1, stats1, packed, out, lse, s2, stats2, hidden, *norm1, *norm2, w_qkv, w_proj, w_fc1,
-                              w_fc2, cu, *scales)  # fmt: skip
+                              w_fc2, cu, *scales, to_node)  # fmt: skip
         ctx.settings, ctx.longest, ctx.impls = settings, longest, (to_norm, to_product, to_attention)
         ctx.dtypes = [None if t is None else t.dtype for t in (x, update, *parameters)]
         ctx.set_materialize_grads(False)
-        if not any(ctx.needs_input_grad[3 : 3 + NORM2]):
-            ctx.mark_non_differentiable(s2)
-        return s2, scaled(y, scales[1])
+        y = scaled(y, scales[1])
+        if to_node is None:
+            return s2, y
+        ctx.mark_non_differentiable(s2)
+        return s2, y, to_node
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, saved, ds, dy):
+    def backward(ctx, saved, ds, dy, *_):
         (s1, stats1, packed, out, lse, s2, stats2, hidden, *norms, w_qkv, w_proj, w_fc1, w_fc2, cu, scale1,
-         scale2) = saved  # fmt: skip
+         scale2, _) = saved  # fmt: skip
         direct = eager((ds, dy, *saved))
         to_norm, to_product, to_attention = (DIRECT[impl] if direct else impl for impl in ctx.impls)
         (_, eps, activation), need, grads = ctx.settings, ctx.needs_input_grad[3:], [None] * INPUTS

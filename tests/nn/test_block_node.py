@@ -238,6 +238,21 @@ def test_a_second_derivative_is_refused(nodes):
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("mlp.fc1.bias", torch.float32), ("mlp.fc1.weight", torch.bfloat16), ("norm2.weight", torch.bfloat16)],
+    ids=str,
+)
+def test_a_second_derivative_is_refused_where_only_the_mlp_is_trained(name, weights, nodes):
+    """The node then keeps nothing that leads to the parameter: it is a product's bias, or was cast."""
+    block, (x, _) = stirred(weights), inputs()
+    parameter = block.requires_grad_(False).get_parameter(name).requires_grad_()
+    (gradient,) = torch.autograd.grad(block(x.detach(), SEQLENS).sum(), parameter, create_graph=True)
+    assert nodes.made == 1
+    with pytest.raises(RuntimeError, match="block_node has no second derivative"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_changed_in_place_before_the_backward_pass_are_an_error(name):
     block, (x, update) = stirred(), inputs()
