@@ -215,6 +215,11 @@ def test_wrong_sizes_get_the_ops_errors():
         block(torch.randn(6, 16), SEQLENS)
 
 
+def test_an_unknown_activation_gets_the_ops_error():
+    with pytest.raises(ValueError, match="input_activation must be one of None, 'gelu', 'gelu_tanh', got 'relu'"):
+        Block(16, 2, activation="relu")(torch.randn(6, 16), SEQLENS)
+
+
 def test_offsets_past_the_rows_are_refused():
     with pytest.raises(ValueError, match=r"cu_seqlens.* must ascend from 0 to at most 6 rows"):
         stirred()(torch.randn(6, 16), SeqLens([2, 5]))
