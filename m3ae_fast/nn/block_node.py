@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from m3ae_fast import _backends
 from m3ae_fast._autograd import differentiable_once, link
-from m3ae_fast._backends import DIRECT, accumulator, eager, for_product, product_dtype
+from m3ae_fast._backends import accumulator, direct, for_product, plain, product_dtype
 from m3ae_fast.ops.layer_norm.op import BACKENDS as LAYER_NORM
 from m3ae_fast.ops.layer_norm.op import _layer_norm, _layer_norm_backward
 from m3ae_fast.ops.linear.op import BACKENDS as LINEAR
@@ -43,7 +43,7 @@ def takes(x: Tensor, update: Tensor | None, seqlens: SeqLens, layers: list[nn.Mo
     """Whether the node can take these: nothing traces or wraps them, kernels run every op, no product has to cast its
     rows, and the sizes are a block's. What it does not take goes through the ops, which say what is wrong with it."""
     rows, parameters = [x] if update is None else [x, update], _parameters(layers)
-    if type(seqlens) is not SeqLens or hooks_on_all() or not eager((*rows, *parameters)):
+    if type(seqlens) is not SeqLens or hooks_on_all() or not plain((*rows, *parameters)):
         return False
     width, hidden = x.shape[-1] if x.dim() == 2 else 0, layers[4].weight.shape[0]
     sizes = (
@@ -107,7 +107,7 @@ class _BlockNode(torch.autograd.Function):
         h, w_qkv, to_product = _product(h, *qkv)
         packed = h.view(len(h), 3, heads, h.shape[1] // (3 * heads))
         to_attention = _backends.pick(ATTENTION, None, packed)
-        out, lse = _varlen_attention(DIRECT[to_attention], *packed.unbind(1), cu, None, longest, longest, None)
+        out, lse = _varlen_attention(direct(to_attention), *packed.unbind(1), cu, None, longest, longest, None)
         h, w_proj, _ = _product(out.flatten(1), *proj)
         h, s2, stats2, _ = _norm(s1, scaled(h, scales[0]), *norm2, eps[1])
         hidden, w_fc1, _ = _product(h, *fc1)
@@ -131,8 +131,8 @@ class _BlockNode(torch.autograd.Function):
     def backward(ctx, saved, ds, dy, *_):
         (s1, stats1, packed, out, lse, s2, stats2, hidden, *norms, w_qkv, w_proj, w_fc1, w_fc2, cu, scale1,
          scale2, _) = saved  # fmt: skip
-        direct = eager((ds, dy, *saved))
-        to_norm, to_product, to_attention = (DIRECT[impl] if direct else impl for impl in ctx.impls)
+        unwrapped = plain((ds, dy, *saved))
+        to_norm, to_product, to_attention = (direct(impl) if unwrapped else impl for impl in ctx.impls)
         (_, eps, activation), need, grads = ctx.settings, ctx.needs_input_grad[3:], [None] * INPUTS
 
         def product(layer, dy, x, weight, activation=""):
@@ -181,7 +181,7 @@ def _norm(x, update, weight, bias, eps):
     else:
         rows, residual, dtype = update.contiguous(), x.contiguous(), product_dtype(update, x)
     impl = _backends.pick(LAYER_NORM, None, rows)
-    y, s, stats = _layer_norm(DIRECT[impl], rows, residual, weight, bias, eps, dtype)
+    y, s, stats = _layer_norm(direct(impl), rows, residual, weight, bias, eps, dtype)
     return y, rows if update is None else s, stats, impl
 
 
@@ -189,7 +189,7 @@ def _product(x, weight, bias, activation=""):
     """(f(x) W^T + b, the weight as its backend takes it, the backend)."""
     impl, x, weight, bias = for_product(LINEAR, None, x, weight, bias)
     weight = weight.contiguous()
-    y, _ = _linear(DIRECT[impl], x, weight, None if bias is None else bias.contiguous(), "", activation, False)
+    y, _ = _linear(direct(impl), x, weight, None if bias is None else bias.contiguous(), "", activation, False)
     return y, weight, impl
 
 

@@ -1,5 +1,6 @@
 """A block as one autograd node: the bits of its ops one by one, and every case that is left to them."""
 
+import contextlib
 import gc
 
 import pytest
@@ -147,6 +148,25 @@ def test_rows_of_any_strides_and_none_at_all(shape, nodes):
     ours = results(block, x, update, seqlens)
     nodes.off()
     assert_equal(ours, results(block, x, update, seqlens))
+
+
+@pytest.mark.parametrize("node", [True, False], ids=["node", "ops"])
+@pytest.mark.parametrize("recorded", ["forward", "backward"])
+def test_a_profiler_of_one_pass_leaves_checkpoints_as_they_are(recorded, node, nodes):
+    """What a block keeps when it runs again is what it kept at first, whether a profiler records it or not."""
+    if not node:
+        nodes.off()
+    torch.manual_seed(0)
+    transformer, (x, _) = Transformer(16, 2, 2), inputs()
+    expected = torch.autograd.grad(transformer(x, SEQLENS).sum(), x)[0]
+    transformer.checkpoint = True
+    with torch.profiler.profile() if recorded == "forward" else contextlib.nullcontext() as profile:
+        loss = transformer(x, SEQLENS).sum()
+    with torch.profiler.profile() if recorded == "backward" else contextlib.nullcontext() as other:
+        gradient = torch.autograd.grad(loss, x)[0]
+    assert torch.equal(gradient, expected)
+    assert "m3ae_fast::linear" in {event.key for event in (profile or other).key_averages()}
+    assert nodes.made == (6 if node else 0)
 
 
 def double(module, *args):
