@@ -140,6 +140,17 @@ def test_without_an_update_and_with_sequences_that_go_past(rate, apart, nodes):
     assert_equal(ours, results(block, x, None, SEQLENS, apart=apart))
 
 
+def test_bfloat16_rows_without_an_update(nodes):
+    """All but the rows' gradient has the bits of the ops; that one is rounded once."""
+    block, (x, _) = stirred(torch.bfloat16), inputs(torch.bfloat16)
+    out, dx, *others = results(block, x, None, SEQLENS, apart=False)
+    nodes.off()
+    expected, eager, *ops = results(block, x, None, SEQLENS, apart=False)
+    assert_equal([out, *others], [expected, *ops])
+    truth = results(block.double(), x.detach().double().requires_grad_(), None, SEQLENS, apart=False)[1]
+    testing.assert_error_rule("dx", dx, eager, truth, factor=3)
+
+
 @pytest.mark.parametrize("shape", [(0, 16), (6, 16)])
 def test_rows_of_any_strides_and_none_at_all(shape, nodes):
     seqlens = SEQLENS if shape[0] else SeqLens([0])
