@@ -248,22 +248,20 @@ class Direct(str):
 DIRECT = {impl: Direct(impl) for impl in IMPLS}
 
 
-def direct(impl: str, args: tuple) -> str:
+def direct(impl: str, args: tuple = ()) -> str:
     """impl, as a Direct where a call with these arguments can do without torch's dispatcher."""
     return DIRECT[impl] if not torch.compiler.is_compiling() and eager(args) else str(impl)
 
 
 def eager(args: tuple) -> bool:
-    """Whether a call can do without torch's dispatcher: nothing traces, transforms or records it, and no argument is a
-    wrapper (which has no storage), or a view that is yet to be negated."""
-    if (
-        dispatch_modes()
-        or function_modes()
-        or transforms()
-        or forward_ad._current_level >= 0
-        or tracing() is not None
-        or profiling()
-    ):
+    """Whether a call can do without torch's dispatcher: it is `plain`, and no profiler records it."""
+    return plain(args) and not profiling()
+
+
+def plain(args: tuple) -> bool:
+    """Whether nothing traces or transforms a call, and no argument is a wrapper (which has no storage), or a view that
+    is yet to be negated."""
+    if dispatch_modes() or function_modes() or transforms() or forward_ad._current_level >= 0 or tracing() is not None:
         return False
     for x in args:
         kind = type(x)

@@ -1,7 +1,8 @@
 """A block as one autograd node: what its seven ops do, to the same bits, without what calling each costs the host.
 
 An op by itself checks its arguments, looks for whatever traces or wraps them, and leaves a node, with views and casts
-before the next. A block knows all that once.
+before the next. A block knows all that once. One gradient has other bits: that of bfloat16 rows without an update is a
+sum of two, which is rounded once, where autograd rounds one of the two and then the sum.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from m3ae_fast import _backends
-from m3ae_fast._autograd import differentiable_once
-from m3ae_fast._backends import DIRECT, accumulator, eager, for_product, product_dtype
+from m3ae_fast._autograd import differentiable_once, link
+from m3ae_fast._backends import accumulator, direct, for_product, plain, product_dtype
 from m3ae_fast.ops.layer_norm.op import BACKENDS as LAYER_NORM
 from m3ae_fast.ops.layer_norm.op import _layer_norm, _layer_norm_backward
 from m3ae_fast.ops.linear.op import BACKENDS as LINEAR
@@ -43,7 +44,7 @@ def takes(x: Tensor, update: Tensor | None, seqlens: SeqLens, layers: list[nn.Mo
     """Whether the node can take these: nothing traces or wraps them, kernels run every op, no product has to cast its
     rows, and the sizes are a block's. What it does not take goes through the ops, which say what is wrong with it."""
     rows, parameters = [x] if update is None else [x, update], _parameters(layers)
-    if type(seqlens) is not SeqLens or hooks_on_all() or not eager((*rows, *parameters)):
+    if type(seqlens) is not SeqLens or hooks_on_all() or not plain((*rows, *parameters)):
         return False
     width, hidden = x.shape[-1] if x.dim() == 2 else 0, layers[4].weight.shape[0]
     sizes = (
@@ -81,7 +82,8 @@ def apply(
     layers: norm1, qkv, proj, norm2, fc1, fc2. scales: [T, 1] or None, what a branch is multiplied with on its way out.
     """
     eps, activation = (layers[0].eps, layers[3].eps), layers[5].input_activation or ""
-    return _BlockNode.apply((heads, eps, activation), seqlens, scales, x, update, *_parameters(layers))
+    s, y, _ = _BlockNode.apply((heads, eps, activation), seqlens, scales, x, update, *_parameters(layers))
+    return s, y
 
 
 def scaled(y: Tensor, scale: Tensor | None) -> Tensor:
@@ -106,26 +108,27 @@ class _BlockNode(torch.autograd.Function):
         h, w_qkv, to_product = _product(h, *qkv)
         packed = h.view(len(h), 3, heads, h.shape[1] // (3 * heads))
         to_attention = _backends.pick(ATTENTION, None, packed)
-        out, lse = _varlen_attention(DIRECT[to_attention], *packed.unbind(1), cu, None, longest, longest, None)
+        out, lse = _varlen_attention(direct(to_attention), *packed.unbind(1), cu, None, longest, longest, None)
         h, w_proj, _ = _product(out.flatten(1), *proj)
         h, s2, stats2, _ = _norm(s1, scaled(h, scales[0]), *norm2, eps[1])
         hidden, w_fc1, _ = _product(h, *fc1)
         y, w_fc2, _ = _product(hidden, *fc2, activation)
 
+        to_node = link(y)  # s2 would not do: it may need no gradient
         ctx.save_for_backward(s1, stats1, packed, out, lse, s2, stats2, hidden, *norm1, *norm2, w_qkv, w_proj, w_fc1,
-                              w_fc2, cu, *scales)  # fmt: skip
+                              w_fc2, cu, *scales, to_node)  # fmt: skip
         ctx.settings, ctx.longest, ctx.impl, ctx.others = settings, longest, to_norm, (to_product, to_attention)
         ctx.dtypes = [None if t is None else t.dtype for t in (x, update, *parameters)]
         ctx.set_materialize_grads(False)
         if not any(ctx.needs_input_grad[3 : 3 + NORM2]):
             ctx.mark_non_differentiable(s2)
-        return s2, scaled(y, scales[1])
+        return s2, scaled(y, scales[1]), to_node
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, saved, ds, dy):
+    def backward(ctx, saved, ds, dy, *_):
         (s1, stats1, packed, out, lse, s2, stats2, hidden, *norms, w_qkv, w_proj, w_fc1, w_fc2, cu, scale1,
-         scale2) = saved  # fmt: skip
+         scale2, _) = saved  # fmt: skip
         to_norm, (to_product, to_attention) = ctx.impl, map(type(ctx.impl), ctx.others)
         (_, eps, activation), need, grads = ctx.settings, ctx.needs_input_grad[3:], [None] * INPUTS
 
@@ -175,7 +178,7 @@ def _norm(x, update, weight, bias, eps):
     else:
         rows, residual, dtype = update.contiguous(), x.contiguous(), product_dtype(update, x)
     impl = _backends.pick(LAYER_NORM, None, rows)
-    y, s, stats = _layer_norm(DIRECT[impl], rows, residual, weight, bias, eps, dtype)
+    y, s, stats = _layer_norm(direct(impl), rows, residual, weight, bias, eps, dtype)
     return y, rows if update is None else s, stats, impl
 
 
@@ -183,7 +186,7 @@ def _product(x, weight, bias, activation=""):
     """(f(x) W^T + b, the weight as its backend takes it, the backend)."""
     impl, x, weight, bias = for_product(LINEAR, None, x, weight, bias)
     weight = weight.contiguous()
-    y, _ = _linear(DIRECT[impl], x, weight, None if bias is None else bias.contiguous(), "", activation, False)
+    y, _ = _linear(direct(impl), x, weight, None if bias is None else bias.contiguous(), "", activation, False)
     return y, weight, impl
 
 

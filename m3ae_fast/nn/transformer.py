@@ -10,6 +10,7 @@ from m3ae_fast.nn import block_node
 from m3ae_fast.nn.attention import Attention
 from m3ae_fast.nn.linear import LayerNorm, Linear
 from m3ae_fast.nn.rows import take_rows
+from m3ae_fast.ops.linear.op import ACTIVATIONS
 from m3ae_fast.seqlens import SeqLens
 
 
@@ -100,6 +101,8 @@ class Block(nn.Module):
         if not (all(untouched(x, LayerNorm) for x in norms) and all(untouched(x, Linear) for x in linears)):
             return None
         if any(x.activation or (x.input_activation and x is not mlp.fc2) for x in linears):
+            return None
+        if mlp.fc2.input_activation not in ACTIVATIONS:
             return None
         return [norms[0], *linears[:2], norms[1], *linears[2:]]
 

@@ -1,5 +1,6 @@
 """A block as one autograd node: the bits of its ops one by one, and every case that is left to them."""
 
+import contextlib
 import gc
 
 import pytest
@@ -139,6 +140,17 @@ def test_without_an_update_and_with_sequences_that_go_past(rate, apart, nodes):
     assert_equal(ours, results(block, x, None, SEQLENS, apart=apart))
 
 
+def test_bfloat16_rows_without_an_update(nodes):
+    """All but the rows' gradient has the bits of the ops; that one is rounded once."""
+    block, (x, _) = stirred(torch.bfloat16), inputs(torch.bfloat16)
+    out, dx, *others = results(block, x, None, SEQLENS, apart=False)
+    nodes.off()
+    expected, eager, *ops = results(block, x, None, SEQLENS, apart=False)
+    assert_equal([out, *others], [expected, *ops])
+    truth = results(block.double(), x.detach().double().requires_grad_(), None, SEQLENS, apart=False)[1]
+    testing.assert_error_rule("dx", dx, eager, truth, factor=3)
+
+
 @pytest.mark.parametrize("shape", [(0, 16), (6, 16)])
 def test_rows_of_any_strides_and_none_at_all(shape, nodes):
     seqlens = SEQLENS if shape[0] else SeqLens([0])
@@ -147,6 +159,25 @@ def test_rows_of_any_strides_and_none_at_all(shape, nodes):
     ours = results(block, x, update, seqlens)
     nodes.off()
     assert_equal(ours, results(block, x, update, seqlens))
+
+
+@pytest.mark.parametrize("node", [True, False], ids=["node", "ops"])
+@pytest.mark.parametrize("recorded", ["forward", "backward"])
+def test_a_profiler_of_one_pass_leaves_checkpoints_as_they_are(recorded, node, nodes):
+    """What a block keeps when it runs again is what it kept at first, whether a profiler records it or not."""
+    if not node:
+        nodes.off()
+    torch.manual_seed(0)
+    transformer, (x, _) = Transformer(16, 2, 2), inputs()
+    expected = torch.autograd.grad(transformer(x, SEQLENS).sum(), x)[0]
+    transformer.checkpoint = True
+    with torch.profiler.profile() if recorded == "forward" else contextlib.nullcontext() as profile:
+        loss = transformer(x, SEQLENS).sum()
+    with torch.profiler.profile() if recorded == "backward" else contextlib.nullcontext() as other:
+        gradient = torch.autograd.grad(loss, x)[0]
+    assert torch.equal(gradient, expected)
+    assert "m3ae_fast::linear" in {event.key for event in (profile or other).key_averages()}
+    assert nodes.made == (6 if node else 0)
 
 
 def double(module, *args):
@@ -215,6 +246,11 @@ def test_wrong_sizes_get_the_ops_errors():
         block(torch.randn(6, 16), SEQLENS)
 
 
+def test_an_unknown_activation_gets_the_ops_error():
+    with pytest.raises(ValueError, match="input_activation must be one of None, 'gelu', 'gelu_tanh', got 'relu'"):
+        Block(16, 2, activation="relu")(torch.randn(6, 16), SEQLENS)
+
+
 def test_offsets_past_the_rows_are_refused():
     with pytest.raises(ValueError, match=r"cu_seqlens.* must ascend from 0 to at most 6 rows"):
         stirred()(torch.randn(6, 16), SeqLens([2, 5]))
@@ -233,6 +269,21 @@ def test_a_second_derivative_is_refused(nodes):
     block, (x, _) = stirred(), inputs()
     block.requires_grad_(False)
     (gradient,) = torch.autograd.grad(block(x, SEQLENS).square().sum(), x, create_graph=True)
+    assert nodes.made == 1
+    with pytest.raises(RuntimeError, match="block_node has no second derivative"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("mlp.fc1.bias", torch.float32), ("mlp.fc1.weight", torch.bfloat16), ("norm2.weight", torch.bfloat16)],
+    ids=str,
+)
+def test_a_second_derivative_is_refused_where_only_the_mlp_is_trained(name, weights, nodes):
+    """The node then keeps nothing that leads to the parameter: it is a product's bias, or was cast."""
+    block, (x, _) = stirred(weights), inputs()
+    parameter = block.requires_grad_(False).get_parameter(name).requires_grad_()
+    (gradient,) = torch.autograd.grad(block(x.detach(), SEQLENS).sum(), parameter, create_graph=True)
     assert nodes.made == 1
     with pytest.raises(RuntimeError, match="block_node has no second derivative"):
         gradient.sum().backward()

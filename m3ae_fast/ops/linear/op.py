@@ -99,15 +99,15 @@ class _Linear(Function):
     def setup_context(ctx, inputs, output):
         ctx.impl, x, weight, _, *ctx.activations, _ = inputs
         z = output[1]
-        ctx.save_for_backward(x, weight, z)
+        # Without an activation a recorded or compiled call has a z without elements, a direct one has None: what is
+        # saved is the same, or gradient checkpointing could not make it again where a profiler came or went.
+        ctx.save_for_backward(x, weight, z if ctx.activations[0] else None)
         kept(ctx, z)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, saved, dy, _):
         x, weight, z = saved
-        if not ctx.activations[0]:
-            z = None  # a compiled graph makes one without elements
         need = ctx.needs_input_grad[1:4]
         grads = _linear_backward(ctx.impl, dy.contiguous(), x, weight, z, *ctx.activations, *need)
         return None, *(grad if needed else None for grad, needed in zip(grads, need, strict=True)), None, None, None
