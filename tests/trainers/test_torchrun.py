@@ -26,6 +26,8 @@ if last:
     os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"
 def hooked(model, optimiser, micro_batches, config, done, *rest):
     if last and (restarts, done) == ("0", 5):
+        with open("signalled", "w") as file:
+            file.write(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGNAL)
     return step(model, optimiser, micro_batches, config, done, *rest)
 loop.train_step = hooked
@@ -67,6 +69,14 @@ LOST = "m3ae-fast pretrain: error: process 0 of 2 has lost another one, which di
 
 def stderr(tmp_path):
     return (tmp_path / "stderr").read_text()
+
+
+def wait_until(done, process, tmp_path):
+    """While the process runs."""
+    end = time.monotonic() + SECONDS
+    while not done() and time.monotonic() < end:
+        assert process.poll() is None, stderr(tmp_path)
+        time.sleep(0.2)
 
 
 def losses(folder):
@@ -113,7 +123,9 @@ def test_a_restart_goes_on_with_nothing_older_than_its_launch(torchrun, tmp_path
 
 def test_a_process_that_hangs_is_not_waited_for_for_ever(torchrun, tmp_path):
     options = ["--steps", "9", "--out", "run", "--rank-timeout", "30"]
-    process = torchrun(*options, torchrun=["--shutdown-timeout", "1"], script=STOPPED)
+    process = torchrun(*options, script=STOPPED)
+    wait_until(lambda: LOST in stderr(tmp_path), process, tmp_path)
+    os.kill(int((tmp_path / "signalled").read_text()), signal.SIGKILL)  # torchrun waits half a minute before it does
     assert process.wait(SECONDS) != 0
     assert LOST in stderr(tmp_path) and "Timed out" in stderr(tmp_path)
 
@@ -121,10 +133,7 @@ def test_a_process_that_hangs_is_not_waited_for_for_ever(torchrun, tmp_path):
 def test_sigterm_to_torchrun_saves_and_stops(torchrun, tmp_path):
     """Also with processes that load data, which torchrun signals as well."""
     process = torchrun("--steps", "100000", "--checkpoint-every", "0", "--workers", "1", "--out", "run")
-    until = time.monotonic() + SECONDS
-    while not len(metrics.read(tmp_path / "run" / "metrics.jsonl")) > 2 and time.monotonic() < until:
-        assert process.poll() is None, stderr(tmp_path)
-        time.sleep(0.2)
+    wait_until(lambda: len(metrics.read(tmp_path / "run" / "metrics.jsonl")) > 2, process, tmp_path)
     process.send_signal(signal.SIGTERM)
     assert process.wait(SECONDS) != 0
     steps = len(metrics.read(tmp_path / "run" / "metrics.jsonl"))
