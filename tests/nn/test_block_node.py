@@ -238,7 +238,7 @@ def test_what_traces_transforms_or_wraps_is_left_to_the_ops(nodes):
     assert nodes.made == made
 
 
-def test_wrong_sizes_get_the_ops_errors():
+def test_wrong_sizes_get_the_ops_errors(nodes):
     block = stirred()
     with pytest.raises(ValueError, match="weight must have shape"):
         block(torch.randn(6, 15), SEQLENS)
@@ -247,6 +247,7 @@ def test_wrong_sizes_get_the_ops_errors():
     block.mlp.fc2.weight = nn.Parameter(torch.randn(16, 63))
     with pytest.raises(ValueError, match="weight must have shape"):
         block(torch.randn(6, 16), SEQLENS)
+    assert nodes.made == 0
 
 
 def test_bare_offsets_are_left_to_the_ops(nodes):

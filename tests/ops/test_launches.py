@@ -141,6 +141,9 @@ with knobs.runtime.scope():
     knobs.runtime.debug = True
     assert plainly() and launches[0][4] != usual
 assert not plainly() and launches[0][4] == usual
+with knobs.runtime.scope():
+    knobs.runtime.add_stages_inspection_hook = seen.append
+    assert plainly()
 kernel.add_pre_run_hook(lambda *args, **options: seen.append(args))
 assert plainly() and seen == [(x, x, 64, 4096)]
 kernel.pre_run_hooks.clear()
