@@ -17,7 +17,7 @@ inline Reduction reduction_of(const std::string& name) {
   return Reduction::sample_mean;
 }
 
-// One number, or with Reduction::none one a row; in an accumulation dtype. Of None: not to be written.
+// One number, or with Reduction::none one a row; in an accumulation dtype. A tensor that is None is not written.
 class Reduced {
  public:
   Reduced(const char* name, const Tensor& out, Reduction reduction, int64_t rows, Dtype accumulate)

@@ -123,9 +123,9 @@ def _pick(backends: Backends, impl: str | None, tensor: Tensor, *others: torch.d
     return impl
 
 
-def has_kernels(backends: Backends, device: str, *dtypes: torch.dtype) -> bool:
-    """Whether calls with such tensors that name no impl are run by kernels, not by the reference."""
-    names = PREFERENCE.get(device, ()) if _FORCED is None else (_FORCED,)
+def has_kernels(backends: Backends, impl: str | None, device: str, *dtypes: torch.dtype) -> bool:
+    """Whether calls with such tensors are run by kernels; impl None: by those of the fastest backend for the device."""
+    names = PREFERENCE.get(device, ()) if impl is None else (impl,)
     return any(backends.refusal(name, device, *dtypes) is None for name in names)
 
 

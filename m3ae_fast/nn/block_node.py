@@ -58,20 +58,23 @@ def takes(x: Tensor, update: Tensor | None, seqlens: SeqLens, layers: list[nn.Mo
         return False
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return _kernels_take(device, autocast, tuple(p.dtype for p in parameters), tuple(each.dtype for each in rows))
+    weights = tuple(p.dtype for p in parameters)
+    return _kernels_take(_backends._FORCED, device, autocast, weights, tuple(each.dtype for each in rows))
 
 
 @functools.cache
 def _kernels_take(
-    device: str, autocast: torch.dtype | None, weights: tuple[torch.dtype, ...], rows: tuple[torch.dtype, ...]
-) -> bool:
+    impl: str | None, device: str, autocast: torch.dtype | None, weights: tuple[torch.dtype, ...],
+    rows: tuple[torch.dtype, ...],
+) -> bool:  # fmt: skip
     dtypes = {*weights, *rows} if autocast is None else {*weights, *rows, autocast}
     if torch.float64 in dtypes and len(dtypes) > 1:
         return False
     if autocast is None and functools.reduce(torch.promote_types, dtypes) not in rows:
         return False
-    ops = LAYER_NORM, LINEAR, ATTENTION
-    return all(x.is_floating_point for x in dtypes) and all(_backends.has_kernels(op, device, *dtypes) for op in ops)
+    if not all(dtype.is_floating_point for dtype in dtypes):
+        return False
+    return all(_backends.has_kernels(op, impl, device, *dtypes) for op in (LAYER_NORM, LINEAR, ATTENTION))
 
 
 def apply(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from m3ae_fast import SeqLens, testing
+from m3ae_fast import SeqLens, _backends, testing
 from m3ae_fast.nn import Block, Transformer, block_node, drop_paths
 
 SEQLENS = SeqLens([2, 0, 4])
@@ -178,6 +178,19 @@ def test_a_profiler_of_one_pass_leaves_checkpoints_as_they_are(recorded, node, n
     assert torch.equal(gradient, expected)
     assert "m3ae_fast::linear" in {event.key for event in (profile or other).key_averages()}
     assert nodes.made == (6 if node else 0)
+
+
+@pytest.mark.parametrize("impl", [*testing.impls("linear"), "reference"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_every_backend(impl, autocast, nodes, monkeypatch):
+    """M3AE_FAST_IMPL names one for the whole process; the reference has no operators to make a node of."""
+    monkeypatch.setattr(_backends, "_FORCED", impl)
+    block, rows = stirred(), inputs()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours = results(block, *rows, SEQLENS)
+        assert nodes.made == (impl != "reference")
+        nodes.off()
+        assert_equal(ours, results(block, *rows, SEQLENS))
 
 
 def double(module, *args):
