@@ -258,6 +258,10 @@ def eager(args: tuple) -> bool:
     return plain(args) and not profiling()
 
 
+# What operators take beside tensors: to find that these are none costs a third of a look at all arguments.
+NO_TENSORS = frozenset({str, Direct, int, float, bool, type(None), list, tuple, torch.dtype})
+
+
 def plain(args: tuple) -> bool:
     """Whether nothing traces or transforms a call, and no argument is a wrapper (which has no storage), or a view that
     is yet to be negated."""
@@ -268,6 +272,6 @@ def plain(args: tuple) -> bool:
         if kind is Tensor or kind is Parameter:
             if not has_storage(x) or x.is_neg():
                 return False
-        elif isinstance(x, Tensor):
+        elif kind not in NO_TENSORS and isinstance(x, Tensor):
             return False
     return True
