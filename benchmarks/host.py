@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import statistics
@@ -101,11 +102,14 @@ def pair(op: str) -> tuple:
 
 
 def measure_op(op: str, turns: int) -> dict:
-    """A row: medians in microseconds of ours and of the peer, by PARTS (without a gradient, the first alone)."""
+    """A row: medians in microseconds of ours, of the peer and of our reference, which is plain PyTorch, by PARTS (without
+    a gradient, the first alone)."""
     import m3ae_fast
 
     ours, peer, function, theirs = pair(op)
-    providers = {"ours": (getattr(m3ae_fast, op), ours), "theirs": (function, theirs)}
+    public = getattr(m3ae_fast, op)
+    reference = functools.partial(public, impl="reference")
+    providers = {"ours": (public, ours), "theirs": (function, theirs), "reference": (reference, ours)}
     row = {"op": op, "peer": peer}
     times = {name: {part: [] for part in PARTS} for name in providers}
     for turn in range(turns + 1):
@@ -276,8 +280,9 @@ def markdown(about: dict[str, str], results: dict[str, dict], base: dict[str, di
         before = {row["op"]: row for row in base[road]["ops"]} if base else {}
         lines += ["", f"### Ops, {ROADS[road]}: microseconds", ""]
         lines += [
-            "| op | peer | no gradient | peer | ratio | forward | peer | backward | peer | both | peer | ratio |",
-            "|---|---|" + "---|" * 10,
+            "| op | peer | no gradient | peer | ratio | forward | peer | backward | peer | both | peer | ratio "
+            "| plain PyTorch, no gradient | both |",
+            "|" + "---|" * 14,
         ]
         for row in result["ops"]:
             was, cells = before.get(row["op"]), [row["op"], row["peer"]]
@@ -285,6 +290,7 @@ def markdown(about: dict[str, str], results: dict[str, dict], base: dict[str, di
                 cells += [numbers(row["ours"], was and was["ours"], part)]
                 cells += [numbers(row["theirs"], None, part) if part in row["ours"] else ""]
                 cells += [ratio(row, was, part)] * (part in ("no gradient", "both"))
+            cells += [numbers(row["reference"], None, part) for part in ("no gradient", "both")]
             lines.append("| " + " | ".join(cells) + " |")
     if any(result["steps"] for result in results.values()):
         lines += ["", "### Whole steps: milliseconds", ""]

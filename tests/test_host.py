@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 def assert_measured(rows):
     for row in rows:
-        for who in ("ours", "theirs"):
+        for who in {"ours", "theirs", "reference"} & row.keys():
             assert row[who] and all(0 < value < math.inf for value in row[who].values()), row
 
 
@@ -27,7 +27,7 @@ def test_every_op_is_measured():
     assert_measured(result["ops"] + result["steps"])
     for row in result["ops"]:
         parts = host.PARTS[:1] if row["op"] == "sample_mask" else host.PARTS  # it has no gradient
-        assert tuple(row["ours"]) == parts, row
+        assert tuple(row["ours"]) == tuple(row["reference"]) == parts and row["theirs"], row
     table = host.markdown({"machine": "this one"}, {"cpu": result}, {"cpu": result}).splitlines()
     for op in _backends.LOADED:
         (line,) = (line for line in table if line.startswith(f"| {op} |"))
