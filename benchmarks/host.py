@@ -102,8 +102,8 @@ def pair(op: str) -> tuple:
 
 
 def measure_op(op: str, turns: int) -> dict:
-    """A row: medians in microseconds of ours, of the peer and of our reference, which is plain PyTorch, by PARTS (without
-    a gradient, the first alone)."""
+    """A row: medians in microseconds of ours, of the peer and of the op's reference, which is plain PyTorch, by PARTS
+    (without a gradient, the first alone)."""
     import m3ae_fast
 
     ours, peer, function, theirs = pair(op)
