@@ -33,6 +33,7 @@ from torch.utils import _pytree as pytree
 ROOT = Path(__file__).parents[1]
 ROADS = {"cpu": "CPU tensors", "gpu": "the GPU's road, launches stubbed"}
 ROWS, WIDTH, HEADS = 8, 64, 2
+THIN = 32  # width of a whole model: wider, products on the CPU take longer than a GPU's launches
 TURN = 20  # calls of one provider before it is another's turn
 TURNS, STEPS = 50, 30
 SIZES = {"tiny": "tiny", "small": "small, base", "large": "large", "huge": "huge"}  # base is as deep as small
@@ -154,10 +155,10 @@ def steps(road: str, smoke: bool) -> list[dict]:
     from m3ae_fast.models import M3AEConfig
 
     thin = {
-        "image_size": 16, "patch_size": 4, "vocab_size": 64, "max_text_length": 16, "width": 2 * WIDTH, "heads": HEADS,
-        "decoder_width": WIDTH, "decoder_heads": HEADS,
+        "image_size": 16, "patch_size": 4, "vocab_size": 64, "max_text_length": 16, "width": THIN, "heads": HEADS,
+        "decoder_width": THIN, "decoder_heads": HEADS,
     }  # fmt: skip
-    shape = testing.ModelShape(2, 16, 4, 2 * WIDTH, HEADS, WIDTH, HEADS, 64, (8, 12))
+    shape = testing.ModelShape(2, 16, 4, THIN, HEADS, THIN, HEADS, 64, (8, 12))
     rows, repeats = [], 2 if smoke else STEPS
     for precision in ("fp32", "bf16"):
         for size, name in list(SIZES.items())[: 1 if smoke else None]:
