@@ -322,6 +322,8 @@ def main() -> None:
     if options.child:
         options.json.write_text(json.dumps(child(**options.child)))
         return
+    if options.page and MEASURED not in (options.page.read_text(encoding="utf-8") if options.page.exists() else ""):
+        parser.error(f"--page must be a file with the line {MEASURED!r}, got {options.page}")
     roads = [options.road] if options.road else list(ROADS)
     about, load = machine(options.base), os.getloadavg()[0]
     base, results = {}, {}
@@ -333,9 +335,7 @@ def main() -> None:
     text = markdown(about, results, base)
     print(text)
     if options.page:
-        before, heading, _ = options.page.read_text(encoding="utf-8").partition(MEASURED)
-        if not heading:
-            raise SystemExit(f"{options.page} must have the line {MEASURED!r}")
+        before = options.page.read_text(encoding="utf-8").partition(MEASURED)[0]
         options.page.write_text(f"{before}{MEASURED}\n\n{text}\n", encoding="utf-8")
     if options.json:
         options.json.write_text(json.dumps({"machine": about, "after": results, "before": base}, indent=1) + "\n")
