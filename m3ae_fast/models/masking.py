@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +40,9 @@ class Masked:
 
 def sample_of(seqlens: SeqLens) -> Tensor:
     """[total] int64: the sample each packed row belongs to."""
-    return torch.from_numpy(np.repeat(np.arange(len(seqlens)), seqlens.lengths))
+    return torch.repeat_interleave(
+        torch.arange(len(seqlens)), torch.tensor(seqlens.lengths, dtype=torch.int64), output_size=seqlens.total
+    )
 
 
 def within(seqlens: SeqLens, sample: Tensor) -> Tensor:
