@@ -11,15 +11,11 @@ import torch  # noqa: F401  before _C, so that its OpenMP symbols resolve to tor
 
 from m3ae_fast import _backends
 from m3ae_fast._explain import __version__, explain
+from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.ops import *  # noqa: F403
 from m3ae_fast.ops import __all__ as _ops
 from m3ae_fast.seqlens import SeqLens
-
-
-class M3AEFastWarning(UserWarning):
-    """Something was cut, skipped or slower than it could be; the message says what and how often."""
-
 
 __all__ = [*_ops, "ImageTextBatch", "M3AEFastWarning", "SeqLens", "__version__", "explain"]
 

@@ -16,7 +16,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from m3ae_fast import M3AEFastWarning, __version__, explain
+from m3ae_fast._explain import __version__, explain
+from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.downstream.commands import add_commands, check_captions
 
 SHOWN = 5  # damaged samples that are named

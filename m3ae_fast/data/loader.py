@@ -21,7 +21,9 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data._utils import signal_handling
 
-from m3ae_fast import ImageTextBatch, M3AEFastWarning, _checks
+from m3ae_fast import _checks
+from m3ae_fast._warning import M3AEFastWarning
+from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data.mixture import MixedDataset
 from m3ae_fast.data.sample import BadSample, Sample
 from m3ae_fast.data.seeds import ORDER, SAMPLE, check_seed, generator

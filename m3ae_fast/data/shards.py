@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from m3ae_fast import M3AEFastWarning
+from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data.images import EncodedDataset, EncodedImage
 from m3ae_fast.data.rows import parse_object
 from m3ae_fast.data.sample import BadSample, Sample, check_classes, clean_captions

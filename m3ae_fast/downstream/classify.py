@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3ae_fast import ImageTextBatch, _checks
+from m3ae_fast import _checks
 from m3ae_fast import nn as fast
 from m3ae_fast._files import read_tensors
+from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader, Sample
 from m3ae_fast.downstream.features import encode_cls, extract, image_encoder
 from m3ae_fast.downstream.finetune import descend

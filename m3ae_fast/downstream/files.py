@@ -20,7 +20,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from m3ae_fast import M3AEFastWarning, _checks
+from m3ae_fast import _checks
+from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data import FolderDataset
 from m3ae_fast.data.folder import IMAGES
 from m3ae_fast.data.images import read_image

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from m3ae_fast import ImageTextBatch, M3AEFastWarning, _checks
+from m3ae_fast import _checks
+from m3ae_fast._warning import M3AEFastWarning
+from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Tokenizer
 from m3ae_fast.data.transforms import center_crop
 

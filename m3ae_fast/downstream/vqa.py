@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from m3ae_fast import M3AEFastWarning
+from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data import Tokenizer
 from m3ae_fast.downstream.accuracy import accuracies
 from m3ae_fast.downstream.examples import Question, chunks

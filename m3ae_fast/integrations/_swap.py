@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from m3ae_fast import M3AEFastWarning
+from m3ae_fast._warning import M3AEFastWarning
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _TOLD: set[tuple[str, str]] = set()

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from m3ae_fast import M3AEFastWarning
 from m3ae_fast._files import naming, read_tensors, write_tensors
+from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.train import distributed
 from m3ae_fast.train.config import RunConfig

@@ -24,8 +24,9 @@ import torch
 from torch import nn
 from torch.distributed import Store
 
-from m3ae_fast import M3AEFastWarning, _checks
+from m3ae_fast import _checks
 from m3ae_fast._files import remove_unfinished
+from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader
 from m3ae_fast.nn import checkpoint_blocks

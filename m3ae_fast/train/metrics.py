@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 from m3ae_fast._files import naming, replacing
+from m3ae_fast._warning import M3AEFastWarning
 
 
 class Metrics:
@@ -75,8 +76,6 @@ def read(path: Path) -> list[dict]:
 
 def _truncate(path: Path, step: int) -> None:
     """Keep the rows of steps 1 .. step."""
-    from m3ae_fast import M3AEFastWarning
-
     if not path.is_file() and step == 0:
         return
     kept = [row for row in read(path) if row["step"] <= step]

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from m3ae_fast import M3AEFastWarning
 from m3ae_fast._files import replacing
+from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader, Sample, Tokenizer, open_dataset
 from m3ae_fast.data.folder import read_captions

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from m3ae_fast import M3AEFastWarning
 from m3ae_fast._files import naming
+from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data import StreamedDataset, Tokenizer, open_dataset
 from m3ae_fast.models import OBJECTIVES
 from m3ae_fast.train import checkpoint, distributed
