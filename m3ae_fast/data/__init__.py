@@ -6,15 +6,16 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"m3ae_fast.data needs {error.name}: pip install '.[train]'", name=error.name) from error
 
+from m3ae_fast.data.bad_sample import BadSample
 from m3ae_fast.data.cluttered import ClutteredShapes
 from m3ae_fast.data.folder import FolderDataset
 from m3ae_fast.data.hdf5 import HDF5Dataset
-from m3ae_fast.data.images import EncodedDataset, EncodedImage
+from m3ae_fast.data.images import EncodedImage
 from m3ae_fast.data.loader import Loader
 from m3ae_fast.data.mixture import MixedDataset
 from m3ae_fast.data.paired import PairedShare
 from m3ae_fast.data.rows import JSONLinesDataset
-from m3ae_fast.data.sample import BadSample, Sample
+from m3ae_fast.data.sample import EncodedDataset, Sample
 from m3ae_fast.data.shapes import Scene, SceneObject, ShapesDataset
 from m3ae_fast.data.shards import TarDataset
 from m3ae_fast.data.specs import DRAWN, open_dataset

@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from m3ae_fast.data.images import EncodedDataset, EncodedImage
-from m3ae_fast.data.sample import BadSample, Sample
+from m3ae_fast.data.bad_sample import BadSample
+from m3ae_fast.data.images import EncodedImage
+from m3ae_fast.data.sample import EncodedDataset, Sample
 
 IMAGES = (".jpg", ".jpeg", ".png")
 CAPTIONS = ".txt"

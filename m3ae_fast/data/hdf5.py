@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from m3ae_fast import _checks
-from m3ae_fast.data.images import EncodedDataset, EncodedImage
-from m3ae_fast.data.sample import BadSample, Sample, check_classes, clean_captions
+from m3ae_fast.data.bad_sample import BadSample
+from m3ae_fast.data.images import EncodedImage
+from m3ae_fast.data.sample import EncodedDataset, Sample, check_classes, clean_captions
 
 # The names of (images, captions, labels) in a file, for each split; the first that is there counts.
 LAYOUTS = {

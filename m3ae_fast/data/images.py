@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import os
 
 import numpy as np
 from PIL import Image
 
-from m3ae_fast.data.sample import BadSample, Sample
+from m3ae_fast.data.bad_sample import BadSample
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, x1 and y1 just outside
 ORIENTATION = 0x0112  # the EXIF tag
@@ -67,24 +66,6 @@ class EncodedImage:
             if scale > 1 and image.draft(None, (width // scale, height // scale)):  # None where it is no JPEG
                 box = tuple(side / scale for side in box)
             return resize(_rgb(image), box, size)
-
-
-class EncodedDataset:
-    """What the data sets read from files have in common: `dataset[i]` is `dataset.read(i)` with its image decoded.
-
-    `read(index)` gives the `Sample` with an EncodedImage in it, for the loader to decode just what it needs.
-    """
-
-    flip_safe = True
-    crop_scale = (0.2, 1.0)
-    classes: tuple[str, ...] = ()
-
-    def __getitem__(self, index: int) -> Sample:
-        """Raises BadSample: it cannot be read, or holds nothing. IndexError: outside [0, len)."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"index must be in [0, {len(self)}), got {index}")
-        sample = self.read(index)
-        return sample if sample.image is None else dataclasses.replace(sample, image=sample.image.decoded())
 
 
 def resize(image: Image.Image, box: tuple[float, float, float, float], size: int) -> np.ndarray:

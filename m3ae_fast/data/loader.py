@@ -24,8 +24,9 @@ from torch.utils.data._utils import signal_handling
 from m3ae_fast import _checks
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
+from m3ae_fast.data.bad_sample import BadSample
 from m3ae_fast.data.mixture import MixedDataset
-from m3ae_fast.data.sample import BadSample, Sample
+from m3ae_fast.data.sample import Sample
 from m3ae_fast.data.seeds import ORDER, SAMPLE, check_seed, generator
 from m3ae_fast.data.shuffle import Shuffle
 from m3ae_fast.data.streamed import StreamedDataset

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from m3ae_fast.data.images import EncodedDataset, EncodedImage
-from m3ae_fast.data.sample import BadSample, Sample, check_classes, clean_captions
+from m3ae_fast.data.bad_sample import BadSample
+from m3ae_fast.data.images import EncodedImage
+from m3ae_fast.data.sample import EncodedDataset, Sample, check_classes, clean_captions
 
 
 class JSONLinesDataset(EncodedDataset):

@@ -1,14 +1,13 @@
-"""What a data set returns, and how it says that it cannot."""
+"""What a data set returns, and what those that read files have in common."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from m3ae_fast.data.images import EncodedImage
+from m3ae_fast.data.bad_sample import BadSample
+from m3ae_fast.data.images import EncodedImage
 
 MOST_CLASSES = 100_000  # a batch holds a flag for each class and sample
 
@@ -30,21 +29,22 @@ class Sample:
     labels: tuple[int, ...] = ()
 
 
-class BadSample(Exception):
-    """A sample that cannot be read: its file is damaged, or holds neither an image nor a caption.
+class EncodedDataset:
+    """What the data sets read from files have in common: `dataset[i]` is `dataset.read(i)` with its image decoded.
 
-    Args:
-        name: of the sample. reason: what is wrong with it.
-        kind: what is damaged, for the counts: "image", "caption", "shard" (the file that holds it), "row", or "sample";
-            or, where nothing is, why it is left out: "unpaired", "unlabelled".
+    `read(index)` gives the `Sample` with an EncodedImage in it, for the loader to decode just what it needs.
     """
 
-    def __init__(self, name: str, reason: str, kind: str = "sample"):
-        super().__init__(name, reason, kind)  # all, so that it pickles
-        self.name, self.reason, self.kind = name, reason, kind
+    flip_safe = True
+    crop_scale = (0.2, 1.0)
+    classes: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
+    def __getitem__(self, index: int) -> Sample:
+        """Raises BadSample: it cannot be read, or holds nothing. IndexError: outside [0, len)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index must be in [0, {len(self)}), got {index}")
+        sample = self.read(index)
+        return sample if sample.image is None else dataclasses.replace(sample, image=sample.image.decoded())
 
 
 def clean_captions(name: str, value: object) -> tuple[str, ...]:

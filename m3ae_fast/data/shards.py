@@ -16,9 +16,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from m3ae_fast._warning import M3AEFastWarning
-from m3ae_fast.data.images import EncodedDataset, EncodedImage
+from m3ae_fast.data.bad_sample import BadSample
+from m3ae_fast.data.images import EncodedImage
 from m3ae_fast.data.rows import parse_object
-from m3ae_fast.data.sample import BadSample, Sample, check_classes, clean_captions
+from m3ae_fast.data.sample import EncodedDataset, Sample, check_classes, clean_captions
 
 IMAGES = ("jpg", "jpeg", "png")
 SUFFIXES = (*IMAGES, "txt", "json", "cls")

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from m3ae_fast import _checks
-from m3ae_fast.data.sample import BadSample, Sample
+from m3ae_fast.data.bad_sample import BadSample
+from m3ae_fast.data.sample import Sample
 from m3ae_fast.data.seeds import ORDER, generator
 from m3ae_fast.data.shards import captions_of, contents, expand_braces, sample_of, samples_in
 
