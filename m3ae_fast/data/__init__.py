@@ -16,7 +16,8 @@ from m3ae_fast.data.mixture import MixedDataset
 from m3ae_fast.data.paired import PairedShare
 from m3ae_fast.data.rows import JSONLinesDataset
 from m3ae_fast.data.sample import EncodedDataset, Sample
-from m3ae_fast.data.shapes import Scene, SceneObject, ShapesDataset
+from m3ae_fast.data.scenes import Scene, SceneObject
+from m3ae_fast.data.shapes import ShapesDataset
 from m3ae_fast.data.shards import TarDataset
 from m3ae_fast.data.specs import DRAWN, open_dataset
 from m3ae_fast.data.streamed import StreamedDataset

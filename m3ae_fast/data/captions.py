@@ -5,14 +5,11 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from m3ae_fast.data.scenes import SceneObject
 from m3ae_fast.data.seeds import choose
-
-if TYPE_CHECKING:
-    from m3ae_fast.data.shapes import SceneObject
 
 NUMBERS = ("no", "one", "two", "three", "four")
 ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")  # thirds of the image, by an object's middle

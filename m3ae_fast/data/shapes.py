@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from PIL import Image, ImageDraw
 from m3ae_fast import _checks
 from m3ae_fast.data.captions import describe
 from m3ae_fast.data.sample import Sample
+from m3ae_fast.data.scenes import Scene, SceneObject
 from m3ae_fast.data.seeds import SCENE, check_seed, choose, generator
 
 COLORS = {
@@ -35,26 +35,6 @@ GAP = 0.05  # between two objects, as a share of the image's side: 1.5 pixels or
 MIN_SIZE = 32  # rounding to pixels lets no two boxes touch
 OVERSAMPLING = 4  # drawn this much larger, then averaged: smooth edges
 PLACES = 64  # drawn for each object
-
-
-@dataclasses.dataclass(frozen=True)
-class SceneObject:
-    """shape, color, size: words of SHAPES, COLORS, SIZES. box: (x0, y0, x1, y1) in pixels, x1 and y1 just outside;
-    the object touches all four sides of it, and boxes of a scene never touch each other."""
-
-    shape: str
-    color: str
-    size: str
-    box: tuple[int, int, int, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Scene:
-    """What was drawn. background: a colour. objects: one to four. captions: three true ones, from short to long."""
-
-    background: str
-    objects: tuple[SceneObject, ...]
-    captions: tuple[str, ...]
 
 
 class ShapesDataset:

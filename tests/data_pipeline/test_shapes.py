@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from m3ae_fast.data import ShapesDataset, open_dataset
-from m3ae_fast.data.shapes import COLORS, SHAPES, SIZES, Scene, draw
+from m3ae_fast.data.scenes import Scene
+from m3ae_fast.data.shapes import COLORS, SHAPES, SIZES, draw
 
 SCENES = 300
 

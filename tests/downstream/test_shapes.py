@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from m3ae_fast.data import ShapesDataset, Tokenizer
-from m3ae_fast.data.shapes import COLORS, SHAPES, Scene
+from m3ae_fast.data.scenes import Scene
+from m3ae_fast.data.shapes import COLORS, SHAPES
 from m3ae_fast.downstream import chance
 from m3ae_fast.downstream.shapes import ShapesPairs, ShapesPhrases, ShapesQuestions, ShapesStatements
 from m3ae_fast.downstream.statements import Drawing, state
