@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from m3ae_fast._drawing import INK, heat, new_figure, save_figure
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.downstream.features import encode_cls, evaluating, image_encoder, reads_pairs
 from m3ae_fast.models import MAMO
+from m3ae_fast.models.ground import to_pixels
 from m3ae_fast.nn import Transformer
 
 if TYPE_CHECKING:
@@ -108,13 +110,6 @@ def draw_attention(model: nn.Module, batch: ImageTextBatch, tokenizer: Tokenizer
         batch: images as uint8, with texts or without. tokenizer: of the model. path: of the PNG.
         options: of `attend`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: no display, no state shared with the caller
-
-    from m3ae_fast._files import replacing
-    from m3ae_fast.downstream.ground import to_pixels
-    from m3ae_fast.train.pictures import INK, heat
-
     rows = []
     words = batch.text.cpu().split(batch.text_lengths.lengths)
     images = batch.images.cpu().permute(0, 2, 3, 1).numpy()
@@ -127,8 +122,7 @@ def draw_attention(model: nn.Module, batch: ImageTextBatch, tokenizer: Tokenizer
             *([None, *panels[i : i + COLUMNS - 1]] for i in range(COLUMNS, len(panels), COLUMNS - 1)),
         ]
     columns = max(map(len, rows))
-    figure = Figure(figsize=(1.4 * columns, 1.6 * len(rows)), dpi=110, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(1.4 * columns, 1.6 * len(rows))
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -137,5 +131,4 @@ def draw_attention(model: nn.Module, batch: ImageTextBatch, tokenizer: Tokenizer
             if panel is not None:
                 axes.imshow(panel[1])
                 axes.set_title(panel[0], fontsize=9, color=INK, parse_math=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, path)

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from m3ae_fast import _checks
+from m3ae_fast._drawing import INK, new_figure, save_figure
 
 LEGEND = 20  # classes with a colour of their own
 
@@ -40,14 +41,8 @@ def draw_projection(points: np.ndarray, labels: Tensor, classes: Sequence[str], 
         points: [N, 2]. labels: [N], numbers of `classes`, the names. path: of the PNG.
     """
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: no display, no state shared with the caller
 
-    from m3ae_fast._files import replacing
-    from m3ae_fast.train.pictures import INK
-
-    figure = Figure(figsize=(8, 6), dpi=110, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 6)
     axes = figure.subplots()
     colors = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20"].colors
     labels = labels.numpy()
@@ -61,5 +56,4 @@ def draw_projection(points: np.ndarray, labels: Tensor, classes: Sequence[str], 
     axes.set_title(f"{len(points):,} images, t-SNE of CLS", loc="left", fontsize=11, fontweight="bold", color=INK)
     if len(classes) <= LEGEND:
         figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, path)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from m3ae_fast._files import naming, read_json, replacing, write_json
+from m3ae_fast._drawing import new_figure, save_figure
+from m3ae_fast._files import read_json, replacing, write_json
 from m3ae_fast.experiments.plan import CLAIMS, TABLES, Claim, Scale, Table, runs_of
 
 Scores = dict[str, list[dict[str, float]]]  # run -> its scores, a seed each
@@ -82,9 +83,7 @@ def _verdict(claim: Claim, scores: Scores) -> str:
 
 
 def _plot(path: Path, table: Table, scores: Scores) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.2), dpi=110, layout="constrained")
+    figure = new_figure(7, 3.2)
     axes, width = figure.subplots(), 0.8 / len(table.scores)
     places = range(len(table.rows))
     for i, score in enumerate(table.scores):
@@ -100,5 +99,4 @@ def _plot(path: Path, table: Table, scores: Scores) -> None:
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=7)
-    with replacing(path) as temporary, naming(path):
-        figure.savefig(temporary, format="png")
+    save_figure(figure, path)

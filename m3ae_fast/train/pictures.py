@@ -10,22 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from m3ae_fast._files import replacing
+from m3ae_fast._drawing import FAINT, INK, Cards, heat, new_figure, save_figure
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader, Sample, Tokenizer, open_dataset
 from m3ae_fast.data.folder import read_captions
 from m3ae_fast.data.images import read_image
 from m3ae_fast.models import M3AEConfig
+from m3ae_fast.models.ground import ground, to_pixels
 from m3ae_fast.train import metrics
 from m3ae_fast.train.config import PAIRED, RunConfig
 
 SAMPLES = 6  # of a picture
 REBUILDING = ("m3ae", "mae", "mamo")  # objectives whose models rebuild what they cannot see, which is drawn
-# Sizes in pixels, colours as #rrggbb
-SIDE, GAP, MARGIN, LINE, COLUMNS = 192, 10, 28, 21, 2
-PAPER, CARD, INK, FAINT = "#f4f5f7", "#ffffff", "#1f2430", "#8a91a0"
-MASKED_WORD, RIGHT, WRONG = "#e4e7ee", "#178a4c", "#c8452f"
+# Colors as #rrggbb
 IMAGE, TEXT, PAIR, RIGHT_SHARE, WATCH = "#2f6fde", "#d9632b", "#7a4fc0", "#178a4c", "#6b7280"
 PANELS = {  # of losses.png, by the name of the metric: title, colour, what it is
     "image_loss": ("image loss", IMAGE, "squared error of masked patches"),
@@ -135,9 +133,6 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     Args:
         rows: of metrics.jsonl; nothing is drawn where there are none, nor of steps that were not finite.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: no display, no state shared with the caller
-
     rows = [row for row in rows if None not in row.values()]
     if not rows:
         return
@@ -147,8 +142,7 @@ def draw_losses(rows: list[dict], path: Path) -> None:
         shown = ["loss", *shown]
     columns = 2 if len(shown) <= 4 else 3
     lines = -(-len(shown) // columns)
-    figure = Figure(figsize=(5 * columns, 3 * lines), dpi=110, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5 * columns, 3 * lines)
     steps = np.array([row["step"] for row in rows])
     grid = figure.subplots(lines, columns, sharex=True, squeeze=False).ravel()
     for axes in grid[len(shown) :]:
@@ -177,8 +171,7 @@ def draw_losses(rows: list[dict], path: Path) -> None:
             )  # fmt: skip
     for axes in grid[-columns:]:
         axes.set_xlabel("step", fontsize=9, color="#5b6270")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, path)
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
@@ -237,14 +230,12 @@ def draw_words(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> None:
-    """A MAMO's view of pairs: the image, where in it the caption is found (`downstream.ground`), and the guesses of
-    masked words, green where right.
+    """A MAMO's view of pairs: the image, where in it the caption is found (`models.ground`), and the guesses of masked
+    words, green where right.
 
     Args:
         batch: pairs, images as uint8. seed: of the masked words.
     """
-    from m3ae_fast.downstream.ground import ground, to_pixels
-
     training = model.training
     model.eval()
     batch = batch.to(device)
@@ -269,13 +260,6 @@ def _captions(
     return found
 
 
-def heat(image: np.ndarray, map: Tensor) -> np.ndarray:
-    """[H, W, 3] uint8 with a map [H, W] laid over it: gray where it is lowest, in its colours where highest."""
-    share = ((map - map.min()) / (map.max() - map.min()).clamp(min=1e-12)).numpy()[..., None]
-    gray = image.mean(2, keepdims=True) * 0.35 + 150
-    return np.uint8(np.clip(share * image + (1 - share) * gray, 0, 255))
-
-
 def unpatchify(patches: Tensor, config: M3AEConfig) -> Tensor:
     """[B, P, patch_dim] normalised pixels (row, column, channel) -> [B, H, W, 3] uint8."""
     (rows, columns), size = config.grid, config.patch_size
@@ -293,88 +277,3 @@ def striped(height: int, width: int) -> np.ndarray:
     """[H, W, 3] uint8, diagonal stripes: what a hole is filled with."""
     diagonal = np.arange(height)[:, None] + np.arange(width)
     return np.uint8(STRIPES)[diagonal // max(width // 64, 1) // 2 % 2]
-
-
-class Cards:
-    """Lays cards out in columns; `image` is the picture.
-
-    Args:
-        cards: of each, its panels ([H, W, 3] uint8) and its words (word, guess, whether it was masked).
-        titles: of the panels. note: at the foot, where a word was masked.
-    """
-
-    def __init__(
-        self,
-        cards: list[tuple[list[np.ndarray], list[tuple[str, str, bool]]]],
-        titles: tuple[str, ...],
-        note: str = "gray words were masked, the model's guess is below them: green where it is right",
-    ):
-        import matplotlib
-        from PIL import Image, ImageDraw, ImageFont
-
-        fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # a font that is there on every machine
-        self._font = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 15)
-        self._bold = ImageFont.truetype(str(fonts / "DejaVuSans-Bold.ttf"), 13)
-        self._small = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 13)
-        self._titles = titles
-        columns = min(COLUMNS, len(cards))
-        inner = len(titles) * (SIDE + GAP) - GAP
-        width = inner + 2 * GAP
-        placed = [(panels, self._lay_out(text, inner)) for panels, text in cards]
-        heights = [self._height(*card) for card in placed]
-        rows = [max(heights[i : i + columns]) for i in range(0, len(cards), columns)]
-        size = (columns * (width + GAP) - GAP + 2 * MARGIN, sum(rows) + (len(rows) - 1) * GAP + 2 * MARGIN + LINE)
-        self.image = Image.new("RGB", size, PAPER)
-        self._pen = ImageDraw.Draw(self.image)
-        if any(masked for _, text in cards for _, _, masked in text):
-            self._pen.text((MARGIN, size[1] - MARGIN - 8), note, font=self._small, fill=FAINT)
-        for i, card in enumerate(placed):
-            row, column = divmod(i, columns)
-            x, y = MARGIN + column * (width + GAP), MARGIN + sum(rows[:row]) + row * GAP
-            self._pen.rounded_rectangle((x, y, x + width - 1, y + rows[row] - 1), 8, fill=CARD)
-            self._card(x + GAP, y + GAP, *card)
-
-    def save(self, path: Path) -> None:
-        with replacing(path) as temporary:
-            self.image.save(temporary, format="PNG")
-
-    def _height(self, panels, words) -> int:
-        height = LINE + SIDE if panels else 0
-        lines = 1 + max((line for _, _, line, _, _ in words), default=-1)
-        return height + (GAP if panels and lines else 0) + lines * (2 * LINE + 6) + 2 * GAP
-
-    def _lay_out(self, text, width: int) -> list[tuple[int, int, int, str, tuple[str, bool] | None]]:
-        """(x, width, line, word, None or (guess, whether it is right)) of each word, wrapped."""
-        placed, x, line = [], 0, 0
-        for word, guess, masked in text:
-            joined = word.startswith("##") and word != "##"  # a piece that continues a word
-            shown = word[2:] if joined else word
-            wide = self._font.getlength(shown)
-            if masked:
-                wide = max(wide, self._font.getlength(guess)) + 8
-            wide = round(wide)
-            x -= 5 if joined and x and not masked else 0
-            if x and x + wide > width:
-                x, line = 0, line + 1
-            placed.append((x, wide, line, shown, (guess, guess == word) if masked else None))
-            x += wide + 6
-        return placed
-
-    def _card(self, x: int, y: int, panels, words) -> None:
-        from PIL import Image
-
-        for i, (panel, title) in enumerate(zip(panels, self._titles, strict=bool(panels))):
-            left = x + i * (SIDE + GAP)
-            self._pen.text((left, y - 3), title, font=self._bold, fill=FAINT)
-            enlarged = panel.shape[0] < SIDE
-            resample = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
-            self.image.paste(Image.fromarray(panel).resize((SIDE, SIDE), resample), (left, y + LINE))
-        y += LINE + SIDE + GAP if panels else 0
-        for left, wide, line, word, guess in words:
-            left, top = x + left, y + line * (2 * LINE + 6)
-            middle = left + wide / 2
-            if guess is not None:
-                self._pen.rounded_rectangle((left, top, left + wide, top + LINE), 5, fill=MASKED_WORD)
-                color = RIGHT if guess[1] else WRONG
-                self._pen.text((middle, top + LINE + 3), guess[0], font=self._font, fill=color, anchor="ma")
-            self._pen.text((middle, top + 2), word, font=self._font, fill=INK, anchor="ma")

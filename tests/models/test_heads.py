@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from m3ae_fast.downstream.ground import ground, points, to_pixels
+from m3ae_fast.models.ground import ground, points, to_pixels
 from m3ae_fast.models.reason import Reason
 from m3ae_fast.models.vqa import VQA
 from tests.models.plain_mamo import CONFIG, make_batch, make_model, mlp, plain_fusion, plain_image, plain_text

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from m3ae_fast import _drawing
 from m3ae_fast.data import BadSample
 from m3ae_fast.models import M3AEConfig
 from m3ae_fast.train import load_run, pictures, pretrain
@@ -40,8 +41,8 @@ def test_hidden_pixels_are_the_models_and_visible_ones_the_originals(config, tmp
     batch = pictures.held_out(run.model.config, run.tokenizer, run.config, count=1)
     pictures.draw_reconstruction(run.model, run.tokenizer, batch, tmp_path / "out.png", seed=3)
     drawn = np.asarray(Image.open(tmp_path / "out.png"))
-    side, gap = pictures.SIDE, pictures.GAP
-    left, top = pictures.MARGIN + gap, pictures.MARGIN + gap + pictures.LINE
+    side, gap = _drawing.SIDE, _drawing.GAP
+    left, top = _drawing.MARGIN + gap, _drawing.MARGIN + gap + _drawing.LINE
     panels = [drawn[top : top + side, left + i * (side + gap) :][:, :side] for i in range(3)]
     original, masked, rebuilt = (panel[3::6, 3::6] for panel in panels)  # 32 pixels were enlarged to 192
     with torch.no_grad():

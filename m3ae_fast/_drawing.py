@@ -1,0 +1,127 @@
+"""What every picture is made with: colors, figures, images with a map laid over them, cards with words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from m3ae_fast._files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Sizes in pixels, colors as #rrggbb
+SIDE, GAP, MARGIN, LINE, COLUMNS = 192, 10, 28, 21, 2
+PAPER, CARD, INK, FAINT = "#f4f5f7", "#ffffff", "#1f2430", "#8a91a0"
+MASKED_WORD, RIGHT, WRONG = "#e4e7ee", "#178a4c", "#c8452f"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches. Not pyplot's: no display, no state shared with the caller."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """As a PNG, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def heat(image: np.ndarray, map: Tensor) -> np.ndarray:
+    """[H, W, 3] uint8 with a map [H, W] laid over it: gray where it is lowest, in its colours where highest."""
+    share = ((map - map.min()) / (map.max() - map.min()).clamp(min=1e-12)).numpy()[..., None]
+    gray = image.mean(2, keepdims=True) * 0.35 + 150
+    return np.uint8(np.clip(share * image + (1 - share) * gray, 0, 255))
+
+
+class Cards:
+    """Lays cards out in columns; `image` is the picture.
+
+    Args:
+        cards: of each, its panels ([H, W, 3] uint8) and its words (word, guess, whether it was masked).
+        titles: of the panels. note: at the foot, where a word was masked.
+    """
+
+    def __init__(
+        self,
+        cards: list[tuple[list[np.ndarray], list[tuple[str, str, bool]]]],
+        titles: tuple[str, ...],
+        note: str = "gray words were masked, the model's guess is below them: green where it is right",
+    ):
+        import matplotlib
+        from PIL import Image, ImageDraw, ImageFont
+
+        fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # a font that is there on every machine
+        self._font = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 15)
+        self._bold = ImageFont.truetype(str(fonts / "DejaVuSans-Bold.ttf"), 13)
+        self._small = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 13)
+        self._titles = titles
+        columns = min(COLUMNS, len(cards))
+        inner = len(titles) * (SIDE + GAP) - GAP
+        width = inner + 2 * GAP
+        placed = [(panels, self._lay_out(text, inner)) for panels, text in cards]
+        heights = [self._height(*card) for card in placed]
+        rows = [max(heights[i : i + columns]) for i in range(0, len(cards), columns)]
+        size = (columns * (width + GAP) - GAP + 2 * MARGIN, sum(rows) + (len(rows) - 1) * GAP + 2 * MARGIN + LINE)
+        self.image = Image.new("RGB", size, PAPER)
+        self._pen = ImageDraw.Draw(self.image)
+        if any(masked for _, text in cards for _, _, masked in text):
+            self._pen.text((MARGIN, size[1] - MARGIN - 8), note, font=self._small, fill=FAINT)
+        for i, card in enumerate(placed):
+            row, column = divmod(i, columns)
+            x, y = MARGIN + column * (width + GAP), MARGIN + sum(rows[:row]) + row * GAP
+            self._pen.rounded_rectangle((x, y, x + width - 1, y + rows[row] - 1), 8, fill=CARD)
+            self._card(x + GAP, y + GAP, *card)
+
+    def save(self, path: Path) -> None:
+        with replacing(path) as temporary:
+            self.image.save(temporary, format="PNG")
+
+    def _height(self, panels, words) -> int:
+        height = LINE + SIDE if panels else 0
+        lines = 1 + max((line for _, _, line, _, _ in words), default=-1)
+        return height + (GAP if panels and lines else 0) + lines * (2 * LINE + 6) + 2 * GAP
+
+    def _lay_out(self, text, width: int) -> list[tuple[int, int, int, str, tuple[str, bool] | None]]:
+        """(x, width, line, word, None or (guess, whether it is right)) of each word, wrapped."""
+        placed, x, line = [], 0, 0
+        for word, guess, masked in text:
+            joined = word.startswith("##") and word != "##"  # a piece that continues a word
+            shown = word[2:] if joined else word
+            wide = self._font.getlength(shown)
+            if masked:
+                wide = max(wide, self._font.getlength(guess)) + 8
+            wide = round(wide)
+            x -= 5 if joined and x and not masked else 0
+            if x and x + wide > width:
+                x, line = 0, line + 1
+            placed.append((x, wide, line, shown, (guess, guess == word) if masked else None))
+            x += wide + 6
+        return placed
+
+    def _card(self, x: int, y: int, panels, words) -> None:
+        from PIL import Image
+
+        for i, (panel, title) in enumerate(zip(panels, self._titles, strict=bool(panels))):
+            left = x + i * (SIDE + GAP)
+            self._pen.text((left, y - 3), title, font=self._bold, fill=FAINT)
+            enlarged = panel.shape[0] < SIDE
+            resample = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
+            self.image.paste(Image.fromarray(panel).resize((SIDE, SIDE), resample), (left, y + LINE))
+        y += LINE + SIDE + GAP if panels else 0
+        for left, wide, line, word, guess in words:
+            left, top = x + left, y + line * (2 * LINE + 6)
+            middle = left + wide / 2
+            if guess is not None:
+                self._pen.rounded_rectangle((left, top, left + wide, top + LINE), 5, fill=MASKED_WORD)
+                color = RIGHT if guess[1] else WRONG
+                self._pen.text((middle, top + LINE + 3), guess[0], font=self._font, fill=color, anchor="ma")
+            self._pen.text((middle, top + 2), word, font=self._font, fill=INK, anchor="ma")
