@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -72,11 +71,19 @@ def number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
+def real(name: str, value: object, within: str) -> None:
+    """A number in an interval such as "[0, 1)"."""
+    number(name, value)
+    low, high = map(float, within[1:-1].split(","))
+    above = value >= low if within[0] == "[" else value > low  # false for a NaN
+    if not above or not (value <= high if within[-1] == "]" else value < high):
+        words = {"(0, inf)": "finite and positive", "[0, inf)": "finite and not negative"}
+        raise ValueError(f"{name} must be {words.get(within, f'in {within}')}, got {value}")
+
+
 def positive(name: str, value: object) -> None:
     """A number that is finite and above 0."""
-    number(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be finite and positive, got {value}")
+    real(name, value, "(0, inf)")
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 import shlex
@@ -17,6 +16,7 @@ import warnings
 from pathlib import Path
 
 from m3ae_fast._explain import __version__, explain
+from m3ae_fast._settings import add_options, given, natural, positive
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.downstream.commands import add_commands, check_captions
 
@@ -26,13 +26,14 @@ INTERRUPTED = 130  # as shells say it: 128 + SIGINT
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; `argv` without the program's name, None: sys.argv. Returns the exit status."""
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character shows another, and lives
         sys.stdout.reconfigure(errors="replace")
         sys.stderr.reconfigure(errors="replace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            args = _parser(*argv[:1]).parse_args(argv)
             return args.command(args)
     except KeyboardInterrupt:
         print("m3ae-fast: interrupted", file=sys.stderr)
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         if "Memory" in type(error).__name__:
             message += "; --checkpoint-blocks needs less memory, for the same numbers"
         if type(error).__name__ != "FailedElsewhere":  # the first process says what it was
-            print(f"{_process()}m3ae-fast {args.name}: error: {message}", file=sys.stderr)
+            print(f"{_process()}m3ae-fast {argv[0]}: error: {message}", file=sys.stderr)
         return 2
 
 
@@ -83,19 +84,13 @@ def _pretrain(args: argparse.Namespace) -> int:
         return 0
     if recipe is not None and recipe not in RECIPES:
         raise ValueError(f"recipe must be list or one of {', '.join(RECIPES)}, got {recipe}")
-    fields = {field.name for field in dataclasses.fields(RunConfig)}
-    given = {name: value for name, value in vars(args).items() if name in fields}
-    if "options" in given:
-        given["options"] = dict(given["options"])
-    if len(given.get("data", ())) == 1:
-        given["data"] = given["data"][0]
-    given = RECIPES.get(recipe, {}) | given
-    config = RunConfig(**given)
+    values = RECIPES.get(recipe, {}) | given(RunConfig, args)
+    config = RunConfig(**values)
     parts = (_name_of(config.data), *([] if config.objective == "m3ae" else [config.objective]), config.model)
     out = getattr(args, "out", Path("runs") / "-".join(parts))
     resumed = args.resume and (out / "run.json").is_file()
     if resumed:
-        config = dataclasses.replace(RunConfig.load(out), **given)
+        config = dataclasses.replace(RunConfig.load(out), **values)
     shown = config.data if isinstance(config.data, str) else " + ".join(config.data)
     doing = "going on with" if resumed else "training"
     if is_first():
@@ -217,7 +212,8 @@ class _Formatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=110)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(named: str | None = None) -> argparse.ArgumentParser:
+    """Of all commands; `named` is the one called."""
     common = {"allow_abbrev": False, "formatter_class": _Formatter}
     parser = argparse.ArgumentParser("m3ae-fast", description="Masked multimodal autoencoders, fast.", **common)
     parser.add_argument("--version", action="version", version=f"m3ae_fast {__version__}")
@@ -234,7 +230,8 @@ def _parser() -> argparse.ArgumentParser:
         "Train an M3AE, or another model. With no option: drawn scenes, a tiny model, two minutes on two cores.",
         argument_default=argparse.SUPPRESS,
     )  # fmt: skip
-    _add_run_options(pretrain)
+    if named == "pretrain":  # whose settings are in m3ae_fast.train, which needs its extra
+        _add_run_options(pretrain)
 
     reconstruct = add("reconstruct", _reconstruct, "Draw original | masked | reconstruction with a trained model.")
     reconstruct.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
@@ -242,11 +239,11 @@ def _parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("--data", metavar="shapes|DIR", help="instead of images (default: the run's own data)")
     reconstruct.add_argument("--caption", dest="captions", action="append", metavar="TEXT", help="one for each image")
     reconstruct.add_argument("--out", type=Path, default=Path("reconstruction.png"), metavar="FILE", help="%(default)s")
-    reconstruct.add_argument("--samples", type=_positive, default=6, metavar="N", help="of --data (%(default)s)")
-    reconstruct.add_argument("--seed", type=_natural, metavar="S", help="of the masks (default: the run's)")
+    reconstruct.add_argument("--samples", type=positive, default=6, metavar="N", help="of --data (%(default)s)")
+    reconstruct.add_argument("--seed", type=natural, metavar="S", help="of the masks (default: the run's)")
     reconstruct.add_argument("--device", default="cpu", help="%(default)s")
 
-    add_commands(add, _natural, _positive)
+    add_commands(add)
 
     experiments = add(
         "experiments", _experiments,
@@ -257,9 +254,9 @@ def _parser() -> argparse.ArgumentParser:
         "--only", nargs="+", metavar="TABLE", choices=("objectives", "paired", "ratio", "sizes", "ood"),
         help="of objectives, paired, ratio, sizes, ood (default: all)",
     )  # fmt: skip
-    experiments.add_argument("--seeds", type=_positive, default=3, metavar="N", help="of each run (%(default)s)")
-    experiments.add_argument("--steps", type=_positive, metavar="N", help="of each run (1,200)")
-    experiments.add_argument("--jobs", type=_positive, metavar="N", help="runs at a time (default: one a core)")
+    experiments.add_argument("--seeds", type=positive, default=3, metavar="N", help="of each run (%(default)s)")
+    experiments.add_argument("--steps", type=positive, metavar="N", help="of each run (1,200)")
+    experiments.add_argument("--jobs", type=positive, metavar="N", help="runs at a time (default: one a core)")
     experiments.add_argument("--smoke", action="store_true", help="three steps a run: shows that everything runs")
 
     add("info", _info, "Say what runs here and why: versions, instruction set, backends.")
@@ -271,111 +268,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_run_options(command: argparse.ArgumentParser) -> None:
-    """One option for each setting of RunConfig, named alike."""
+    """One option for each setting of RunConfig, named alike, and those of a call alone."""
+    from m3ae_fast.train.config import FILES, RUN, RunConfig
+
     command.epilog = (
         "Several processes: torchrun --nproc-per-node 8 -m m3ae_fast pretrain ..., on GPUs or CPUs; batches are split "
         "among them, and a run may go on with another number of them (docs/scale.md)."
     )
-    run = command.add_argument_group("the run")
-    run.add_argument(
+    groups = add_options(command, RunConfig)
+    groups[RUN].add_argument(
         "--recipe", metavar="NAME|list",
         help="a paper's run, e.g. m3ae-cc12m-large; other options win over it; list: print all of them",
     )  # fmt: skip
-    run.add_argument(
-        "--data", action="append", metavar="SPEC[=WEIGHT]",
-        help="shapes (default), cluttered: drawn; a folder of NAME.jpg + NAME.txt; FILE.h5, FILE.jsonl, "
-        "'x-{00..11}.tar', or a URL of shards (docs/data.md). More than one: mixed by weights (1); of a "
-        "command, or a URL with a ?, =WEIGHT stands behind a blank",
-    )  # fmt: skip
-    run.add_argument("--objective", choices=("m3ae", "mae", "mamo", "clip", "supervised"), help="default: m3ae")
-    run.add_argument("--model", choices=("tiny", "small", "base", "large", "huge"), help="default: tiny")
-    length = run.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=_positive, metavar="N", help="default: tiny 1,200, others 100,000")
-    length.add_argument("--epochs", type=float, metavar="E", help="instead of steps: passes over the data")
-    run.add_argument(
-        "--batch-size", type=_positive, metavar="B",
-        help="of a pass, all processes together; default: tiny 32, others 64",
-    )  # fmt: skip
-    run.add_argument("--accumulate", type=_positive, metavar="N", help="passes of a step (1)")
-    run.add_argument("--seed", type=_natural, metavar="S", help="of weights, data order and masks (0)")
-    run.add_argument("--precision", choices=("fp32", "bf16"), help="default: fp32")
-    run.add_argument("--image-size", type=_positive, metavar="PIXELS", help="default: the model's")
-    run.add_argument("--image-mask-ratio", type=float, metavar="R", help="share of patches removed (0.75)")
-    run.add_argument("--text-mask-ratio", type=float, metavar="R", help="share of words removed (0.75)")
-    run.add_argument(
-        "--set", dest="options", action="append", type=_setting, metavar="NAME=VALUE",
-        help="another field of the model's configuration, e.g. mim_weight=0; as often as needed",
-    )  # fmt: skip
-    run.add_argument("--paired-share", type=float, metavar="S", help="of the images, which keep their captions (1.0)")
-    run.add_argument(
-        "--text-vocab", metavar="FILE", help="vocab.txt or tokenizer.json; default: made from the captions"
-    )
-    optimiser = command.add_argument_group("the optimiser (AdamW .9, .95; warm-up, then a cosine to 0)")
-    optimiser.add_argument(
-        "--lr",
-        type=float,
-        help="peak; default: tiny 0.002 (M3AE, MAE) or 0.001, others 0.00015 for 256 samples of a step",
-    )
-    optimiser.add_argument("--warmup", type=_natural, metavar="STEPS", help="default: a tenth of all")
-    optimiser.add_argument("--weight-decay", type=float, metavar="W", help="of weight matrices (0.05)")
-    optimiser.add_argument("--grad-clip", type=float, metavar="NORM", help="largest gradient norm (1.0), 0: any")
-    optimiser.add_argument(
-        "--ema", type=float, metavar="DECAY",
-        help="keep a moving average of the weights, e.g. 0.9999, which is what is used afterwards; 0 (default): none",
-    )  # fmt: skip
-    files = command.add_argument_group("where, and how far")
+    files = groups[FILES]
     files.add_argument("--out", type=Path, metavar="DIR", help="default: runs/DATA-MODEL")
     files.add_argument(
         "--resume", nargs="?", choices=("auto",), const=True, default=False,
         help="continue the run in --out, to the bit; auto: or start it, where there is none yet",
     )  # fmt: skip
-    files.add_argument("--stop-after", type=_positive, metavar="K", help="stop, to be resumed, when K steps are taken")
-    files.add_argument("--checkpoint-every", type=_natural, metavar="STEPS", help="default: 500; 0: only at the end")
-    files.add_argument(
-        "--picture-every", type=_natural, metavar="STEPS", help="default: a quarter of all; 0: at the end"
-    )
-    files.add_argument(
-        "--max-bad-steps", type=_natural, metavar="N",
-        help="skip and count a step whose loss or gradient is not finite, up to N in a row (10); 0: stop at the first",
-    )  # fmt: skip
-    machine = command.add_argument_group("the machine")
-    machine.add_argument("--device", help="default: cuda if there is one, else cpu")
-    machine.add_argument(
-        "--workers", type=_natural, metavar="N", help="processes that load data, for each that trains (0)"
-    )
-    machine.add_argument(
-        "--checkpoint-blocks", action="store_true", help="gradient checkpointing: less memory, more work, the same bits"
-    )
-    machine.add_argument(
-        "--shard", action=argparse.BooleanOptionalAction,
-        help="under torchrun: share weights, gradients and moments out (FSDP2); default: each process has all (DDP)",
-    )  # fmt: skip
-    machine.add_argument(
-        "--rank-timeout", type=_positive, metavar="SECONDS", help="how long a process waits for the others (600)"
-    )
-    machine.add_argument("--strict", action="store_true", help="stop at an image that cannot be read; default: skip it")
-
-
-def _setting(text: str) -> tuple[str, object]:
-    """NAME=VALUE, the value a number, a JSON value or a plain word."""
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
-
-
-def _natural(text: str, low: int = 0) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = low - 1
-    if value < low:
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least {low}, got {text!r}")
-    return value
-
-
-def _positive(text: str) -> int:
-    return _natural(text, low=1)
+    files.add_argument("--stop-after", type=positive, metavar="K", help="stop, to be resumed, when K steps are taken")

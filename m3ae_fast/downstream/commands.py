@@ -7,15 +7,17 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from m3ae_fast._settings import natural, positive
+
 CLASSES = "cluttered"  # what is classified where no data is named: drawn, of one class each
 TRAINING = 50_000  # drawn scenes to fine-tune on: more than are ever read
 PROBED = 2000  # drawn scenes to fit a probe to, all of which are
 
 
-def add_commands(add: Callable[..., argparse.ArgumentParser], natural: Callable, positive: Callable) -> None:
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Register the commands. add: makes a parser of (name, function, text)."""
     retrieve = add("retrieve", _retrieve, "Find captions for images and images for captions: recall at 1, 5 and 10.")
-    _common(retrieve, natural, positive, "shapes|DIR|FILE.jsonl", '{"image": PATH, "caption": TEXT or [TEXT, ...]}')
+    _common(retrieve, "shapes|DIR|FILE.jsonl", '{"image": PATH, "caption": TEXT or [TEXT, ...]}')
     retrieve.add_argument("--rerank", type=natural, default=16, metavar="K", help="of ITC's best, by ITM (%(default)s)")
     retrieve.add_argument(
         "--finetune", type=natural, default=0, metavar="STEPS", help="with ITC and ITM first (default: zero-shot)"
@@ -24,34 +26,34 @@ def add_commands(add: Callable[..., argparse.ArgumentParser], natural: Callable,
     _lr(retrieve)
 
     vqa = add("vqa", _vqa, "Learn to answer questions about images, from a fixed list of answers.")
-    _common(vqa, natural, positive, "shapes|FILE.jsonl", '{"image": PATH, "question": TEXT, "answer": TEXT}')
-    _trained(vqa, positive)
+    _common(vqa, "shapes|FILE.jsonl", '{"image": PATH, "question": TEXT, "answer": TEXT}')
+    _trained(vqa)
     vqa.add_argument(
         "--answers", type=Path, metavar="FILE", help="an answer a line (default: those of the training data)"
     )
 
     reason = add("reason", _reason, "Learn to tell whether a sentence is true of two images.")
     rows = '{"left": PATH, "right": PATH, "sentence": TEXT, "label": true|false}'
-    _common(reason, natural, positive, "shapes|FILE.jsonl", rows)
-    _trained(reason, positive)
+    _common(reason, "shapes|FILE.jsonl", rows)
+    _trained(reason)
 
     ground = add("ground", _ground, "Find phrases in images, by Grad-CAM: no box is ever learned from.")
     rows = '{"image": PATH, "phrase": TEXT, "box": [x0, y0, x1, y1] if known}'
-    _common(ground, natural, positive, "shapes|FILE.jsonl", rows)
+    _common(ground, "shapes|FILE.jsonl", rows)
     ground.add_argument("--block", type=natural, metavar="N", help="of the fusion encoder (default: the middle one)")
     ground.add_argument("--picture", type=Path, metavar="FILE", help="draw the first six there")
-    _add_class_commands(add, natural, positive)
+    _add_class_commands(add)
 
 
-def _add_class_commands(add: Callable[..., argparse.ArgumentParser], natural: Callable, positive: Callable) -> None:
+def _add_class_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Those that read images of one class each."""
     probe = add("probe", _probe, "Classify images by a linear probe on frozen features.")
-    _classes(probe, natural, positive)
-    _fitted(probe, positive)
+    _classes(probe)
+    _fitted(probe)
 
     finetune = add("finetune", _finetune, "Fine-tune the image encoder to classify images.")
-    _classes(finetune, natural, positive)
-    _trained(finetune, positive, batch_size=64, lr=1e-3, unit=", for 256 samples of a step")
+    _classes(finetune)
+    _trained(finetune, batch_size=64, lr=1e-3, unit=", for 256 samples of a step")
     finetune.add_argument("--layer-decay", type=float, default=0.75, metavar="D", help="of the rate (%(default)s)")
     finetune.add_argument("--drop-path", type=float, default=0.1, metavar="P", help="in the last block (%(default)s)")
     finetune.add_argument("--mixup", type=float, default=0.8, metavar="A", help="0: none (%(default)s)")
@@ -60,9 +62,9 @@ def _add_class_commands(add: Callable[..., argparse.ArgumentParser], natural: Ca
     finetune.add_argument("--workers", type=natural, default=0, metavar="N", help="processes that load data (0)")
 
     ood = add("ood", _ood, "Tell images of unknown kinds from those of the training classes: AUROC of two scores.")
-    _classes(ood, natural, positive)
+    _classes(ood)
     ood.add_argument("--out-data", required=True, metavar="shapes|DIR", help="images of other kinds; labels unread")
-    _fitted(ood, positive)
+    _fitted(ood)
     ood.add_argument("--classifier", type=Path, metavar="FILE", help="of finetune --save, instead of a probe")
 
     attend = add("attend", _attend, "Draw where in an image CLS and each word of its caption look.")
@@ -75,18 +77,18 @@ def _add_class_commands(add: Callable[..., argparse.ArgumentParser], natural: Ca
     attend.add_argument("--device", default="cpu", help="%(default)s")
 
     project = add("project", _project, "Draw features in two dimensions (t-SNE), coloured by class.")
-    _classes(project, natural, positive, out=False)
+    _classes(project, out=False)
     project.add_argument("--out", type=Path, default=Path("features.png"), metavar="FILE", help="%(default)s")
     project.add_argument("--text", action="store_true", help="encode each image beside its caption")
     project.add_argument("--perplexity", type=float, default=30.0, metavar="P", help="%(default)s")
 
 
-def _classes(command: argparse.ArgumentParser, natural: Callable, positive: Callable, *, out: bool = True) -> None:
+def _classes(command: argparse.ArgumentParser, *, out: bool = True) -> None:
     spec = f"{CLASSES}|DIR"
-    _common(command, natural, positive, spec, "a subfolder of DIR is a class", default=CLASSES, out=out)
+    _common(command, spec, "a subfolder of DIR is a class", default=CLASSES, out=out)
 
 
-def _fitted(command: argparse.ArgumentParser, positive: Callable) -> None:
+def _fitted(command: argparse.ArgumentParser) -> None:
     command.add_argument("--train", metavar="SPEC", help="data to fit to; like --data (default: new scenes)")
     command.add_argument("--train-samples", type=positive, metavar="N", help=f"drawn: {PROBED}; others: all")
     command.add_argument(
@@ -101,8 +103,6 @@ def _fitted(command: argparse.ArgumentParser, positive: Callable) -> None:
 
 def _common(
     command: argparse.ArgumentParser,
-    natural: Callable,
-    positive: Callable,
     spec: str,
     rows: str,
     *,
@@ -119,7 +119,7 @@ def _common(
     command.add_argument("--device", default="cpu", help="%(default)s")
 
 
-def _trained(command: argparse.ArgumentParser, positive: Callable, batch_size: int = 32, **lr) -> None:
+def _trained(command: argparse.ArgumentParser, batch_size: int = 32, **lr) -> None:
     command.add_argument("--train", metavar="SPEC", help="data to train on; like --data (default: new scenes)")
     _lr(command, **lr)
     command.add_argument("--steps", type=positive, default=600, metavar="N", help="of training (%(default)s)")

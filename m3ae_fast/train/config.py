@@ -2,133 +2,124 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import math
 import os
 from pathlib import Path
 
-from m3ae_fast import _checks
 from m3ae_fast._files import read_json, write_json
+from m3ae_fast._settings import check, documented, setting
 from m3ae_fast.data.specs import absolute
 from m3ae_fast.models import OBJECTIVES
 from m3ae_fast.models.config import SIZES
 
 # What None stands for, by size. tiny is set to show learning within two minutes on two cores; the others follow
 # arXiv:2205.14204: lr 1.5e-4 for every 256 samples of a step.
-DEFAULTS = {
-    "tiny": {"steps": 1200, "batch_size": 32, "lr": 2e-3},
-    "small": {"steps": 100_000, "batch_size": 64},
-    "base": {"steps": 100_000, "batch_size": 64},
-    "large": {"steps": 100_000, "batch_size": 64},
-    "huge": {"steps": 100_000, "batch_size": 64},
-}
+DEFAULTS = {size: {"steps": 100_000, "batch_size": 64} for size in SIZES}
+DEFAULTS["tiny"] = {"steps": 1200, "batch_size": 32, "lr": 2e-3}
 PAIRED = ("mamo", "clip")  # objectives of pairs alone: an image without a caption is left out
 LR_PER_256 = 1.5e-4
 TINY_LR = {"mamo": 1e-3, "clip": 1e-3, "supervised": 1e-3}  # of other objectives
-# These change where and how a run is computed and watched, not what it computes: free to differ when resuming.
-FREE = (
-    "device", "workers", "shard", "rank_timeout", "strict", "max_bad_steps", "checkpoint_blocks", "checkpoint_every",
-    "picture_every",
-)  # fmt: skip
+
+# Titles of the command line's options.
+RUN = "the run"
+OPTIMIZER = "the optimizer (AdamW .9, .95; warm-up, then a cosine to 0)"
+FILES = "where, and how far"
+MACHINE = "the machine"
+
+# What None stands for, in words.
+_TINY, _OTHERS = DEFAULTS["tiny"], DEFAULTS["small"]
+_STEPS, _BATCH_SIZE = (f"default: tiny {_TINY[name]:,}, others {_OTHERS[name]:,}" for name in ("steps", "batch_size"))
+_LR = (
+    f"default: tiny {_TINY['lr']:g} ({', '.join(name.upper() for name in OBJECTIVES if name not in TINY_LR)}) "
+    f"or {TINY_LR['mamo']:g}, others {LR_PER_256:g} for 256 samples of a step"
+)
 
 
+@documented
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """A pre-training run. None stands for the model's default; `resolved()` fills it in.
-
-    Attributes:
-        data: "shapes" or "cluttered" (drawn, built in), a folder of name.jpg + name.txt, a file or shards, each
-            perhaps with a weight behind it ("A.h5=3"), or a list of such: see m3ae_fast.data.open_dataset.
-        objective: what is trained: m3ae, mae, mamo, clip, supervised (m3ae_fast.models.OBJECTIVES).
-        model: its size: tiny, small, base, large, huge.
-        steps: optimiser steps. epochs: instead of steps, passes over the data; steps wins where both are given.
-        batch_size: samples of a forward pass, over all processes: a multiple of their number, which may differ when
-            resuming. accumulate: passes of a step.
-        seed: of the weights, the data order and the masks.
-        precision: "fp32", or "bf16": autocast, with weights and moments in fp32.
-        lr: peak learning rate. warmup: steps of linear warm-up (default: a tenth of all), then a cosine to 0.
-        weight_decay: AdamW's, on weight matrices only. grad_clip: largest gradient norm; 0: no clipping.
-        ema: decay of the moving average of the weights (`m3ae_fast.train.average`), in [0, 1); 0: none is kept.
-        image_size: pixels a side; image_mask_ratio, text_mask_ratio: in [0, 1). None: the model's own.
-        options: other fields of the model's configuration, by name: {"mim_weight": 0}.
-        text_vocab: vocab.txt or tokenizer.json; None: WordPiece trained on the data's captions.
-        device: None: cuda if there is one, else cpu. workers: processes that load data, for each that trains.
-        paired_share: of the images, which keep their captions, the same ones in every epoch.
-        shard: of several processes (torchrun), each keeps a share of the weights, gradients and moments (FSDP2);
-            False: each keeps all (DDP). rank_timeout: seconds that one waits for the others before it gives up.
-        strict: stop at an image that cannot be read, instead of skipping and counting it.
-        max_bad_steps: steps in a row whose loss or gradient may be not finite: they are skipped; one more ends the run.
-        checkpoint_blocks: gradient checkpointing: less memory for more work, the same bits.
-        checkpoint_every, picture_every: steps between them; 0: only at the end.
-        model_config: all fields of the model's configuration; filled in when the run is made.
 
     Raises:
         ValueError: a value out of its range, naming it. TypeError: not a number.
     """
 
-    data: str | list[str] = "shapes"
-    objective: str = "m3ae"
-    model: str = "tiny"
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int | None = None
-    accumulate: int = 1
-    seed: int = 0
-    precision: str = "fp32"
-    lr: float | None = None
-    warmup: int | None = None
-    weight_decay: float = 0.05
-    grad_clip: float = 1.0
-    ema: float = 0.0
-    image_size: int | None = None
-    image_mask_ratio: float | None = None
-    text_mask_ratio: float | None = None
-    options: dict | None = None
-    text_vocab: str | None = None
-    paired_share: float = 1.0
-    device: str | None = None
-    workers: int = 0
-    shard: bool = False
-    rank_timeout: int = 600
-    strict: bool = False
-    max_bad_steps: int = 10
-    checkpoint_blocks: bool = False
-    checkpoint_every: int = 500
-    picture_every: int | None = None
-    model_config: dict | None = None
+    data: str | list[str] = setting(
+        "shapes", "shapes or cluttered (synthetic, built in), a folder of NAME.jpg + NAME.txt, FILE.h5, FILE.jsonl, "
+        "'x-{00..11}.tar', or a URL of shards (docs/data.md). Several, in Python a list, are mixed by weights (1), "
+        "such as A.h5=3; after a command, or a URL with a ?, =WEIGHT follows a space", RUN, "SPEC[=WEIGHT]",
+    )  # fmt: skip
+    objective: str = setting("m3ae", "what is trained", RUN, choices=tuple(OBJECTIVES))
+    model: str = setting("tiny", "its size", RUN, choices=tuple(SIZES))
+    steps: int | None = setting(None, f"optimizer steps; {_STEPS}", RUN, "N", "[1, inf)")
+    epochs: float | None = setting(
+        None, "passes over the data, instead of steps; steps wins where both are set", RUN, "E", "(0, inf)",
+        instead_of="steps",
+    )  # fmt: skip
+    batch_size: int | None = setting(
+        None, "samples of a forward pass, over all processes: a multiple of their number, which may differ when "
+        f"resuming; {_BATCH_SIZE}", RUN, "B", "[1, inf)",
+    )  # fmt: skip
+    accumulate: int = setting(1, "forward passes of a step", RUN, "N", "[1, inf)")
+    seed: int = setting(0, "of weights, data order and masks", RUN, "S", f"[0, {2**31})")
+    precision: str = setting(
+        "fp32", "bf16: autocast, with weights and optimizer state in fp32", RUN, choices=("fp32", "bf16")
+    )
+    lr: float | None = setting(None, f"peak learning rate; {_LR}", OPTIMIZER, "LR", "(0, inf)")
+    warmup: int | None = setting(None, "linear warm-up steps; default: a tenth of all", OPTIMIZER, "STEPS", "[0, inf)")
+    weight_decay: float = setting(0.05, "of weight matrices only", OPTIMIZER, "W", "[0, inf)")
+    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", OPTIMIZER, "NORM", "[0, inf)")
+    ema: float = setting(
+        0.0, "decay of a moving average of the weights, such as 0.9999, which is what is used afterwards "
+        "(`m3ae_fast.train.average`); 0: none is kept", OPTIMIZER, "DECAY", "[0, 1)",
+    )  # fmt: skip
+    image_size: int | None = setting(None, "pixels a side; default: the model's", RUN, "PIXELS", "[1, inf)")
+    image_mask_ratio: float | None = setting(None, "share of patches masked; default: the model's", RUN, "R", "[0, 1)")
+    text_mask_ratio: float | None = setting(None, "share of words masked; default: the model's", RUN, "R", "[0, 1)")
+    options: dict | None = setting(
+        None, "other fields of the model's configuration, such as mim_weight=0", RUN, "NAME=VALUE", flag="--set"
+    )
+    text_vocab: str | None = setting(
+        None, "vocab.txt or tokenizer.json; default: WordPiece trained on the data's captions", RUN, "FILE"
+    )
+    paired_share: float = setting(
+        1.0, "share of images that keep their captions, the same ones in every epoch", RUN, "S", "(0, 1]"
+    )
+    device: str | None = setting(None, "default: cuda if there is one, else cpu", MACHINE, free=True)
+    workers: int = setting(0, "processes that load data, for each that trains", MACHINE, "N", "[0, inf)", free=True)
+    shard: bool = setting(
+        False, "of several processes (torchrun), each keeps a share of the weights, gradients and optimizer state "
+        "(FSDP2); default: each keeps all (DDP)", MACHINE, action=argparse.BooleanOptionalAction, free=True,
+    )  # fmt: skip
+    rank_timeout: int = setting(
+        600, "seconds that a process waits for the others before it gives up", MACHINE, "SECONDS", "[1, inf)", free=True
+    )
+    strict: bool = setting(False, "stop at an image that cannot be read, instead of skipping it", MACHINE, free=True)
+    max_bad_steps: int = setting(
+        10, "steps in a row whose loss or gradient may be not finite: they are skipped and counted, and one more ends "
+        "the run; 0: stop at the first", FILES, "N", "[0, inf)", free=True,
+    )  # fmt: skip
+    checkpoint_blocks: bool = setting(
+        False, "gradient checkpointing: less memory for more work, bitwise identical", MACHINE, free=True
+    )
+    checkpoint_every: int = setting(
+        500, "steps between checkpoints; 0: only at the end", FILES, "STEPS", "[0, inf)", free=True
+    )
+    picture_every: int | None = setting(
+        None, "steps between pictures; 0: only at the end; default: a quarter of all", FILES, "STEPS", "[0, inf)",
+        free=True,
+    )  # fmt: skip
+    model_config: dict | None = setting(None, "all fields of the model's configuration; filled in when the run is made")
 
     def __post_init__(self):
         if not isinstance(self.data, str) and not (
             isinstance(self.data, (list, tuple)) and self.data and all(isinstance(spec, str) for spec in self.data)
         ):
             raise TypeError(f"data must be a string or a list of strings, got {self.data!r}")
-        _checks.choice("objective", self.objective, OBJECTIVES)
-        _checks.choice("model", self.model, SIZES)
-        _checks.choice("precision", self.precision, ("fp32", "bf16"))
-        for name, low in {"steps": 1, "batch_size": 1, "warmup": 0, "image_size": 1, "picture_every": 0}.items():
-            if getattr(self, name) is not None:
-                _checks.integer(name, getattr(self, name), low)
-        _checks.integer("accumulate", self.accumulate, 1)
-        _checks.integer("seed", self.seed, 0, 2**31)
-        _checks.integer("workers", self.workers, 0)
-        _checks.integer("max_bad_steps", self.max_bad_steps, 0)
-        _checks.integer("checkpoint_every", self.checkpoint_every, 0)
-        _checks.integer("rank_timeout", self.rank_timeout, 1)
-        _real("weight_decay", self.weight_decay, low_included=True)
-        _real("grad_clip", self.grad_clip, low_included=True)
-        _real("paired_share", self.paired_share)
-        if self.paired_share > 1:
-            raise ValueError(f"paired_share must be in (0, 1], got {self.paired_share}")
-        _real("ema", self.ema, low_included=True, high=1.0)
-        if self.epochs is not None:
-            _real("epochs", self.epochs)
+        check(self)
         if self.paired_share < 1 and self.objective in PAIRED:
             raise ValueError(f"paired_share must be 1 for {self.objective}, which trains on pairs alone")
-        if self.lr is not None:
-            _real("lr", self.lr)
-        for name in ("image_mask_ratio", "text_mask_ratio"):
-            if getattr(self, name) is not None:
-                _real(name, getattr(self, name), low_included=True, high=1.0)
         if self.steps is not None and self.warmup is not None and self.warmup >= self.steps:
             raise ValueError(f"warmup must be less than steps ({self.steps}), got {self.warmup}")
 
@@ -170,7 +161,8 @@ class RunConfig:
 
     def identity(self) -> dict:
         """What two runs must share to give the same numbers."""
-        return {name: value for name, value in self.to_dict().items() if name not in FREE}
+        free = {field.name for field in dataclasses.fields(self) if field.metadata["setting"].free}
+        return {name: value for name, value in self.to_dict().items() if name not in free}
 
     def save(self, folder: Path) -> None:
         """Write `<folder>/run.json`, whole or not at all."""
@@ -188,13 +180,3 @@ class RunConfig:
             return cls(**values)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path}: {error}") from None
-
-
-def _real(name: str, value: object, *, low_included: bool = False, high: float = math.inf) -> None:
-    _checks.number(name, value)
-    if not (value >= 0 if low_included else value > 0) or not value < high:  # both true for a NaN
-        if high < math.inf:
-            bounds = f"in {'[' if low_included else '('}0, {high:g})"
-        else:
-            bounds = f"finite and {'not negative' if low_included else 'positive'}"
-        raise ValueError(f"{name} must be {bounds}, got {value}")

@@ -1,10 +1,14 @@
 """RunConfig: what it refuses, what it fills in, and run.json."""
 
+import argparse
+import dataclasses
 import json
 
 import pytest
 
+from m3ae_fast._settings import add_options, documented, given, setting
 from m3ae_fast.train import RunConfig
+from m3ae_fast.train.config import RUN
 
 
 @pytest.mark.parametrize(
@@ -69,3 +73,20 @@ def test_a_damaged_run_json_is_named(tmp_path, content, message):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         RunConfig.load(tmp_path)
+
+
+def test_a_setting_is_written_once():
+    @documented
+    @dataclasses.dataclass(frozen=True)
+    class Toys(RunConfig):
+        toys: int = setting(3, "how many toys", RUN, "N", "[1, 9)", free=True)
+
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    add_options(parser, Toys)
+    assert "--toys N" in parser.format_help() and "how many toys (3)" in parser.format_help()
+    assert "toys: how many toys; in [1, 9)" in Toys.__doc__
+    arguments = ["--toys", "4", "--set", "a=1", "--set", "b=c", "--data", "A.h5"]
+    assert given(Toys, parser.parse_args(arguments)) == {"toys": 4, "options": {"a": 1, "b": "c"}, "data": "A.h5"}
+    assert Toys(toys=4).to_dict()["toys"] == 4 and "toys" not in Toys().identity()
+    with pytest.raises(ValueError, match=r"toys must be in \[1, 9\), got 9"):
+        Toys(toys=9)
