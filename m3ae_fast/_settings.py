@@ -68,9 +68,9 @@ def check(settings: Any) -> None:
 
 
 def _bounds(within: str) -> tuple[int, int | None]:
-    """Those of whole numbers in an interval, open above."""
+    """The least whole number in an interval, and the least one above it; None: there is none."""
     low, high = within[1:-1].split(", ")
-    return int(low), None if high == "inf" else int(high)
+    return int(low) + (within[0] == "("), None if high == "inf" else int(high) + (within[-1] == "]")
 
 
 def add_options(command: argparse.ArgumentParser, cls: type) -> dict[str, Any]:

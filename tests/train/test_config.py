@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from m3ae_fast._settings import add_options, documented, given, setting
+from m3ae_fast._settings import add_options, check, documented, given, setting
 from m3ae_fast.train import RunConfig
 from m3ae_fast.train.config import RUN
 
@@ -90,3 +90,15 @@ def test_a_setting_is_written_once():
     assert Toys(toys=4).to_dict()["toys"] == 4 and "toys" not in Toys().identity()
     with pytest.raises(ValueError, match=r"toys must be in \[1, 9\), got 9"):
         Toys(toys=9)
+
+
+def test_a_setting_that_is_a_whole_number_is_in_its_interval_open_or_closed():
+    @dataclasses.dataclass(frozen=True)
+    class Toys:
+        toys: int = setting(3, "how many toys", RUN, "N", "(1, 9]")
+        __post_init__ = check
+
+    assert Toys(2).toys == 2 and Toys(9).toys == 9
+    for toys in (1, 10):
+        with pytest.raises(ValueError, match=rf"toys must be in \[2, 10\), got {toys}"):
+            Toys(toys)
