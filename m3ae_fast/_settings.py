@@ -35,10 +35,11 @@ def setting(default: Any, *about: Any, **more: Any) -> Any:
 
 @functools.cache
 def _settings(cls: type) -> dict[str, tuple[Any, Setting, frozenset]]:
-    """(default, setting, types other than None) by name."""
+    """(default, setting, types other than None) by name, of the fields that are settings."""
     hints = get_type_hints(cls)
     types = {name: frozenset(get_args(hint) or [hint]) - {type(None)} for name, hint in hints.items()}
-    return {each.name: (each.default, each.metadata["setting"], types[each.name]) for each in dataclasses.fields(cls)}
+    fields = [each for each in dataclasses.fields(cls) if "setting" in each.metadata]
+    return {each.name: (each.default, each.metadata["setting"], types[each.name]) for each in fields}
 
 
 def documented(cls: type) -> type:
@@ -109,6 +110,11 @@ def given(cls: type, args: argparse.Namespace) -> dict[str, Any]:
         elif list[str] in types and len(value) == 1:
             found[name] = value[0]
     return found
+
+
+def free(cls: type) -> set[str]:
+    """The names of the settings that may differ when resuming."""
+    return {name for name, (_, about, _) in _settings(cls).items() if about.free}
 
 
 def name_and_value(text: str) -> tuple[str, object]:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from m3ae_fast._files import read_json, write_json
-from m3ae_fast._settings import check, documented, setting
+from m3ae_fast._settings import check, documented, free, setting
 from m3ae_fast.data.specs import absolute
 from m3ae_fast.models import OBJECTIVES
 from m3ae_fast.models.config import SIZES
@@ -161,8 +161,7 @@ class RunConfig:
 
     def identity(self) -> dict:
         """What two runs must share to give the same numbers."""
-        free = {field.name for field in dataclasses.fields(self) if field.metadata["setting"].free}
-        return {name: value for name, value in self.to_dict().items() if name not in free}
+        return {name: value for name, value in self.to_dict().items() if name not in free(type(self))}
 
     def save(self, folder: Path) -> None:
         """Write `<folder>/run.json`, whole or not at all."""

@@ -102,3 +102,11 @@ def test_a_setting_that_is_a_whole_number_is_in_its_interval_open_or_closed():
     for toys in (1, 10):
         with pytest.raises(ValueError, match=rf"toys must be in \[2, 10\), got {toys}"):
             Toys(toys)
+
+
+def test_a_field_need_not_be_a_setting():
+    @dataclasses.dataclass(frozen=True)
+    class Toys(RunConfig):
+        toys: int = 3
+
+    assert Toys(steps=2).identity() == RunConfig(steps=2).identity() | {"toys": 3}
