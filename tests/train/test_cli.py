@@ -121,6 +121,9 @@ def test_a_missing_extra_is_named(run, monkeypatch):
     )
     status, _, err = run("pretrain", *SMALL)
     assert status == 2 and "m3ae_fast.train needs tqdm: pip install '.[train]'" in err
+    for command in ("--help", "--version", "info"):  # which need no extra
+        status, out, _ = run(command)
+        assert status == 0 and "m3ae" in out
 
 
 def test_a_converted_file_that_cannot_be_written_is_named(run, monkeypatch):
