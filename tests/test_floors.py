@@ -15,7 +15,8 @@ GROUND = "ground"  # the files beside the folders
 def modules() -> dict[str, str]:
     """The source of every module by its name, of a package by the name of its folder."""
     paths = {path.relative_to(ROOT).with_suffix(""): path for path in (ROOT / "m3ae_fast").rglob("*.py")}
-    return {".".join(name.parts).removesuffix(".__init__"): path.read_text() for name, path in paths.items()}
+    names = {path: ".".join(name.parts).removesuffix(".__init__") for name, path in paths.items()}
+    return {name: path.read_text(encoding="utf-8") for path, name in names.items()}
 
 
 def imports(source: str, known: set[str]) -> set[str]:
