@@ -21,9 +21,7 @@ class PairedShare:
     """
 
     def __init__(self, dataset: Sequence[Sample], share: float, seed: int, number: int = 0):
-        _checks.number("share", share)
-        if not 0 < share <= 1:
-            raise ValueError(f"share must be in (0, 1], got {share}")
+        _checks.real("share", share, "(0, 1]")
         if not hasattr(dataset, "__getitem__"):
             raise TypeError(f"dataset must have numbered samples, got {type(dataset).__name__}")
         self.dataset, self.share, self.seed, self.number = dataset, share, check_seed(seed), number

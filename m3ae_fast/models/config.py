@@ -87,10 +87,8 @@ class ModelConfig:
             raise ValueError(f"{width} must be a multiple of {heads}, got {wide} and {many}")
 
     def _shares(self, *names: str) -> None:
-        self._numbers(*names)
         for name in names:
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+            _checks.real(name, getattr(self, name), "[0, 1)")
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -256,13 +254,10 @@ class MAMOConfig(EncodersConfig):
         self._shares("image_mask_ratio", "text_mask_ratio")
         _checks.choice("masking", self.masking, ("two_pass", "simultaneous"))
         weights = [f"{name}_weight" for name in ("mrm", "mim", "mlm", "itc", "itm")]
-        self._numbers("momentum", "soft_targets", *weights)
         for name in ("momentum", "soft_targets"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+            _checks.real(name, getattr(self, name), "[0, 1]")
         for name in weights:
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+            _checks.real(name, getattr(self, name), "[0, inf)")
         if not any(getattr(self, name) for name in weights):
             raise ValueError(f"one of {', '.join(weights)} must be positive, got 0 for all")
 
