@@ -40,13 +40,13 @@ def untouched(module: nn.Module, kind: type) -> bool:
     )
 
 
-def takes(x: Tensor, update: Tensor | None, seqlens: SeqLens, layers: list[nn.Module]) -> bool:
+def takes(x: Tensor, update: Tensor | None, seqlens: SeqLens, parameters: list[Tensor | None]) -> bool:
     """Whether the node can take these: nothing traces or wraps them, kernels run every op, no product has to cast its
     rows, and the sizes are a block's. What it does not take goes through the ops, which say what is wrong with it."""
-    rows, parameters = [x] if update is None else [x, update], _parameters(layers)
+    rows = [x] if update is None else [x, update]
     if type(seqlens) is not SeqLens or hooks_on_all() or not plain((*rows, *parameters)):
         return False
-    width, hidden = x.shape[-1] if x.dim() == 2 else 0, layers[4].weight.shape[0]
+    width, hidden = x.shape[-1] if x.dim() == 2 else 0, parameters[FC1 - NORM1].shape[0]
     sizes = (
         (width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,),
         (width,), (width,), (hidden, width), (hidden,), (width, hidden), (width,),
@@ -78,24 +78,22 @@ def _kernels_take(
 
 
 def apply(
-    x: Tensor, update: Tensor | None, seqlens: SeqLens, layers: list[nn.Module], scales: tuple, heads: int
+    x: Tensor, update: Tensor | None, seqlens: SeqLens, parameters: list[Tensor | None], scales: tuple, settings: tuple
 ) -> tuple[Tensor, Tensor]:
     """(s, y): s = x + update + attn(norm1(x + update)), y = mlp(norm2(s)), [T, D] each.
 
-    layers: norm1, qkv, proj, norm2, fc1, fc2. scales: [T, 1] or None, what a branch is multiplied with on its way out.
+    Args:
+        parameters: weight and bias of norm1, qkv, proj, norm2, fc1, fc2.
+        scales: of the two branches, [T, 1] or None: what each is multiplied with on its way out.
+        settings: heads, (eps of norm1, eps of norm2), activation on the way into fc2 ("": none).
     """
-    eps, activation = (layers[0].eps, layers[3].eps), layers[5].input_activation or ""
-    s, y, _ = _BlockNode.apply((heads, eps, activation), seqlens, scales, x, update, *_parameters(layers))
+    s, y, _ = _BlockNode.apply(settings, seqlens, scales, x, update, *parameters)
     return s, y
 
 
 def scaled(y: Tensor, scale: Tensor | None) -> Tensor:
     """y * scale, in y's dtype; None: y."""
     return y if scale is None else (y * scale).to(y.dtype)
-
-
-def _parameters(layers):
-    return [p for layer in layers for p in (layer.weight, layer.bias)]
 
 
 class _BlockNode(torch.autograd.Function):

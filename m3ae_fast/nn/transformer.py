@@ -76,9 +76,11 @@ class Block(nn.Module):
         """
         asked = (x, seqlens) if rows is None else (rows, rows_seqlens)
         scales = self._scale(*asked), self._scale(*asked)
-        layers = self._layers() if rows is None and not torch.compiler.is_compiling() else None
-        if layers is not None and block_node.takes(x, update, seqlens, layers):
-            x, y = block_node.apply(x, update, seqlens, layers, scales, self.attn.heads)
+        layers = self._layers() if rows is None and not torch.compiler.is_compiling() else ()
+        parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+        if parameters and block_node.takes(x, update, seqlens, parameters):
+            settings = self.attn.heads, (self.norm1.eps, self.norm2.eps), self.mlp.fc2.input_activation or ""
+            x, y = block_node.apply(x, update, seqlens, parameters, scales, settings)
             return (x, y) if apart else x + y
         if update is None:
             y = self.norm1(x)
@@ -92,19 +94,19 @@ class Block(nn.Module):
         y = block_node.scaled(y, scales[1])
         return (x, y) if apart else x + y
 
-    def _layers(self) -> list[LayerNorm | Linear] | None:
-        """norm1, qkv, proj, norm2, fc1, fc2, where calling the block's parts is calling these and nothing else."""
+    def _layers(self) -> tuple[LayerNorm | Linear, ...]:
+        """norm1, qkv, proj, norm2, fc1, fc2, where calling the block's parts is calling these; else nothing."""
         untouched, attn, mlp = block_node.untouched, self.attn, self.mlp
         if not (untouched(attn, Attention) and untouched(mlp, Mlp)):
-            return None
+            return ()
         norms, linears = (self.norm1, self.norm2), (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
         if not (all(untouched(x, LayerNorm) for x in norms) and all(untouched(x, Linear) for x in linears)):
-            return None
+            return ()
         if any(x.activation or (x.input_activation and x is not mlp.fc2) for x in linears):
-            return None
+            return ()
         if mlp.fc2.input_activation not in ACTIVATIONS:
-            return None
-        return [norms[0], *linears[:2], norms[1], *linears[2:]]
+            return ()
+        return self.norm1, attn.qkv, attn.proj, self.norm2, mlp.fc1, mlp.fc2
 
     def _scale(self, rows: Tensor, seqlens: SeqLens) -> Tensor | None:
         """[T, 1]: 0 in some sequences, the others larger by as much as that costs in the mean (arXiv:1603.09382)."""
