@@ -258,7 +258,7 @@ def eager(args: tuple) -> bool:
     return plain(args) and not profiling()
 
 
-# What operators take beside tensors: to find that these are none costs a third of a look at all arguments.
+# Types of an operator's other arguments. They are looked up here first, because isinstance(x, Tensor) is slower.
 NO_TENSORS = frozenset({str, Direct, int, float, bool, type(None), list, tuple, torch.dtype})
 
 

@@ -20,7 +20,7 @@ class Setting:
     help: str  # what it is, and what its default stands for where that is None or False
     group: str | None = None  # title of the options among which it is shown; None: it has no option
     metavar: str | None = None  # of the option's value
-    within: str | None = None  # the values allowed, an interval such as "[0, inf)"; of whole numbers, needed
+    within: str | None = None  # the values allowed, an interval such as "[0, inf)"; an int field must have one
     choices: tuple | None = None  # the values allowed
     flag: str | None = None  # the option, where it is not the field's name
     action: Any = None  # argparse's, of a bool; default: "store_true"
