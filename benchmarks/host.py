@@ -2,9 +2,9 @@
 
 python -m benchmarks.host [--base TREE] [--op layer_norm] [--page docs/host.md] [--json FILE] [--smoke]
 
-Two roads, each in a process of its own, on one thread: CPU tensors ("cpu"), and a GPU's without a GPU ("gpu"):
+Two devices, each in a process of its own, on one thread: the CPU ("cpu"), and a GPU that need not be there ("gpu"):
 Triton's launches on the stub of benchmarks/stub_gpu.py. Beside each op stands the call of torch.nn.functional that it
-replaces, on tensors of the same size. Both take turns; the tables have their medians. --base measures another checkout,
+replaces, on tensors of the same size, interleaved with it; the tables have medians. --base measures another checkout,
 too, with its own compiled module, and prints "before → after".
 """
 
@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 # m3ae_fast is imported in functions: a child takes it from the tree that it measures, a stubbed GPU being there first.
 
 ROOT = Path(__file__).parents[1]
-ROADS = {"cpu": "CPU tensors", "gpu": "the GPU's road, launches stubbed"}
+DEVICES = {"cpu": "CPU", "gpu": "GPU, launches stubbed"}
 ROWS, WIDTH, HEADS = 8, 64, 2
 THIN = 32  # width of a whole model: wider, products on the CPU take longer than a GPU's launches
 TURN = 20  # calls of one provider before it is another's turn
@@ -41,16 +41,16 @@ MEASURED = "## Measured"
 PARTS = ("no gradient", "forward", "backward", "both")
 
 
-# -- a child: one tree, one road -------------------------------------------------------------------------------------
+# -- a child: one tree, one device -------------------------------------------------------------------------------------
 
 
-def child(tree: str, road: str, ops: list[str] | None, smoke: bool) -> dict[str, list[dict]]:
+def child(tree: str, device: str, ops: list[str] | None, smoke: bool) -> dict[str, list[dict]]:
     """{"ops": rows, "steps": rows} of the m3ae_fast in `tree`; steps where no op is named."""
     sys.path.insert(0, tree)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # what a stubbed kernel leaves unwritten may be any number
     torch.manual_seed(0)
-    if road == "gpu":
+    if device == "gpu":
         from benchmarks import stub_gpu
 
         stub_gpu.install()
@@ -59,7 +59,7 @@ def child(tree: str, road: str, ops: list[str] | None, smoke: bool) -> dict[str,
 
     assert Path(m3ae_fast.__file__).parents[1] == Path(tree), f"m3ae_fast is that of {m3ae_fast.__file__}"
     rows = [measure_op(op, 1 if smoke else TURNS) for op in ops or sorted(_backends.LOADED)]
-    return {"ops": rows, "steps": [] if ops else steps(road, smoke)}
+    return {"ops": rows, "steps": [] if ops else steps(device, smoke)}
 
 
 def pair(op: str) -> tuple:
@@ -148,7 +148,7 @@ def measured(run: Callable, call) -> dict[str, list[float]]:
     return times
 
 
-def steps(road: str, smoke: bool) -> list[dict]:
+def steps(device: str, smoke: bool) -> list[dict]:
     """Rows of whole steps: thin models as deep as the real ones; on the CPU also the real M3AE-tiny, with AdamW."""
     from benchmarks.models import bench_m3ae
     from m3ae_fast import testing
@@ -165,7 +165,7 @@ def steps(road: str, smoke: bool) -> list[dict]:
             config = M3AEConfig.preset(size, **thin)
             row = {"model": f"{name}: {config.depth} + {config.decoder_depth} blocks", "precision": precision}
             rows.append(row | measure_step(config, bench_m3ae.make_batch(config, shape, 0), precision, repeats))
-    if road == "cpu":
+    if device == "cpu":
         config, shape = bench_m3ae.SIZES["m3ae_tiny"]
         row = {"model": f"M3AE-tiny itself, batch {shape.batch}, with AdamW", "precision": "fp32"}
         rows.append(row | measure_training(config, shape, repeats))
@@ -226,14 +226,14 @@ def measure_training(config, shape, repeats: int) -> dict:
 # -- the parent ------------------------------------------------------------------------------------------------------
 
 
-def measure(road: str, tree: Path | None = None, ops: list[str] | None = None, smoke: bool = False) -> dict:
+def measure(device: str, tree: Path | None = None, ops: list[str] | None = None, smoke: bool = False) -> dict:
     """What `child` returns, of a process of its own. tree: None for the m3ae_fast that is imported here."""
     import m3ae_fast
 
     tree = (tree or Path(m3ae_fast.__file__).parents[1]).resolve()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     with tempfile.NamedTemporaryFile(suffix=".json") as result:
-        asked = json.dumps({"tree": str(tree), "road": road, "ops": ops, "smoke": smoke})
+        asked = json.dumps({"tree": str(tree), "device": device, "ops": ops, "smoke": smoke})
         subprocess.run(
             [sys.executable, "-m", "benchmarks.host", "--child", asked, "--json", result.name],
             cwd=ROOT, env=environment, check=True,
@@ -275,11 +275,11 @@ def ratio(row: dict, before: dict | None, part: str) -> str:
 
 
 def markdown(about: dict[str, str], results: dict[str, dict], base: dict[str, dict]) -> str:
-    """The tables. results, base: by road, what `measure` returns; base is empty without one."""
+    """The tables. results, base: by device, what `measure` returns; base is empty without one."""
     lines = [f"- {name}: {value}" for name, value in about.items()]
-    for road, result in results.items():
-        before = {row["op"]: row for row in base[road]["ops"]} if base else {}
-        lines += ["", f"### Ops, {ROADS[road]}: microseconds", ""]
+    for device, result in results.items():
+        before = {row["op"]: row for row in base[device]["ops"]} if base else {}
+        lines += ["", f"### Ops, {DEVICES[device]}: microseconds", ""]
         lines += [
             "| op | peer | no gradient | peer | ratio | forward | peer | backward | peer | both | peer | ratio "
             "| plain PyTorch, no gradient | both |",
@@ -295,12 +295,12 @@ def markdown(about: dict[str, str], results: dict[str, dict], base: dict[str, di
             lines.append("| " + " | ".join(cells) + " |")
     if any(result["steps"] for result in results.values()):
         lines += ["", "### Whole steps: milliseconds", ""]
-        lines += ["| road | model | precision | plan | forward | backward | both | padded PyTorch | ratio |"]
+        lines += ["| device | model | precision | plan | forward | backward | both | padded PyTorch | ratio |"]
         lines += ["|" + "---|" * 9]
-    for road, result in results.items():
-        before = {(row["model"], row["precision"]): row for row in base[road]["steps"]} if base else {}
+    for device, result in results.items():
+        before = {(row["model"], row["precision"]): row for row in base[device]["steps"]} if base else {}
         for row in result["steps"]:
-            was, cells = before.get((row["model"], row["precision"])), [road, row["model"], row["precision"]]
+            was, cells = before.get((row["model"], row["precision"])), [device, row["model"], row["precision"]]
             cells += [numbers(row["ours"], was and was["ours"], part) for part in ("plan", *PARTS[1:])]
             lines.append(
                 "| " + " | ".join([*cells, numbers(row["theirs"], None, "both"), ratio(row, was, "both")]) + " |"
@@ -313,7 +313,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="another checkout, to be measured as 'before'")
     parser.add_argument("--op", action="append", help="this op alone, and no steps; may be given several times")
-    parser.add_argument("--road", choices=ROADS, help="this one alone")
+    parser.add_argument("--device", choices=DEVICES, help="this one alone")
     parser.add_argument("--page", type=Path, help=f"write what is printed there, in place of all after {MEASURED!r}")
     parser.add_argument("--json", type=Path, help="write every number there, too")
     parser.add_argument("--smoke", action="store_true", help="few rounds: proves that it runs, measures nothing")
@@ -324,13 +324,13 @@ def main() -> None:
         return
     if options.page and MEASURED not in (options.page.read_text(encoding="utf-8") if options.page.exists() else ""):
         parser.error(f"--page must be a file with the line {MEASURED!r}, got {options.page}")
-    roads = [options.road] if options.road else list(ROADS)
+    devices = [options.device] if options.device else list(DEVICES)
     about, load = machine(options.base), os.getloadavg()[0]
     base, results = {}, {}
-    for road in roads:
+    for device in devices:
         if options.base:
-            base[road] = measure(road, options.base, options.op, options.smoke)
-        results[road] = measure(road, None, options.op, options.smoke)
+            base[device] = measure(device, options.base, options.op, options.smoke)
+        results[device] = measure(device, None, options.op, options.smoke)
     about["load"] = f"{load:.1f} before, {os.getloadavg()[0]:.1f} after"
     text = markdown(about, results, base)
     print(text)

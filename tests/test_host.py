@@ -35,7 +35,7 @@ def test_every_op_is_measured():
 
 
 @needs_triton
-def test_the_road_of_a_gpu_is_measured_without_one():
+def test_a_gpu_is_measured_without_one():
     result = host.measure("gpu", ops=["layer_norm"], smoke=True)
     assert [row["op"] for row in result["ops"]] == ["layer_norm"] and result["steps"] == []
     assert_measured(result["ops"])
