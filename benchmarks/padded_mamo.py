@@ -23,7 +23,7 @@ class ImageEncoder(nn.Module):
         self.config = c
         self.patch_embed = nn.ModuleDict({"proj": nn.Linear(c.patch_dim, c.width)})
         self.cls_token = nn.Parameter(torch.zeros(c.width))
-        self.transformer = Transformer(c.width, c.image_depth, c.heads, c.mlp_ratio, approximate="none")
+        self.transformer = Transformer(c.width, c.depth, c.heads, c.mlp_ratio, approximate="none")
         self.register_buffer("position", position, persistent=False)
 
     def forward(self, images: Tensor, order: Tensor | None = None) -> Tensor:

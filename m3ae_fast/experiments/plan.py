@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+from m3ae_fast.models import OBJECTIVES
 from m3ae_fast.train import RunConfig
 
 IMAGE_SIZE = 48
-WIDTHS = {"narrow": (64, 2), "": (128, 4), "wide": (192, 6)}  # width and heads; 4 blocks each
+WIDTHS = {"narrow": (64, 2), "": (128, 4), "wide": (192, 6)}  # width and heads
+SIZES = {"depth": 4, "text_depth": 2, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}  # of whoever has them
 
 # What differs from M3AE at text ratio 75 % with all captions; "size" is a key of WIDTHS.
 RUNS: dict[str, dict] = {
@@ -155,15 +157,10 @@ def config_of(name: str, seed: int, scale: Scale) -> RunConfig:
         name: a key of RUNS. seed: of its data, weights and masks. scale: how long it is.
     """
     changes = dict(RUNS[name])
-    objective = changes.pop("objective", "m3ae")
+    objective = changes.pop("objective", RunConfig.objective)
     width, heads = WIDTHS[changes.pop("size", "")]
-    options = {"width": width, "heads": heads}
-    if objective in ("m3ae", "mae"):
-        options |= {"depth": 4, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
-    elif objective == "clip":
-        options |= {"image_depth": 4, "text_depth": 2}
-    else:
-        options |= {"depth": 4}
+    fields = {field.name for field in dataclasses.fields(OBJECTIVES[objective][1])}
+    options = {name: value for name, value in (SIZES | {"width": width, "heads": heads}).items() if name in fields}
     return RunConfig(
         data="cluttered", objective=objective, model="tiny", image_size=IMAGE_SIZE, options=options, seed=seed,
         steps=scale.steps, batch_size=scale.batch_size, device="cpu", checkpoint_every=500, picture_every=0, **changes,

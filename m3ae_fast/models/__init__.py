@@ -7,16 +7,23 @@ from m3ae_fast.models.config import EncodersConfig, M3AEConfig, MAMOConfig, Mode
 from m3ae_fast.models.m3ae import M3AE, Encoded, M3AEOutput, Reconstruction
 from m3ae_fast.models.mae import MAE
 from m3ae_fast.models.mamo import MAMO, MAMOOutput
+from m3ae_fast.models.model import Metric, Model
 from m3ae_fast.models.supervised import Supervised, SupervisedOutput
 
-# What `m3ae-fast pretrain --objective` knows: the model, and its configuration.
-OBJECTIVES = {
+# What `m3ae-fast pretrain --objective` knows: the model, and its configuration. The first is the default.
+OBJECTIVES: dict[str, tuple[type[Model], type[ModelConfig]]] = {
     "m3ae": (M3AE, M3AEConfig),
     "mae": (MAE, M3AEConfig),
     "mamo": (MAMO, MAMOConfig),
     "clip": (CLIP, EncodersConfig),
     "supervised": (Supervised, SupervisedConfig),
 }
+
+
+def objectives_offering(*methods: str) -> tuple[str, ...]:
+    """The objectives whose models have all of these methods (see `Model.offers`)."""
+    return tuple(name for name, (model, _) in OBJECTIVES.items() if model.offers(*methods))
+
 
 # Containers of tensors, to torch: DDP with static_graph=True, which looks for the loss in them, would find none, add up
 # no gradients, and say nothing.
@@ -36,9 +43,12 @@ __all__ = [
     "M3AEOutput",
     "MAMOConfig",
     "MAMOOutput",
+    "Metric",
+    "Model",
     "ModelConfig",
     "Reconstruction",
     "Supervised",
     "SupervisedConfig",
     "SupervisedOutput",
+    "objectives_offering",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.models.config import EncodersConfig
 from m3ae_fast.models.contrastive import ContrastiveLoss, same_pairs
 from m3ae_fast.models.encoders import DualEncoder, EncodedView, check_batch, reset_parameters
+from m3ae_fast.models.model import Metric, Model
+from m3ae_fast.nn import Transformer
 from m3ae_fast.seqlens import SeqLens
 
 
@@ -23,10 +26,15 @@ class CLIPOutput:
     text_accuracy: Tensor  # share of images whose text is
 
 
-class CLIP(nn.Module):
+class CLIP(Model):
     """Args: config: see `EncodersConfig`. Source: arXiv:2103.00020, with the temperature bounded as ALBEF's."""
 
-    METRICS = ("loss", "image_accuracy", "text_accuracy")
+    METRICS: ClassVar = {
+        "loss": Metric("loss"),
+        "image_accuracy": Metric("image accuracy", "texts whose image is found in the batch", "share"),
+        "text_accuracy": Metric("text accuracy", "images whose text is found in the batch", "share"),
+    }
+    CAPTIONS, COMPARES = "required", True
 
     def __init__(self, config: EncodersConfig):
         super().__init__()
@@ -71,3 +79,11 @@ class CLIP(nn.Module):
     def encode_texts(self, text: Tensor, text_lengths: SeqLens) -> EncodedView:
         """Packed words [sum of text_lengths] -> their tokens and embeddings."""
         return self.encoders.encode_texts(text, text_lengths)
+
+    def encode_cls(self, batch: ImageTextBatch) -> Tensor:
+        """[B, D]: the class token of images; texts are left aside."""
+        return self.encode_images(batch.images).cls
+
+    def image_encoder(self) -> tuple[list[nn.Parameter], Transformer]:
+        """As `Model.image_encoder`."""
+        return self.encoders.image.parts()

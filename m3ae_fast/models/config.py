@@ -12,18 +12,20 @@ if TYPE_CHECKING:
 
 CC12M_MEAN, CC12M_STD = (0.5762, 0.5503, 0.5213), (0.3207, 0.3169, 0.3307)
 
-# Of the image encoder: `depth` and `image_depth` are one thing under the names of two models.
 SIZES = {
     "tiny": {
         "image_size": 64, "patch_size": 8, "max_text_length": 40, "width": 128, "depth": 2, "heads": 4,
-        "decoder_width": 128, "decoder_depth": 2, "decoder_heads": 4, "image_depth": 2, "text_depth": 2,
-        "fusion_depth": 2, "projection": 128,
+        "decoder_width": 128, "decoder_depth": 2, "decoder_heads": 4, "text_depth": 2, "fusion_depth": 2,
+        "projection": 128,
     },
     "small": {},
-    "base": {"width": 768, "depth": 12, "image_depth": 12, "heads": 12},
-    "large": {"width": 1024, "depth": 24, "image_depth": 24, "heads": 16},
-    "huge": {"width": 1280, "depth": 32, "image_depth": 32, "heads": 16},
+    "base": {"width": 768, "depth": 12, "heads": 12},
+    "large": {"width": 1024, "depth": 24, "heads": 16},
+    "huge": {"width": 1280, "depth": 32, "heads": 16},
 }  # fmt: skip
+
+
+RENAMED = {"image_depth": "depth"}  # fields of older runs, by which they are read
 
 
 @dataclasses.dataclass
@@ -34,6 +36,7 @@ class ModelConfig:
         image_size: pixels a side, or (height, width); a multiple of patch_size, the pixels a side of a patch.
         vocab_size: entries of the vocabulary.
         max_text_length: rows of the text position table; a longer text is refused.
+        depth: blocks of the image encoder (of M3AE's only encoder, which reads words, too).
         width, heads: of the Transformers. mlp_ratio: hidden rows of their MLPs, as a multiple of the width.
         activation: of the MLPs, "gelu" (erf) or "gelu_tanh".
         image_mean, image_std: of uint8 pixels scaled to [0, 1]. Float images are taken as normalised already.
@@ -43,6 +46,7 @@ class ModelConfig:
     patch_size: int = 16
     vocab_size: int = 30522
     max_text_length: int = 64
+    depth: int = 12
     width: int = 384
     heads: int = 6
     mlp_ratio: float = 4.0
@@ -57,7 +61,7 @@ class ModelConfig:
             self.image_size = tuple(self.image_size)
         self.image_mean, self.image_std = tuple(self.image_mean), tuple(self.image_std)
         self._integers(1, "patch_size", "width", "heads")
-        self._integers(0, "vocab_size", "max_text_length")
+        self._integers(0, "vocab_size", "max_text_length", "depth")
         if any(side < 1 or side % self.patch_size for side in self.image_shape):
             raise ValueError(f"image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size}")
         for name in ("image_mean", "image_std"):
@@ -149,6 +153,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Raises ValueError for a field it does not know."""
+        values = {RENAMED.get(name, name): value for name, value in values.items()}
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -162,7 +167,7 @@ class M3AEConfig(ModelConfig):
 
     Attributes, beside ModelConfig's (vocab_size 0 makes a model of images alone, without any text parameter):
         image_mask_ratio, text_mask_ratio: share of tokens removed, in [0, 1).
-        depth: blocks of the encoder. decoder_width, decoder_depth, decoder_heads: of the decoder.
+        decoder_width, decoder_depth, decoder_heads: of the decoder.
         image_loss_weight, text_loss_weight: of the two losses in their sum.
         masking: "sample": every sample has masks of its own, drawn over its real tokens, at least one kept and one
             masked (a text of one word is masked whole). "shared": as the paper's public code: one image mask and one
@@ -170,7 +175,6 @@ class M3AEConfig(ModelConfig):
         norm_pix: normalise the target pixels of every patch (MAE's option; M3AE does not).
     """
 
-    depth: int = 12
     decoder_width: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16
@@ -184,7 +188,7 @@ class M3AEConfig(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         self._integers(1, "decoder_width", "decoder_heads")
-        self._integers(0, "depth", "decoder_depth")
+        self._integers(0, "decoder_depth")
         self._heads("decoder_width", "decoder_heads")
         self._shares("image_mask_ratio", "text_mask_ratio")
         self._numbers("image_loss_weight", "text_loss_weight")
@@ -196,13 +200,12 @@ class EncodersConfig(ModelConfig):
     """An image encoder and a text encoder that meet in an embedding: a CLIP-style model, and the first half of a MAMO.
 
     Attributes, beside ModelConfig's:
-        image_depth, text_depth: blocks of the encoders.
+        text_depth: blocks of the text encoder.
         projection: width of the embedding that images and texts share.
         temperature: of the contrastive loss, at the start; it is learned, within [0.001, 0.5].
     """
 
     activation: str = "gelu"
-    image_depth: int = 12
     text_depth: int = 6
     projection: int = 256
     temperature: float = 0.07
@@ -210,10 +213,14 @@ class EncodersConfig(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         self._integers(1, "vocab_size", "projection")
-        self._integers(0, "image_depth", "text_depth")
+        self._integers(0, "text_depth")
         self._numbers("temperature")
         if not 0.001 <= self.temperature <= 0.5:
             raise ValueError(f"temperature must be in [0.001, 0.5], got {self.temperature}")
+
+    def for_retrieval(self) -> Self:
+        """The same sizes, trained to find images and texts by one another alone."""
+        return self
 
 
 @dataclasses.dataclass
@@ -261,17 +268,19 @@ class MAMOConfig(EncodersConfig):
         if not any(getattr(self, name) for name in weights):
             raise ValueError(f"one of {', '.join(weights)} must be positive, got 0 for all")
 
+    def for_retrieval(self) -> Self:
+        """With ITC and ITM alone."""
+        return dataclasses.replace(self, mrm_weight=0, mim_weight=0, mlm_weight=0, itc_weight=1, itm_weight=1)
+
 
 @dataclasses.dataclass
 class SupervisedConfig(ModelConfig):
-    """Sizes of a supervised ViT. Attributes, beside ModelConfig's: depth: blocks. classes: how many there are."""
+    """Sizes of a supervised ViT. Attributes, beside ModelConfig's: classes: how many there are."""
 
     vocab_size: int = 0
     activation: str = "gelu"
-    depth: int = 12
     classes: int = 1000
 
     def __post_init__(self):
         super().__post_init__()
-        self._integers(0, "depth")
         self._integers(1, "classes")

@@ -91,6 +91,10 @@ class ImageEncoder(nn.Module):
         )  # fmt: skip
         return self.transformer(tokens, views.sequences)
 
+    def parts(self) -> tuple[list[nn.Parameter], fast.Transformer]:
+        """(the parameters that make tokens of an image, the Transformer)."""
+        return [*self.patch_embed.parameters(), self.cls_token], self.transformer
+
 
 class TextEncoder(nn.Module):
     """A Transformer over [CLS; words] of every view. Its last word, number V, is [MASK]."""
@@ -125,6 +129,11 @@ class EncodedView:
     views: Views
     embedding: Tensor  # [B, E] fp32, of unit length: what contrast compares
 
+    @property
+    def cls(self) -> Tensor:
+        """[B, D]: the class tokens."""
+        return take_rows(self.tokens, self.views.cls_rows(0).to(self.tokens.device))
+
 
 class DualEncoder(nn.Module):
     """An image encoder and a text encoder, and where they meet: a projection each. Initialised by its owner."""
@@ -133,7 +142,7 @@ class DualEncoder(nn.Module):
         super().__init__()
         c = config
         self.patches = c.patches
-        self.image, self.text = ImageEncoder(c, c.image_depth), TextEncoder(c, c.text_depth)
+        self.image, self.text = ImageEncoder(c, c.depth), TextEncoder(c, c.text_depth)
         self.image_projection = fast.Linear(c.width, c.projection)
         self.text_projection = fast.Linear(c.width, c.projection)
 

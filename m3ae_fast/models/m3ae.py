@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from m3ae_fast.models import masking
 from m3ae_fast.models.config import M3AEConfig
 from m3ae_fast.models.encoders import check_sizes
 from m3ae_fast.models.masking import Plan, TokenLayout
+from m3ae_fast.models.model import Metric, Model
 from m3ae_fast.nn import take_rows
 from m3ae_fast.ops import assemble_tokens, linear_cross_entropy, masked_mse, restore_tokens
 from m3ae_fast.seqlens import SeqLens
@@ -55,10 +57,18 @@ class Encoded:
     seqlens: SeqLens  # of tokens
 
 
-class M3AE(nn.Module):
+class M3AE(Model):
     """Args: config: see `M3AEConfig`; with vocab_size 0 the model is of images alone."""
 
-    METRICS = ("loss", "image_loss", "text_loss", "text_accuracy")  # of M3AEOutput, for a training log
+    METRICS: ClassVar = {  # of M3AEOutput
+        "loss": Metric("loss"),
+        "image_loss": Metric("image loss", "squared error of masked patches"),
+        "text_loss": Metric("text loss", "cross-entropy of masked words", "text"),
+        "text_accuracy": Metric("text accuracy", "share of masked words guessed", "share"),
+    }
+    CAPTIONS = "optional"
+    PICTURE = "reconstruction"
+    TINY_LR = 2e-3
 
     def __init__(self, config: M3AEConfig):
         super().__init__()
@@ -217,6 +227,18 @@ class M3AE(nn.Module):
         layout = TokenLayout.make(image, text, self.config.patches, batch.has_image, batch.device)
         tokens = self._encode(batch, layout)
         return Encoded(take_rows(tokens, layout.cls_rows), tokens, layout.kept)
+
+    def encode_cls(self, batch: ImageTextBatch) -> Tensor:
+        """[B, D]: `encode(batch).cls`."""
+        return self.encode(batch).cls
+
+    def image_encoder(self) -> tuple[list[nn.Parameter], fast.Transformer]:
+        """As `Model.image_encoder`."""
+        return [*self.patch_embed.parameters(), self.cls_token, self.image_type], self.encoder
+
+    def joint_encoder(self) -> fast.Transformer | None:
+        """The encoder, unless the model is of images alone."""
+        return self.encoder if self.config.vocab_size else None
 
     # -- the two halves ----------------------------------------------------------------------------------------------
 

@@ -23,6 +23,8 @@ class MAE(M3AE):
             paper found best.
     """
 
+    CAPTIONS = "unused"
+
     def __init__(self, config: M3AEConfig):
         super().__init__(dataclasses.replace(config, vocab_size=0))
 

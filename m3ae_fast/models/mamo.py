@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from m3ae_fast.models.contrastive import ContrastiveLoss, same_pairs
 from m3ae_fast.models.encoders import DualEncoder, EncodedView, Views, check_batch, reset_parameters
 from m3ae_fast.models.fusion import FusionLayout, Pairs
 from m3ae_fast.models.masking import Masked, sample_of
+from m3ae_fast.models.model import Metric, Model
 from m3ae_fast.nn.rows import repeat_rows, take_rows
 from m3ae_fast.ops import feature_regression, linear_cross_entropy, restore_tokens
 from m3ae_fast.seqlens import SeqLens
@@ -84,13 +86,24 @@ class Encoders(DualEncoder):
         return self.fusion(self.assemble(rows, layout), layout.seqlens, layout.wanted, layout.wanted_seqlens)
 
 
-class MAMO(nn.Module):
+class MAMO(Model):
     """Args: config: see `MAMOConfig`. `update_target()` moves the momentum network: call it before every step."""
 
-    METRICS = (
-        "loss", "mrm_loss", "mim_loss", "mlm_loss", "itc_loss", "itm_loss", "mlm_accuracy", "itm_accuracy",
-        "target_std", "prediction_std",
-    )  # fmt: skip
+    METRICS: ClassVar = {
+        "loss": Metric("loss"),
+        "mrm_loss": Metric("MRM", "masked representations, squared error", "pair"),
+        "mim_loss": Metric("MIM", "masked patches, absolute error"),
+        "mlm_loss": Metric("MLM", "cross-entropy of masked words", "text"),
+        "itc_loss": Metric("ITC", "images against texts", "pair"),
+        "itm_loss": Metric("ITM", "does the pair belong together?", "pair"),
+        "mlm_accuracy": Metric("MLM accuracy", "share of masked words guessed", "share"),
+        "itm_accuracy": Metric("ITM accuracy", "share of pairs told right", "share"),
+        "target_std": Metric("spread of MRM's targets", "to 0: collapse", "watch"),
+        "prediction_std": Metric("spread of MRM's predictions", "to 0: collapse", "watch"),
+    }
+    CAPTIONS, COMPARES = "required", True
+    ALL_GRADIENTS = False  # what is of a loss of weight 0 has none
+    PICTURE = "words"
 
     def __init__(self, config: MAMOConfig):
         super().__init__()
@@ -109,6 +122,14 @@ class MAMO(nn.Module):
         """target = momentum * target + (1 - momentum) * online, all tensors in one call."""
         target, online = list(self.target.parameters()), list(self.online.parameters())
         torch._foreach_lerp_(target, online, 1 - self.config.momentum)
+
+    @classmethod
+    def check_processes(cls, config: MAMOConfig, processes: int) -> None:
+        """Refuse a queue: it is no part of what processes share."""
+        if config.queue_size:
+            raise ValueError(
+                f"queue_size must be 0 in {processes} processes, each of which would have a queue of its own"
+            )
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -312,6 +333,23 @@ class MAMO(nn.Module):
     def encode_texts(self, text: Tensor, text_lengths: SeqLens) -> EncodedView:
         """Packed words [sum of text_lengths] -> their tokens and embeddings."""
         return self.online.encode_texts(text, text_lengths)
+
+    def encode_cls(self, batch: ImageTextBatch) -> Tensor:
+        """[B, D]: the class token of the fusion encoder, or of the image encoder where no sample has a word."""
+        images = self.encode_images(batch.images)
+        if not batch.text_lengths.total:
+            return images.cls
+        every = torch.arange(len(batch))
+        texts = self.encode_texts(batch.text, batch.text_lengths)
+        return self.online.fuse(*self.pair(images, texts, every, every))
+
+    def image_encoder(self) -> tuple[list[nn.Parameter], fast.Transformer]:
+        """As `Model.image_encoder`, of the online network."""
+        return self.online.image.parts()
+
+    def joint_encoder(self) -> fast.Transformer:
+        """The fusion encoder."""
+        return self.online.fusion
 
     def fill_words(
         self, batch: ImageTextBatch, *, seed: int | None = None, step: int = 0, text_mask: Tensor | None = None

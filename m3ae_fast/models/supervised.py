@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from m3ae_fast import nn as fast
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.models.config import SupervisedConfig
 from m3ae_fast.models.encoders import ImageEncoder, check_sizes, reset_parameters, whole
+from m3ae_fast.models.model import Metric, Model
 from m3ae_fast.nn.rows import take_rows
 
 
@@ -24,10 +26,14 @@ class SupervisedOutput:
     accuracy: Tensor  # share of an image's shown classes among its highest logits, as many as it shows; no gradient
 
 
-class Supervised(nn.Module):
+class Supervised(Model):
     """A ViT that names the classes an image shows, one or several. Args: config: see `SupervisedConfig`."""
 
-    METRICS = ("loss", "accuracy")
+    METRICS: ClassVar = {
+        "loss": Metric("loss"),
+        "accuracy": Metric("accuracy", "share of shown classes named", "share"),
+    }
+    LABELS = True
 
     def __init__(self, config: SupervisedConfig):
         super().__init__()
@@ -64,3 +70,11 @@ class Supervised(nn.Module):
         """Whole images [N, 3, H, W] -> CLS features [N, D]."""
         views = whole([self.config.patches] * len(images), images.device)
         return take_rows(self.encoder(images, views), views.cls_rows(0).to(images.device))
+
+    def encode_cls(self, batch: ImageTextBatch) -> Tensor:
+        """[B, D]: the class token of images; texts are left aside."""
+        return self.encode_images(batch.images)
+
+    def image_encoder(self) -> tuple[list[nn.Parameter], fast.Transformer]:
+        """As `Model.image_encoder`."""
+        return self.encoder.parts()

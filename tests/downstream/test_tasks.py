@@ -27,7 +27,7 @@ TOKENIZER = Tokenizer.train(
 )
 SIZES = {
     "image_size": 32, "patch_size": 8, "vocab_size": TOKENIZER.vocab_size, "max_text_length": 40, "width": 32,
-    "heads": 4, "image_depth": 1, "text_depth": 1, "projection": 16,
+    "heads": 4, "depth": 1, "text_depth": 1, "projection": 16,
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from m3ae_fast.models import MAMO, MAMOConfig
 
 SIZES = {
     "image_size": 16, "patch_size": 4, "vocab_size": 53, "max_text_length": 8, "width": 32, "heads": 4,
-    "image_depth": 2, "text_depth": 2, "projection": 12,
+    "depth": 2, "text_depth": 2, "projection": 12,
 }  # fmt: skip
 CONFIG = MAMOConfig(**SIZES, fusion_depth=2, image_mask_ratio=0.75, text_mask_ratio=0.4)
 

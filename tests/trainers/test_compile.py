@@ -98,7 +98,7 @@ def test_a_checkpointed_step_is_one_graph():
 def test_blocks_compiled_where_they_stand():
     """nn.Module.compile of each block: for models that are no one graph (MAMO's ITM waits for similarities)."""
     torch.manual_seed(0)
-    config = MAMOConfig.tiny(**TINY, image_depth=1, text_depth=1)
+    config = MAMOConfig.tiny(**TINY, depth=1, text_depth=1)
     model = MAMO(config)
     batches = [make_batch(config, lengths, step) for step, lengths in enumerate(LENGTHS[:3])]
     before = [model(batch, seed=0, step=step).loss for step, batch in enumerate(batches)]

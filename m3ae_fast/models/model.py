@@ -1,0 +1,73 @@
+"""Model: what the trainer, the command line and the tasks ask of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from m3ae_fast.batch import ImageTextBatch
+from m3ae_fast.models.config import ModelConfig
+from m3ae_fast.nn import Transformer
+
+
+class Metric(NamedTuple):
+    """A number of a training step, as the curves of a run show it."""
+
+    title: str
+    about: str = ""  # what it is, in a few words
+    of: str = "image"  # "image", "text" or "pair": a loss of these; "share": in [0, 1]; "watch": neither
+
+
+class Model(nn.Module):
+    """A model that `m3ae-fast pretrain` trains: a subclass of this one, and a line in `m3ae_fast.models.OBJECTIVES`.
+
+    A subclass has `config`, `forward(batch, *, seed, step)`, whose output has all METRICS as fp32 scalars, and
+    `image_encoder` and `encode_cls`, by which it is probed, fine-tuned and drawn. Whatever is random in a step is a
+    function of seed, step and batch.sample_ids: then a run that was stopped resumes bitwise identical.
+
+    A task that needs more of a model asks by `offers` for methods that not every model has:
+        reconstruct(batch, *, seed, step): predictions of all patches and words, see `M3AE`.
+        fill_words(batch, *, seed): predictions of all words, see `MAMO`.
+        encode_images(images), encode_texts(text, text_lengths): an `EncodedView` each, to be compared by retrieval.
+        match(images, texts, of_image, of_text): how sure it is that image and text belong together, see `MAMO`.
+    """
+
+    METRICS: ClassVar[Mapping[str, Metric]]  # numbers of its output that a run records; the first is "loss"
+    CAPTIONS: ClassVar[str] = "unused"  # in training, or "optional", or "required": images without one are left out
+    LABELS: ClassVar[bool] = False  # whether it trains on the classes of images; those without are left out then
+    COMPARES: ClassVar[bool] = False  # whether its losses compare the samples of a batch with one another
+    ALL_GRADIENTS: ClassVar[bool] = True  # whether every parameter has a gradient in every step
+    PICTURE: ClassVar[str | None] = None  # what a run draws: "reconstruction", "words" (offers fill_words), or nothing
+    TINY_LR: ClassVar[float] = 1e-3  # peak learning rate at size tiny
+
+    config: ModelConfig
+
+    @classmethod
+    def offers(cls, *methods: str) -> bool:
+        """Whether it has all of these methods."""
+        return all(hasattr(cls, name) for name in methods)
+
+    @classmethod
+    def check_processes(cls, config: ModelConfig, processes: int) -> None:
+        """Raise ValueError, naming the field of `config`, if more than one process cannot train it."""
+
+    def update_target(self) -> None:
+        """Move the momentum network, if there is one: called once for each step that is taken."""
+
+    def image_encoder(self) -> tuple[list[nn.Parameter], Transformer]:
+        """What an image goes through: the parameters that make tokens of it, and the Transformer."""
+        raise NotImplementedError(f"{type(self).__name__} must define image_encoder")
+
+    def joint_encoder(self) -> Transformer | None:
+        """The Transformer over an image and its words together; None: images are never read beside words."""
+        return None
+
+    def encode_cls(self, batch: ImageTextBatch) -> Tensor:
+        """[B, D]: the class token of images, beside their texts if the batch has any and there is a `joint_encoder`.
+
+        Args:
+            batch: an image in every sample; nothing is masked.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define encode_cls")
