@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from m3ae_fast import _checks
 from m3ae_fast.data.seeds import ORDER, generator
-from m3ae_fast.train.loop import make_optimiser
 from m3ae_fast.train.schedule import learning_rate
+from m3ae_fast.train.trainer import make_optimiser
 
 
 def finetune(

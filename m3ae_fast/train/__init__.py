@@ -1,4 +1,4 @@
-"""Pre-training: the loop, its schedule, checkpoints that resume to the bit, metrics and pictures."""
+"""Pre-training: the trainer, its schedule, checkpoints that resume to the bit, metrics and pictures."""
 
 import importlib.util
 
@@ -11,10 +11,11 @@ if _missing:  # now, not after an hour of training
 
 from m3ae_fast.train.bad_steps import BadStep, load_bad_step  # noqa: E402
 from m3ae_fast.train.config import RunConfig  # noqa: E402
-from m3ae_fast.train.loop import Summary, make_optimiser, pretrain  # noqa: E402
 from m3ae_fast.train.recipes import RECIPES  # noqa: E402
 from m3ae_fast.train.run import Run, load_run  # noqa: E402
 from m3ae_fast.train.schedule import learning_rate  # noqa: E402
+from m3ae_fast.train.summary import Summary  # noqa: E402
+from m3ae_fast.train.trainer import Trainer, make_optimiser, pretrain  # noqa: E402
 
 __all__ = [
     "RECIPES",
@@ -22,6 +23,7 @@ __all__ = [
     "Run",
     "RunConfig",
     "Summary",
+    "Trainer",
     "learning_rate",
     "load_bad_step",
     "load_run",

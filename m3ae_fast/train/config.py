@@ -10,16 +10,14 @@ from pathlib import Path
 from m3ae_fast._files import read_json, write_json
 from m3ae_fast._settings import check, documented, free, setting
 from m3ae_fast.data.specs import absolute
-from m3ae_fast.models import OBJECTIVES
+from m3ae_fast.models import OBJECTIVES, Model
 from m3ae_fast.models.config import SIZES
 
-# What None stands for, by size. tiny is set to show learning within two minutes on two cores; the others follow
-# arXiv:2205.14204: lr 1.5e-4 for every 256 samples of a step.
+# What None stands for, by size. tiny is set to show learning within two minutes on two cores, with the learning rate of
+# `Model.TINY_LR`; the others follow arXiv:2205.14204: 1.5e-4 for every 256 samples of a step.
 DEFAULTS = {size: {"steps": 100_000, "batch_size": 64} for size in SIZES}
-DEFAULTS["tiny"] = {"steps": 1200, "batch_size": 32, "lr": 2e-3}
-PAIRED = ("mamo", "clip")  # objectives of pairs alone: an image without a caption is left out
+DEFAULTS["tiny"] = {"steps": 1200, "batch_size": 32}
 LR_PER_256 = 1.5e-4
-TINY_LR = {"mamo": 1e-3, "clip": 1e-3, "supervised": 1e-3}  # of other objectives
 
 # Titles of the command line's options.
 RUN = "the run"
@@ -30,10 +28,12 @@ MACHINE = "the machine"
 # What None stands for, in words.
 _TINY, _OTHERS = DEFAULTS["tiny"], DEFAULTS["small"]
 _STEPS, _BATCH_SIZE = (f"default: tiny {_TINY[name]:,}, others {_OTHERS[name]:,}" for name in ("steps", "batch_size"))
-_LR = (
-    f"default: tiny {_TINY['lr']:g} ({', '.join(name.upper() for name in OBJECTIVES if name not in TINY_LR)}) "
-    f"or {TINY_LR['mamo']:g}, others {LR_PER_256:g} for 256 samples of a step"
-)
+_RATES = {}  # at size tiny, each with the objectives that have it
+for _name, (_model, _) in OBJECTIVES.items():
+    _RATES.setdefault(f"{_model.TINY_LR:g}", []).append(_name.upper())
+*_some, _rest = _RATES
+_TINY_LR = " or ".join([*(f"{rate} ({', '.join(_RATES[rate])})" for rate in _some), _rest])
+_LR = f"default: tiny {_TINY_LR}, others {LR_PER_256:g} for 256 samples of a step"
 
 
 @documented
@@ -50,7 +50,7 @@ class RunConfig:
         "'x-{00..11}.tar', or a URL of shards (docs/data.md). Several, in Python a list, are mixed by weights (1), "
         "such as A.h5=3; after a command, or a URL with a ?, =WEIGHT follows a space", RUN, "SPEC[=WEIGHT]",
     )  # fmt: skip
-    objective: str = setting("m3ae", "what is trained", RUN, choices=tuple(OBJECTIVES))
+    objective: str = setting(next(iter(OBJECTIVES)), "what is trained", RUN, choices=tuple(OBJECTIVES))
     model: str = setting("tiny", "its size", RUN, choices=tuple(SIZES))
     steps: int | None = setting(None, f"optimizer steps; {_STEPS}", RUN, "N", "[1, inf)")
     epochs: float | None = setting(
@@ -118,10 +118,15 @@ class RunConfig:
         ):
             raise TypeError(f"data must be a string or a list of strings, got {self.data!r}")
         check(self)
-        if self.paired_share < 1 and self.objective in PAIRED:
+        if self.paired_share < 1 and self.model_class.CAPTIONS == "required":
             raise ValueError(f"paired_share must be 1 for {self.objective}, which trains on pairs alone")
         if self.steps is not None and self.warmup is not None and self.warmup >= self.steps:
             raise ValueError(f"warmup must be less than steps ({self.steps}), got {self.warmup}")
+
+    @property
+    def model_class(self) -> type[Model]:
+        """The objective's model, which says what it needs."""
+        return OBJECTIVES[self.objective][0]
 
     def resolved(self, samples: int | None = None) -> RunConfig:
         """The same run with every None that stands for a default filled in, and absolute paths.
@@ -130,10 +135,7 @@ class RunConfig:
             samples: of the data set, by which epochs become steps; None: it has no end, and epochs must be None.
         """
         values = dataclasses.asdict(self)
-        defaults = dict(DEFAULTS[self.model])
-        if self.model == "tiny" and self.objective in TINY_LR:
-            defaults["lr"] = TINY_LR[self.objective]
-        for name, value in defaults.items():
+        for name, value in DEFAULTS[self.model].items():
             if values[name] is None:
                 values[name] = value
         batch = values["batch_size"] * self.accumulate
@@ -145,7 +147,7 @@ class RunConfig:
                 )
             values["steps"] = max(int(self.epochs * samples / batch), 1)
         if values["lr"] is None:
-            values["lr"] = LR_PER_256 * batch / 256
+            values["lr"] = self.model_class.TINY_LR if self.model == "tiny" else LR_PER_256 * batch / 256
         if values["warmup"] is None:
             values["warmup"] = values["steps"] // 10
         if values["picture_every"] is None:

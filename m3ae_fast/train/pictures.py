@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from m3ae_fast._drawing import FAINT, INK, Cards, heat, new_figure, save_figure
 from m3ae_fast._warning import M3AEFastWarning
@@ -16,67 +16,46 @@ from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader, Sample, Tokenizer, open_dataset
 from m3ae_fast.data.folder import read_captions
 from m3ae_fast.data.images import read_image
-from m3ae_fast.models import M3AEConfig
+from m3ae_fast.models import Metric, Model, ModelConfig
 from m3ae_fast.models.ground import ground, to_pixels
 from m3ae_fast.train import metrics
-from m3ae_fast.train.config import PAIRED, RunConfig
+from m3ae_fast.train.config import RunConfig
 
 SAMPLES = 6  # of a picture
-REBUILDING = ("m3ae", "mae", "mamo")  # objectives whose models rebuild what they cannot see, which is drawn
-# Colors as #rrggbb
-IMAGE, TEXT, PAIR, RIGHT_SHARE, WATCH = "#2f6fde", "#d9632b", "#7a4fc0", "#178a4c", "#6b7280"
-PANELS = {  # of losses.png, by the name of the metric: title, colour, what it is
-    "image_loss": ("image loss", IMAGE, "squared error of masked patches"),
-    "text_loss": ("text loss", TEXT, "cross-entropy of masked words"),
-    "text_accuracy": ("text accuracy", RIGHT_SHARE, "share of masked words guessed"),
-    "mrm_loss": ("MRM", PAIR, "masked representations, squared error"),
-    "mim_loss": ("MIM", IMAGE, "masked patches, absolute error"),
-    "mlm_loss": ("MLM", TEXT, "cross-entropy of masked words"),
-    "itc_loss": ("ITC", PAIR, "images against texts"),
-    "itm_loss": ("ITM", PAIR, "does the pair belong together?"),
-    "mlm_accuracy": ("MLM accuracy", RIGHT_SHARE, "share of masked words guessed"),
-    "itm_accuracy": ("ITM accuracy", RIGHT_SHARE, "share of pairs told right"),
-    "target_std": ("spread of MRM's targets", WATCH, "to 0: collapse"),
-    "prediction_std": ("spread of MRM's predictions", WATCH, "to 0: collapse"),
-    "accuracy": ("accuracy", RIGHT_SHARE, "share of shown classes named"),
-    "lr": ("learning rate", WATCH, ""),
-}
-CLIP_PANELS = {  # has no masked words
-    "image_accuracy": ("image accuracy", RIGHT_SHARE, "texts whose image is found in the batch"),
-    "text_accuracy": ("text accuracy", RIGHT_SHARE, "images whose text is found in the batch"),
-}
+# Colors as #rrggbb, by `Metric.of`
+COLORS = {"image": "#2f6fde", "text": "#d9632b", "pair": "#7a4fc0", "share": "#178a4c", "watch": "#6b7280"}
 STRIPES = ((223, 226, 232), (240, 242, 245))  # a masked patch: unlike any plain patch of an image
 
 
 def draw_pictures(
     folder: Path,
-    model: nn.Module,
+    model: Model,
     tokenizer: Tokenizer | None,
     config: RunConfig,
     step: int,
     device: torch.device,
     shown: Callable[[], ImageTextBatch],
 ) -> None:
-    """Write pictures/losses.png of a run and, of models that rebuild what they cannot see, a picture of it:
-    pictures/reconstruction-<step>.png (M3AE, MAE), pictures/words-<step>.png (MAMO).
+    """Write pictures/losses.png of a run and, of a model that rebuilds what it cannot see, a picture of that, named by
+    its kind (`Model.PICTURE`): pictures/reconstruction-<step>.png or pictures/words-<step>.png.
 
     Args:
         shown: gives the samples of those, and is asked for them only then.
     """
     (folder / "pictures").mkdir(exist_ok=True)
-    draw_losses(metrics.read(folder / "metrics.jsonl"), folder / "pictures" / "losses.png")
-    if config.objective not in REBUILDING:
+    draw_losses(metrics.read(folder / "metrics.jsonl"), folder / "pictures" / "losses.png", model.METRICS)
+    if model.PICTURE is None:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", M3AEFastWarning)  # the training loader has told of files it cannot read
         batch = shown()
-    draw, name = (draw_words, "words") if config.objective == "mamo" else (draw_reconstruction, "reconstruction")
-    path = folder / "pictures" / f"{name}-{step:08d}.png"
+    draw = {"reconstruction": draw_reconstruction, "words": draw_words}[model.PICTURE]
+    path = folder / "pictures" / f"{model.PICTURE}-{step:08d}.png"
     draw(model, tokenizer, batch, path, seed=config.seed, device=device)
 
 
 def held_out(
-    model_config: M3AEConfig,
+    model_config: ModelConfig,
     tokenizer: Tokenizer | None,
     config: RunConfig,
     *,
@@ -86,12 +65,12 @@ def held_out(
     """`count` samples of the run's data, or of other `data`, uncropped; of `shapes`, scenes it was not trained on."""
     seed = config.seed + 1
     dataset = open_dataset(data or config.data, image_size=model_config.image_size, seed=seed)
-    options = {"seed": seed, "pairs_only": config.objective in PAIRED}
+    options = {"seed": seed, "pairs_only": config.model_class.CAPTIONS == "required"}
     return _first_batch(dataset, tokenizer, model_config, min(count, len(dataset)), **options)
 
 
 def batch_of_files(
-    images: Sequence[Path], captions: Sequence[str] | None, model_config: M3AEConfig, tokenizer: Tokenizer | None
+    images: Sequence[Path], captions: Sequence[str] | None, model_config: ModelConfig, tokenizer: Tokenizer | None
 ) -> ImageTextBatch:
     """Image files, with the captions given or those of name.txt beside name.jpg.
 
@@ -119,7 +98,7 @@ class _NoWords:
         return []
 
 
-def _first_batch(dataset, tokenizer, model_config: M3AEConfig, count: int, **options) -> ImageTextBatch:
+def _first_batch(dataset, tokenizer, model_config: ModelConfig, count: int, **options) -> ImageTextBatch:
     loader = Loader(
         dataset, tokenizer or _NoWords(), image_size=model_config.image_size, batch_size=count,
         max_text_length=model_config.max_text_length, augment=False, **options,
@@ -127,19 +106,20 @@ def _first_batch(dataset, tokenizer, model_config: M3AEConfig, count: int, **opt
     return next(loader)[1]
 
 
-def draw_losses(rows: list[dict], path: Path) -> None:
+def draw_losses(rows: list[dict], path: Path, known: Mapping[str, Metric]) -> None:
     """Loss, accuracy and learning rate over the steps, each step thin and their running mean thick.
 
     Args:
         rows: of metrics.jsonl; nothing is drawn where there are none, nor of steps that were not finite.
+        path: of the PNG. known: the metrics to draw, `Model.METRICS`; "loss", their sum, where there is no other.
     """
     rows = [row for row in rows if None not in row.values()]
     if not rows:
         return
-    panels = PANELS | (CLIP_PANELS if "image_accuracy" in rows[0] else {})
-    shown = [name for name in rows[0] if name in panels and (name == "lr" or any(row[name] for row in rows))]
-    if not any(name.endswith("_loss") for name in shown):  # a model of one loss
-        shown = ["loss", *shown]
+    known = {**known, "lr": Metric("learning rate", of="watch")}
+    shown = [name for name in known if name in ("loss", "lr") or any(row[name] for row in rows)]
+    if any(known[name].of in ("image", "text", "pair") for name in shown[1:]):
+        del shown[0]
     columns = 2 if len(shown) <= 4 else 3
     lines = -(-len(shown) // columns)
     figure = new_figure(5 * columns, 3 * lines)
@@ -148,12 +128,12 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     for axes in grid[len(shown) :]:
         axes.set_visible(False)
     for axes, name in zip(grid, shown, strict=False):
-        title, color, subtitle = panels.get(name, (name, IMAGE, ""))
+        title, subtitle, of = known[name]
         values = np.array([row[name] for row in rows])
         mean = running_mean(values, max(len(values) // 50, 1))
         if name != "lr":
-            axes.plot(steps, values, color=color, alpha=0.22, linewidth=0.7)
-        axes.plot(steps, mean if name != "lr" else values, color=color, linewidth=2)
+            axes.plot(steps, values, color=COLORS[of], alpha=0.22, linewidth=0.7)
+        axes.plot(steps, mean if name != "lr" else values, color=COLORS[of], linewidth=2)
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
         axes.set_title(subtitle, loc="right", fontsize=9, color=FAINT)
         axes.grid(color="#e7e9ee", linewidth=0.8)
@@ -162,12 +142,12 @@ def draw_losses(rows: list[dict], path: Path) -> None:
         axes.spines[["left", "bottom"]].set_color("#c9cdd6")
         axes.tick_params(colors="#5b6270", labelsize=9)
         axes.set_xlim(0, 1.16 * steps[-1])  # room for the last value
-        low = 0.0 if name == "lr" or name.endswith(("accuracy", "std")) else None
+        low = 0.0 if of in ("share", "watch") else None
         axes.set_ylim(bottom=low, top=np.quantile(values, 0.995) * 1.05 if len(values) > 100 and low is None else None)
         if name != "lr":
             axes.annotate(
                 f"{mean[-1]:.3f}", (steps[-1], mean[-1]), xytext=(7, -4), textcoords="offset points",
-                fontsize=10, fontweight="bold", color=color,
+                fontsize=10, fontweight="bold", color=COLORS[of],
             )  # fmt: skip
     for axes in grid[-columns:]:
         axes.set_xlabel("step", fontsize=9, color="#5b6270")
@@ -184,7 +164,7 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 @torch.no_grad()
 def draw_reconstruction(
-    model: nn.Module,
+    model: Model,
     tokenizer: Tokenizer | None,
     batch: ImageTextBatch,
     path: Path,
@@ -222,7 +202,7 @@ def draw_reconstruction(
 
 @torch.no_grad()
 def draw_words(
-    model: nn.Module,
+    model: Model,
     tokenizer: Tokenizer,
     batch: ImageTextBatch,
     path: Path,
@@ -230,7 +210,7 @@ def draw_words(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> None:
-    """A MAMO's view of pairs: the image, where in it the caption is found (`models.ground`), and the guesses of masked
+    """A model's view of pairs: the image, where in it the caption is found (`models.ground`), and the guesses of masked
     words, green where right.
 
     Args:
@@ -260,7 +240,7 @@ def _captions(
     return found
 
 
-def unpatchify(patches: Tensor, config: M3AEConfig) -> Tensor:
+def unpatchify(patches: Tensor, config: ModelConfig) -> Tensor:
     """[B, P, patch_dim] normalised pixels (row, column, channel) -> [B, H, W, 3] uint8."""
     (rows, columns), size = config.grid, config.patch_size
     image = patches.view(-1, rows, columns, size, size, 3).transpose(2, 3).reshape(-1, rows * size, columns * size, 3)
@@ -268,7 +248,7 @@ def unpatchify(patches: Tensor, config: M3AEConfig) -> Tensor:
     return (image.nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def pixel_mask(mask: Tensor, config: M3AEConfig) -> Tensor:
+def pixel_mask(mask: Tensor, config: ModelConfig) -> Tensor:
     """[P] bool -> [H, W] bool."""
     return mask.view(config.grid).repeat_interleave(config.patch_size, 0).repeat_interleave(config.patch_size, 1)
 

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from m3ae_fast._files import naming
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data import StreamedDataset, Tokenizer, open_dataset
-from m3ae_fast.models import OBJECTIVES
+from m3ae_fast.models import OBJECTIVES, Model
 from m3ae_fast.train import checkpoint, distributed
 from m3ae_fast.train.config import RunConfig
 
@@ -36,7 +35,7 @@ class Run(NamedTuple):
     """A run read back from its folder."""
 
     config: RunConfig  # with everything resolved
-    model: nn.Module  # of OBJECTIVES[config.objective]
+    model: Model  # config.model_class
     tokenizer: Tokenizer | None  # None: a model of images alone
     step: int  # steps taken by the checkpoint
 
@@ -86,7 +85,7 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def build_model(config: RunConfig) -> nn.Module:
+def build_model(config: RunConfig) -> Model:
     """With weights drawn from the run's seed, the same on every device."""
     torch.manual_seed(config.seed)
     model, model_config = OBJECTIVES[config.objective]
@@ -135,15 +134,15 @@ def create(folder: Path, config: RunConfig):
     dataset = open_data(config, model_config.image_size)
     config = config.resolved(_samples(dataset))
     tokenizer = None
-    if config.objective == "supervised":
+    if config.model_class.LABELS:
         if not dataset.classes:
             raise ValueError(
-                f"data must have classes, a subfolder for each, to train a supervised model, got {config.data}"
+                f"data must have classes, a subfolder for each, to train {config.objective}, got {config.data}"
             )
         changes["classes"] = len(dataset.classes)
-    elif config.objective != "mae":
+    if config.model_class.CAPTIONS != "unused":
         tokenizer = make_tokenizer(dataset, config)
-        if tokenizer is None and config.objective != "m3ae":
+        if tokenizer is None and config.model_class.CAPTIONS == "required":
             raise ValueError(f"data must have captions to train {config.objective}, got {config.data} without any")
     changes["vocab_size"] = tokenizer.vocab_size if tokenizer else 0
     model_config = _model_config(config, changes)

@@ -1,4 +1,4 @@
-"""pretrain(): the training loop.
+"""Trainer: a pre-training run, step by step; pretrain(): all of it.
 
 A run stopped at any step and resumed gives the same bits as one that never stopped, because nothing a step needs
 lives outside the checkpoint and the step's number: data order, augmentation and masks are functions of (seed, step),
@@ -10,58 +10,31 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
-import signal
-import sys
-import threading
 import time
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed import Store
+from torch.distributed import HashStore, Store
 
 from m3ae_fast import _checks
 from m3ae_fast._files import remove_unfinished
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader
+from m3ae_fast.models import OBJECTIVES
 from m3ae_fast.nn import checkpoint_blocks
-from m3ae_fast.train import checkpoint, distributed, metrics, run
+from m3ae_fast.train import checkpoint, distributed, run
 from m3ae_fast.train.average import Average
 from m3ae_fast.train.bad_steps import BadSteps, NotFinite
-from m3ae_fast.train.config import PAIRED, RunConfig
-from m3ae_fast.train.pictures import REBUILDING, draw_pictures, held_out
+from m3ae_fast.train.config import RunConfig
+from m3ae_fast.train.metrics import Metrics
+from m3ae_fast.train.pictures import draw_pictures, held_out
 from m3ae_fast.train.schedule import learning_rate
-
-WAIT_STEPS, WAIT_SHARE = 100, 0.2  # waiting for data takes more than this share of so many steps: a word about it
-
-
-@dataclass
-class Summary:
-    """How a call of `pretrain` went, the same in all of its processes but for what each one's own clock says: seconds,
-    wait_seconds, tokens_per_second. Counts, times and rates are of this call, not of what it resumed."""
-
-    folder: Path  # of the run
-    step: int = 0  # steps taken in all
-    steps: int = 0  # steps of the whole run
-    bad_steps: int = 0  # steps in all that were not finite and were skipped: bad_steps/ has their batches
-    interrupted: bool = False  # by Ctrl-C or SIGTERM
-    last: dict = field(default_factory=dict)  # the last row of metrics.jsonl, {} where no step was taken
-    tokens: int = 0  # patches and words of the batches
-    seconds: float = 0.0  # of the call
-    wait_seconds: float = 0.0  # of those, spent waiting for data
-    counters: dict = field(default_factory=dict)  # images skipped, texts cut, ...: Loader.counters
-    workers_died: int = 0  # how often data workers were started again
-    images: int = 0  # of the batches
-    read_seconds: float = 0.0  # spent making batches, by all workers together; a mean over the run's processes
-    workers: int = 0  # processes that made them for each of those; 0: itself
-    processes: int = 1  # of the run
-    skipped: dict = field(default_factory=dict)  # samples that could not be read and were replaced, by what was damaged
-    bad: list = field(default_factory=list)  # the first of those and all shards that are damaged, as text
+from m3ae_fast.train.summary import Summary
+from m3ae_fast.train.watch import Progress, StopRequest, Waiting
 
 
 def pretrain(
@@ -94,141 +67,200 @@ def pretrain(
         FloatingPointError: the loss or the gradient was not finite for more than config.max_bad_steps steps in a row.
         ConnectionError: another process is gone. distributed.FailedElsewhere: the first one failed.
     """
-    _checks.choice("resume", resume, (False, True, "auto"))
     with distributed.process_group(config.rank_timeout) as store:
-        return _pretrain(config, Path(out), resume, stop_after, progress, store)
+        return Trainer(config, out, resume=resume, store=store).run(stop_after, progress=progress)
 
 
-def _pretrain(
-    config: RunConfig, folder: Path, resume: bool | str, stop_after: int | None, progress: bool, store: Store
-) -> Summary:
-    # torchrun --max-restarts starts again with the same words: what this launch has begun goes on, nothing older does
-    begun = f"begun {folder.absolute()}"
-    resume = distributed.on_first(lambda: run.exists(folder) if resume == "auto" or store.check([begun]) else resume)
-    config, dataset, tokenizer = run.open_run(folder, config, resume=resume)
-    rank, processes, first = distributed.rank(), distributed.world_size(), distributed.is_first()
-    distributed.on_first(lambda: _refuse_what_does_not_split(config, processes))
-    device = run.pick_device(distributed.own_device(config.device))
-    model = run.build_model(config).to(device)
-    checkpoint_blocks(model, config.checkpoint_blocks)
-    spread = distributed.spread(
-        model, device, shard=config.shard, bf16=config.precision == "bf16",
-        unused=config.objective == "mamo",  # what is of a loss of weight 0 has no gradient
-    )  # fmt: skip
-    optimiser = make_optimiser(model, lr=config.lr, weight_decay=config.weight_decay)
-    average = Average(model, config.ema) if config.ema else None
-    checkpoints = folder / "checkpoints"
-    done, bad_steps = 0, BadSteps(folder, config)
-    if resume:
-        path = distributed.on_first(lambda: checkpoint.latest(checkpoints))
-        saved = checkpoint.load(path, model)
+class Trainer:
+    """A pre-training run in the folder `out`, to be driven step by step where `pretrain` is not enough:
+
+        with Trainer(RunConfig(steps=100), "runs/mine") as trainer:
+            while trainer.done < 100:
+                row = trainer.step()  # what metrics.jsonl gets
+            trainer.save()
+            trainer.draw()
+
+    Entering makes the folder and its first checkpoint (of a new run) and opens its data and its metrics; leaving closes
+    them. A subclass may override any of the methods. Of several processes all call the same methods, in a process group
+    that is there already (`pretrain` makes one).
+
+    Args:
+        config, out, resume: as of `pretrain`, which says what is raised, too.
+        store: what `torchrun --max-restarts` keeps (see `distributed.process_group`); None: nothing.
+
+    Attributes:
+        config: everything resolved. folder: of the run. done: steps taken, the bad ones too.
+        model, optimiser, device; average: of the weights, or None. tokenizer: None for a model of images alone.
+        stopping: whether a process was asked to stop, by Ctrl-C or SIGTERM during `run`.
+    """
+
+    def __init__(self, config: RunConfig, out: str | Path, *, resume: bool | str = False, store: Store | None = None):
+        _checks.choice("resume", resume, (False, True, "auto"))
+        self.folder, self.checkpoints = Path(out), Path(out) / "checkpoints"
+        self._store, self._begun = store or HashStore(), f"begun {self.folder.absolute()}"
+        self.resumed = distributed.on_first(lambda: self._resumes(resume))
+        self.config, self.dataset, self.tokenizer = run.open_run(self.folder, config, resume=self.resumed)
+        self.processes, self.is_first = distributed.world_size(), distributed.is_first()
+        self.sharded = self.config.shard and self.processes > 1
+        self.done, self.stopping, self.bad_steps = 0, False, BadSteps(self.folder, self.config)
+        self._request, self.loader, self.metrics = StopRequest(), None, None
+        self.build()
+        if self.resumed:
+            self.resume()
+        self.summary = Summary(self.folder, self.done, self.config.steps, self.bad_steps.total)
+
+    def _resumes(self, resume: bool | str) -> bool:
+        """torchrun --max-restarts starts again with the same words: what this launch has begun goes on, nothing older
+        does."""
+        return run.exists(self.folder) if resume == "auto" or self._store.check([self._begun]) else resume
+
+    def build(self) -> None:
+        """The model, spread over the processes; its optimizer; the moving average of its weights."""
+        config = self.config
+        distributed.on_first(lambda: _refuse_what_does_not_split(config, self.processes))
+        self.device = run.pick_device(distributed.own_device(config.device))
+        self.model = run.build_model(config).to(self.device)
+        checkpoint_blocks(self.model, config.checkpoint_blocks)
+        self.spread = distributed.spread(
+            self.model, self.device, shard=config.shard, bf16=config.precision == "bf16",
+            unused=not self.model.ALL_GRADIENTS,
+        )  # fmt: skip
+        self.optimiser = make_optimiser(self.model, lr=config.lr, weight_decay=config.weight_decay)
+        self.average = Average(self.model, config.ema) if config.ema else None
+
+    def resume(self) -> None:
+        """Read the newest checkpoint."""
+        path = distributed.on_first(lambda: checkpoint.latest(self.checkpoints))
+        saved = checkpoint.load(path, self.model)
         before = RunConfig(**saved.config)
-        run.refuse_differences(path, before, config)
-        run.warn_of_other_readers(before, config, dataset)
-        checkpoint.restore(saved, model, optimiser, average)
-        done, bad_steps = saved.step, BadSteps(folder, config, *saved.bad_steps)
-        del saved  # all of a model and its moments
-    stop = config.steps if stop_after is None else min(stop_after, config.steps)
-    if stop_after is not None and stop_after <= done:
-        raise ValueError(f"stop_after must be more than the {done} steps already taken, got {stop_after}")
+        run.refuse_differences(path, before, self.config)
+        run.warn_of_other_readers(before, self.config, self.dataset)
+        checkpoint.restore(saved, self.model, self.optimiser, self.average)
+        self.done, self.bad_steps = saved.step, BadSteps(self.folder, self.config, *saved.bad_steps)
 
-    def save() -> None:
-        if first:
-            rows.flush()
-        counts = (bad_steps.total, bad_steps.in_a_row)
-        path = checkpoint.step_path(checkpoints, done, shards=config.shard and processes > 1)
-        checkpoint.save(path, done, config.to_dict(), model, optimiser, counts, average)
-        if first:
-            checkpoint.keep_last(checkpoints)
+    def __enter__(self) -> Trainer:
+        config, model = self.config, self.model
+        self.loader = Loader(
+            self.dataset, self.tokenizer, image_size=model.config.image_size, seed=config.seed,
+            batch_size=config.batch_size // self.processes, rank=distributed.rank(), world_size=self.processes,
+            max_text_length=model.config.max_text_length, start_step=self.done * config.accumulate,
+            workers=config.workers, strict=config.strict, pairs_only=model.CAPTIONS == "required",
+            labelled_only=model.LABELS,
+        )  # fmt: skip
+        if self.resumed:  # what a killed process left there takes the room of the next one
+            distributed.on_first(
+                lambda: (checkpoint.keep_last(self.checkpoints), remove_unfinished(self.bad_steps.folder))
+            )
+        else:
+            distributed.on_first(lambda: run.prepare_folder(self.folder, self.tokenizer))
+        self._start = self._clock = time.perf_counter()
+        self._waiting = Waiting(self.loader)
+        with contextlib.ExitStack() as stack:
+            if self.is_first:
+                self.metrics = stack.enter_context(Metrics(self.folder, self.done))
+            if not self.resumed:
+                self.save()  # a full disk shows now, and there is always a checkpoint to resume from
+                distributed.on_first(lambda: (self._store.set(self._begun, ""), config.save(self.folder)))
+                self.resumed = True
+            self._leave = stack.pop_all()
+        return self
 
-    @functools.cache  # one for all pictures: a stream is read to a thousand samples for it
-    def shown() -> ImageTextBatch:
-        return held_out(model.config, tokenizer, config)
+    def __exit__(self, *error) -> None:
+        self.loader = None
+        self._leave.__exit__(*error)
 
-    def draw() -> None:
-        drawn = model
-        if config.shard and processes > 1 and config.objective in REBUILDING:  # it draws nothing without the others
-            weights = distributed.gather_weights(model)
-            if first:
-                drawn = run.build_model(config).to(device)
+    def step(self) -> dict[str, float | None]:
+        """Take a step, which may turn out a bad one; returns its row of metrics.jsonl."""
+        if self.loader is None:
+            raise RuntimeError("step must be called inside `with trainer:`, which opens the data")
+        config = self.config
+        micro_batches = [next(self.loader)[1] for _ in range(config.accumulate)]
+        lr = learning_rate(self.done, steps=config.steps, warmup=config.warmup, peak=config.lr)
+        try:
+            losses = train_step(self.spread, self.optimiser, micro_batches, config, self.done, lr, self.device)
+            self.bad_steps.in_a_row = 0
+            if self.average is not None:
+                self.average.update(self.model, self.done + 1)
+        except NotFinite as bad:
+            self.bad_steps.add(bad, micro_batches)
+            losses = bad.values
+        self.done += 1  # a step that was skipped, too: data order and masks go on
+        tokens = sum(count_tokens(batch, self.model.config.patches) for batch in micro_batches)
+        tokens, requests = distributed.total(tokens, self._request.made)
+        self.stopping = requests > 0  # all processes stop at the same step, whichever was asked to
+        before, self._clock = self._clock, time.perf_counter()
+        row = {"step": self.done, **losses, "lr": lr, "bad_steps": self.bad_steps.total}
+        row["tokens_per_second"] = tokens / (self._clock - before)
+        self.summary.last, self.summary.tokens = row, self.summary.tokens + int(tokens)
+        self._waiting.look(self._clock)
+        if self.metrics is not None:
+            self.metrics.write(row)
+        return row
+
+    def save(self) -> None:
+        """Write a checkpoint; the newest two are kept."""
+        if self.metrics is not None:
+            self.metrics.flush()
+        counts = (self.bad_steps.total, self.bad_steps.in_a_row)
+        path = checkpoint.step_path(self.checkpoints, self.done, shards=self.sharded)
+        checkpoint.save(path, self.done, self.config.to_dict(), self.model, self.optimiser, counts, self.average)
+        if self.is_first:
+            checkpoint.keep_last(self.checkpoints)
+
+    def draw(self) -> None:
+        """Draw the curves of the run and, where its model has one, a picture of what it has learned."""
+        drawn = self.model
+        if self.sharded and drawn.PICTURE is not None:  # it computes nothing without the others
+            weights = distributed.gather_weights(drawn)
+            if self.is_first:
+                drawn = run.build_model(self.config).to(self.device)
                 drawn.load_state_dict(weights)
-        if first:
-            draw_pictures(folder, drawn, tokenizer, config, done, device, shown)
+        if self.is_first:
+            shown = lambda: self._shown  # noqa: E731
+            draw_pictures(self.folder, drawn, self.tokenizer, self.config, self.done, self.device, shown)
 
-    summary = Summary(folder, done, config.steps, bad_steps.total)
-    if done >= config.steps:
-        return summary
-    loader = Loader(
-        dataset, tokenizer, image_size=model.config.image_size, seed=config.seed,
-        batch_size=config.batch_size // processes, rank=rank, world_size=processes,
-        max_text_length=model.config.max_text_length, start_step=done * config.accumulate, workers=config.workers,
-        strict=config.strict, pairs_only=config.objective in PAIRED,
-        labelled_only=config.objective == "supervised",
-    )  # fmt: skip
-    if resume:  # what a killed process left there takes the room of the next one
-        distributed.on_first(lambda: (checkpoint.keep_last(checkpoints), remove_unfinished(bad_steps.folder)))
-    else:
-        distributed.on_first(lambda: run.prepare_folder(folder, tokenizer))
-    start = clock = time.perf_counter()
-    waiting = _Waiting(loader)
-    with (
-        _StopRequest() as request,
-        metrics.Metrics(folder, done) if first else contextlib.nullcontext() as rows,
-        _Progress(folder, config, done, progress and first) as bar,
-    ):
-        if not resume:
-            save()  # a full disk shows now, and there is always a checkpoint to resume from
-            distributed.on_first(lambda: (store.set(begun, ""), config.save(folder)))
-        stopping = False  # all processes stop at the same step, whichever was asked to
-        while done < stop and not stopping:
-            micro_batches = [next(loader)[1] for _ in range(config.accumulate)]
-            lr = learning_rate(done, steps=config.steps, warmup=config.warmup, peak=config.lr)
-            try:
-                losses = train_step(spread, optimiser, micro_batches, config, done, lr, device)
-                bad_steps.in_a_row = 0
-                if average is not None:
-                    average.update(model, done + 1)
-            except NotFinite as bad:
-                bad_steps.add(bad, micro_batches)
-                losses = bad.values
-            done += 1  # a step that was skipped, too: data order and masks go on
-            tokens = sum(count_tokens(batch, model.config.patches) for batch in micro_batches)
-            tokens, requests = distributed.total(tokens, request.made)
-            stopping = requests > 0
-            before, clock = clock, time.perf_counter()
-            summary.last = {"step": done, **losses, "lr": lr, "bad_steps": bad_steps.total}
-            summary.last["tokens_per_second"] = tokens / (clock - before)
-            summary.tokens += int(tokens)
-            waiting.look(clock)
-            if first:
-                rows.write(summary.last)
-                bar.show(summary.last)
-            if done < stop and not stopping:
-                if config.checkpoint_every and done % config.checkpoint_every == 0:
-                    save()
-                if config.picture_every and done % config.picture_every == 0:
-                    draw()
-        save()
-        summary.seconds = time.perf_counter() - start
-        summary.step, summary.interrupted = done, stopping and done < stop
-        summary.bad_steps, summary.wait_seconds, summary.workers = bad_steps.total, loader.wait_seconds, config.workers
-        summary.processes = processes
-        _add_up(summary, loader)
-        if not summary.interrupted:
-            draw()
-    return summary
+    @functools.cached_property
+    def _shown(self) -> ImageTextBatch:
+        """One for all pictures: a stream is read to a thousand samples for it."""
+        return held_out(self.model.config, self.tokenizer, self.config)
 
+    def run(self, stop_after: int | None = None, *, progress: bool = True) -> Summary:
+        """Take all steps that are left, with checkpoints and pictures on the way; arguments as `pretrain`'s."""
+        config = self.config
+        if stop_after is not None and stop_after <= self.done:
+            raise ValueError(f"stop_after must be more than the {self.done} steps already taken, got {stop_after}")
+        stop = config.steps if stop_after is None else min(stop_after, config.steps)
+        if self.done >= config.steps:
+            return self.summary
+        with self, self._request, Progress(self.folder, config, self.done, progress and self.is_first) as bar:
+            while self.done < stop and not self.stopping:
+                bar.show(self.step())
+                if self.done < stop and not self.stopping:
+                    if config.checkpoint_every and self.done % config.checkpoint_every == 0:
+                        self.save()
+                    if config.picture_every and self.done % config.picture_every == 0:
+                        self.draw()
+            self.save()
+            self._sum_up(stop)
+            if not self.summary.interrupted:
+                self.draw()
+        return self.summary
 
-def _add_up(summary: Summary, loader: Loader) -> None:
-    """What the loaders of all processes counted."""
-    counted = Counter(loader.counters, images=loader.images, died=loader.workers_died, read=loader.read_seconds)
-    every = distributed.gather((counted, loader.skipped, list(map(str, loader.bad.values()))))
-    sums = sum((each[0] for each in every), Counter(dict.fromkeys(counted, 0)))
-    summary.images, summary.workers_died = sums["images"], sums["died"]
-    summary.read_seconds = sums["read"] / len(every)
-    summary.counters = {name: sums[name] for name in loader.counters}
-    summary.skipped = dict(sum((each[1] for each in every), Counter()))
-    summary.bad = list(dict.fromkeys(text for each in every for text in each[2]))
+    def _sum_up(self, stop: int) -> None:
+        """The summary of a call, with what the loaders of all processes counted."""
+        summary, loader = self.summary, self.loader
+        summary.seconds = time.perf_counter() - self._start
+        summary.step, summary.interrupted = self.done, self.stopping and self.done < stop
+        summary.bad_steps, summary.wait_seconds = self.bad_steps.total, loader.wait_seconds
+        summary.workers, summary.processes = self.config.workers, self.processes
+        counted = Counter(loader.counters, images=loader.images, died=loader.workers_died, read=loader.read_seconds)
+        every = distributed.gather((counted, loader.skipped, list(map(str, loader.bad.values()))))
+        sums = sum((each[0] for each in every), Counter(dict.fromkeys(counted, 0)))
+        summary.images, summary.workers_died = sums["images"], sums["died"]
+        summary.read_seconds = sums["read"] / len(every)
+        summary.counters = {name: sums[name] for name in loader.counters}
+        summary.skipped = dict(sum((each[1] for each in every), Counter()))
+        summary.bad = list(dict.fromkeys(text for each in every for text in each[2]))
 
 
 def _refuse_what_does_not_split(config: RunConfig, processes: int) -> None:
@@ -237,16 +269,15 @@ def _refuse_what_does_not_split(config: RunConfig, processes: int) -> None:
         return
     if config.batch_size % processes:
         raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {config.batch_size}")
-    if config.objective not in PAIRED:
-        return
-    if config.model_config.get("queue_size"):
-        raise ValueError(f"queue_size must be 0 in {processes} processes, each of which would have a queue of its own")
-    warnings.warn(
-        f"{config.objective} compares the pairs that a process has, {config.batch_size // processes} of the "
-        f"{config.batch_size} of a pass: its losses are not those of one process, and change with their number",
-        M3AEFastWarning,
-        stacklevel=2,
-    )
+    model, model_config = OBJECTIVES[config.objective]
+    model.check_processes(model_config.from_dict(config.model_config), processes)
+    if model.COMPARES:
+        warnings.warn(
+            f"{config.objective} compares the pairs that a process has, {config.batch_size // processes} of the "
+            f"{config.batch_size} of a pass: its losses are not those of one process, and change with their number",
+            M3AEFastWarning,
+            stacklevel=2,
+        )
 
 
 def train_step(
@@ -265,7 +296,7 @@ def train_step(
     """
     torch.manual_seed((config.seed << 32) + step)
     own = distributed.bare(model)
-    names = own.METRICS
+    names = tuple(own.METRICS)
     buffers = [buffer.clone() for buffer in own.buffers()]  # a forward pass fills MAMO's queue
     totals = torch.zeros(len(names), device=device)
     for number, batch in enumerate(micro_batches, 1):
@@ -287,13 +318,13 @@ def train_step(
         group["lr"] = lr
     optimiser.step()
     optimiser.zero_grad()
-    if hasattr(own, "update_target"):  # the momentum network follows, once for each step that is taken
-        own.update_target()
+    own.update_target()
     return values
 
 
 def make_optimiser(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (.9, .95); weight decay on matrices only: not on biases, norms, embeddings, CLS, type and mask tokens.
+    """AdamW (.9, .95); weight decay on matrices only: not on biases, norms, embeddings, CLS,
+    type and mask tokens.
 
     Args:
         model: of which the parameters that require a gradient are trained.
@@ -310,77 +341,3 @@ def make_optimiser(model: nn.Module, *, lr: float, weight_decay: float) -> torch
 def count_tokens(batch: ImageTextBatch, patches: int) -> int:
     """Patches of the images and words of the texts, masked or not: what `tokens_per_second` counts."""
     return patches * sum(batch.has_image) + batch.text_lengths.total
-
-
-class _Waiting:
-    """Warns, once, where training waits for its data."""
-
-    def __init__(self, loader: Loader):
-        self._loader, self._steps, self._warned = loader, 0, False
-        self._clock, self._waited = time.perf_counter(), 0.0
-
-    def look(self, clock: float) -> None:
-        """After each step, with the time."""
-        self._steps += 1
-        if self._warned or self._steps % WAIT_STEPS:
-            return
-        passed, waited = clock - self._clock, self._loader.wait_seconds - self._waited
-        self._clock, self._waited = clock, self._loader.wait_seconds
-        if waited > WAIT_SHARE * passed:
-            self._warned = True
-            message = (
-                f"data is the bottleneck: {waited / passed:.0%} of the last {WAIT_STEPS} steps went by waiting for it"
-            )
-            warnings.warn(f"{message}; more workers may help", M3AEFastWarning, stacklevel=3)
-
-
-class _StopRequest:
-    """Ctrl-C and SIGTERM ask for a stop (`made`) instead of tearing a step apart; the second one is not held back."""
-
-    def __init__(self):
-        self.made, self._before = False, {}
-
-    def _ask(self, number, frame) -> None:
-        self.made = True
-        self.__exit__()
-        if distributed.is_first():
-            os.write(2, b"\nstopping after this step; once more stops at once\n")  # print could interrupt a print
-
-    def __enter__(self) -> _StopRequest:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
-
-
-class _Progress:
-    """tqdm: loss, tokens a second, time left; where the run breaks off, how to go on."""
-
-    def __init__(self, folder: Path, config: RunConfig, done: int, shown: bool):
-        from tqdm import tqdm
-
-        interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants fewer lines
-        self._bar = tqdm(
-            total=config.steps, initial=done, disable=not shown, mininterval=interval, dynamic_ncols=True,
-            bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
-        )  # fmt: skip
-        self._folder, self._shown, self._rate = folder, shown, None
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_) -> None:
-        self._bar.close()
-        if error is not None and self._shown and run.exists(self._folder):
-            newest = checkpoint.latest(self._folder / "checkpoints").name
-            print(f"broken off by {error.__name__}; {newest} is there to go on from: --resume", file=sys.stderr)
-
-    def show(self, row: dict) -> None:
-        rate = row["tokens_per_second"]
-        self._rate = rate if self._rate is None else 0.95 * self._rate + 0.05 * rate
-        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-        self._bar.set_postfix_str(f"loss {loss}, {self._rate:,.0f} tokens/s", refresh=False)
-        self._bar.update()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from m3ae_fast.train import RunConfig, loop, pretrain, run
+from m3ae_fast.train import RunConfig, pretrain, run, trainer
 
 
 @pytest.fixture(scope="module")
@@ -12,7 +12,7 @@ def pretrained(tmp_path_factory):
     def make(*objectives):
         folder = tmp_path_factory.mktemp("runs")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "draw_pictures", lambda *_: None)
+            patch.setattr(trainer, "draw_pictures", lambda *_: None)
             patch.setattr(run, "LEARN_WORDS_FROM", 300)
             for objective in objectives:
                 config = RunConfig(objective=objective, steps=2, batch_size=4, image_size=32, device="cpu")

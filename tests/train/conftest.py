@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from m3ae_fast import M3AEFastWarning
-from m3ae_fast.train import RunConfig, loop, metrics, pretrain, run
+from m3ae_fast.train import RunConfig, metrics, pretrain, run, trainer
 
 NUMBERS = ("loss", "image_loss", "text_loss", "text_accuracy", "lr")
 
@@ -33,7 +33,7 @@ def config():
 @pytest.fixture
 def train(config, rows, tmp_path, monkeypatch):
     """train(out="run", **settings): the rows of metrics.jsonl that the run leaves, without time and pictures."""
-    monkeypatch.setattr(loop, "draw_pictures", lambda *_: None)
+    monkeypatch.setattr(trainer, "draw_pictures", lambda *_: None)
 
     def call(out="run", *, resume=False, stop_after=None, **changes):
         pretrain(config(**changes), tmp_path / out, resume=resume, stop_after=stop_after, progress=False)

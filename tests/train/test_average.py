@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from m3ae_fast.train import checkpoint, load_run, loop
+from m3ae_fast.train import checkpoint, load_run, trainer
 from m3ae_fast.train.average import Average
 
 
@@ -39,8 +39,8 @@ def test_it_changes_no_number_of_the_run(train):
 
 @pytest.mark.parametrize("objective", ["m3ae", "mamo"])
 def test_it_is_what_a_run_is_used_with(train, rows, config, tmp_path, monkeypatch, objective):
-    monkeypatch.setattr(loop, "draw_pictures", lambda *_: None)
-    loop.pretrain(config(ema=0.9, steps=3, objective=objective), tmp_path / "run", progress=False)
+    monkeypatch.setattr(trainer, "draw_pictures", lambda *_: None)
+    trainer.pretrain(config(ema=0.9, steps=3, objective=objective), tmp_path / "run", progress=False)
     saved = checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints"))
     averaged = load_run(tmp_path / "run").model.state_dict()
     as_it_is = load_run(tmp_path / "run", averaged=False).model.state_dict()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from m3ae_fast.models import M3AE, OBJECTIVES
-from m3ae_fast.train import bad_steps, checkpoint, load_bad_step, load_run, loop, metrics, pretrain
+from m3ae_fast.train import bad_steps, checkpoint, load_bad_step, load_run, metrics, pretrain, trainer
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_other_files_are_no_bad_steps(train, tmp_path):
 
 def test_a_momentum_network_and_its_queue_stay_as_they_were(config, tmp_path, monkeypatch, counted_warnings):
     """A forward pass fills the queue: one that fails must not leave its NaNs there."""
-    monkeypatch.setattr(loop, "draw_pictures", lambda *_: None)
+    monkeypatch.setattr(trainer, "draw_pictures", lambda *_: None)
     kind = OBJECTIVES["mamo"][0]
     forward = kind.forward
 

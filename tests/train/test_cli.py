@@ -10,8 +10,8 @@ from PIL import Image
 
 from m3ae_fast.models import OBJECTIVES
 from m3ae_fast.models.config import SIZES
-from m3ae_fast.train import RunConfig, loop
-from m3ae_fast.train.config import DEFAULTS, LR_PER_256, TINY_LR
+from m3ae_fast.train import RunConfig, trainer
+from m3ae_fast.train.config import DEFAULTS, LR_PER_256
 
 SMALL = ["--steps", "3", "--batch-size", "2", "--image-size", "32", "--device", "cpu"]
 
@@ -52,13 +52,13 @@ def test_pretrain_resume_reconstruct(run, tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
-    step = loop.train_step
+    step = trainer.train_step
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
         return step(*arguments)
 
-    monkeypatch.setattr(loop, "train_step", interrupted)
+    monkeypatch.setattr(trainer, "train_step", interrupted)
     status, out, _ = run("pretrain", *SMALL, "--out", "my run")
     assert status == 130
     assert "1 of 3 steps" in out and "continue with: m3ae-fast pretrain --out 'my run' --resume" in out
@@ -107,7 +107,7 @@ def test_a_mistake_is_one_line_and_status_2(run, tmp_path, arguments, message):
 
 
 def test_our_own_mistakes_keep_their_traceback(run, monkeypatch):
-    monkeypatch.setattr(loop, "train_step", lambda *_: {}["gone"])
+    monkeypatch.setattr(trainer, "train_step", lambda *_: {}["gone"])
     with pytest.raises(KeyError):
         run("pretrain", *SMALL)
 
@@ -150,7 +150,7 @@ def test_the_help_of_pretrain_tells_the_true_defaults(run):
     for name in ("steps", "batch_size"):
         values = [DEFAULTS[model][name] for model in ("tiny", "small")]
         assert "default: tiny {:,}, others {:,}".format(*values) in " ".join(out.split())
-    tiny = f"tiny {DEFAULTS['tiny']['lr']:g} (M3AE, MAE) or {TINY_LR['mamo']:g}"
+    tiny = "tiny {:g} (M3AE, MAE) or {:g}".format(*(OBJECTIVES[name][0].TINY_LR for name in ("m3ae", "mamo")))
     assert f"default: {tiny}, others {LR_PER_256:g} for 256 samples" in " ".join(out.split())
     assert "{" + ",".join(OBJECTIVES) + "}" in out and "{" + ",".join(SIZES) + "}" in out
     defaults = RunConfig()

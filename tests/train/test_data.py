@@ -13,7 +13,7 @@ from PIL import Image
 from m3ae_fast import M3AEFastWarning
 from m3ae_fast.cli import _print_data
 from m3ae_fast.data import BadSample, ShapesDataset
-from m3ae_fast.train import Summary, loop, pretrain
+from m3ae_fast.train import Summary, pretrain, trainer, watch
 
 
 def image(i: int) -> bytes:
@@ -120,7 +120,7 @@ def slow(monkeypatch):
 
 
 def test_waiting_for_data_is_told_once(train, slow, monkeypatch):
-    monkeypatch.setattr(loop, "WAIT_STEPS", 3)
+    monkeypatch.setattr(watch, "WAIT_STEPS", 3)
     slow(0.2)
     message = r"data is the bottleneck: \d+% of the last 3 steps went by waiting for it; more workers may help"
     with pytest.warns(M3AEFastWarning, match=message) as caught:
@@ -129,9 +129,9 @@ def test_waiting_for_data_is_told_once(train, slow, monkeypatch):
 
 
 def test_no_word_where_the_model_is_slower(train, monkeypatch):
-    monkeypatch.setattr(loop, "WAIT_STEPS", 3)
-    step = loop.train_step
-    monkeypatch.setattr(loop, "train_step", lambda *args: (time.sleep(0.3), step(*args))[1])
+    monkeypatch.setattr(watch, "WAIT_STEPS", 3)
+    step = trainer.train_step
+    monkeypatch.setattr(trainer, "train_step", lambda *args: (time.sleep(0.3), step(*args))[1])
     train(steps=7)
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from m3ae_fast import M3AEFastWarning
 from m3ae_fast.models import OBJECTIVES
-from m3ae_fast.train import RunConfig, load_run, loop, metrics, pretrain
+from m3ae_fast.train import RunConfig, load_run, metrics, pretrain, trainer
 
 QUEUE = {"queue_size": 8, "soft_targets": 0.4}
 
@@ -16,7 +16,7 @@ QUEUE = {"queue_size": 8, "soft_targets": 0.4}
 @pytest.fixture
 def go(tmp_path, monkeypatch):
     """go(objective, out, **settings): the rows of a run of four steps, without the rate."""
-    monkeypatch.setattr(loop, "draw_pictures", lambda *_: None)
+    monkeypatch.setattr(trainer, "draw_pictures", lambda *_: None)
 
     def call(objective, out="run", *, resume=False, stop_after=None, **changes):
         settings = {"steps": 4, "batch_size": 4, "image_size": 32, "device": "cpu", "objective": objective}

@@ -7,7 +7,7 @@ from PIL import Image
 
 from m3ae_fast import _drawing
 from m3ae_fast.data import BadSample
-from m3ae_fast.models import M3AEConfig
+from m3ae_fast.models import OBJECTIVES, M3AEConfig
 from m3ae_fast.train import load_run, pictures, pretrain
 
 
@@ -92,29 +92,30 @@ def test_running_mean():
 
 
 @pytest.mark.parametrize(
-    "names, titles",
+    "objective, zeros, titles",
     [
-        (("loss", "image_loss", "text_loss", "text_accuracy"), ["image loss", "text loss", "text accuracy"]),
-        (("loss", "image_loss"), ["image loss"]),
-        (("loss", "image_accuracy", "text_accuracy"), ["loss", "image accuracy", "text accuracy"]),
-        (("loss", "accuracy"), ["loss", "accuracy"]),
+        ("m3ae", (), ["image loss", "text loss", "text accuracy"]),
+        ("mae", ("text_loss", "text_accuracy"), ["image loss"]),
+        ("clip", (), ["loss", "image accuracy", "text accuracy"]),
+        ("supervised", (), ["loss", "accuracy"]),
     ],
 )
-def test_every_objective_shows_its_losses(tmp_path, monkeypatch, names, titles):
+def test_every_objective_shows_its_losses(tmp_path, monkeypatch, objective, zeros, titles):
     shown = []
     from matplotlib.axes import Axes
 
     set_title = Axes.set_title
     monkeypatch.setattr(Axes, "set_title", lambda axes, text, **o: (shown.append(text), set_title(axes, text, **o)))
-    pictures.draw_losses([dict.fromkeys(("step", *names, "lr"), 1)], tmp_path / "losses.png")
+    known = OBJECTIVES[objective][0].METRICS
+    row = dict.fromkeys(("step", *known, "lr"), 1) | dict.fromkeys(zeros, 0)
+    pictures.draw_losses([row], tmp_path / "losses.png", known)
     assert shown[::2] == [*titles, "learning rate"]
-    assert ("images whose text is found in the batch" in shown) == ("image_accuracy" in names)
+    assert ("images whose text is found in the batch" in shown) == (objective == "clip")
 
 
 def test_losses_of_one_step_and_of_none(tmp_path):
-    pictures.draw_losses([], tmp_path / "none.png")
+    known = OBJECTIVES["m3ae"][0].METRICS
+    pictures.draw_losses([], tmp_path / "none.png", known)
     assert not (tmp_path / "none.png").exists()
-    pictures.draw_losses(
-        [dict.fromkeys(("step", "loss", "image_loss", "text_loss", "text_accuracy", "lr"), 1)], tmp_path / "one.png"
-    )
+    pictures.draw_losses([dict.fromkeys(("step", *known, "lr"), 1)], tmp_path / "one.png", known)
     assert (tmp_path / "one.png").is_file()

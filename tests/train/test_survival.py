@@ -19,7 +19,7 @@ import torch
 
 import m3ae_fast
 from m3ae_fast import cli
-from m3ae_fast.train import checkpoint, loop, metrics, pretrain
+from m3ae_fast.train import checkpoint, metrics, pretrain, trainer
 
 KILLS = int(os.environ.get("M3AE_FAST_KILLS", 5))
 
@@ -220,17 +220,17 @@ def test_a_disk_full_at_any_write_names_the_file_and_costs_nothing(train, disk, 
 
 
 def test_a_disk_full_while_drawing_names_the_picture(config, disk, tmp_path, monkeypatch):
-    drawing = loop.draw_pictures
+    drawing = trainer.draw_pictures
 
     def full(*arguments):
         disk(0)
         drawing(*arguments)
 
-    monkeypatch.setattr(loop, "draw_pictures", full)
+    monkeypatch.setattr(trainer, "draw_pictures", full)
     with pytest.raises(OSError, match=r"No space left on device: '.*disk/run/pictures"):
         pretrain(config(steps=4, picture_every=2, checkpoint_every=1), tmp_path / "disk" / "run", progress=False)
     disk(None)
-    monkeypatch.setattr(loop, "draw_pictures", drawing)
+    monkeypatch.setattr(trainer, "draw_pictures", drawing)
     pretrain(config(steps=4, picture_every=2), tmp_path / "disk" / "run", resume=True, progress=False)
     assert {path.name for path in (tmp_path / "disk" / "run" / "pictures").iterdir()} == {
         "losses.png", "reconstruction-00000004.png",
@@ -258,7 +258,7 @@ def at_step(monkeypatch):
 def test_a_killed_worker_costs_no_batch(config, rows, train, at_step, tmp_path, counted_warnings, monkeypatch):
     whole = train("whole")
     started = []
-    loaded = loop.Loader
+    loaded = trainer.Loader
 
     def started_loader(*arguments, **options):
         started.append(loaded(*arguments, **options))
@@ -269,7 +269,7 @@ def test_a_killed_worker_costs_no_batch(config, rows, train, at_step, tmp_path, 
             os.kill(worker.pid, signal.SIGKILL)
             worker.join()  # torch's own handler would raise here, in the midst of the step
 
-    monkeypatch.setattr(loop, "Loader", started_loader)
+    monkeypatch.setattr(trainer, "Loader", started_loader)
     at_step(3, kill)
     summary = pretrain(config(workers=2), tmp_path / "run", progress=False)
     assert rows() == whole and summary.workers_died == 1

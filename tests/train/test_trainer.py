@@ -11,14 +11,14 @@ import torch
 
 from m3ae_fast.data import BadSample
 from m3ae_fast.models import M3AE, M3AEConfig
-from m3ae_fast.train import checkpoint, load_run, loop, pretrain
+from m3ae_fast.train import checkpoint, load_run, pretrain, trainer
 
 
 @pytest.fixture
 def at_step(monkeypatch):
     """at_step(n, do): call do() as step n (counted from 1) begins."""
 
-    step = loop.train_step
+    step = trainer.train_step
 
     def hook(number, do):
         def hooked(model, optimiser, micro_batches, config, done, *rest):
@@ -26,7 +26,7 @@ def at_step(monkeypatch):
                 do()
             return step(model, optimiser, micro_batches, config, done, *rest)
 
-        monkeypatch.setattr(loop, "train_step", hooked)
+        monkeypatch.setattr(trainer, "train_step", hooked)
 
     return hook
 
@@ -212,7 +212,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_run(train, tmp_path):
 
 def test_decay_is_for_matrices_alone(config):
     model = M3AE(M3AEConfig.tiny(vocab_size=50))
-    optimiser = loop.make_optimiser(model, lr=1e-3, weight_decay=0.05)
+    optimiser = trainer.make_optimiser(model, lr=1e-3, weight_decay=0.05)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, others = ({names[id(p)] for p in group["params"]} for group in optimiser.param_groups)
     assert [group["weight_decay"] for group in optimiser.param_groups] == [0.05, 0.0]

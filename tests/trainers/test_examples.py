@@ -42,7 +42,7 @@ def launch(tmp_path):
 def ours(tmp_path, threads, monkeypatch):
     """ours(**settings): the losses of six steps of `pretrain`."""
     threads(1)
-    monkeypatch.setattr("m3ae_fast.train.loop.draw_pictures", lambda *_: None)
+    monkeypatch.setattr("m3ae_fast.train.trainer.draw_pictures", lambda *_: None)
 
     def run(**settings):
         pretrain(RunConfig(steps=6, device="cpu", **settings), tmp_path / "ours", progress=False)

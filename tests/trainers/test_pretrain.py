@@ -19,11 +19,11 @@ from m3ae_fast.train import (
     distributed,
     load_bad_step,
     load_run,
-    loop,
     metrics,
     pretrain,
     run,
     sharded,
+    trainer,
 )
 
 NAMES = ("loss", "image_loss", "text_loss", "text_accuracy", "lr")
@@ -39,9 +39,11 @@ def train(folder, resume=False, stop_after=None, sgd=False, **changes):
     """(summary, rows of metrics.jsonl) of a run, or of a part of it; in one process or as one of two."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "LEARN_WORDS_FROM", 300)
-        patch.setattr(loop, "draw_pictures", lambda *_: None)
+        patch.setattr(trainer, "draw_pictures", lambda *_: None)
         if sgd:
-            patch.setattr(loop, "make_optimiser", lambda model, lr, weight_decay: torch.optim.SGD(model.parameters()))
+            patch.setattr(
+                trainer, "make_optimiser", lambda model, lr, weight_decay: torch.optim.SGD(model.parameters())
+            )
         config = make_config(**changes)
         summary = pretrain(config, folder, resume=resume, stop_after=stop_after, progress=False)
     return summary, metrics.read(folder / "metrics.jsonl")
@@ -283,7 +285,7 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(pair, tmp_pa
 
 
 def one_is_asked_to_stop(folder, **changes):
-    step = loop.train_step
+    step = trainer.train_step
 
     def asked(model, optimiser, micro_batches, config, done, *rest):
         if done == 2 and dist.get_rank() == 1:
@@ -291,7 +293,7 @@ def one_is_asked_to_stop(folder, **changes):
         return step(model, optimiser, micro_batches, config, done, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_step", asked)
+        patch.setattr(trainer, "train_step", asked)
         return train(folder, **changes)
 
 

@@ -19,8 +19,8 @@ RUN = ["--batch-size", "4", "--image-size", "32", "--device", "cpu", "--picture-
 # another machine's torchrun, which has restarted nothing.
 SIGNALLED = """
 import os, runpy, signal, sys
-from m3ae_fast.train import loop
-step = loop.train_step
+from m3ae_fast.train import trainer
+step = trainer.train_step
 last, restarts = int(os.environ["RANK"]) + 1 == int(os.environ["WORLD_SIZE"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
 if last:
     os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"
@@ -30,7 +30,7 @@ def hooked(model, optimiser, micro_batches, config, done, *rest):
             file.write(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGNAL)
     return step(model, optimiser, micro_batches, config, done, *rest)
-loop.train_step = hooked
+trainer.train_step = hooked
 runpy.run_module("m3ae_fast", run_name="__main__")
 """
 
