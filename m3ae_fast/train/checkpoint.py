@@ -131,9 +131,10 @@ def restore(
     if optimiser is not None:
         for name, parameter in model.named_parameters():
             if name in checkpoint.optimiser:
-                # AdamW keeps `step` on the CPU, as it was saved; moments live where the parameter does
+                # AdamW keeps `step` on the CPU, or fused where the parameter is, but whole; moments are placed as it is
+                device = parameter.device if optimiser.defaults.get("fused") else "cpu"
                 optimiser.state[parameter] = {
-                    moment: value.clone() if moment == "step" else placed(value, parameter)
+                    moment: value.to(device, copy=True) if moment == "step" else placed(value, parameter)
                     for moment, value in checkpoint.optimiser[name].items()
                 }
     if average is not None:
