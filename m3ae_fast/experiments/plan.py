@@ -10,7 +10,13 @@ from m3ae_fast.train import RunConfig
 
 IMAGE_SIZE = 48
 WIDTHS = {"narrow": (64, 2), "": (128, 4), "wide": (192, 6)}  # width and heads
-SIZES = {"depth": 4, "text_depth": 2, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}  # of whoever has them
+SIZES = {
+    "depth": 4,
+    "text_depth": 2,
+    "decoder_width": 64,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
+}  # of whoever has them
 
 # What differs from M3AE at text ratio 75 % with all captions; "size" is a key of WIDTHS.
 RUNS: dict[str, dict] = {

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from m3ae_fast.data import BadSample
-from m3ae_fast.models import M3AE, M3AEConfig
-from m3ae_fast.train import checkpoint, load_run, pretrain, trainer
+from m3ae_fast.models import M3AE, OBJECTIVES, M3AEConfig
+from m3ae_fast.train import Trainer, checkpoint, load_run, metrics, pretrain, trainer
 
 
 @pytest.fixture
@@ -262,3 +262,81 @@ def test_a_tokenizer_of_another_run_is_refused(train, photos, tmp_path):
     (tmp_path / "one" / "tokenizer.json").write_bytes((tmp_path / "two" / "tokenizer.json").read_bytes())
     with pytest.raises(ValueError, match=r"tokenizer.json has \d+ words, the model has \d+: it belongs to another run"):
         load_run(tmp_path / "one")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_driven_step_by_step_it_is_the_same_run(config, tmp_path, monkeypatch, objective):
+    drawn = []
+    monkeypatch.setattr(trainer, "draw_pictures", lambda folder, *_: drawn.append(folder))
+    data = "cluttered" if objective == "supervised" else "shapes"
+    settings = config(objective=objective, data=data, steps=4, picture_every=0)
+    pretrain(settings, tmp_path / "whole", progress=False)
+    driven = Trainer(settings, tmp_path / "driven")
+    with driven:
+        first = [driven.step() for _ in range(2)]
+        driven.save()
+    with driven:  # once more: it goes on
+        driven.step()
+        driven.save()
+    with Trainer(settings, tmp_path / "driven", resume=True) as resumed:
+        assert resumed.done == 3 and not resumed.stopping
+        resumed.step()
+        resumed.save()
+        resumed.draw()
+    logs = [metrics.read(tmp_path / name / "metrics.jsonl") for name in ("whole", "driven")]
+    assert logs[1][:2] == first
+    for row in (*logs[0], *logs[1]):
+        del row["tokens_per_second"]
+    assert logs[0] == logs[1]
+    assert drawn == [tmp_path / "whole", tmp_path / "driven"]
+    saved = [checkpoint.load(checkpoint.latest(tmp_path / name / "checkpoints")) for name in ("whole", "driven")]
+    assert all(torch.equal(value, saved[1].model[name]) for name, value in saved[0].model.items())
+
+
+def test_a_step_needs_its_data_open(config, tmp_path):
+    closed = Trainer(config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "nothing is written before it is entered"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="step must be called inside `with trainer:`"):
+            closed.step()
+        with closed:
+            pass
+
+
+def test_a_subclass_takes_the_steps_of_a_run(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "draw_pictures", lambda *_: None)
+
+    class Counting(Trainer):
+        """Freezes the patch embedding, and counts."""
+
+        seen = 0
+
+        def build(self):
+            super().build()
+            self.model.patch_embed.requires_grad_(False)
+
+        def step(self):
+            self.seen += 1
+            return super().step()
+
+    counting = Counting(config(steps=3), tmp_path / "run")
+    before = counting.model.patch_embed.proj.weight.clone()
+    summary = counting.run(progress=False)
+    assert counting.seen == summary.step == 3
+    assert torch.equal(counting.model.patch_embed.proj.weight, before)
+
+
+def test_the_optimizer_is_fused_and_the_same_for_any_thread_count(threads):
+    weights = []
+    for count in (1, 2):
+        threads(count)
+        torch.manual_seed(0)
+        model = torch.nn.Linear(1003, 401)
+        optimiser = trainer.make_optimiser(model, lr=1e-3, weight_decay=0.05)
+        assert optimiser.defaults["fused"]
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimiser.step()
+        weights.append(model.weight.detach())
+    assert torch.equal(*weights)
