@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Sizes in pixels, colors as #rrggbb
 SIDE, GAP, MARGIN, LINE, COLUMNS = 192, 10, 28, 21, 2
 PAPER, CARD, INK, FAINT = "#f4f5f7", "#ffffff", "#1f2430", "#8a91a0"
+GUESSES = "gray words were masked, the model's guess is below them: green where it is right"
 MASKED_WORD, RIGHT, WRONG = "#e4e7ee", "#178a4c", "#c8452f"
 
 
@@ -47,14 +48,14 @@ class Cards:
 
     Args:
         cards: of each, its panels ([H, W, 3] uint8) and its words (word, guess, whether it was masked).
-        titles: of the panels. note: at the foot, where a word was masked.
+        titles: of the panels. note: at the foot, beside what the colors of guesses mean.
     """
 
     def __init__(
         self,
         cards: list[tuple[list[np.ndarray], list[tuple[str, str, bool]]]],
         titles: tuple[str, ...],
-        note: str = "gray words were masked, the model's guess is below them: green where it is right",
+        note: str = "",
     ):
         import matplotlib
         from PIL import Image, ImageDraw, ImageFont
@@ -73,8 +74,9 @@ class Cards:
         size = (columns * (width + GAP) - GAP + 2 * MARGIN, sum(rows) + (len(rows) - 1) * GAP + 2 * MARGIN + LINE)
         self.image = Image.new("RGB", size, PAPER)
         self._pen = ImageDraw.Draw(self.image)
-        if any(masked for _, text in cards for _, _, masked in text):
-            self._pen.text((MARGIN, size[1] - MARGIN - 8), note, font=self._small, fill=FAINT)
+        guessed = any(masked for _, text in cards for _, _, masked in text)
+        notes = "; ".join(each for each in (GUESSES if guessed else "", note) if each)
+        self._pen.text((MARGIN, size[1] - MARGIN - 8), notes, font=self._small, fill=FAINT)
         for i, card in enumerate(placed):
             row, column = divmod(i, columns)
             x, y = MARGIN + column * (width + GAP), MARGIN + sum(rows[:row]) + row * GAP

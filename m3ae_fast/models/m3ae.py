@@ -46,6 +46,7 @@ class Reconstruction:
     text_logits: Tensor  # [sum of text lengths, V]
     image_mask: Tensor  # as in M3AEOutput
     text_mask: Tensor  # likewise
+    norm_pix: bool = False  # image has been normalised by each patch's own mean and deviation, too
 
 
 @dataclasses.dataclass
@@ -217,7 +218,7 @@ class M3AE(Model):
         if self.text_head is not None:
             logits = self.text_head(take_rows(decoded, layout.all_text_rows))
         masks = image.as_bool(self.config.patches), text.as_bool(batch.text_lengths.max)
-        return Reconstruction(pixels, logits, *masks)
+        return Reconstruction(pixels, logits, *masks, self.config.norm_pix)
 
     def encode(self, batch: ImageTextBatch) -> Encoded:
         """The encoder on whole samples: CLS features for probing and fine-tuning, and every token."""

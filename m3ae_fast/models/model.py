@@ -15,7 +15,7 @@ from m3ae_fast.nn import Transformer
 class Metric(NamedTuple):
     """A number of a training step, as the curves of a run show it."""
 
-    title: str
+    title: str  # of the curve
     about: str = ""  # what it is, in a few words
     of: str = "image"  # "image", "text" or "pair": a loss of these; "share": in [0, 1]; "watch": neither
 

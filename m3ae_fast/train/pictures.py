@@ -24,6 +24,7 @@ from m3ae_fast.train.config import RunConfig
 SAMPLES = 6  # of a picture
 # Colors as #rrggbb, by `Metric.of`
 COLORS = {"image": "#2f6fde", "text": "#d9632b", "pair": "#7a4fc0", "share": "#178a4c", "watch": "#6b7280"}
+NORM_PIX_EPS = 1e-6  # as in masked_mse
 STRIPES = ((223, 226, 232), (240, 242, 245))  # a masked patch: unlike any plain patch of an image
 
 
@@ -174,7 +175,8 @@ def draw_reconstruction(
 ) -> None:
     """Original | masked | reconstruction of every sample, and its caption: masked words on gray, guesses below.
 
-    The reconstruction shows visible patches as they are. A guess is green where it is right.
+    The reconstruction shows visible patches as they are; a model of norm_pix predicts no patch's mean and contrast, so
+    each gets those of the original, which the picture says. A guess is green where it is right.
 
     Args:
         batch: images as uint8. seed: of the masks.
@@ -185,8 +187,12 @@ def draw_reconstruction(
     model.train(training)
     config = model.config
     image_mask, text_mask = result.image_mask.cpu(), result.text_mask.cpu()
-    predicted = unpatchify(result.image.float().cpu(), config)
-    images = iter(() if batch.images is None else batch.images.cpu().permute(0, 2, 3, 1).numpy())
+    originals = batch.images.cpu().permute(0, 2, 3, 1) if batch.images is not None else torch.empty(0)
+    predicted = result.image.float().cpu()
+    if result.norm_pix and len(originals):
+        has_image = torch.tensor(batch.has_image)
+        predicted[has_image] = with_patch_statistics(predicted[has_image], originals, config)
+    predicted, images = unpatchify(predicted, config), iter(originals.numpy())
     captions = iter(_captions(batch, tokenizer, result.text_logits, text_mask) if tokenizer else ())
     stripes = striped(*config.image_shape)
     cards = []
@@ -197,7 +203,8 @@ def draw_reconstruction(
             hidden = pixel_mask(image_mask[i], config)[..., None].numpy()
             panels = [image, np.where(hidden, stripes, image), np.where(hidden, predicted[i].numpy(), image)]
         cards.append((panels, next(captions, [])))
-    Cards(cards, ("original", "masked", "reconstruction")).save(path)
+    note = "mean and contrast of reconstructed patches are the original's (norm_pix)" if result.norm_pix else ""
+    Cards(cards, ("original", "masked", "reconstruction"), note).save(path)
 
 
 @torch.no_grad()
@@ -246,6 +253,19 @@ def unpatchify(patches: Tensor, config: ModelConfig) -> Tensor:
     image = patches.view(-1, rows, columns, size, size, 3).transpose(2, 3).reshape(-1, rows * size, columns * size, 3)
     image = image * torch.tensor(config.image_std) + torch.tensor(config.image_mean)
     return (image.nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def with_patch_statistics(patches: Tensor, images: Tensor, config: ModelConfig) -> Tensor:
+    """What a model of norm_pix predicts, as normalised pixels: with the mean and deviation of the original's patches.
+
+    Args:
+        patches: [B, P, patch_dim]. images: [B, H, W, 3] uint8, the originals.
+    """
+    (rows, columns), size = config.grid, config.patch_size
+    pixels = (images / 255 - torch.tensor(config.image_mean)) / torch.tensor(config.image_std)
+    target = pixels.view(-1, rows, size, columns, size, 3).transpose(2, 3).reshape(patches.shape)
+    variance, mean = torch.var_mean(target, -1, keepdim=True)
+    return patches * (variance + NORM_PIX_EPS).sqrt() + mean
 
 
 def pixel_mask(mask: Tensor, config: ModelConfig) -> Tensor:

@@ -1,11 +1,13 @@
 """Pictures: their pixels come from the right places."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from m3ae_fast import _drawing
+from m3ae_fast import ImageTextBatch, SeqLens, _drawing, gather_patches, masked_mse
 from m3ae_fast.data import BadSample
 from m3ae_fast.models import OBJECTIVES, M3AEConfig
 from m3ae_fast.train import load_run, pictures, pretrain
@@ -55,6 +57,30 @@ def test_hidden_pixels_are_the_models_and_visible_ones_the_originals(config, tmp
     assert np.array_equal(rebuilt[hidden], predicted[hidden])
     assert set(map(tuple, masked[hidden].tolist())) == set(pictures.STRIPES)
     assert 0 < hidden.sum() < hidden.size
+
+
+def test_a_right_prediction_of_norm_pix_is_drawn_as_the_original():
+    config = M3AEConfig.tiny(image_size=(16, 32), norm_pix=True)
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (3, 16, 32, 3), dtype=torch.uint8)
+    images[1] = torch.tensor([219, 30, 30], dtype=torch.uint8)  # a plain one
+    batch = ImageTextBatch(images.permute(0, 3, 1, 2))
+    c = {"patch_size": config.patch_size, "mean": config.image_mean, "std": config.image_std}
+    ids, lengths = torch.arange(config.patches).repeat(3).int(), SeqLens([config.patches] * 3)
+    rows = gather_patches(batch.images, ids, lengths, **c)
+    right = (rows - rows.mean(-1, keepdim=True)) / (rows.var(-1, keepdim=True) + 1e-6).sqrt()
+    loss = masked_mse(right, batch.images, ids, lengths, norm_pix=True, **c)
+    assert loss < 1e-9
+    shown = pictures.with_patch_statistics(right.view(3, config.patches, -1), images, config)
+    assert torch.equal(pictures.unpatchify(shown, config), images)
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_a_picture_says_that_it_has_the_contrast_of_the_original(config, tmp_path, monkeypatch, norm_pix):
+    said = []
+    monkeypatch.setattr(pictures, "Cards", lambda cards, titles, note: said.append(note) or Mock())
+    pretrain(config(steps=1, options={"norm_pix": norm_pix}), tmp_path / "run", progress=False)
+    assert ["the original's (norm_pix)" in note for note in said] == [norm_pix]
 
 
 def test_a_picture_of_held_out_scenes_is_not_of_training_scenes(config, tmp_path):
