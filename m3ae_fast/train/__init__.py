@@ -2,7 +2,7 @@
 
 import importlib.util
 
-EXTRA = ("PIL", "tokenizers", "safetensors", "tqdm", "tensorboard", "matplotlib")
+EXTRA = ("PIL", "tokenizers", "safetensors", "tqdm", "filelock", "tensorboard", "matplotlib")
 _missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
 if _missing:  # now, not after an hour of training
     raise ModuleNotFoundError(

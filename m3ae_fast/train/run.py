@@ -6,6 +6,7 @@ checkpoints/        step-00000500.safetensors, or step-00000500/ of a sharded mo
 metrics.jsonl       a row a step; the same numbers in tensorboard/
 pictures/           loss curves and reconstructions
 bad_steps/          the batches of steps that were not finite and were skipped, if there were any: load_bad_step
+lock                held while a process trains there
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 
 from m3ae_fast._files import naming
 from m3ae_fast._warning import M3AEFastWarning
@@ -116,11 +118,7 @@ def open_run(folder: Path, config: RunConfig | None, *, resume: bool):
 
 def create(folder: Path, config: RunConfig):
     """Everything a new run needs, in memory: (config with its model_config, data set, tokenizer). Writes nothing."""
-    if (folder / "run.json").exists():
-        raise FileExistsError(f"{folder} holds a run already: --resume continues it, another --out starts a new one")
-    # the first one may be there: of a run that could not even write its run.json
-    if any(path.stem != checkpoint.step_path(folder, 0).stem for path in checkpoint.all_in(folder / "checkpoints")):
-        raise FileExistsError(f"{folder} holds checkpoints, but no run.json: put it back, or choose another --out")
+    refuse_used(folder)
     names = ("image_size", "image_mask_ratio", "text_mask_ratio")
     taken = sorted({*names, "vocab_size", "classes"} & set(config.options or {}))
     if taken:
@@ -149,6 +147,15 @@ def create(folder: Path, config: RunConfig):
     chosen = {name: getattr(model_config, name, None) for name in names}
     as_json = json.loads(json.dumps(model_config.to_dict()))  # tuples become lists, as they will be when read back
     return dataclasses.replace(config, **chosen, model_config=as_json), dataset, tokenizer
+
+
+def refuse_used(folder: Path) -> None:
+    """FileExistsError where a folder holds a run, or what is left of one."""
+    if exists(folder):
+        raise FileExistsError(f"{folder} holds a run already: --resume continues it, another --out starts a new one")
+    # the first one may be there: of a run that could not even write its run.json
+    if any(path.stem != checkpoint.step_path(folder, 0).stem for path in checkpoint.all_in(folder / "checkpoints")):
+        raise FileExistsError(f"{folder} holds checkpoints, but no run.json: put it back, or choose another --out")
 
 
 def open_data(config: RunConfig, image_size: int):
@@ -186,10 +193,27 @@ def make_tokenizer(dataset, config: RunConfig) -> Tokenizer | None:
     return Tokenizer.train(captions, vocab_size=VOCAB_SIZE) if captions else None
 
 
+def lock(folder: Path) -> FileLock:
+    """Hold the folder, made if need be, until `release()` or the end of this process, whichever comes first.
+
+    Raises:
+        BlockingIOError: another process trains in it.
+    """
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder / "lock")
+    with naming(held.lock_file):
+        try:
+            held.acquire(blocking=False)
+        except Timeout:
+            raise BlockingIOError(f"{folder} is in use, another process trains in it: choose another --out") from None
+    return held
+
+
 def prepare_folder(folder: Path, tokenizer: Tokenizer | None) -> None:
     """All but run.json, which comes last, after the first checkpoint: a folder with it can be resumed."""
     with naming(folder):
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints").mkdir(exist_ok=True)
     checkpoint.keep_last(folder / "checkpoints", 0)  # at most the first one, see `create`
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer.json")

@@ -130,7 +130,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Read the newest checkpoint."""
-        path = distributed.on_first(lambda: checkpoint.latest(self.checkpoints))
+        self._newest = path = distributed.on_first(lambda: checkpoint.latest(self.checkpoints))
         saved = checkpoint.load(path, self.model)
         before = RunConfig(**saved.config)
         run.refuse_differences(path, before, self.config)
@@ -147,15 +147,10 @@ class Trainer:
             workers=config.workers, strict=config.strict, pairs_only=model.CAPTIONS == "required",
             labelled_only=model.LABELS,
         )  # fmt: skip
-        if self.resumed:  # what a killed process left there takes the room of the next one
-            distributed.on_first(
-                lambda: (checkpoint.keep_last(self.checkpoints), remove_unfinished(self.bad_steps.folder))
-            )
-        else:
-            distributed.on_first(lambda: run.prepare_folder(self.folder, self.tokenizer))
         self._start = self._clock = time.perf_counter()
         self._waiting = Waiting(self.loader)
         with contextlib.ExitStack() as stack:
+            distributed.on_first(lambda: self._open_folder(stack))
             if self.is_first:
                 self.metrics = stack.enter_context(Metrics(self.folder, self.done))
             if not self.resumed:
@@ -164,6 +159,18 @@ class Trainer:
                 self.resumed = True
             self._leave = stack.pop_all()
         return self
+
+    def _open_folder(self, stack: contextlib.ExitStack) -> None:
+        """Lock it, see that nobody has used it meanwhile, and make room."""
+        stack.callback(run.lock(self.folder).release)
+        if not self.resumed:
+            run.refuse_used(self.folder)
+            run.prepare_folder(self.folder, self.tokenizer)
+        elif (newest := checkpoint.latest(self.checkpoints)) != self._newest:
+            raise BlockingIOError(f"{self.folder} has gone on to {newest.name} in another process: --resume once more")
+        else:  # what a killed process left there takes the room of the next one
+            checkpoint.keep_last(self.checkpoints)
+            remove_unfinished(self.bad_steps.folder)
 
     def __exit__(self, *error) -> None:
         self.loader = None
@@ -202,7 +209,7 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.flush()
         counts = (self.bad_steps.total, self.bad_steps.in_a_row)
-        path = checkpoint.step_path(self.checkpoints, self.done, shards=self.sharded)
+        self._newest = path = checkpoint.step_path(self.checkpoints, self.done, shards=self.sharded)
         checkpoint.save(path, self.done, self.config.to_dict(), self.model, self.optimiser, counts, self.average)
         if self.is_first:
             checkpoint.keep_last(self.checkpoints)

@@ -303,3 +303,35 @@ def test_any_error_leaves_a_run_that_goes_on(train, rows, at_step, tmp_path, cap
     assert shown is None or shown in told.splitlines()[-1]
     assert cli.main([*call, "--resume"]) == 0
     assert rows() == whole
+
+
+def test_one_process_trains_in_a_folder_at_a_time(train, rows, at_step, config, tmp_path):
+    whole, refused = train("whole"), []
+
+    def meanwhile():
+        for settings in ({}, {"resume": True}):
+            with pytest.raises(OSError, match=f"{tmp_path / 'run'} .*: .*--out") as caught:
+                pretrain(config(), tmp_path / "run", progress=False, **settings)
+            refused.append(type(caught.value))
+
+    at_step(6, meanwhile)
+    assert train("run") == whole, "the first one goes on undisturbed"
+    assert refused == [FileExistsError, BlockingIOError]
+
+
+def test_of_two_that_begin_together_one_is_refused(config, rows, tmp_path):
+    first, second = (trainer.Trainer(config(steps=2), tmp_path / "run") for _ in range(2))
+    with first:
+        with pytest.raises(BlockingIOError, match="run is in use"):
+            second.run(progress=False)
+        first.step()
+    with pytest.raises(FileExistsError, match="run holds a run already"):
+        second.run(progress=False)
+
+
+def test_of_two_that_resume_together_one_is_refused(config, train, tmp_path):
+    train("run", stop_after=3)
+    first, second = (trainer.Trainer(config(), tmp_path / "run", resume=True) for _ in range(2))
+    first.run(5, progress=False)
+    with pytest.raises(BlockingIOError, match="run has gone on to step-00000005.safetensors"):
+        second.run(progress=False)
