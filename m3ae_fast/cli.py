@@ -116,7 +116,7 @@ def _name_of(data: str | list[str]) -> str:
 def _print_summary(summary) -> None:
     folder = summary.folder
     if not summary.last:
-        print(f"nothing to do: {folder} has taken all of its {summary.steps} steps")
+        print(f"nothing to do: {folder} has taken all of its {summary.steps} steps; --resume --steps N gives it more")
         return
     rate = summary.tokens / summary.seconds
     print(

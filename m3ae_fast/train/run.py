@@ -231,7 +231,9 @@ def reopen(folder: Path, wanted: RunConfig | None):
     if wanted is not None:
         given = {name: value for name, value in wanted.to_dict().items() if value is not None}
         wanted = dataclasses.replace(config, **given).resolved()
-        refuse_differences(folder / "run.json", config, wanted)
+        last = checkpoint.step_path(Path(), config.steps).stem
+        finished = any(path.stem == last for path in checkpoint.all_in(folder / "checkpoints"))
+        refuse_differences(folder / "run.json", extended(config, wanted) if finished else config, wanted)
         config = wanted
     dataset = open_data(config, config.model_config["image_size"])
     return config, dataset, load_tokenizer(folder, config)
@@ -249,6 +251,11 @@ def load_tokenizer(folder: Path, config: RunConfig) -> Tokenizer | None:
             "it belongs to another run"
         )
     return tokenizer
+
+
+def extended(finished: RunConfig, wanted: RunConfig) -> RunConfig:
+    """A run that has taken all of its steps, with the steps of `wanted` where those are more."""
+    return dataclasses.replace(finished, steps=max(finished.steps, wanted.steps))
 
 
 def refuse_differences(path: Path, saved: RunConfig, wanted: RunConfig) -> None:

@@ -55,7 +55,8 @@ def pretrain(
     Args:
         config: the run. When resuming, what it is made of must be what run.json says.
         out: the run's folder, made if need be.
-        resume: continue from the newest checkpoint. "auto": where `out` holds no run yet, start it, so that the same
+        resume: continue from the newest checkpoint; a run that has taken all of its steps may be given more, and its
+            learning rate then follows the schedule of all of them from there on. "auto": where `out` holds no run yet, start it, so that the same
             call can be repeated until the run is done. A call that `torchrun --max-restarts` repeats needs neither.
         stop_after: end once this many of the run's steps are taken, with a checkpoint.
         progress: show a progress bar on stderr.
@@ -133,6 +134,8 @@ class Trainer:
         self._newest = path = distributed.on_first(lambda: checkpoint.latest(self.checkpoints))
         saved = checkpoint.load(path, self.model)
         before = RunConfig(**saved.config)
+        if saved.step == before.steps:
+            before = run.extended(before, self.config)
         run.refuse_differences(path, before, self.config)
         run.warn_of_other_readers(before, self.config, self.dataset)
         checkpoint.restore(saved, self.model, self.optimiser, self.average)
@@ -171,6 +174,8 @@ class Trainer:
         else:  # what a killed process left there takes the room of the next one
             checkpoint.keep_last(self.checkpoints)
             remove_unfinished(self.bad_steps.folder)
+            if self.config.steps > RunConfig.load(self.folder).steps:  # a finished run is given more
+                self.config.save(self.folder)
 
     def __exit__(self, *error) -> None:
         self.loader = None

@@ -166,6 +166,19 @@ def test_a_finished_run_is_left_alone(train, config, tmp_path):
     assert train(steps=3, resume=True) == whole
 
 
+def test_a_finished_run_may_be_given_more_steps(train, config, tmp_path):
+    first = train(steps=4)
+    with pytest.raises(ValueError, match=r"steps: 4 there, 3 asked for$"):
+        train(steps=3, resume=True)
+    both = train(steps=6, resume=True)
+    assert both[:4] == first and len(both) == 6
+    rates = [trainer.learning_rate(step, steps=6, warmup=0, peak=2e-3) for step in (4, 5)]
+    assert [row[-1] for row in both[4:]] == rates
+    assert train(steps=6, resume=True) == both, "it is of six steps now"
+    with pytest.raises(ValueError, match=r"steps: 6 there, 4 asked for$"):
+        train(steps=4, resume=True)
+
+
 def test_stop_after_must_lie_ahead(train):
     train(stop_after=5)
     with pytest.raises(ValueError, match="stop_after must be more than the 5 steps already taken, got 5"):
