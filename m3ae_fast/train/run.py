@@ -12,6 +12,7 @@ lock                held while a process trains there
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import json
 import warnings
@@ -77,11 +78,12 @@ def load_run(
 
 
 def pick_device(name: str | None) -> torch.device:
-    """None: cuda if there is one, else cpu. ValueError: torch knows or sees no such device."""
+    """None: cuda if there is one, else cpu. ValueError: torch knows or sees no such device, or it holds no numbers."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
+        if torch.empty(0, device=name).is_meta:
+            raise ValueError(f"device must be one that computes, got {name!r}")
     except (RuntimeError, AssertionError) as error:  # "not compiled with CUDA" is an AssertionError
         raise ValueError(f"device must be one that torch can use, got {name!r}: {str(error).splitlines()[0]}") from None
     return torch.device(name)
@@ -179,9 +181,12 @@ def _samples(dataset) -> int | None:
 def _model_config(config: RunConfig, changes: dict):
     """The preset with changes; ValueError for one that this model has not."""
     kind = OBJECTIVES[config.objective][1]
-    unknown = sorted(set(changes) - {field.name for field in dataclasses.fields(kind)})
+    known = [field.name for field in dataclasses.fields(kind)]
+    unknown = sorted(set(changes) - set(known))
     if unknown:
-        raise ValueError(f"{', '.join(unknown)}: the configuration of {config.objective} has no such field")
+        near = [match for name in unknown for match in difflib.get_close_matches(name, known, 1)]
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(f"{', '.join(unknown)}: the configuration of {config.objective} has no such field{hint}")
     return kind.preset(config.model, **changes)
 
 

@@ -56,8 +56,9 @@ def pretrain(
         config: the run. When resuming, what it is made of must be what run.json says.
         out: the run's folder, made if need be.
         resume: continue from the newest checkpoint; a run that has taken all of its steps may be given more, and its
-            learning rate then follows the schedule of all of them from there on. "auto": where `out` holds no run yet, start it, so that the same
-            call can be repeated until the run is done. A call that `torchrun --max-restarts` repeats needs neither.
+            learning rate then follows the schedule of all of them from there on. "auto": where `out` holds no run yet,
+            start it, so that the same call can be repeated until the run is done. A call that
+            `torchrun --max-restarts` repeats needs neither.
         stop_after: end once this many of the run's steps are taken, with a checkpoint.
         progress: show a progress bar on stderr.
 
@@ -97,6 +98,8 @@ class Trainer:
 
     def __init__(self, config: RunConfig, out: str | Path, *, resume: bool | str = False, store: Store | None = None):
         _checks.choice("resume", resume, (False, True, "auto"))
+        if not str(out):
+            raise ValueError(f"out must name a folder, got {out!r}")
         self.folder, self.checkpoints = Path(out), Path(out) / "checkpoints"
         self._store, self._begun = store or HashStore(), f"begun {self.folder.absolute()}"
         self.resumed = distributed.on_first(lambda: self._resumes(resume))

@@ -84,6 +84,11 @@ def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
         (["pretrain", "--data", "empty"], "path must hold"),
         (["pretrain", "--text-vocab", "none.txt"], "none.txt"),
         (["pretrain", "--device", "abacus"], "device must be one that torch can use, got 'abacus'"),
+        (["pretrain", "--device", "meta"], "device must be one that computes, got 'meta'"),
+        (
+            ["pretrain", "--set", "norm_pixs=1"],
+            "norm_pixs: the configuration of m3ae has no such field; did you mean norm",
+        ),
         (["pretrain", "--resume"], "runs/shapes-tiny holds no run to resume: there is no run.json in it"),
         (["pretrain", "--out", "file"], "file"),
         (["reconstruct", "empty"], "empty/checkpoints holds no checkpoint"),
