@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # not later: its default arguments would hold the process group for ever
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -84,7 +85,10 @@ def process_group(timeout: int) -> Iterator[dist.Store]:
             f"timeout: see what that one said. Start again with --resume. ({reason})"
         ) from error
     if owned:  # not after an error: it would wait for processes that are gone
-        gc.collect()  # DDP is in a cycle: its hold on the group would keep gloo's threads running while Python ends
+        # a hold on the group would keep gloo's threads running while Python ends, which can abort the process
+        gc.collect()  # DDP is in a cycle
+        for mesh in [each for each in gc.get_objects() if type(each) is DeviceMesh]:
+            getattr(mesh, "_pg_registry", {}).clear()  # the caches of DTensor never let go of a mesh
         dist.destroy_process_group()
 
 

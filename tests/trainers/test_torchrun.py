@@ -160,11 +160,12 @@ EXAMPLE = (
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are told by /proc")
-@pytest.mark.parametrize("program", [PROGRAM, EXAMPLE], ids=["pretrain", "example"])
-def test_no_thread_of_gloos_is_left_by_ddp(torchrun, tmp_path, program):
-    """One that is may call into a Python that is ending, which aborts the process. FSDP2 leaves some: torch's caches of
-    DTensors keep the group."""
-    process = torchrun("--steps", "1", "--out", "run", script=THREADS.replace("PROGRAM", program))
+@pytest.mark.parametrize(
+    ("program", "options"), [(PROGRAM, []), (PROGRAM, ["--shard"]), (EXAMPLE, [])], ids=["ddp", "shard", "example"]
+)
+def test_no_thread_of_gloos_is_left(torchrun, tmp_path, program, options):
+    """One that is may call into a Python that is ending, which aborts the process."""
+    process = torchrun("--steps", "1", "--out", "run", *options, script=THREADS.replace("PROGRAM", program))
     assert process.wait(SECONDS) == 0, stderr(tmp_path)
     assert [(tmp_path / f"threads-{rank}").read_text() for rank in range(2)] == ["[]", "[]"]
 
