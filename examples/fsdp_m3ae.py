@@ -25,7 +25,8 @@ for name in ("--bf16", "--resume"):
 args = parser.parse_args()
 alone = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
 dist.init_process_group(**alone)
-mesh = dist.init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),))
+# a group of its own: DTensor's caches keep it alive, while the group that works last must be gone when Python ends
+mesh = dist.DeviceMesh.from_group(dist.new_group(), "cuda" if torch.cuda.is_available() else "cpu")
 dataset = open_dataset("shapes", image_size=64, seed=0)
 tokenizer = Tokenizer.train(dataset.captions(), vocab_size=8192)
 torch.manual_seed(0)  # the same weights in every process
@@ -51,8 +52,7 @@ for step in range(state["step"], args.stop_after or args.steps):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimiser.step()
     optimiser.zero_grad()
-    total = loss.detach() / dist.get_world_size()
-    dist.all_reduce(total)
+    dist.all_reduce(total := loss.detach() / dist.get_world_size())
     if dist.get_rank() == 0:
         print(f"step {step + 1} loss {total:.6f}")
 step, (weights, moments) = max(state["step"], args.stop_after or args.steps), get_state_dict(model, optimiser)
