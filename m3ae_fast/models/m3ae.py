@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from m3ae_fast import nn as fast
 from m3ae_fast.batch import ImageTextBatch
-from m3ae_fast.models import masking
 from m3ae_fast.models.config import M3AEConfig
 from m3ae_fast.models.encoders import check_sizes
-from m3ae_fast.models.masking import Plan, TokenLayout
+from m3ae_fast.models.masking import MaskSource, Plan, TokenLayout, given_or_drawn, keep_all
 from m3ae_fast.models.model import Metric, Model
 from m3ae_fast.nn import take_rows
 from m3ae_fast.ops import assemble_tokens, linear_cross_entropy, masked_mse, restore_tokens
@@ -137,12 +136,7 @@ class M3AE(Model):
             ValueError: neither a seed nor masks; images or texts of another size than the configuration's; a plan of
                 another batch.
         """
-        if plan is None:
-            plan = self.plan(batch, seed=seed, step=step, image_mask=image_mask, text_mask=text_mask)
-        else:
-            if seed is not None or image_mask is not None or text_mask is not None:
-                raise ValueError("plan must be given instead of seed, image_mask and text_mask, not beside them")
-            self._check_plan(batch, plan)
+        plan = self._plan(batch, MaskSource(seed, step, image_mask, text_mask), plan)
         image, text, layout = plan.image, plan.text, plan.layout
         encoded = self._encode(batch, layout)
         decoded = self._decode(encoded, layout, layout.masked_rows, layout.masked)
@@ -181,20 +175,7 @@ class M3AE(Model):
         Making it ahead, in a loader for instance, takes it off the step's path; a step to be captured in a CUDA graph
         must be given one.
         """
-        self._check(batch)
-        c = self.config
-        shared = c.masking == "shared"
-        keys = {"seed": seed, "step": step, "sample_ids": batch.sample_ids}
-        patches = [c.patches if has else 0 for has in batch.has_image]
-        image = masking.given_or_drawn(
-            "image", image_mask, patches, c.image_mask_ratio, stream=masking.IMAGE_STREAM,
-            shared=c.patches if shared else None, **keys,
-        )  # fmt: skip
-        text = masking.given_or_drawn(
-            "text", text_mask, batch.text_lengths.lengths, c.text_mask_ratio, stream=masking.TEXT_STREAM,
-            shared=c.max_text_length if shared else None, **keys,
-        )  # fmt: skip
-        return Plan.make(image, text, c.patches, batch.has_image, batch.device)
+        return self._plan(batch, MaskSource(seed, step, image_mask, text_mask))
 
     def reconstruct(
         self,
@@ -206,7 +187,7 @@ class M3AE(Model):
         text_mask: Tensor | None = None,
     ) -> Reconstruction:
         """Predictions for every patch and every word, masked or not; arguments as `forward`'s."""
-        plan = self.plan(batch, seed=seed, step=step, image_mask=image_mask, text_mask=text_mask)
+        plan = self._plan(batch, MaskSource(seed, step, image_mask, text_mask))
         image, text, layout = plan.image, plan.text, plan.layout
         decoded = self._decode(self._encode(batch, layout), layout)
         patches = self.image_head(take_rows(decoded, layout.all_image_rows))
@@ -223,8 +204,8 @@ class M3AE(Model):
     def encode(self, batch: ImageTextBatch) -> Encoded:
         """The encoder on whole samples: CLS features for probing and fine-tuning, and every token."""
         self._check(batch)
-        image = masking.keep_all([self.config.patches if has else 0 for has in batch.has_image])
-        text = masking.keep_all(batch.text_lengths.lengths)
+        image = keep_all([self.config.patches if has else 0 for has in batch.has_image])
+        text = keep_all(batch.text_lengths.lengths)
         layout = TokenLayout.make(image, text, self.config.patches, batch.has_image, batch.device)
         tokens = self._encode(batch, layout)
         return Encoded(take_rows(tokens, layout.cls_rows), tokens, layout.kept)
@@ -242,6 +223,19 @@ class M3AE(Model):
         return self.encoder if self.config.vocab_size else None
 
     # -- the two halves ----------------------------------------------------------------------------------------------
+
+    def _plan(self, batch: ImageTextBatch, source: MaskSource, plan: Plan | None = None) -> Plan:
+        """The plan that a caller gave, checked, or else a new one."""
+        self._check(batch)
+        c, ids = self.config, batch.sample_ids
+        if plan is not None:
+            plan.check(batch, c.patches, source)
+            return plan
+        slots = (c.patches, c.max_text_length) if c.masking == "shared" else (None, None)
+        patches, words = [c.patches if has else 0 for has in batch.has_image], batch.text_lengths.lengths
+        image = given_or_drawn("image", source, patches, c.image_mask_ratio, sample_ids=ids, shared=slots[0])
+        text = given_or_drawn("text", source, words, c.text_mask_ratio, sample_ids=ids, shared=slots[1])
+        return Plan.make(image, text, c.patches, batch.has_image, batch.device)
 
     def _encode(self, batch: ImageTextBatch, layout: TokenLayout) -> Tensor:
         """Kept patches and kept words -> [layout.kept.total, D]."""
@@ -277,14 +271,6 @@ class M3AE(Model):
         if batch.images is not None:
             return batch.images
         return torch.empty(0, 3, *self.config.image_shape, dtype=torch.uint8, device=batch.device)
-
-    def _check_plan(self, batch: ImageTextBatch, plan: Plan) -> None:
-        self._check(batch)
-        if torch.compiler.is_compiling():  # it would compile again for every order of images and texts
-            return
-        images = [self.config.patches if has else 0 for has in batch.has_image]
-        if plan.image.lengths != images or plan.text.lengths != list(batch.text_lengths.lengths):
-            raise ValueError("plan must be of this batch, got one of a batch with other images or text lengths")
 
     def _check(self, batch: ImageTextBatch) -> None:
         c = self.config

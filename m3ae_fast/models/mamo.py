@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from m3ae_fast import nn as fast
 from m3ae_fast.batch import ImageTextBatch
-from m3ae_fast.models import masking
 from m3ae_fast.models.config import MAMOConfig
 from m3ae_fast.models.contrastive import ContrastiveLoss, same_pairs
 from m3ae_fast.models.encoders import DualEncoder, EncodedView, Views, check_batch, reset_parameters
 from m3ae_fast.models.fusion import FusionLayout, Pairs
-from m3ae_fast.models.masking import Masked, sample_of
+from m3ae_fast.models.masking import Masked, MaskSource, given_or_drawn, keep_all, sample_of
 from m3ae_fast.models.model import Metric, Model
 from m3ae_fast.nn.rows import repeat_rows, take_rows
 from m3ae_fast.ops import feature_regression, linear_cross_entropy, restore_tokens
@@ -166,16 +165,16 @@ class MAMO(Model):
         image_pass = bool(c.mim_weight or c.mrm_weight or (both and c.mlm_weight))  # masked image, whole text (or both)
         text_pass = not both and bool(c.mlm_weight or c.mrm_weight)  # whole image, masked text
         if image_pass or text_pass:
-            image, text = self._masks(batch, seed, step, image_mask, text_mask)
+            image, text = self._masks(batch, MaskSource(seed, step, image_mask, text_mask))
         else:
-            image, text = (masking.keep_all(lengths) for lengths in ([P] * len(batch), batch.text_lengths.lengths))
+            image, text = (keep_all(lengths) for lengths in ([P] * len(batch), batch.text_lengths.lengths))
         gone = image.as_bool(P), text.as_bool(batch.text_lengths.max)
         losses = dict.fromkeys(self.METRICS, torch.zeros((), device=batch.device))
 
-        images = _views({"whole": text_pass or pairs, "masked": image_pass}, masking.keep_all(image.lengths), image)
+        images = _views({"whole": text_pass or pairs, "masked": image_pass}, keep_all(image.lengths), image)
         texts = _views(
             {"whole": pairs or (image_pass and not both), "masked": text_pass or (image_pass and both)},
-            *[masking.keep_all(text.lengths)] * 2,  # a masked word stands there as [MASK]
+            *[keep_all(text.lengths)] * 2,  # a masked word stands there as [MASK]
         )
 
         places = _places(text).to(batch.device)
@@ -304,16 +303,11 @@ class MAMO(Model):
         """The batch's words with [MASK] in these places."""
         return words.index_fill(0, places, self.online.text.mask_id)
 
-    def _masks(
-        self, batch: ImageTextBatch, seed: int | None, step: int, image_mask: Tensor | None, text_mask: Tensor | None
-    ) -> tuple[Masked, Masked]:
-        c, keys = self.config, {"seed": seed, "step": step, "sample_ids": batch.sample_ids}
+    def _masks(self, batch: ImageTextBatch, source: MaskSource) -> tuple[Masked, Masked]:
+        c, ids = self.config, batch.sample_ids
         patches, words = [c.patches] * len(batch), batch.text_lengths.lengths
-        image = masking.given_or_drawn(
-            "image", image_mask, patches, c.image_mask_ratio, stream=masking.IMAGE_STREAM, **keys
-        )
-        text = masking.given_or_drawn("text", text_mask, words, c.text_mask_ratio, stream=masking.TEXT_STREAM, **keys)
-        return image, text
+        image = given_or_drawn("image", source, patches, c.image_mask_ratio, sample_ids=ids)
+        return image, given_or_drawn("text", source, words, c.text_mask_ratio, sample_ids=ids)
 
     def _check(self, batch: ImageTextBatch) -> None:
         c = self.config
@@ -360,9 +354,10 @@ class MAMO(Model):
             ([sum of text lengths, V] logits, [B, longest text] bool: True = was masked).
         """
         check_batch(batch, self.config)
-        _, text = self._masks(
-            batch, seed, step, torch.zeros(len(batch), self.config.patches, dtype=torch.bool), text_mask
-        )
+        text = given_or_drawn(
+            "text", MaskSource(seed, step, text_mask=text_mask), batch.text_lengths.lengths,
+            self.config.text_mask_ratio, sample_ids=batch.sample_ids,
+        )  # fmt: skip
         images = self.encode_images(batch.images)
         texts = self.encode_texts(self._hide(batch.text, _places(text).to(batch.device)), batch.text_lengths)
         every = torch.arange(len(batch))

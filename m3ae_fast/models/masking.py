@@ -12,10 +12,21 @@ import torch
 from torch import Tensor
 
 from m3ae_fast import _checks
+from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.ops import sample_mask
 from m3ae_fast.seqlens import SeqLens
 
-IMAGE_STREAM, TEXT_STREAM = 0, 1  # of sample_mask's random numbers
+STREAMS = {"image": 0, "text": 1}  # of sample_mask's random numbers, by modality
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskSource:
+    """Where a step's masks come from: what a caller gave, else random numbers."""
+
+    seed: int | None = None  # keys the random numbers, together with step and the samples' numbers
+    step: int = 0
+    image_mask: Tensor | None = None  # [B, P] bool, True = masked
+    text_mask: Tensor | None = None  # [B, at least the longest text] bool, True = masked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,29 +109,29 @@ def draw(
 
 
 def given_or_drawn(
-    name: str,
-    mask: Tensor | None,
+    modality: str,
+    source: MaskSource,
     lengths: Sequence[int],
     ratio: float,
     *,
-    seed: int | None,
-    step: int,
     sample_ids: Tensor,
-    stream: int,
     shared: int | None = None,
 ) -> Masked:
-    """The mask [B, columns] of modality `name` where there is one, else a random one.
+    """The mask of a modality, "image" or "text", where the source has one, else a random one.
 
     Raises:
         ValueError: neither a mask nor a seed to draw it with.
     """
+    name = f"{modality}_mask"
+    mask = getattr(source, name)
     if mask is not None:
-        return from_bool(f"{name}_mask", mask, lengths)
+        return from_bool(name, mask, lengths)
     if sum(lengths) == 0:
         return keep_all(lengths)
-    if seed is None:
-        raise ValueError(f"seed must be given to draw masks, or {name}_mask must be, got neither")
-    return draw(lengths, ratio, seed=seed, step=step, sample_ids=sample_ids, stream=stream, shared=shared)
+    if source.seed is None:
+        raise ValueError(f"seed must be given to draw masks, or {name} must be, got neither")
+    keys = {"seed": source.seed, "step": source.step, "stream": STREAMS[modality]}
+    return draw(lengths, ratio, sample_ids=sample_ids, shared=shared, **keys)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,8 +209,8 @@ def _of_images(counts: SeqLens, has_image: Sequence[bool]) -> SeqLens:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """All that a forward pass needs to know of a batch beyond its pixels and words.
+class BatchPlan:
+    """All that a forward pass needs to know of a batch beyond its pixels and words; each model adds its layout.
 
     It is made on the host, where lengths live. A pass that is given one copies nothing to the device and waits for
     nothing, so that a CUDA graph can capture it; `copy_` then brings the next masks into the captured one.
@@ -207,6 +218,32 @@ class Plan:
 
     image: Masked
     text: Masked
+
+    def check(self, batch: ImageTextBatch, patches: int, source: MaskSource) -> None:
+        """Raises ValueError unless it is of this batch, and nothing else says what is masked."""
+        if source.seed is not None or source.image_mask is not None or source.text_mask is not None:
+            raise ValueError("plan must be given instead of seed, image_mask and text_mask, not beside them")
+        if torch.compiler.is_compiling():  # it would compile again for every order of images and texts
+            return
+        images = [patches if has else 0 for has in batch.has_image]
+        if self.image.lengths != images or self.text.lengths != list(batch.text_lengths.lengths):
+            raise ValueError("plan must be of this batch, got one of a batch with other images or text lengths")
+
+    def _copy_masks(self, other: BatchPlan) -> None:
+        """Take over another plan's masks on the host. ValueError: other counts of kept or masked tokens."""
+        pairs = (self.image, other.image), (self.text, other.text)
+        if any(ours.keep.lengths != theirs.keep.lengths or ours.mask.lengths != theirs.mask.lengths
+               for ours, theirs in pairs):  # fmt: skip
+            raise ValueError("other must be a plan of the same numbers of kept and masked tokens in every sample")
+        for ours, theirs in pairs:
+            ours.ids_keep.copy_(theirs.ids_keep)
+            ours.ids_mask.copy_(theirs.ids_mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(BatchPlan):
+    """M3AE's."""
+
     layout: TokenLayout
 
     @staticmethod
@@ -219,14 +256,5 @@ class Plan:
         Raises:
             ValueError: other counts of kept or masked tokens in some sample: a captured graph has its sizes built in.
         """
-        pairs = [
-            (getattr(getattr(self, modality), part), getattr(getattr(other, modality), part))
-            for modality in ("image", "text")
-            for part in ("keep", "mask")
-        ]
-        if any(ours.lengths != theirs.lengths for ours, theirs in pairs):
-            raise ValueError("other must be a plan of the same numbers of kept and masked tokens in every sample")
-        for ours, theirs in ((self.image, other.image), (self.text, other.text)):
-            ours.ids_keep.copy_(theirs.ids_keep)
-            ours.ids_mask.copy_(theirs.ids_mask)
+        self._copy_masks(other)
         self.layout.index.copy_(other.layout.index, non_blocking=True)
