@@ -96,7 +96,7 @@ class ContrastiveLoss(nn.Module):
         place = (self.queued + torch.arange(count, device=image.device)) % self.queue_size
         self.image_queue.index_copy_(0, place, image[:count].to(self.image_queue.dtype))
         self.text_queue.index_copy_(0, place, text[:count].to(self.text_queue.dtype))
-        self.queued += count
+        self.queued.add_(count)  # after .data.clamp_, a compiled += would be returned as the loss
 
 
 def same_pairs(batch: ImageTextBatch, image_ids: Tensor | None = None) -> Tensor:

@@ -3,12 +3,15 @@
 By "aot_eager": what is tested is that all of it is traced, forward and backward; no code is generated.
 """
 
+import copy
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from m3ae_fast import ImageTextBatch, SeqLens
 from m3ae_fast.models import M3AE, MAMO, M3AEConfig, MAMOConfig
+from m3ae_fast.models.contrastive import ContrastiveLoss
 from m3ae_fast.nn import Block, Transformer, checkpoint_blocks
 
 TINY = {"vocab_size": 101, "width": 24}  # no length or product of sizes is another by chance
@@ -81,6 +84,20 @@ def test_a_step_with_its_plan_is_one_graph():
         plan = model.plan(batch, seed=0, step=step)
         assert_same_gradients(compiled(batch, plan), loss_of(model)(batch, plan), model.parameters())
     assert graphs() <= before + 2
+
+
+def test_contrast_with_a_queue_is_one_graph():
+    eager = ContrastiveLoss(12, queue_size=5)
+    model = copy.deepcopy(eager)
+    compiled = compile_whole(model)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        image, text = torch.nn.functional.normalize(torch.randn(2, 3, 12, generator=generator), dim=2).requires_grad_()
+        losses = [each(image, text, momentum=(image.detach(), text.detach()), soft=0.3) for each in (compiled, eager)]
+        assert_same_gradients(*losses, [image, text])
+        for ours, theirs in zip(model.buffers(), eager.buffers(), strict=True):
+            assert torch.equal(ours, theirs)
+    assert graphs() <= 2
 
 
 def test_a_checkpointed_step_is_one_graph():
