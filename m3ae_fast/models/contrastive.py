@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from m3ae_fast import _checks
 from m3ae_fast.batch import ImageTextBatch
-from m3ae_fast.models.masking import sample_of
 
 LOWEST, HIGHEST = 0.001, 0.5  # temperature
 
@@ -114,7 +113,8 @@ def same_pairs(batch: ImageTextBatch, image_ids: Tensor | None = None) -> Tensor
     _checks.dtype("image_ids", image_ids, _checks.INTEGERS)
     image_ids = image_ids.to(batch.device)
     lengths = batch.text_lengths
-    sample = sample_of(lengths).to(batch.device)
+    numbers = torch.arange(B, device=batch.device)
+    sample = numbers.repeat_interleave(lengths.cu.diff(), output_size=lengths.total)
     place = torch.arange(lengths.total, device=batch.device) - lengths.cu[:-1][sample]
     words = torch.zeros(B, dtype=torch.int64, device=batch.device)
     words.index_add_(0, sample, (batch.text.long() + 1) * _weights(lengths.max, batch.device)[place])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from m3ae_fast.models.encoders import Views
 from m3ae_fast.seqlens import SeqLens
 
 CLS, PATCH, WORD = 1, 2, 3  # what is wanted of a token
@@ -24,17 +25,29 @@ class Pairs:
     patches: Tensor | None = None  # [n, P] bool, which are
     words: Tensor | None = None  # [n, at least the longest text] bool, which are
 
+    @staticmethod
+    def make(images: Views, texts: Views, columns: int, *, image_view: int = 0, text_view: int = 0, **wanted) -> Pairs:
+        """A view of each image beside a view of its text; the texts' rows follow the images'."""
+        text_rows = images.sequences.total + texts.cls_rows(text_view)
+        lengths = torch.tensor(texts.kept[text_view].keep.lengths)
+        return Pairs(images.rows(image_view, columns), text_rows, lengths, **wanted)
+
+    def of(self, of_image: Tensor, of_text: Tensor, **wanted) -> Pairs:
+        """Image of_image[i] beside text of_text[i]."""
+        return Pairs(self.image_rows[of_image], self.text_rows[of_text], self.text_lengths[of_text], **wanted)
+
 
 @dataclasses.dataclass(frozen=True)
 class FusionLayout:
     """Every sequence of a packed pass through the fusion encoder, on one device."""
 
     seqlens: SeqLens
+    wanted_seqlens: SeqLens  # of `wanted`, by sequence
+    index: Tensor  # all that follows, in one piece
     source: Tensor  # [K] the encoders' rows, in the order in which they are put; one may come often
     rows: Tensor  # [T] for restore_tokens: the row of `source` that stands there, -1 where masked
     slots: Tensor  # [T] for restore_tokens: patch number, or P + word number, or -1 (CLS)
     wanted: Tensor  # [R] rows that the losses read, ascending
-    wanted_seqlens: SeqLens  # of them, by sequence
     cls: Tensor  # numbers among `wanted` of: CLS
     patches: Tensor  # patches
     words: Tensor  # words
@@ -45,8 +58,9 @@ class FusionLayout:
         return torch.cat([self.patches, self.words])
 
     @staticmethod
-    def make(groups: Sequence[Pairs], patches: int, device: torch.device) -> FusionLayout:
+    def make(groups: Sequence[Pairs], device: torch.device) -> FusionLayout:
         """Groups one after the other."""
+        patches = groups[0].image_rows.shape[1]
         longest = max(int(group.text_lengths.max()) if len(group.text_lengths) else 0 for group in groups)
         at = torch.arange(longest)
         rows, real, want = [], [], []
@@ -75,7 +89,5 @@ class FusionLayout:
         code = want[wanted]
         index = (source, rows, slots, wanted, *((code == each).nonzero()[:, 0] for each in (CLS, PATCH, WORD)))
         on_device = torch.cat(index).to(torch.int32).to(device, non_blocking=True)  # one transfer
-        source, rows, slots, wanted, *kinds = on_device.split([len(x) for x in index])
-        return FusionLayout(
-            SeqLens(lengths, device), source, rows, slots, wanted, SeqLens(wanted_lengths, device), *kinds
-        )
+        sequences = SeqLens(lengths, device), SeqLens(wanted_lengths, device)
+        return FusionLayout(*sequences, on_device, *on_device.split([len(x) for x in index]))

@@ -22,9 +22,10 @@ from m3ae_fast import nn as fast
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.models.config import MAMOConfig
 from m3ae_fast.models.contrastive import ContrastiveLoss, same_pairs
-from m3ae_fast.models.encoders import DualEncoder, EncodedView, Views, check_batch, reset_parameters
+from m3ae_fast.models.encoders import DualEncoder, EncodedView, check_batch, reset_parameters
 from m3ae_fast.models.fusion import FusionLayout, Pairs
-from m3ae_fast.models.masking import Masked, MaskSource, given_or_drawn, keep_all, sample_of
+from m3ae_fast.models.mamo_plan import MAMOPlan, TargetPlan, places
+from m3ae_fast.models.masking import MaskSource, given_or_drawn
 from m3ae_fast.models.model import Metric, Model
 from m3ae_fast.nn.rows import repeat_rows, take_rows
 from m3ae_fast.ops import feature_regression, linear_cross_entropy, restore_tokens
@@ -69,16 +70,6 @@ class Encoders(DualEncoder):
             image_mask_token=self.image_mask_token, image_position=self.image.position,
             text_position=self.text.position, image_type=self.image_type, text_type=self.text_type,
         )  # fmt: skip
-
-    def pair(
-        self, images: EncodedView, texts: EncodedView, of_image: Tensor, of_text: Tensor, **wanted
-    ) -> tuple[Tensor, FusionLayout]:
-        """(rows, layout) for `fuse`: image of_image[i] beside text of_text[i], on the host. wanted: as Pairs has it."""
-        lengths = torch.tensor(texts.views.views.lengths)[of_text]
-        text_rows = (len(images.tokens) + texts.views.cls_rows(0))[of_text]
-        pairs = Pairs(images.views.rows(0, self.patches)[of_image], text_rows, lengths, **wanted)
-        rows = torch.cat([images.tokens, texts.tokens])
-        return rows, FusionLayout.make([pairs], self.patches, rows.device)
 
     def fuse(self, rows: Tensor, layout: FusionLayout) -> Tensor:
         """Rows of both encoders [*, D] -> [len(layout.wanted), D]."""
@@ -141,6 +132,7 @@ class MAMO(Model):
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
         image_ids: Tensor | None = None,
+        plan: MAMOPlan | None = None,
     ) -> MAMOOutput:
         """Losses of one step.
 
@@ -150,98 +142,90 @@ class MAMO(Model):
             image_mask, text_mask: instead of drawing: [B, P] and [B, L] bool, True = masked.
             image_ids: [B] integers, equal where two samples show the same image; None: its bytes tell. A sample is
                 never the negative of another with the same image or the same text, and ITC takes both for right.
+            plan: instead of seed, step and masks: what `plan` made of them for this batch.
 
         On a GPU ITM waits for the [B, B] similarities: which pairs it reads, and so the sizes of all that follows,
         depends on them.
 
         Raises:
             ValueError: a sample without an image or a word, too few samples, neither a seed nor masks, sizes other than
-                the configuration's.
+                the configuration's; a plan of another batch.
         """
-        c, online, P = self.config, self.online, self.config.patches
-        self._check(batch)
-        # The passes through the fusion encoder, and the views of images and texts that they read.
-        both, pairs = c.masking == "simultaneous", bool(c.itc_weight or c.itm_weight)
-        image_pass = bool(c.mim_weight or c.mrm_weight or (both and c.mlm_weight))  # masked image, whole text (or both)
-        text_pass = not both and bool(c.mlm_weight or c.mrm_weight)  # whole image, masked text
-        if image_pass or text_pass:
-            image, text = self._masks(batch, MaskSource(seed, step, image_mask, text_mask))
-        else:
-            image, text = (keep_all(lengths) for lengths in ([P] * len(batch), batch.text_lengths.lengths))
-        gone = image.as_bool(P), text.as_bool(batch.text_lengths.max)
+        plan = self._plan(batch, MaskSource(seed, step, image_mask, text_mask), plan)
+        c, online, layout = self.config, self.online, plan.layout
         losses = dict.fromkeys(self.METRICS, torch.zeros((), device=batch.device))
-
-        images = _views({"whole": text_pass or pairs, "masked": image_pass}, keep_all(image.lengths), image)
-        texts = _views(
-            {"whole": pairs or (image_pass and not both), "masked": text_pass or (image_pass and both)},
-            *[keep_all(text.lengths)] * 2,  # a masked word stands there as [MASK]
-        )
-
-        places = _places(text).to(batch.device)
-        answers = batch.text.index_select(0, places)
-        words = {"whole": batch.text, "masked": self._hide(batch.text, places)}
-        image_views, text_views = (Views.make(list(v.values()), batch.device) for v in (images, texts))
-        words = torch.cat([words[name] for name in texts]).index_select(0, text_views.places)
-        image_tokens, text_tokens = online.image(batch.images, image_views), online.text(words, text_views)
-        rows = torch.cat([image_tokens, text_tokens])
-        target_images, target_texts = self._encode_target(batch)
-
-        lengths = torch.tensor(batch.text_lengths.lengths)
-        image_cls = {name: image_views.cls_rows(number) for number, name in enumerate(images)}
-        image_rows = {name: image_views.rows(number, P) for number, name in enumerate(images)}
-        text_rows = {name: len(image_tokens) + text_views.cls_rows(number) for number, name in enumerate(texts)}
-        groups = []
-        if image_pass:
-            hidden_words = gone[1] if both else None
-            beside = text_rows["masked" if both else "whole"]
-            groups.append(Pairs(image_rows["masked"], beside, lengths, patches=gone[0], words=hidden_words))
-        if text_pass:
-            groups.append(Pairs(image_rows["whole"], text_rows["masked"], lengths, words=gone[1]))
-        if pairs:
-            cls = torch.cat([image_cls["whole"], text_rows["whole"]]).to(batch.device)
-            embeddings = online.project(*take_rows(rows, cls).chunk(2))
+        words = torch.cat([batch.text, self._hide(batch.text, plan.hidden)]).index_select(0, plan.words)
+        rows = torch.cat([online.image(batch.images, plan.images), online.text(words, plan.texts)])
+        targets = self._encode_target(batch, plan.target)
+        if plan.cls is not None:
+            embeddings = online.project(*take_rows(rows, plan.cls).chunk(2))
             same = same_pairs(batch, image_ids)
             if c.itc_weight:
-                soft = c.soft_targets * min(1.0, (step + 1) / max(c.soft_targets_steps, 1))
-                momentum = None
-                if c.queue_size or c.soft_targets:
-                    momentum = target_images.embedding, target_texts.embedding
-                losses["itc_loss"] = self.contrast(*embeddings, same, momentum=momentum, soft=soft)
+                momentum = self._momentum_embeddings(targets, plan.target)
+                losses["itc_loss"] = self.contrast(*embeddings, same, momentum=momentum, soft=plan.soft)
             if c.itm_weight:
-                of_image, of_text = self._pairs_to_tell(embeddings, same, seed, step)
-                of_images, of_texts = image_rows["whole"][of_image], text_rows["whole"][of_text]
-                groups.append(Pairs(of_images, of_texts, lengths[of_text], cls=True))
-
-        if groups:
-            layout = FusionLayout.make(groups, P, batch.device)
+                layout = plan.with_pairs(*self._pairs_to_tell(embeddings, same, plan.seed, plan.step))
+        if layout is not None:
             fused = online.fuse(rows, layout)
-            losses |= self._masked_losses(
-                take_rows(fused, layout.masked), layout, target_images, target_texts, gone, answers
-            )
+            losses |= self._masked_losses(batch, plan, layout, take_rows(fused, layout.masked), targets)
             if c.itm_weight:
                 losses |= self._itm(take_rows(fused, layout.cls), len(batch))
         losses["loss"] = sum(getattr(c, f"{name}_weight") * losses[f"{name}_loss"] for name in LOSSES)
-        return MAMOOutput(**losses, image_mask=gone[0], text_mask=gone[1])
+        masks = plan.image.as_bool(c.patches), plan.text.as_bool(batch.text_lengths.max)
+        return MAMOOutput(**losses, image_mask=masks[0], text_mask=masks[1])
+
+    def plan(
+        self,
+        batch: ImageTextBatch,
+        *,
+        seed: int | None = None,
+        step: int = 0,
+        image_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> MAMOPlan:
+        """Everything that `forward` makes on the host before it computes; arguments and errors as `forward`'s.
+
+        Making it ahead, in a loader for instance, takes it off the step's path. With itm_weight 0 a step that is given
+        one copies nothing to the device and waits for nothing.
+        """
+        return self._plan(batch, MaskSource(seed, step, image_mask, text_mask))
+
+    def _plan(self, batch: ImageTextBatch, source: MaskSource, plan: MAMOPlan | None = None) -> MAMOPlan:
+        """The plan that a caller gave, checked, or else a new one."""
+        self._check(batch)
+        if plan is None:
+            return MAMOPlan.make(self.config, batch, source)
+        plan.check(batch, self.config.patches, source)
+        return plan
+
+    @torch.no_grad()
+    def _encode_target(self, batch: ImageTextBatch, plan: TargetPlan | None) -> Tensor | None:
+        """The momentum network's rows of whole images and whole texts, as far as the losses ask."""
+        if plan is None:
+            return None
+        rows = [self.target.image(batch.images, plan.images)]
+        if plan.texts is not None:
+            rows.append(self.target.text(batch.text, plan.texts))
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def _momentum_embeddings(self, targets: Tensor | None, plan: TargetPlan | None) -> tuple[Tensor, Tensor] | None:
+        """Of images and texts, for ITC's queue and soft targets; None where there are neither."""
+        if plan is None or plan.cls is None:
+            return None
+        return self.target.project(*take_rows(targets, plan.cls).chunk(2))
 
     def _masked_losses(
-        self,
-        masked: Tensor,
-        layout: FusionLayout,
-        target_images: EncodedView | None,
-        target_texts: EncodedView | None,
-        gone: tuple[Tensor, Tensor],
-        answers: Tensor,
+        self, batch: ImageTextBatch, plan: MAMOPlan, layout: FusionLayout, masked: Tensor, targets: Tensor | None
     ) -> dict[str, Tensor]:
-        """MRM, MIM and MLM of the masked tokens [M, D], patches, then words; answers: the words that were masked."""
+        """MRM, MIM and MLM of the masked tokens [M, D], patches, then words."""
         c, found = self.config, {}
         counts = [len(layout.patches), len(layout.words)]
         patches, words = masked.split(counts)
         if c.mrm_weight:
+            at = plan.target.layout
             with torch.no_grad():
-                every = torch.arange(len(gone[0]))
-                wanted = {"patches": gone[0], "words": gone[1]}
-                rows, at = self.target.pair(target_images, target_texts, every, every, **wanted)
-                theirs = self.target.fuse(rows, at)
+                theirs = self.target.fuse(targets, at)
             predicted = self.predictor(masked)
             losses = [
                 feature_regression(part, theirs, rows, distance="l2")
@@ -250,12 +234,11 @@ class MAMO(Model):
             found["mrm_loss"] = sum(losses) / len(losses)
             found["target_std"], found["prediction_std"] = (_spread(x.detach()) for x in (theirs, predicted))
         if c.mim_weight:
-            rows = target_images.views.rows(0, c.patches)[gone[0]].to(masked.device)
             found["mim_loss"] = feature_regression(
-                self.regressor(patches), target_images.tokens, rows, distance="l1", normalize=False
+                self.regressor(patches), targets, plan.target.patches, distance="l1", normalize=False
             )
         if c.mlm_weight:
-            head = self.word_head
+            head, answers = self.word_head, batch.text.index_select(0, plan.hidden)
             found["mlm_loss"], found["mlm_accuracy"] = linear_cross_entropy(
                 words, head.weight, answers, head.bias, return_accuracy=True
             )
@@ -270,12 +253,10 @@ class MAMO(Model):
 
     @torch.no_grad()
     def _pairs_to_tell(
-        self, embeddings: tuple[Tensor, Tensor], same: Tensor, seed: int | None, step: int
+        self, embeddings: tuple[Tensor, Tensor], same: Tensor, seed: int, step: int
     ) -> tuple[Tensor, Tensor]:
         """(image, text) of ITM's pairs, on the host: all right ones, then a wrong image for each text and a wrong text
         for each image, drawn as similar as ITC finds them. A sample that is the same as all others gets none."""
-        if seed is None:
-            raise ValueError("seed must be given to draw ITM's negatives, got None (or set itm_weight to 0)")
         similarity = embeddings[0] @ embeddings[1].T / self.contrast.temperature
         similarity = similarity.nan_to_num(-torch.inf)  # never drawn: what is no number shows in the loss
         similarity, same = torch.stack([similarity, same.float()]).cpu()  # the one wait
@@ -291,23 +272,9 @@ class MAMO(Model):
                 given.append(every[possible])
         return torch.cat(images), torch.cat(texts)
 
-    @torch.no_grad()
-    def _encode_target(self, batch: ImageTextBatch) -> tuple[EncodedView | None, EncodedView | None]:
-        """The momentum network's view of whole images and whole texts, as far as the losses ask."""
-        c, target = self.config, self.target
-        reads_texts = bool(c.mrm_weight or (c.itc_weight and (c.queue_size or c.soft_targets)))
-        images = target.encode_images(batch.images) if c.mim_weight or reads_texts else None
-        return images, target.encode_texts(batch.text, batch.text_lengths) if reads_texts else None
-
     def _hide(self, words: Tensor, places: Tensor) -> Tensor:
         """The batch's words with [MASK] in these places."""
         return words.index_fill(0, places, self.online.text.mask_id)
-
-    def _masks(self, batch: ImageTextBatch, source: MaskSource) -> tuple[Masked, Masked]:
-        c, ids = self.config, batch.sample_ids
-        patches, words = [c.patches] * len(batch), batch.text_lengths.lengths
-        image = given_or_drawn("image", source, patches, c.image_mask_ratio, sample_ids=ids)
-        return image, given_or_drawn("text", source, words, c.text_mask_ratio, sample_ids=ids)
 
     def _check(self, batch: ImageTextBatch) -> None:
         c = self.config
@@ -359,7 +326,7 @@ class MAMO(Model):
             self.config.text_mask_ratio, sample_ids=batch.sample_ids,
         )  # fmt: skip
         images = self.encode_images(batch.images)
-        texts = self.encode_texts(self._hide(batch.text, _places(text).to(batch.device)), batch.text_lengths)
+        texts = self.encode_texts(self._hide(batch.text, places(text).to(batch.device)), batch.text_lengths)
         every = torch.arange(len(batch))
         rows, layout = self.pair(images, texts, every, every, every=True)
         words = take_rows(self.online.fuse(rows, layout), layout.words)
@@ -378,7 +345,9 @@ class MAMO(Model):
             count, longest = len(of_image), texts.views.views.max
             wanted["patches"] = torch.ones(count, self.config.patches, dtype=torch.bool)
             wanted["words"] = torch.ones(count, longest, dtype=torch.bool)
-        return self.online.pair(images, texts, of_image, of_text, cls=True, **wanted)
+        pairs = Pairs.make(images.views, texts.views, self.config.patches).of(of_image, of_text, cls=True, **wanted)
+        rows = torch.cat([images.tokens, texts.tokens])
+        return rows, FusionLayout.make([pairs], rows.device)
 
     def match(self, images: EncodedView, texts: EncodedView, of_image: Tensor, of_text: Tensor) -> Tensor:
         """[n] fp32: how sure ITM is that image of_image[i] and text of_text[i] belong together (a log-odds)."""
@@ -388,15 +357,6 @@ class MAMO(Model):
 
 def _mlp(c: MAMOConfig) -> nn.Sequential:
     return nn.Sequential(fast.Linear(c.width, c.width), fast.Linear(c.width, c.width, input_activation=c.activation))
-
-
-def _views(needed: dict[str, bool], *kept: Masked) -> dict[str, Masked]:
-    return {name: each for (name, is_needed), each in zip(needed.items(), kept, strict=True) if is_needed}
-
-
-def _places(text: Masked) -> Tensor:
-    """[M] int64: the masked words' places among the batch's words."""
-    return SeqLens(text.lengths).cu[sample_of(text.mask)].long() + text.ids_mask
 
 
 def _spread(rows: Tensor) -> Tensor:

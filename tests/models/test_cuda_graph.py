@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from m3ae_fast import ImageTextBatch
-from m3ae_fast.models import M3AE, M3AEConfig
+from m3ae_fast.models import M3AE, MAMO, M3AEConfig, MAMOConfig, ModelConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and torch sees none")
 LENGTHS = [9, 12, 5, 12]  # a captured graph has its sizes built in
 
 
-def make_batch(config: M3AEConfig, seed: int) -> ImageTextBatch:
+def make_batch(config: ModelConfig, seed: int) -> ImageTextBatch:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (4, 3, *config.image_shape), generator=generator, dtype=torch.uint8)
     text = torch.randint(0, config.vocab_size, (sum(LENGTHS),), generator=generator, dtype=torch.int32)
@@ -23,6 +23,8 @@ def make_step(model):
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True)
 
     def step(batch, plan):
+        if isinstance(model, MAMO):
+            model.update_target()
         optimiser.zero_grad(set_to_none=True)
         with torch.autocast("cuda", torch.bfloat16):
             loss = model(batch, plan=plan).loss
@@ -33,10 +35,15 @@ def make_step(model):
     return step
 
 
-def test_a_captured_step_trains_as_an_eager_one():
+@pytest.mark.parametrize("masking", ["two_pass", "simultaneous", None])
+def test_a_captured_step_trains_as_an_eager_one(masking):
+    """Of a MAMO without ITM, which waits for the similarities; None: of an M3AE."""
     torch.manual_seed(0)
-    config = M3AEConfig.tiny(vocab_size=101)
-    eager = M3AE(config).cuda()
+    if masking is None:
+        eager = M3AE(M3AEConfig.tiny(vocab_size=101)).cuda()
+    else:
+        eager = MAMO(MAMOConfig.tiny(vocab_size=101, masking=masking, itm_weight=0)).cuda()
+    config = eager.config
     captured = copy.deepcopy(eager)
     batches = [make_batch(config, seed) for seed in range(6)]
     plans = [eager.plan(batch, seed=0, step=i) for i, batch in enumerate(batches)]

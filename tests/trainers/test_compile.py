@@ -86,6 +86,19 @@ def test_a_step_with_its_plan_is_one_graph():
     assert graphs() <= before + 2
 
 
+@pytest.mark.parametrize("masking", ["two_pass", "simultaneous"])
+def test_a_mamo_without_itm_is_one_graph(masking):
+    torch.manual_seed(0)
+    sizes = {"image_depth": 1, "text_depth": 1, "fusion_depth": 1}
+    model = MAMO(MAMOConfig.tiny(**TINY, **sizes, masking=masking, itm_weight=0))
+    compiled = compile_whole(loss_of(model))
+    for step, lengths in enumerate(LENGTHS[:3]):
+        batch = make_batch(model.config, lengths, step)
+        plan = model.plan(batch, seed=0, step=step)
+        assert_same_gradients(compiled(batch, plan), loss_of(model)(batch, plan), model.parameters())
+    assert graphs() <= 2
+
+
 def test_contrast_with_a_queue_is_one_graph():
     eager = ContrastiveLoss(12, queue_size=5)
     model = copy.deepcopy(eager)
