@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from m3ae_fast.downstream.files import open_pairs
+from m3ae_fast.data.examples.files import open_pairs
 from m3ae_fast.downstream.report import write
 from m3ae_fast.downstream.retrieve import retrieve
 from m3ae_fast.train import RunConfig, load_run, pretrain

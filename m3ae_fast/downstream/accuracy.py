@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from m3ae_fast.downstream.examples import Question, Statement
 from m3ae_fast.downstream.report import Result
+from m3ae_fast.examples import Question, Statement
 
 
 class Chance(NamedTuple):

@@ -5,20 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from m3ae_fast._drawing import INK, heat, new_figure, save_figure
 from m3ae_fast.batch import ImageTextBatch
+from m3ae_fast.data import Tokenizer
 from m3ae_fast.downstream.features import encode_cls, evaluating, image_encoder, reads_pairs
 from m3ae_fast.models import MAMO
 from m3ae_fast.models.ground import to_pixels
 from m3ae_fast.nn import Transformer
-
-if TYPE_CHECKING:
-    from m3ae_fast.data import Tokenizer
 
 COLUMNS = 8  # of panels in a picture
 

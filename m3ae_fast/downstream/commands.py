@@ -184,7 +184,7 @@ def _save(args: argparse.Namespace, model, **metadata: str) -> None:
 
 
 def _retrieve(args: argparse.Namespace) -> int:
-    from m3ae_fast.downstream.files import open_pairs
+    from m3ae_fast.data.examples.files import open_pairs
     from m3ae_fast.downstream.retrieve import finetune_retrieval, retrieve
 
     if args.train and not args.finetune:
@@ -198,7 +198,7 @@ def _retrieve(args: argparse.Namespace) -> int:
 
 
 def _vqa(args: argparse.Namespace) -> int:
-    from m3ae_fast.downstream.files import open_questions, read_answers
+    from m3ae_fast.data.examples.files import open_questions, read_answers
     from m3ae_fast.downstream.vqa import score_vqa, train_vqa
     from m3ae_fast.models.vqa import VQA
 
@@ -213,7 +213,7 @@ def _vqa(args: argparse.Namespace) -> int:
 
 
 def _reason(args: argparse.Namespace) -> int:
-    from m3ae_fast.downstream.files import open_statements
+    from m3ae_fast.data.examples.files import open_statements
     from m3ae_fast.downstream.reason import score_reason, train_reason
     from m3ae_fast.models.reason import Reason
 
@@ -227,7 +227,7 @@ def _reason(args: argparse.Namespace) -> int:
 
 
 def _ground(args: argparse.Namespace) -> int:
-    from m3ae_fast.downstream.files import open_phrases
+    from m3ae_fast.data.examples.files import open_phrases
     from m3ae_fast.downstream.ground import draw_ground, score_ground
 
     run, scored, _ = _open(args, "mamo")
@@ -244,7 +244,7 @@ def _ground(args: argparse.Namespace) -> int:
 
 def _pair_of_classes(scored: Callable, trained: Callable, **options):
     """(data to score on, data to train on), which must have the same classes."""
-    from m3ae_fast.downstream.samples import open_classes
+    from m3ae_fast.data.samples import open_classes
 
     test, training = scored(open_classes), trained(open_classes, **options)
     if test.classes != training.classes:
@@ -254,8 +254,8 @@ def _pair_of_classes(scored: Callable, trained: Callable, **options):
 
 def _fit(args: argparse.Namespace, training, run):
     """(features to fit to, options of `fit_probe`)."""
+    from m3ae_fast.data.samples import Crops
     from m3ae_fast.downstream.features import extract
-    from m3ae_fast.downstream.samples import Crops
 
     size = run.model.config.image_shape[0]
     samples = Crops(training, args.crops, size, args.seed) if args.crops else training
@@ -306,10 +306,10 @@ def _finetune(args: argparse.Namespace) -> int:
 def _ood(args: argparse.Namespace) -> int:
     import torch
 
+    from m3ae_fast.data.samples import open_some
     from m3ae_fast.downstream.features import extract
     from m3ae_fast.downstream.ood import Mahalanobis, max_softmax, score_ood
     from m3ae_fast.downstream.probe import fit_probe, score_logits
-    from m3ae_fast.downstream.samples import open_some
 
     if args.classifier and args.text:
         raise ValueError("--text must not be given with --classifier, which reads images alone")
@@ -363,9 +363,9 @@ def _attend(args: argparse.Namespace) -> int:
 
 
 def _project(args: argparse.Namespace) -> int:
+    from m3ae_fast.data.samples import open_classes
     from m3ae_fast.downstream.features import extract
     from m3ae_fast.downstream.project import draw_projection, project
-    from m3ae_fast.downstream.samples import open_classes
 
     run, scored, _ = _open(args)
     samples = scored(open_classes)

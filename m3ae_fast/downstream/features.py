@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from m3ae_fast.batch import ImageTextBatch
-from m3ae_fast.downstream.examples import chunks
+from m3ae_fast.data import Sample, Tokenizer
+from m3ae_fast.downstream.pack import chunks, pack_for
 from m3ae_fast.models import CLIP, M3AE, MAMO
 from m3ae_fast.nn import Transformer, take_rows
-
-if TYPE_CHECKING:
-    from m3ae_fast.data import Sample, Tokenizer
 
 
 class Features(NamedTuple):
@@ -47,8 +45,6 @@ def extract(
         ValueError: a sample without an image, with no label or several, or (with `text`) without a caption, naming it;
             no sample at all; `text` of a model that cannot read images beside words. BadSample: it cannot be read.
     """
-    from m3ae_fast.downstream.pack import pack_for
-
     if text and not reads_pairs(model):
         raise ValueError(f"text must be False: {type(model).__name__} encodes no image beside its words, got True")
     if not len(samples):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw
 
 from m3ae_fast._drawing import INK, RIGHT, WRONG, Cards, heat
-from m3ae_fast.downstream.examples import Phrase, chunks
+from m3ae_fast.data import Tokenizer
+from m3ae_fast.downstream.pack import chunks, crop_box, pack_for
 from m3ae_fast.downstream.report import Result
+from m3ae_fast.examples import Phrase
 from m3ae_fast.models import MAMO
 from m3ae_fast.models.ground import ground, points, to_pixels
-
-if TYPE_CHECKING:
-    from m3ae_fast.data import Tokenizer
 
 
 def score_ground(
@@ -26,8 +27,6 @@ def score_ground(
     Raises:
         ValueError: none is left.
     """
-    from m3ae_fast.downstream.pack import crop_box, pack_for
-
     device, (height, width) = next(model.parameters()).device, model.config.image_shape
     hits, shares = [], []
     for chunk in chunks(phrases, batch_size):
@@ -48,11 +47,6 @@ def draw_ground(
     model: MAMO, phrases: Sequence[Phrase], tokenizer: Tokenizer, path: Path, *, block: int | None = None
 ) -> None:
     """Each image, its map, the highest pixel (a cross) and the box, where it is known, with the phrase below."""
-    import numpy as np
-    from PIL import Image, ImageDraw
-
-    from m3ae_fast.downstream.pack import crop_box, pack_for
-
     size = model.config.image_shape[0]
     batch = pack_for(model, [p.image for p in phrases], [p.phrase for p in phrases], tokenizer)
     maps = ground(model, batch.to(next(model.parameters()).device), block=block).cpu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -80,6 +80,12 @@ def crop_box(
     offset = np.array([(width - side) // 2, (height - side) // 2] * 2)  # as center_crop takes it
     x0, y0, x1, y1 = (np.clip((np.array(box) - offset) / side, 0, 1) * size).tolist()
     return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
+
+
+def chunks(examples: Sequence, size: int) -> Iterator[list]:
+    """Lists of `size` examples, in order, the last may be shorter: their images are not all in memory at once."""
+    for start in range(0, len(examples), size):
+        yield [examples[i] for i in range(start, min(start + size, len(examples)))]
 
 
 def _stack(images: Sequence[np.ndarray], size: int) -> Tensor:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from m3ae_fast.data import Tokenizer
 from m3ae_fast.downstream.accuracy import accuracies
-from m3ae_fast.downstream.examples import Statement, chunks
 from m3ae_fast.downstream.finetune import finetune
-from m3ae_fast.downstream.pack import pack_for
+from m3ae_fast.downstream.pack import chunks, pack_for
 from m3ae_fast.downstream.report import Result
+from m3ae_fast.examples import Statement
 from m3ae_fast.models.reason import Reason
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from m3ae_fast import _checks
 from m3ae_fast.data import Tokenizer
-from m3ae_fast.downstream.examples import Pair, chunks
 from m3ae_fast.downstream.finetune import finetune
-from m3ae_fast.downstream.pack import pack_for
+from m3ae_fast.downstream.pack import chunks, pack_for
 from m3ae_fast.downstream.recall import recalls
 from m3ae_fast.downstream.report import Result
+from m3ae_fast.examples import Pair
 from m3ae_fast.models import CLIP, MAMO
 from m3ae_fast.models.encoders import EncodedView, whole
 

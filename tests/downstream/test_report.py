@@ -99,7 +99,7 @@ def test_without_the_train_extra(python):
         sys.modules["PIL"] = sys.modules["tokenizers"] = None
         from m3ae_fast.downstream import Question, recalls
         try:
-            import m3ae_fast.downstream.shapes
+            import m3ae_fast.data.examples.shapes
         except ModuleNotFoundError as error:
             print(error)
     """

@@ -7,6 +7,7 @@ from PIL import Image
 
 from m3ae_fast import M3AEFastWarning
 from m3ae_fast.data import Tokenizer
+from m3ae_fast.data.examples.shapes import ShapesPairs
 from m3ae_fast.downstream import Pair, Phrase, Question, Statement
 from m3ae_fast.downstream import ground as grounding
 from m3ae_fast.downstream.finetune import finetune
@@ -14,7 +15,6 @@ from m3ae_fast.downstream.ground import draw_ground, score_ground
 from m3ae_fast.downstream.pack import pack_for
 from m3ae_fast.downstream.reason import score_reason, train_reason
 from m3ae_fast.downstream.retrieve import finetune_retrieval, retrieve
-from m3ae_fast.downstream.shapes import ShapesPairs
 from m3ae_fast.downstream.vqa import answer, score_vqa, train_vqa
 from m3ae_fast.models import CLIP, MAMO, EncodersConfig, MAMOConfig
 from m3ae_fast.models.reason import Reason

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from m3ae_fast.data import Scene
 from m3ae_fast.data.captions import NUMBERS, named
+from m3ae_fast.data.scenes import Scene
 from m3ae_fast.data.seeds import choose
 from m3ae_fast.data.shapes import COLORS, MAX_OBJECTS, SHAPES
 

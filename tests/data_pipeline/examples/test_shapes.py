@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from m3ae_fast.data import ShapesDataset, Tokenizer
+from m3ae_fast.data.examples.shapes import ShapesPairs, ShapesPhrases, ShapesQuestions, ShapesStatements
+from m3ae_fast.data.examples.statements import Drawing, state
 from m3ae_fast.data.scenes import Scene
 from m3ae_fast.data.shapes import COLORS, SHAPES
 from m3ae_fast.downstream import chance
-from m3ae_fast.downstream.shapes import ShapesPairs, ShapesPhrases, ShapesQuestions, ShapesStatements
-from m3ae_fast.downstream.statements import Drawing, state
 
 COUNT, SIZE, SEED = 2000, 32, 7
 WORDS = ("no", "one", "two", "three", "four", "five")

@@ -22,12 +22,11 @@ import numpy as np
 
 from m3ae_fast import _checks
 from m3ae_fast._warning import M3AEFastWarning
-from m3ae_fast.data import FolderDataset
-from m3ae_fast.data.folder import IMAGES
+from m3ae_fast.data.examples.shapes import ShapesPairs, ShapesPhrases, ShapesQuestions, ShapesStatements
+from m3ae_fast.data.folder import IMAGES, FolderDataset
 from m3ae_fast.data.images import read_image
 from m3ae_fast.data.rows import parse_object
-from m3ae_fast.downstream.examples import Pair, Phrase, Question, Statement
-from m3ae_fast.downstream.shapes import ShapesPairs, ShapesPhrases, ShapesQuestions, ShapesStatements
+from m3ae_fast.examples import Pair, Phrase, Question, Statement
 
 COUNT = 1000  # of drawn examples, where none is given
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from m3ae_fast.data import MixedDataset, ShapesDataset
-from m3ae_fast.downstream.samples import COUNT, Crops, Some, open_classes, open_some
+from m3ae_fast.data.samples import COUNT, Crops, Some, open_classes, open_some
 
 
 @pytest.fixture

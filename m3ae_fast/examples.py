@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -51,9 +50,3 @@ class Pair:
     image: np.ndarray
     captions: tuple[str, ...]
     name: str
-
-
-def chunks(examples: Sequence, size: int) -> Iterator[list]:
-    """Lists of `size` examples, in order, the last may be shorter: their images are not all in memory at once."""
-    for start in range(0, len(examples), size):
-        yield [examples[i] for i in range(start, min(start + size, len(examples)))]

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from m3ae_fast import _checks
-from m3ae_fast.data import Scene, SceneObject, ShapesDataset
 from m3ae_fast.data.captions import named
+from m3ae_fast.data.examples.questions import ANSWERS, ask, only
+from m3ae_fast.data.examples.statements import Drawing, state
+from m3ae_fast.data.scenes import Scene, SceneObject
 from m3ae_fast.data.seeds import PHRASE, QUESTION, STATEMENT, choose, generator
-from m3ae_fast.data.shapes import draw
-from m3ae_fast.downstream.examples import Pair, Phrase, Question, Statement
-from m3ae_fast.downstream.questions import ANSWERS, ask, only
-from m3ae_fast.downstream.statements import Drawing, state
+from m3ae_fast.data.shapes import ShapesDataset, draw
+from m3ae_fast.examples import Pair, Phrase, Question, Statement
 
 SEARCH = 1000  # scenes in a row, among which one that is wanted is found for certain
 

@@ -6,8 +6,8 @@ from collections import Counter
 
 import numpy as np
 
-from m3ae_fast.data import Scene, SceneObject
 from m3ae_fast.data.captions import NUMBERS, named
+from m3ae_fast.data.scenes import Scene, SceneObject
 from m3ae_fast.data.seeds import choose
 from m3ae_fast.data.shapes import COLORS, MAX_OBJECTS, SHAPES
 
