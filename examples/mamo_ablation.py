@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 
 from m3ae_fast.data.examples.files import open_pairs
-from m3ae_fast.downstream.report import write
-from m3ae_fast.downstream.retrieve import retrieve
+from m3ae_fast.downstream.scoring.report import write
+from m3ae_fast.downstream.tasks.retrieve import retrieve
 from m3ae_fast.train import RunConfig, load_run, pretrain
 
 LOSSES = ("mrm", "mim", "mlm", "itc", "itm")

@@ -12,6 +12,8 @@ from typing import Any, get_args, get_type_hints
 
 from m3ae_fast import _checks
 
+OPTIONS = "options"  # argparse's own group, of what is in no other
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -74,15 +76,14 @@ def _bounds(within: str) -> tuple[int, int | None]:
     return int(low) + (within[0] == "("), None if high == "inf" else int(high) + (within[-1] == "]")
 
 
-def add_options(command: argparse.ArgumentParser, cls: type) -> dict[str, Any]:
-    """An option for each setting, named alike. Returns the groups in which they are, by title."""
-    settings = _settings(cls)
-    abouts = [about for _, about, _ in settings.values() if about.group]
-    groups = {title: command.add_argument_group(title) for title in dict.fromkeys(a.group for a in abouts)}
+def add_options(command: argparse.ArgumentParser, cls: type, *names: str) -> dict[str, Any]:
+    """An option for each setting, or for those of these names, named alike. Returns their groups, by title."""
+    settings = {name: each for name, each in _settings(cls).items() if each[1].group and (not names or name in names)}
+    abouts = [about for _, about, _ in settings.values()]
+    titles = dict.fromkeys(about.group for about in abouts)
+    groups = {title: command if title == OPTIONS else command.add_argument_group(title) for title in titles}
     either = {a.instead_of: groups[a.group].add_mutually_exclusive_group() for a in abouts if a.instead_of}
     for name, (default, about, types) in settings.items():
-        if about.group is None:
-            continue
         many = "; may be repeated" if dict in types or list[str] in types else ""
         shown = "" if default is None or bool in types else f" ({default})"
         option = {"action": "append" if many else None, "metavar": about.metavar, "choices": about.choices}
@@ -94,14 +95,15 @@ def add_options(command: argparse.ArgumentParser, cls: type) -> dict[str, Any]:
             option["type"] = functools.partial(natural, low=_bounds(about.within)[0])
         elif float in types:
             option["type"] = float
-        option |= {"dest": name, "help": f"{about.help}{many}{shown}".replace("%", "%%")}
+        option |= {"dest": name, "default": command.argument_default or default}
+        option |= {"help": f"{about.help}{many}{shown}".replace("%", "%%")}
         group = either.get(about.instead_of or name, groups[about.group])
         group.add_argument(about.flag or "--" + name.replace("_", "-"), **option)
     return groups
 
 
 def given(cls: type, args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that a command line named."""
+    """The settings that a command line named; where its parser keeps defaults, those too."""
     found = {name: getattr(args, name) for name in _settings(cls) if hasattr(args, name)}
     for name, value in found.items():
         types = _settings(cls)[name][-1]

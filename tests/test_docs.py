@@ -30,7 +30,9 @@ def modules() -> list[str]:
 @pytest.fixture(params=modules())
 def module(request):
     try:
-        return importlib.import_module(request.param)
+        module = importlib.import_module(request.param)
+        public(module)  # some of it is imported late
+        return module
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("m3ae_fast"):
             raise
@@ -38,9 +40,9 @@ def module(request):
 
 
 def public(module) -> dict:
-    """Its functions and classes by name: those of `__all__`, or all that are defined in it."""
+    """Its functions and classes by name: those of `__all__` and the tasks, or all that are defined in it."""
     if hasattr(module, "__all__"):
-        found = {name: getattr(module, name) for name in module.__all__}
+        found = {name: getattr(module, name) for name in (*module.__all__, *getattr(module, "TASKS", ()))}
     else:
         found = {name: value for name, value in vars(module).items() if not name.startswith("_")}
         found = {name: value for name, value in found.items() if getattr(value, "__module__", "") == module.__name__}

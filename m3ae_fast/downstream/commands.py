@@ -164,7 +164,7 @@ def _open(args: argparse.Namespace, *objectives: str):
 
 def _finish(args: argparse.Namespace, run, results: list, **about) -> int:
     """Print the results; write them beside the command's arguments, of which `about` names what they left open."""
-    from m3ae_fast.downstream import report
+    from m3ae_fast.downstream.scoring import report
 
     print(report.table(results))
     if args.out:
@@ -185,7 +185,7 @@ def _save(args: argparse.Namespace, model, **metadata: str) -> None:
 
 def _retrieve(args: argparse.Namespace) -> int:
     from m3ae_fast.data.examples.files import open_pairs
-    from m3ae_fast.downstream.retrieve import finetune_retrieval, retrieve
+    from m3ae_fast.downstream.tasks.retrieve import finetune_retrieval, retrieve
 
     if args.train and not args.finetune:
         raise ValueError(f"--train must come with --finetune STEPS, got --train {args.train} alone")
@@ -199,7 +199,7 @@ def _retrieve(args: argparse.Namespace) -> int:
 
 def _vqa(args: argparse.Namespace) -> int:
     from m3ae_fast.data.examples.files import open_questions, read_answers
-    from m3ae_fast.downstream.vqa import score_vqa, train_vqa
+    from m3ae_fast.downstream.tasks.vqa import train_vqa, vqa
     from m3ae_fast.models.vqa import VQA
 
     run, scored, trained = _open(args, "mamo")
@@ -209,12 +209,12 @@ def _vqa(args: argparse.Namespace) -> int:
     options = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
     train_vqa(model, training, run.tokenizer, **options)
     _save(args, model)
-    return _finish(args, run, score_vqa(model, questions, answers, run.tokenizer))
+    return _finish(args, run, vqa(model, questions, answers, run.tokenizer))
 
 
 def _reason(args: argparse.Namespace) -> int:
     from m3ae_fast.data.examples.files import open_statements
-    from m3ae_fast.downstream.reason import score_reason, train_reason
+    from m3ae_fast.downstream.tasks.reason import reason, train_reason
     from m3ae_fast.models.reason import Reason
 
     run, scored, trained = _open(args, "mamo")
@@ -223,12 +223,12 @@ def _reason(args: argparse.Namespace) -> int:
     options = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
     train_reason(model, training, run.tokenizer, **options)
     _save(args, model)
-    return _finish(args, run, score_reason(model, statements, run.tokenizer))
+    return _finish(args, run, reason(model, statements, run.tokenizer))
 
 
 def _ground(args: argparse.Namespace) -> int:
     from m3ae_fast.data.examples.files import open_phrases
-    from m3ae_fast.downstream.ground import draw_ground, score_ground
+    from m3ae_fast.downstream.tasks.ground import draw_ground, ground
 
     run, scored, _ = _open(args, "mamo")
     phrases = scored(open_phrases)
@@ -239,7 +239,7 @@ def _ground(args: argparse.Namespace) -> int:
     if all(phrases[i].box is None for i in range(len(phrases))):
         print("no phrase has a box: nothing to score" + (f", {args.out} is not written" if args.out else ""))
         return 0
-    return _finish(args, run, score_ground(run.model, phrases, run.tokenizer, block=args.block))
+    return _finish(args, run, ground(run.model, phrases, run.tokenizer, block=args.block))
 
 
 def _pair_of_classes(scored: Callable, trained: Callable, **options):
@@ -266,7 +266,7 @@ def _fit(args: argparse.Namespace, training, run):
 
 
 def _classifier(path: Path, model, classes: tuple[str, ...]):
-    from m3ae_fast.downstream.classify import load_classifier
+    from m3ae_fast.downstream.tasks.finetune import load_classifier
 
     classifier, theirs = load_classifier(path, model)
     if tuple(theirs) != classes:
@@ -280,36 +280,34 @@ def _few(names: tuple[str, ...]) -> str:
 
 def _probe(args: argparse.Namespace) -> int:
     from m3ae_fast.downstream.features import extract
-    from m3ae_fast.downstream.probe import linear_probe
+    from m3ae_fast.downstream.tasks.probe import probe
 
     run, scored, trained = _open(args)
     samples, training = _pair_of_classes(scored, trained, count=args.train_samples, drawn=PROBED)
     test = extract(run.model, samples, run.tokenizer, text=args.text)
     train, options = _fit(args, training, run)
-    return _finish(args, run, [linear_probe(train, test, **options)], train_samples=len(training))
+    return _finish(args, run, [probe(train, test, **options)], train_samples=len(training))
 
 
 def _finetune(args: argparse.Namespace) -> int:
     import json
 
-    from m3ae_fast.downstream.classify import Classifier, score_classifier, train_classifier
+    from m3ae_fast.downstream.tasks.finetune import Classifier, finetune, score_classifier
 
     run, scored, trained = _open(args)
     test, training = _pair_of_classes(scored, trained)
     model = Classifier(run.model, len(training.classes))
     names = ("steps", "batch_size", "lr", "layer_decay", "drop_path", "mixup", "cutmix", "smoothing", "seed", "workers")
-    train_classifier(model, training, **{name: getattr(args, name) for name in names})
+    finetune(model, training, **{name: getattr(args, name) for name in names})
     _save(args, model, classes=json.dumps(training.classes))
     return _finish(args, run, [score_classifier(model, test)])
 
 
 def _ood(args: argparse.Namespace) -> int:
-    import torch
-
     from m3ae_fast.data.samples import open_some
     from m3ae_fast.downstream.features import extract
-    from m3ae_fast.downstream.ood import Mahalanobis, max_softmax, score_ood
-    from m3ae_fast.downstream.probe import fit_probe, score_logits
+    from m3ae_fast.downstream.tasks.ood import ood
+    from m3ae_fast.downstream.tasks.probe import fit_probe
 
     if args.classifier and args.text:
         raise ValueError("--text must not be given with --classifier, which reads images alone")
@@ -320,17 +318,10 @@ def _ood(args: argparse.Namespace) -> int:
     reading = {"tokenizer": run.tokenizer, "text": args.text}
     known, unknown = extract(run.model, samples, **reading), extract(run.model, strange, **reading, labelled=False)
     train, options = _fit(args, training, run)
-    with torch.no_grad():
-        if model:
-            logits, others = (model.classify(cls.to(args.device)).cpu() for cls in (known.cls, unknown.cls))
-        else:
-            logits, others = map(fit_probe(train, **options), (known.cls, unknown.cls))
-    mahalanobis = Mahalanobis(train)
-    results = [
-        score_logits(logits, known.labels),
-        score_ood("AUROC, max softmax", max_softmax(logits), max_softmax(others)),
-        score_ood("AUROC, Mahalanobis", mahalanobis.score(known.cls), mahalanobis.score(unknown.cls)),
-    ]
+    if model:
+        results = ood(train, known, unknown, lambda cls: model.classify(cls.to(args.device)).cpu())
+    else:
+        results = ood(train, known, unknown, fit_probe(train, **options))
     return _finish(args, run, results, train_samples=len(training))
 
 
@@ -343,8 +334,8 @@ def check_captions(args: argparse.Namespace) -> None:
 
 
 def _attend(args: argparse.Namespace) -> int:
-    from m3ae_fast.downstream.attend import draw_attention
     from m3ae_fast.downstream.features import reads_pairs
+    from m3ae_fast.downstream.tasks.attend import draw_attention
     from m3ae_fast.train.pictures import batch_of_files, held_out
 
     check_captions(args)
@@ -365,7 +356,7 @@ def _attend(args: argparse.Namespace) -> int:
 def _project(args: argparse.Namespace) -> int:
     from m3ae_fast.data.samples import open_classes
     from m3ae_fast.downstream.features import extract
-    from m3ae_fast.downstream.project import draw_projection, project
+    from m3ae_fast.downstream.tasks.project import draw_projection, project
 
     run, scored, _ = _open(args)
     samples = scored(open_classes)

@@ -22,8 +22,10 @@ from m3ae_fast._files import read_json, write_json
 from m3ae_fast.data import ClutteredShapes, Sample, ShapesDataset
 from m3ae_fast.data.samples import Some
 from m3ae_fast.downstream.features import Features, extract
-from m3ae_fast.downstream.ood import Mahalanobis, auroc, max_softmax
-from m3ae_fast.downstream.probe import fit_probe, linear_probe
+from m3ae_fast.downstream.scoring.auroc import auroc
+from m3ae_fast.downstream.tasks.ood import Mahalanobis, max_softmax
+from m3ae_fast.downstream.tasks.probe import fit_probe
+from m3ae_fast.downstream.tasks.probe import probe as linear_probe
 from m3ae_fast.experiments.plan import IMAGE_SIZE, TABLES, UNTRAINED, Scale, config_of, runs_of
 from m3ae_fast.experiments.report import write_report
 from m3ae_fast.train import RunConfig, load_run, pretrain

@@ -89,7 +89,7 @@ def test_a_step_with_its_plan_is_one_graph():
 @pytest.mark.parametrize("masking", ["two_pass", "simultaneous"])
 def test_a_mamo_without_itm_is_one_graph(masking):
     torch.manual_seed(0)
-    sizes = {"image_depth": 1, "text_depth": 1, "fusion_depth": 1}
+    sizes = {"depth": 1, "text_depth": 1, "fusion_depth": 1}
     model = MAMO(MAMOConfig.tiny(**TINY, **sizes, masking=masking, itm_weight=0))
     compiled = compile_whole(loss_of(model))
     for step, lengths in enumerate(LENGTHS[:3]):

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from m3ae_fast.downstream.features import Features
-from m3ae_fast.downstream.probe import LARS, METHODS, STRENGTHS, LinearProbe, fit_probe, linear_probe
+from m3ae_fast.downstream.tasks.probe import LARS, METHODS, STRENGTHS, LinearProbe, fit_probe
+from m3ae_fast.downstream.tasks.probe import probe as linear_probe
 
 
 def blobs(count, *, classes=3, width=6, spread=1.0, seed=0):

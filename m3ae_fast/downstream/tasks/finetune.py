@@ -7,6 +7,7 @@ and cutmix, not RandAugment.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -21,13 +22,30 @@ from torch import Tensor, nn
 from m3ae_fast import _checks
 from m3ae_fast import nn as fast
 from m3ae_fast._files import read_tensors
+from m3ae_fast._settings import OPTIONS, documented, setting
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader, Sample
 from m3ae_fast.downstream.features import encode_cls, extract, image_encoder
-from m3ae_fast.downstream.finetune import descend
-from m3ae_fast.downstream.probe import score_logits
-from m3ae_fast.downstream.report import Result
+from m3ae_fast.downstream.scoring.accuracy import score_logits
+from m3ae_fast.downstream.scoring.report import Result
+from m3ae_fast.downstream.training import Training, descend
 from m3ae_fast.models import ModelConfig
+
+
+@documented
+@dataclasses.dataclass(frozen=True)
+class FineTuning(Training):
+    """How a classifier is fine-tuned: a twentieth of the steps warm up, then a cosine to 0."""
+
+    lr: float = setting(1e-3, "of training, at its peak, for 256 samples of a step", OPTIONS, within="(0, inf)")
+    batch_size: int = setting(64, "of training", OPTIONS, "B", "[1, inf)")
+    layer_decay: float = setting(0.75, "of the rate, from each layer to the one below", OPTIONS, "D", "(0, 1]")
+    weight_decay: float = setting(0.05, "of weight matrices only", within="[0, inf)")
+    drop_path: float = setting(0.1, "in the last block, in those before it less", OPTIONS, "P", "[0, 1)")
+    mixup: float = setting(0.8, "0: none", OPTIONS, "A", "[0, inf)")
+    cutmix: float = setting(1.0, "0: none", OPTIONS, "A", "[0, inf)")
+    smoothing: float = setting(0.1, "of labels: a target's share that all classes get alike", OPTIONS, "S", "[0, 1)")
+    workers: int = setting(0, "processes that load data", OPTIONS, "N", "[0, inf)")
 
 
 class Classifier(nn.Module):
@@ -65,8 +83,7 @@ def layer_decayed(model: Classifier, *, weight_decay: float, layer_decay: float)
     Args:
         weight_decay: of matrices; none of biases, norms and tokens. layer_decay: in (0, 1].
     """
-    if not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}")
+    _checks.real("layer_decay", layer_decay, "(0, 1]")
     tokens, transformer = image_encoder(model.model)
     top = [*transformer.norm.parameters(), *model.norm.parameters(), *model.head.parameters()]
     layers = [tokens, *(list(block.parameters()) for block in transformer.blocks), top]
@@ -79,47 +96,26 @@ def layer_decayed(model: Classifier, *, weight_decay: float, layer_decay: float)
     return torch.optim.AdamW(groups, betas=(0.9, 0.999))
 
 
-def train_classifier(
-    model: Classifier,
-    samples: Sequence[Sample],
-    *,
-    steps: int,
-    batch_size: int = 64,
-    lr: float = 1e-3,
-    layer_decay: float = 0.75,
-    weight_decay: float = 0.05,
-    drop_path: float = 0.1,
-    mixup: float = 0.8,
-    cutmix: float = 1.0,
-    smoothing: float = 0.1,
-    seed: int = 0,
-    workers: int = 0,
-    progress: bool = True,
-) -> list[float]:
-    """Fine-tune; returns the losses. A twentieth of the steps warm up, then a cosine to 0.
+def finetune(model: Classifier, samples: Sequence[Sample], *, progress: bool = True, **settings) -> list[float]:
+    """Fine-tune for classification; returns the losses.
 
     Args:
+        model: whose encoder and head are trained.
         samples: a data set as `Loader` takes it, of one label a sample; cropped and mirrored as it allows.
-        steps, batch_size: of training. lr: peak, for 256 samples of a step. workers: processes that load data.
-        layer_decay, weight_decay: as of `layer_decayed`. drop_path: as of `nn.drop_paths`.
-        mixup, cutmix: as of `mix`. smoothing: share of a target that all classes get alike, in [0, 1).
-        seed: of order, crops, mixing and drop path.
         progress: show a bar on stderr.
+        settings: fields of `FineTuning`.
     Raises:
-        ValueError: an argument, or a sample with no label or several. FloatingPointError: as `descend`.
+        ValueError, TypeError: a setting, or a sample with no label or several. FloatingPointError: as `descend`.
     """
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
-    if not 0 <= drop_path < 1:
-        raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
-    _checks.positive("lr", lr)
-    config, classes, device = model.config, model.head.out_features, next(model.parameters()).device
+    tuning, config, device = FineTuning(**settings), model.config, next(model.parameters()).device
+    classes, smoothing, seed = model.head.out_features, tuning.smoothing, tuning.seed
     named = len(getattr(samples, "classes", ()))
     if not 0 < named <= classes:
         raise ValueError(f"samples must have 1 to {classes} classes, as the model has, got {named}")
-    optimiser = layer_decayed(model, weight_decay=weight_decay, layer_decay=layer_decay)
+    optimiser = layer_decayed(model, weight_decay=tuning.weight_decay, layer_decay=tuning.layer_decay)
     loader = Loader(
-        samples, None, image_size=config.image_shape[0], batch_size=batch_size, seed=seed, workers=workers,
+        samples, None, image_size=config.image_shape[0], batch_size=tuning.batch_size, seed=seed,
+        workers=tuning.workers,
     )  # fmt: skip
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
@@ -129,16 +125,16 @@ def train_classifier(
         if (batch.labels.sum(1) != 1).any():
             raise ValueError(f"samples must have one label each, got none or several in batch {step}")
         target = F.one_hot(batch.labels.int().argmax(1), classes) * (1 - smoothing) + smoothing / classes
-        images, target = mix(normalised(batch.images, config), target, rng, mixup=mixup, cutmix=cutmix)
+        images, target = mix(normalised(batch.images, config), target, rng, mixup=tuning.mixup, cutmix=tuning.cutmix)
         return F.cross_entropy(model(images).float(), target)
 
     transformer = image_encoder(model.model)[1]
-    fast.drop_paths(transformer, drop_path)
+    fast.drop_paths(transformer, tuning.drop_path)
     trained = {p for group in optimiser.param_groups for p in group["params"]}
     others = [p for p in model.parameters() if p.requires_grad and p not in trained]
     for parameter in others:  # a vocabulary's gradient, all zeros, would be written in every step
         parameter.requires_grad_(False)
-    rate = lr * batch_size / 256
+    steps, rate = tuning.steps, tuning.lr * tuning.batch_size / 256
     try:
         return descend(model, optimiser, loss_at, steps=steps, warmup=steps // 20, lr=rate, progress=progress)
     finally:
@@ -167,8 +163,7 @@ def mix(
         mixup, cutmix: a of each; 0: not this one.
     """
     for name, a in (("mixup", mixup), ("cutmix", cutmix)):
-        if not 0 <= a < math.inf:
-            raise ValueError(f"{name} must be finite and not negative, got {a}")
+        _checks.real(name, a, "[0, inf)")
     pasted = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
     a = cutmix if pasted else mixup
     if a == 0:

@@ -11,25 +11,28 @@ from torch import Tensor
 
 from m3ae_fast import _checks
 from m3ae_fast.data import Tokenizer
-from m3ae_fast.downstream.finetune import finetune
 from m3ae_fast.downstream.pack import chunks, pack_for
-from m3ae_fast.downstream.recall import recalls
-from m3ae_fast.downstream.report import Result
+from m3ae_fast.downstream.scoring.recall import recalls
+from m3ae_fast.downstream.scoring.report import Result
+from m3ae_fast.downstream.training import Training, train
 from m3ae_fast.examples import Pair
 from m3ae_fast.models import CLIP, MAMO
 from m3ae_fast.models.encoders import EncodedView, whole
 
+RERANK = 16  # of ITC's best, for each query
+
 
 @torch.no_grad()
 def retrieve(
-    model: MAMO | CLIP, pairs: Sequence[Pair], tokenizer: Tokenizer, *, rerank: int = 16, batch_size: int = 64
+    model: MAMO | CLIP, pairs: Sequence[Pair], tokenizer: Tokenizer, *, rerank: int = RERANK, batch_size: int = 64
 ) -> list[Result]:
     """R@1, 5 and 10 both ways: "ITC text R@1" and so on, and of a MAMO "text R@1" and so on, after re-ranking.
 
     Texts and images that are there twice are right for one another's.
 
     Args:
-        pairs: all candidates. rerank: how many of ITC's best ITM ranks again, for each query; 0: none.
+        model: that encodes both. pairs: all candidates. tokenizer: of the model. batch_size: of a pass.
+        rerank: how many of ITC's best ITM ranks again, for each query; 0: none.
 
     Raises:
         ValueError: no pair; a caption without a word.
@@ -107,11 +110,9 @@ def _reranked(
     return found[0], found[1].T
 
 
-def finetune_retrieval(
-    model: MAMO | CLIP, pairs: Sequence[Pair], tokenizer: Tokenizer, *, steps: int, batch_size: int = 32, **options
-) -> list[float]:
-    """Train a model for retrieval alone, with ITC and ITM; returns the losses. options: as `finetune`'s."""
-    seed = options.get("seed", 0)
+def finetune_retrieval(model: MAMO | CLIP, pairs: Sequence[Pair], tokenizer: Tokenizer, **settings) -> list[float]:
+    """Train a model for retrieval alone, with ITC and ITM; returns the losses. settings: as of `train`."""
+    seed = settings.get("seed", Training.seed)
     device = next(model.parameters()).device
     before = model.config
     if isinstance(model, MAMO):
@@ -125,6 +126,6 @@ def finetune_retrieval(
         return model(batch, seed=seed, step=step).loss
 
     try:
-        return finetune(model, pairs, loss_of, steps=steps, batch_size=batch_size, **options)
+        return train(model, pairs, loss_of, **settings)
     finally:
         model.config = before

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from m3ae_fast import _checks
-from m3ae_fast.downstream.report import Result
+from m3ae_fast.downstream.scoring.report import Result
 
 
 def recalls(

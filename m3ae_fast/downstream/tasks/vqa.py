@@ -10,23 +10,23 @@ from torch import Tensor
 
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data import Tokenizer
-from m3ae_fast.downstream.accuracy import accuracies
-from m3ae_fast.downstream.finetune import finetune
 from m3ae_fast.downstream.pack import chunks, pack_for
-from m3ae_fast.downstream.report import Result
+from m3ae_fast.downstream.scoring.accuracy import accuracies
+from m3ae_fast.downstream.scoring.report import Result
+from m3ae_fast.downstream.training import train
 from m3ae_fast.examples import Question
 from m3ae_fast.models.vqa import VQA
 
 
-def train_vqa(model: VQA, questions: Sequence[Question], tokenizer: Tokenizer, *, steps: int, **options) -> list[float]:
-    """Train a VQA model on questions with their answers; returns the losses. options: as `finetune`'s."""
+def train_vqa(model: VQA, questions: Sequence[Question], tokenizer: Tokenizer, **settings) -> list[float]:
+    """Train a VQA model on questions with their answers; returns the losses. settings: as of `train`."""
     device = next(model.parameters()).device
 
     def loss_of(examples: list[Question], step: int) -> Tensor:
         answers = [tokenizer.encode(q.answer) for q in examples]
         return model(_batch(model, examples, tokenizer).to(device), answers)
 
-    return finetune(model, questions, loss_of, steps=steps, **options)
+    return train(model, questions, loss_of, **settings)
 
 
 @torch.no_grad()
@@ -51,10 +51,17 @@ def answer(
     return found
 
 
-def score_vqa(
+def vqa(
     model: VQA, questions: Sequence[Question], answers: Sequence[str], tokenizer: Tokenizer, *, batch_size: int = 64
 ) -> list[Result]:
-    """Accuracy, of all and by kind. A question whose answer is not in the list counts as wrong, with a warning."""
+    """Accuracy, of all and by kind. A question whose answer is not in the list counts as wrong, with a warning.
+
+    Args:
+        model: trained by `train_vqa`. questions: with their answers, read a batch at a time.
+        answers: to choose from. tokenizer: of the model. batch_size: of a pass.
+    Raises:
+        ValueError: as `answer`.
+    """
     kinds, truths, guesses = [], [], []
     for chunk in chunks(questions, batch_size):
         guesses += answer(model, chunk, answers, tokenizer, batch_size=batch_size)

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from m3ae_fast.downstream.report import Result
+from torch import Tensor
+
+from m3ae_fast.downstream.scoring.report import Result
 from m3ae_fast.examples import Question, Statement
 
 
@@ -52,6 +54,12 @@ def accuracies(kinds: Sequence[str], truths: Sequence[object], guesses: Sequence
         chosen = [i for i, k in enumerate(kinds) if k == kind]
         results.append(_accuracy(f"accuracy, {kind or 'no kind'}", chosen, kinds, truths, guesses))
     return results
+
+
+def score_logits(logits: Tensor, labels: Tensor) -> Result:
+    """Accuracy of logits [N, C] for labels [N] int64; chance is the commonest of the labels."""
+    guesses = logits.argmax(1).tolist()
+    return accuracies([""] * len(guesses), labels.tolist(), guesses)[0]
 
 
 def _accuracy(name: str, chosen: Sequence[int], kinds, truths, guesses) -> Result:

@@ -5,14 +5,15 @@ import pytest
 import torch
 
 from m3ae_fast.data import Sample
-from m3ae_fast.downstream.classify import (
+from m3ae_fast.downstream.tasks import finetune as module
+from m3ae_fast.downstream.tasks.finetune import (
     Classifier,
+    finetune,
     image_encoder,
     layer_decayed,
     mix,
     normalised,
     score_classifier,
-    train_classifier,
 )
 from m3ae_fast.models import OBJECTIVES, M3AEConfig
 
@@ -49,7 +50,7 @@ def test_it_learns_and_leaves_the_rest_alone(objective):
     model = make(objective)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     asked = {name: p.requires_grad for name, p in model.named_parameters()}
-    losses = train_classifier(model, Colors(60), steps=40, batch_size=20, lr=0.02, progress=False)
+    losses = finetune(model, Colors(60), steps=40, batch_size=20, lr=0.02, progress=False)
     assert losses[0] == pytest.approx(np.log(3), abs=1e-5), "the head starts at 0"
     result = score_classifier(model, Colors(30, seed=1))
     assert result.value > 0.9 and result.chance == pytest.approx(1 / 3) and not model.training
@@ -63,7 +64,7 @@ def test_it_learns_and_leaves_the_rest_alone(objective):
 
 
 def test_the_same_bits_again():
-    runs = [train_classifier(make(), Colors(20), steps=4, batch_size=8, progress=False, seed=s) for s in (1, 1, 2)]
+    runs = [finetune(make(), Colors(20), steps=4, batch_size=8, progress=False, seed=s) for s in (1, 1, 2)]
     assert runs[0] == runs[1] and runs[0][1:] != runs[2][1:]
 
 
@@ -97,9 +98,7 @@ def test_a_step_has_the_rate_of_its_layer():
     inner = model.model
     watched = [inner.cls_token, inner.encoder.blocks[0].norm1.bias, inner.encoder.norm.bias]
     before = [p.detach().clone() for p in watched]
-    train_classifier(
-        model, Colors(8), steps=1, batch_size=8, lr=32.0e-3, layer_decay=0.5, drop_path=0.0, progress=False
-    )
+    finetune(model, Colors(8), steps=1, batch_size=8, lr=32.0e-3, layer_decay=0.5, drop_path=0.0, progress=False)
     moved = [(p - b).abs().median().item() for p, b in zip(watched, before, strict=True)]
     assert moved == pytest.approx([1e-3 / 8, 1e-3 / 4, 1e-3], rel=0.01)
 
@@ -161,11 +160,9 @@ def test_normalised_is_what_the_model_makes_of_pixels():
 def test_soft_targets(monkeypatch):
     """Label smoothing .1 of three classes, nothing mixed."""
     seen = []
-    from m3ae_fast.downstream import classify
-
-    cross_entropy = classify.F.cross_entropy
-    monkeypatch.setattr(classify.F, "cross_entropy", lambda x, y: seen.append(y) or cross_entropy(x, y))
-    train_classifier(make(), Colors(3), steps=1, batch_size=3, mixup=0, cutmix=0, progress=False)
+    cross_entropy = module.F.cross_entropy
+    monkeypatch.setattr(module.F, "cross_entropy", lambda x, y: seen.append(y) or cross_entropy(x, y))
+    finetune(make(), Colors(3), steps=1, batch_size=3, mixup=0, cutmix=0, progress=False)
     values = torch.tensor([0.1 / 3, 0.1 / 3, 0.9 + 0.1 / 3])
     torch.testing.assert_close(seen[0].sort(1).values, values.expand(3, 3))
 
@@ -186,7 +183,7 @@ def test_arguments(labels, options, message):
     samples = Colors(0)
     samples += [Sample(np.zeros((16, 16, 3), np.uint8), (), "x", labels)] * 4
     with pytest.raises(ValueError, match=message):
-        train_classifier(make(), samples, steps=1, batch_size=2, progress=False, **options)
+        finetune(make(), samples, steps=1, batch_size=2, progress=False, **options)
 
 
 @pytest.mark.parametrize("classes", [(), tuple("abcd")])
@@ -194,4 +191,4 @@ def test_classes(classes):
     samples = Colors(4)
     samples.classes = classes
     with pytest.raises(ValueError, match=f"samples must have 1 to 3 classes, as the model has, got {len(classes)}"):
-        train_classifier(make(), samples, steps=1, batch_size=1, progress=False)
+        finetune(make(), samples, steps=1, batch_size=1, progress=False)

@@ -12,9 +12,10 @@ from m3ae_fast import _checks
 from m3ae_fast._drawing import INK, new_figure, save_figure
 
 LEGEND = 20  # classes with a colour of their own
+PERPLEXITY = 30.0
 
 
-def project(cls: Tensor, *, perplexity: float = 30.0, seed: int = 0) -> np.ndarray:
+def project(cls: Tensor, *, perplexity: float = PERPLEXITY, seed: int = 0) -> np.ndarray:
     """Features [N, D] -> points [N, 2] float32, near where features are near.
 
     Args:

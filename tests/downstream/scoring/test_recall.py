@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from m3ae_fast.downstream import recalls
-from m3ae_fast.downstream.recall import right_pairs
+from m3ae_fast.downstream.scoring.recall import right_pairs
 
 
 def first_k_of_every_order(scores, right, k):

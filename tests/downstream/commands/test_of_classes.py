@@ -11,8 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from m3ae_fast import train
-from m3ae_fast.downstream import commands, features, probe
-from m3ae_fast.downstream.classify import Classifier
+from m3ae_fast.downstream import commands, features
+from m3ae_fast.downstream.tasks import probe
+from m3ae_fast.downstream.tasks.finetune import Classifier
 from m3ae_fast.train import RunConfig, load_run
 
 COLORS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}

@@ -11,19 +11,23 @@ from PIL import Image, ImageDraw
 from m3ae_fast._drawing import INK, RIGHT, WRONG, Cards, heat
 from m3ae_fast.data import Tokenizer
 from m3ae_fast.downstream.pack import chunks, crop_box, pack_for
-from m3ae_fast.downstream.report import Result
+from m3ae_fast.downstream.scoring.report import Result
 from m3ae_fast.examples import Phrase
 from m3ae_fast.models import MAMO
-from m3ae_fast.models.ground import ground, points, to_pixels
+from m3ae_fast.models.ground import ground as maps_of
+from m3ae_fast.models.ground import points, to_pixels
 
 
-def score_ground(
+def ground(
     model: MAMO, phrases: Sequence[Phrase], tokenizer: Tokenizer, *, batch_size: int = 64, block: int | None = None
 ) -> list[Result]:
     """Pointing accuracy: how often the highest pixel of the map lies in the phrase's box. Chance: a random pixel.
 
     Phrases without a box are left out, as are those whose box the square crop in the middle cuts off.
 
+    Args:
+        model: whose maps are looked at. phrases: read a batch at a time. tokenizer: of the model.
+        batch_size: of a pass. block: of the fusion encoder; None: the middle one.
     Raises:
         ValueError: none is left.
     """
@@ -31,7 +35,8 @@ def score_ground(
     hits, shares = [], []
     for chunk in chunks(phrases, batch_size):
         batch = pack_for(model, [p.image for p in chunk], [p.phrase for p in chunk], tokenizer).to(device)
-        for phrase, (x, y) in zip(chunk, points(ground(model, batch, block=block), model.config).tolist(), strict=True):
+        best = points(maps_of(model, batch, block=block), model.config).tolist()
+        for phrase, (x, y) in zip(chunk, best, strict=True):
             box = phrase.box and crop_box(phrase.box, *phrase.image.shape[:2], height)
             if box:
                 hits.append(box[0] <= x + 0.5 < box[2] and box[1] <= y + 0.5 < box[3])
@@ -49,7 +54,7 @@ def draw_ground(
     """Each image, its map, the highest pixel (a cross) and the box, where it is known, with the phrase below."""
     size = model.config.image_shape[0]
     batch = pack_for(model, [p.image for p in phrases], [p.phrase for p in phrases], tokenizer)
-    maps = ground(model, batch.to(next(model.parameters()).device), block=block).cpu()
+    maps = maps_of(model, batch.to(next(model.parameters()).device), block=block).cpu()
     cards = []
     for phrase, image, map, (x, y) in zip(
         phrases, batch.images, to_pixels(maps, model.config), points(maps, model.config).tolist(), strict=True

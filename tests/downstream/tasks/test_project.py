@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from m3ae_fast.downstream.project import draw_projection, project
+from m3ae_fast.downstream.tasks.project import draw_projection, project
 
 
 def clusters():

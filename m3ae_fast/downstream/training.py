@@ -1,7 +1,8 @@
-"""finetune: a few steps of AdamW on examples, for the downstream tasks."""
+"""Training for a task: steps of AdamW on examples, or down any loss."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -9,46 +10,58 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from m3ae_fast import _checks
+from m3ae_fast._settings import OPTIONS, check, documented, setting
 from m3ae_fast.data.seeds import ORDER, generator
 from m3ae_fast.train.schedule import learning_rate
 from m3ae_fast.train.trainer import make_optimiser
 
 
-def finetune(
+@documented
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How a model is trained for a task."""
+
+    lr: float = setting(5e-4, "of training, at its peak", OPTIONS, within="(0, inf)")
+    steps: int = setting(600, "of training", OPTIONS, "N", "[1, inf)")
+    batch_size: int = setting(32, "of training", OPTIONS, "B", "[1, inf)")
+    seed: int = setting(0, "of all that is random", within=f"[0, {2**63})")
+    __post_init__ = check
+
+
+def train(
     model: nn.Module,
     examples: Sequence,
     loss_of: Callable[[list, int], Tensor],
     *,
-    steps: int,
-    batch_size: int = 32,
-    lr: float = 5e-4,
-    seed: int = 0,
     progress: bool = True,
+    **settings,
 ) -> list[float]:
     """Train all of `model` that is trained at all; returns the loss of every step.
+
+    A tenth of the steps warm up, then a cosine to 0.
 
     Args:
         examples: read one at a time, each once an epoch in an order drawn from the seed.
         loss_of: loss_of(list of examples, step) -> scalar.
-        lr: peak; a tenth of the steps warm up, then a cosine to 0.
+        progress: show a bar on stderr.
+        settings: fields of `Training`.
 
     Raises:
-        ValueError: lr is not finite and positive. FloatingPointError: as `descend`.
+        ValueError, TypeError: a setting. FloatingPointError: as `descend`.
     """
-    _checks.positive("lr", lr)
-    batch_size, order, epoch = min(batch_size, len(examples)), [], 0
+    training = Training(**settings)
+    batch_size, order, epoch = min(training.batch_size, len(examples)), [], 0
 
     def loss_at(step: int) -> Tensor:
         nonlocal order, epoch
         while len(order) < batch_size:
-            order += generator(seed, ORDER, epoch).permutation(len(examples)).tolist()
+            order += generator(training.seed, ORDER, epoch).permutation(len(examples)).tolist()
             epoch += 1
         chosen, order = order[:batch_size], order[batch_size:]
         return loss_of([examples[i] for i in chosen], step)
 
-    optimiser = make_optimiser(model, lr=lr, weight_decay=0.05)
-    return descend(model, optimiser, loss_at, steps=steps, warmup=steps // 10, lr=lr, progress=progress)
+    optimiser, steps = make_optimiser(model, lr=training.lr, weight_decay=0.05), training.steps
+    return descend(model, optimiser, loss_at, steps=steps, warmup=steps // 10, lr=training.lr, progress=progress)
 
 
 def descend(

@@ -7,9 +7,9 @@ from PIL import Image
 
 from m3ae_fast import ImageTextBatch, SeqLens, nn
 from m3ae_fast.data import Tokenizer
-from m3ae_fast.downstream import attend as module
-from m3ae_fast.downstream.attend import attend, draw_attention, weights_of
 from m3ae_fast.downstream.pack import pack
+from m3ae_fast.downstream.tasks import attend as module
+from m3ae_fast.downstream.tasks.attend import attend, draw_attention, weights_of
 from m3ae_fast.models import OBJECTIVES
 
 TEXTS = ["a red circle", "two stars on a blue ring in the middle of it"]

@@ -6,19 +6,45 @@ Source: arXiv:2205.14204 (M3AE) and arXiv:2111.06377 (MAE), appendix A.1, whose 
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3ae_fast import _checks
-from m3ae_fast.downstream.accuracy import accuracies
+from m3ae_fast._settings import OPTIONS, check, documented, setting
 from m3ae_fast.downstream.features import Features
-from m3ae_fast.downstream.report import Result
+from m3ae_fast.downstream.scoring.accuracy import score_logits
+from m3ae_fast.downstream.scoring.report import Result
 from m3ae_fast.train.schedule import learning_rate
 
 METHODS = ("ridge", "lars", "sgd")
 STRENGTHS = tuple(10.0**k for k in range(-6, 3))  # of ridge's penalty, for a loss that is a mean over the samples
 SCALES = tuple(2.0**k for k in range(11))  # of ridge's logits
+
+
+@documented
+@dataclasses.dataclass(frozen=True)
+class Fitting:
+    """How a probe is fitted.
+
+    "ridge" is least squares to one-hot targets in closed form, the strength of its penalty the power of ten with the
+    highest leave-one-out accuracy (of equal ones the strongest), then times the power of two whose softmax has the
+    lowest leave-one-out cross-entropy; it reads no setting but `crops`, of which it leaves out those of an image
+    together. "lars" and "sgd": cross-entropy, momentum .9, no weight decay, a ninth of the epochs (of 90: ten) warm up,
+    then a cosine to 0. LARS steps are shares of the weights' length: it wants the many steps of a large data set.
+    """
+
+    method: str = setting("ridge", "how the probe is fitted", OPTIONS, choices=METHODS)
+    epochs: int = setting(90, "of lars and sgd: passes over the features", OPTIONS, "N", "[1, inf)")
+    # BatchNorm knows no variance of one sample
+    batch_size: int = setting(256, "of lars and sgd; a last smaller one is left out", OPTIONS, "B", "[2, inf)")
+    lr: float = setting(0.1, "of lars and sgd: at its peak, for 256 samples of a batch", OPTIONS, within="(0, inf)")
+    seed: int = setting(0, "of lars and sgd: of the initial weights and of the order", within=f"[0, {2**63})")
+    classes: int | None = setting(None, "how many; default: as many as the labels name", within="[1, inf)")
+    crops: int = setting(1, "features of each image, in the order of `Crops`", within="[1, inf)")
+    __post_init__ = check
 
 
 class LinearProbe(nn.Module):
@@ -38,74 +64,45 @@ class LinearProbe(nn.Module):
         return self.linear(self.norm(cls))
 
 
-def linear_probe(train: Features, test: Features, **options) -> Result:
+def probe(train: Features, test: Features, **settings) -> Result:
     """Accuracy on `test` of a probe fitted to `train`; chance is the commonest class of `test`.
 
     Args:
         train, test: of the same width.
-        options: as `fit_probe`'s; `classes` None counts those of both.
+        settings: fields of `Fitting`; `classes` None counts those of both.
     Raises:
         ValueError, TypeError: as `fit_probe`; `test` is empty, or of another width.
     """
     _check("test", test, test.cls.shape[-1])
-    if options.get("classes") is None:
-        options["classes"] = 1 + max(int(part.labels.max()) for part in (train, test) if len(part.labels))
-    probe = fit_probe(train, **options)
-    _check("test", test, train.cls.shape[1], options["classes"])
+    if settings.get("classes") is None:
+        settings["classes"] = 1 + max(int(part.labels.max()) for part in (train, test) if len(part.labels))
+    fitted = fit_probe(train, **settings)
+    _check("test", test, train.cls.shape[1], settings["classes"])
     with torch.no_grad():
-        return score_logits(probe(test.cls), test.labels)
+        return score_logits(fitted(test.cls), test.labels)
 
 
-def score_logits(logits: Tensor, labels: Tensor) -> Result:
-    """Accuracy of logits [N, C] for labels [N] int64; chance is the commonest of the labels."""
-    guesses = logits.argmax(1).tolist()
-    return accuracies([""] * len(guesses), labels.tolist(), guesses)[0]
-
-
-def fit_probe(
-    train: Features,
-    *,
-    method: str = "ridge",
-    classes: int | None = None,
-    epochs: int = 90,
-    batch_size: int = 256,
-    lr: float = 0.1,
-    seed: int = 0,
-    crops: int = 1,
-) -> LinearProbe:
+def fit_probe(train: Features, **settings) -> LinearProbe:
     """A probe in evaluation mode.
 
     Args:
         train: features of two images or more.
-        method: "ridge": least squares to one-hot targets in closed form, the strength of its penalty the power of ten
-            with the highest leave-one-out accuracy (of equal ones the strongest), then times the power of two whose
-            softmax has the lowest leave-one-out cross-entropy; no randomness, no setting but `crops`. "lars", "sgd":
-            cross-entropy, momentum .9, no weight decay, a ninth of the epochs (of 90: ten) warm up, then a cosine to 0.
-            LARS steps are shares of the weights' length: it wants the many steps of a large data set.
-        classes: C; None: as many as the labels name.
-        epochs: passes over the features ("lars", "sgd"). batch_size: of a step; a last smaller batch is left out.
-        lr: peak, for 256 samples of a batch. seed: of the initial weights and of the order.
-        crops: features of each image, in the order of `Crops`; "ridge" leaves out those of an image together.
+        settings: fields of `Fitting`.
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    _checks.choice("method", method, METHODS)
-    _check("train", train, train.cls.shape[-1], classes)
+    fitting = Fitting(**settings)
+    _check("train", train, train.cls.shape[-1], fitting.classes)
     if len(train.labels) < 2:
         raise ValueError(f"train must hold two features or more, got {len(train.labels)}")
-    if classes is None:
-        classes = 1 + int(train.labels.max())
-    _checks.integer("crops", crops, 1)
+    classes, crops = fitting.classes or 1 + int(train.labels.max()), fitting.crops
     images, rest = divmod(len(train.labels), crops)
     if images < 2 or rest or (train.labels.view(crops, images) != train.labels[:images]).any():
         raise ValueError(f"train must hold two images or more, {crops} times all of them in order, got others")
-    if method == "ridge":
+    if fitting.method == "ridge":
         return _ridge(train, classes, crops)
-    _checks.positive("lr", lr)
-    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        _checks.integer(name, value, 1 if name == "epochs" else 2)  # BatchNorm knows no variance of one sample
-    probe = _initial(train.cls.shape[1], classes, seed)
-    _descend(probe, train, LARS if method == "lars" else torch.optim.SGD, epochs, batch_size, lr, seed)
+    probe = _initial(train.cls.shape[1], classes, fitting.seed)
+    _descend(probe, train, fitting)
     _measure(probe, train.cls)  # of the last steps BatchNorm has averages, on the way from 0 and 1
     return probe.eval()
 
@@ -159,15 +156,14 @@ def _initial(width: int, classes: int, seed: int) -> LinearProbe:
     return probe
 
 
-def _descend(
-    probe: LinearProbe, train: Features, optimiser: type, epochs: int, batch_size: int, lr: float, seed: int
-) -> None:
+def _descend(probe: LinearProbe, train: Features, fitting: Fitting) -> None:
     count = len(train.labels)
-    batch_size = min(batch_size, count)
-    peak, each = lr * batch_size / 256, count // batch_size
-    steps = epochs * each
-    optimiser = optimiser(probe.linear.parameters(), lr=peak, momentum=0.9)
-    generator = torch.Generator().manual_seed(seed)
+    batch_size = min(fitting.batch_size, count)
+    peak, each = fitting.lr * batch_size / 256, count // batch_size
+    steps = fitting.epochs * each
+    kind = LARS if fitting.method == "lars" else torch.optim.SGD
+    optimiser = kind(probe.linear.parameters(), lr=peak, momentum=0.9)
+    generator = torch.Generator().manual_seed(fitting.seed)
     probe.train()
     for step in range(steps):
         if step % each == 0:

@@ -9,32 +9,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m3ae_fast.data import Tokenizer
-from m3ae_fast.downstream.accuracy import accuracies
-from m3ae_fast.downstream.finetune import finetune
 from m3ae_fast.downstream.pack import chunks, pack_for
-from m3ae_fast.downstream.report import Result
+from m3ae_fast.downstream.scoring.accuracy import accuracies
+from m3ae_fast.downstream.scoring.report import Result
+from m3ae_fast.downstream.training import train
 from m3ae_fast.examples import Statement
 from m3ae_fast.models.reason import Reason
 
 
-def train_reason(
-    model: Reason, statements: Sequence[Statement], tokenizer: Tokenizer, *, steps: int, **options
-) -> list[float]:
-    """Train a Reason model on statements; returns the losses. options: as `finetune`'s."""
+def train_reason(model: Reason, statements: Sequence[Statement], tokenizer: Tokenizer, **settings) -> list[float]:
+    """Train a Reason model on statements; returns the losses. settings: as of `train`."""
 
     def loss_of(examples: list[Statement], step: int) -> Tensor:
         label = torch.tensor([float(s.label) for s in examples])
         logits = _logits(model, examples, tokenizer)
         return F.binary_cross_entropy_with_logits(logits, label.to(logits.device))
 
-    return finetune(model, statements, loss_of, steps=steps, **options)
+    return train(model, statements, loss_of, **settings)
 
 
 @torch.no_grad()
-def score_reason(
+def reason(
     model: Reason, statements: Sequence[Statement], tokenizer: Tokenizer, *, batch_size: int = 64
 ) -> list[Result]:
-    """Accuracy, of all and by kind."""
+    """Accuracy, of all and by kind.
+
+    Args:
+        model: trained by `train_reason`. statements: with their labels, read a batch at a time.
+        tokenizer: of the model. batch_size: of a pass.
+    """
     kinds, truths, guesses = [], [], []
     for chunk in chunks(statements, batch_size):
         guesses += (_logits(model, chunk, tokenizer) > 0).tolist()
