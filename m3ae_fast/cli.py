@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import os
 import re
-import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -20,7 +19,6 @@ from m3ae_fast._settings import add_options, given, natural, positive
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.downstream.commands import add_commands, check_captions
 
-SHOWN = 5  # damaged samples that are named
 INTERRUPTED = 130  # as shells say it: 128 + SIGINT
 
 
@@ -77,6 +75,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     from m3ae_fast.train import RECIPES, RunConfig, pretrain
     from m3ae_fast.train.distributed import is_first
     from m3ae_fast.train.recipes import describe
+    from m3ae_fast.train.report import print_summary
 
     recipe = getattr(args, "recipe", None)
     if recipe == "list":
@@ -100,7 +99,7 @@ def _pretrain(args: argparse.Namespace) -> int:
         )
     summary = pretrain(config, out, resume=args.resume, stop_after=getattr(args, "stop_after", None))
     if is_first():
-        _print_summary(summary)
+        print_summary(summary)
     return INTERRUPTED if summary.interrupted else 0
 
 
@@ -111,55 +110,6 @@ def _name_of(data: str | list[str]) -> str:
     specs = [data] if isinstance(data, str) else data
     names = (Path(split_weight(absolute(spec))[0]).name for spec in specs)
     return "-".join(re.sub(r"(\.(h5|hdf5|jsonl|ndjson|tar))?([{*?:&].*)?$", "", name).strip("-_.") for name in names)
-
-
-def _print_summary(summary) -> None:
-    folder = summary.folder
-    if not summary.last:
-        print(f"nothing to do: {folder} has taken all of its {summary.steps} steps; --resume --steps N gives it more")
-        return
-    rate = summary.tokens / summary.seconds
-    print(
-        f"\n{summary.step:,} of {summary.steps:,} steps; {summary.seconds:,.1f} s, "
-        f"of which {summary.wait_seconds:,.1f} s waiting for data; {rate:,.0f} tokens/s"
-    )
-    others = ("step", "lr", "bad_steps", "tokens_per_second")
-    losses = {name: value for name, value in summary.last.items() if name not in others}
-    shown = {name: "not finite" if value is None else f"{value:.4f}" for name, value in losses.items()}
-    print("last step: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
-    if summary.bad_steps:
-        print(f"steps skipped, not finite: {summary.bad_steps:,} (batches: {folder / 'bad_steps'})")
-    counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in summary.counters.items())
-    print(f"samples: {counts}")
-    if summary.workers_died:
-        print(f"data workers died and were started again: {summary.workers_died:,} times")
-    _print_data(summary)
-    if summary.step < summary.steps:
-        print(f"continue with: m3ae-fast pretrain --out {shlex.quote(str(folder))} --resume")
-    if not summary.interrupted:
-        print(f"pictures: {folder / 'pictures'}")
-    print(f"numbers: {folder / 'metrics.jsonl'}, tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
-
-
-def _print_data(summary) -> None:
-    """How fast it came, and what was wrong with it."""
-    if summary.images:
-        by = f"{summary.workers} worker{'s' if summary.workers > 1 else ''}" if summary.workers else "this process"
-        if summary.processes > 1:  # the images of all of them are counted
-            by = f"{summary.processes} x {by}" if summary.workers else f"these {summary.processes} processes"
-        able = summary.images / summary.read_seconds * max(1, summary.workers)
-        used = summary.images / max(summary.seconds - summary.wait_seconds, 1e-9)
-        print(f"images: {able:,.0f}/s is what {by} can load, {used:,.0f}/s what the model takes")
-    from m3ae_fast.data.loader import LEFT_OUT
-
-    for left_out, why in ((False, "for something was damaged"), (True, "for they are not of the kind wanted")):
-        skipped = sorted((kind, count) for kind, count in summary.skipped.items() if (kind in LEFT_OUT) == left_out)
-        if skipped:
-            print(f"replaced by other samples, {why}: {', '.join(f'{kind} {count:,}' for kind, count in skipped)}")
-    for bad in summary.bad[:SHOWN]:
-        print(f"  {bad}")
-    if len(summary.bad) > SHOWN:
-        print("  ...")
 
 
 def _reconstruct(args: argparse.Namespace) -> int:

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from m3ae_fast import M3AEFastWarning
-from m3ae_fast.cli import _print_data
 from m3ae_fast.data import BadSample, ShapesDataset
 from m3ae_fast.train import Summary, pretrain, trainer, watch
+from m3ae_fast.train.report import print_data
 
 
 def image(i: int) -> bytes:
@@ -77,7 +77,7 @@ def test_damaged_in_the_middle_of_an_epoch(pairs, config, tmp_path, capsys, name
     assert set(summary.skipped) == {"image", caption} and sum(summary.skipped.values()) >= 4
     assert summary.counters["images_skipped"] == sum(summary.skipped.values())
     assert len(summary.bad) == 2 and sum("skipped" in str(w.message) for w in caught) == 2
-    _print_data(summary)
+    print_data(summary)
     out = capsys.readouterr().out
     counts = ", ".join(f"{kind} {summary.skipped[kind]}" for kind in sorted(("image", caption)))
     assert f"replaced by other samples, for something was damaged: {counts}\n  {summary.bad[0]}\n" in out
@@ -152,7 +152,7 @@ def test_a_stream_dealt_out_to_other_workers_is_told_of(pairs, config, tmp_path)
 
 def test_the_rate_of_several_processes_is_said_to_be_theirs(tmp_path, capsys):
     for workers, said in ((2, "3 x 2 workers"), (1, "3 x 1 worker"), (0, "these 3 processes")):
-        _print_data(Summary(tmp_path, images=60, read_seconds=1.0, seconds=2.0, workers=workers, processes=3))
+        print_data(Summary(tmp_path, images=60, read_seconds=1.0, seconds=2.0, workers=workers, processes=3))
         assert f"images: {60 * max(1, workers)}/s is what {said} can load, 30/s what" in capsys.readouterr().out
 
 
@@ -181,6 +181,6 @@ def test_what_has_no_label_does_not_train_a_supervised_model(config, tmp_path, c
     with pytest.warns(M3AEFastWarning, match="labels are wanted, there is none; left out"):
         summary = pretrain(config(**settings), tmp_path / "run", progress=False)
     assert set(summary.skipped) == {"unlabelled"} and summary.bad == [] and summary.counters["images_skipped"] == 0
-    _print_data(summary)
+    print_data(summary)
     out = capsys.readouterr().out
     assert "not of the kind wanted: unlabelled" in out and "damaged" not in out
