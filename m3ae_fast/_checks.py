@@ -81,11 +81,6 @@ def real(name: str, value: object, within: str) -> None:
         raise ValueError(f"{name} must be {words.get(within, f'in {within}')}, got {value}")
 
 
-def positive(name: str, value: object) -> None:
-    """A number that is finite and above 0."""
-    real(name, value, "(0, inf)")
-
-
 def integer(name: str, value: object, low: int, high: int | None = None) -> None:
     """An int in [low, high)."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

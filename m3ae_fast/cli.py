@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import os
 import re
 import sys
@@ -17,7 +18,8 @@ from pathlib import Path
 from m3ae_fast._explain import __version__, explain
 from m3ae_fast._settings import add_options, given, natural, positive
 from m3ae_fast._warning import M3AEFastWarning
-from m3ae_fast.downstream.commands import add_commands, check_captions
+from m3ae_fast.downstream import TASKS
+from m3ae_fast.downstream.commands.arguments import add_captions, add_device, add_picture, add_run, check_captions
 
 INTERRUPTED = 130  # as shells say it: 128 + SIGINT
 
@@ -180,20 +182,25 @@ def _parser(named: str | None = None) -> argparse.ArgumentParser:
         "Train an M3AE, or another model. With no option: drawn scenes, a tiny model, two minutes on two cores.",
         argument_default=argparse.SUPPRESS,
     )  # fmt: skip
-    if named == "pretrain":  # whose settings are in m3ae_fast.train, which needs its extra
+    if named == "pretrain":  # its settings need the train extra, as those of the tasks do
         _add_run_options(pretrain)
 
     reconstruct = add("reconstruct", _reconstruct, "Draw original | masked | reconstruction with a trained model.")
-    reconstruct.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
+    add_run(reconstruct)
     reconstruct.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="captions: NAME.txt beside NAME.jpg")
     reconstruct.add_argument("--data", metavar="shapes|DIR", help="instead of images (default: the run's own data)")
-    reconstruct.add_argument("--caption", dest="captions", action="append", metavar="TEXT", help="one for each image")
-    reconstruct.add_argument("--out", type=Path, default=Path("reconstruction.png"), metavar="FILE", help="%(default)s")
+    add_captions(reconstruct)
+    add_picture(reconstruct, "reconstruction.png")
     reconstruct.add_argument("--samples", type=positive, default=6, metavar="N", help="of --data (%(default)s)")
     reconstruct.add_argument("--seed", type=natural, metavar="S", help="of the masks (default: the run's)")
-    reconstruct.add_argument("--device", default="cpu", help="%(default)s")
+    add_device(reconstruct)
 
-    add_commands(add)
+    for name, text in TASKS.items():
+        command = add(name, None, text)
+        if name == named:
+            task = importlib.import_module(f"m3ae_fast.downstream.tasks.{name}")
+            task.add_arguments(command)
+            command.set_defaults(command=task.main)
 
     experiments = add(
         "experiments", _experiments,

@@ -1,13 +1,14 @@
 """The house stays in order: every op has its folders, its test and its benchmark under one name."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 
 import m3ae_fast
-from m3ae_fast import _backends
+from m3ae_fast import _backends, downstream
 
 ROOT = Path(__file__).parents[1]
 OPS = sorted(p.parent.name for p in (ROOT / "m3ae_fast/ops").glob("*/op.py"))
@@ -24,6 +25,20 @@ def test_an_op_is_found_by_its_name(op):
     ):
         assert (ROOT / path).exists(), path
     assert f'"{op}"' in (ROOT / "m3ae_fast/ops/__init__.py").read_text()
+
+
+@pytest.mark.parametrize("task", downstream.TASKS)
+def test_a_task_is_found_by_its_name(task):
+    """As a function, as a command, and in the tests."""
+    pytest.importorskip("m3ae_fast.train", reason="tasks need the train extra")
+    module = importlib.import_module(f"m3ae_fast.downstream.tasks.{task}")
+    assert getattr(downstream, task) is vars(module)[task] and callable(module.add_arguments) and callable(module.main)
+    assert (ROOT / f"tests/downstream/tasks/test_{task}.py").exists()
+
+
+def test_every_task_is_listed():
+    modules = {path.stem for path in (ROOT / "m3ae_fast/downstream/tasks").glob("*.py")}
+    assert modules == {"__init__", *downstream.TASKS}
 
 
 def test_compiled_ops_are_listed_where_they_are_built():

@@ -1,8 +1,13 @@
-"""Runs of two steps to try the commands on."""
+"""Runs of two steps to try the commands on; models are so small that one thread is fastest."""
 
 import pytest
 
 from m3ae_fast.train import RunConfig, pretrain, run, trainer
+
+
+@pytest.fixture(autouse=True)
+def small(threads):
+    threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,6 @@ import torch
 from m3ae_fast.downstream.training import train
 
 
-@pytest.fixture(autouse=True)
-def small(threads):
-    threads(1)
-
-
 @pytest.fixture
 def line():
     """A model, and line(examples, step): a loss that notes what it is given."""

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from m3ae_fast._settings import add_options, check, documented, given, setting
+from m3ae_fast._settings import OPTIONS, add_options, check, documented, given, setting
 from m3ae_fast.train import RunConfig
 from m3ae_fast.train.config import RUN
 
@@ -90,6 +90,23 @@ def test_a_setting_is_written_once():
     assert Toys(toys=4).to_dict()["toys"] == 4 and "toys" not in Toys().identity()
     with pytest.raises(ValueError, match=r"toys must be in \[1, 9\), got 9"):
         Toys(toys=9)
+
+
+def test_some_settings_among_the_options_of_a_parser_that_keeps_defaults():
+    @dataclasses.dataclass(frozen=True)
+    class Toys:
+        toys: int = setting(3, "how many toys", OPTIONS, "N", "[1, 9)")
+        price: float = setting(0.5, "of each", OPTIONS, within="(0, inf)")
+        seed: int = setting(0, "of the toys", within="[0, 9)")
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int)
+    add_options(parser, Toys, "price")
+    assert given(Toys, parser.parse_args(["--seed", "2"])) == {"price": 0.5, "seed": 2}
+    assert parser.format_help().count(f"{OPTIONS}:") == 1 and "--toys" not in parser.format_help()
+    parser = argparse.ArgumentParser()
+    add_options(parser, Toys)
+    assert given(Toys, parser.parse_args(["--toys", "4"])) == {"toys": 4, "price": 0.5}, "seed has no option"
 
 
 def test_a_setting_that_is_a_whole_number_is_in_its_interval_open_or_closed():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from m3ae_fast._drawing import INK, heat, new_figure, save_figure
+from m3ae_fast._settings import natural
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Tokenizer
+from m3ae_fast.downstream.commands.arguments import add_captions, add_device, add_picture, add_run, check_captions
+from m3ae_fast.downstream.commands.session import open_run
 from m3ae_fast.downstream.features import encode_cls, evaluating, image_encoder, reads_pairs
 from m3ae_fast.models import MAMO
 from m3ae_fast.models.ground import to_pixels
 from m3ae_fast.nn import Transformer
+from m3ae_fast.train.pictures import batch_of_files, held_out
 
 COLUMNS = 8  # of panels in a picture
 
@@ -129,3 +134,31 @@ def draw_attention(model: nn.Module, batch: ImageTextBatch, tokenizer: Tokenizer
                 axes.imshow(panel[1])
                 axes.set_title(panel[0], fontsize=9, color=INK, parse_math=False)
     save_figure(figure, path)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """What `m3ae-fast attend` takes."""
+    add_run(command)
+    command.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="none: four of the run's own data")
+    add_captions(command)
+    add_picture(command, "attention.png")
+    command.add_argument("--layer", type=natural, metavar="N", help="block, from 0 (default: the last)")
+    command.add_argument("--rollout", action="store_true", help="through all blocks (arXiv:2005.00928)")
+    add_device(command)
+
+
+def main(args: argparse.Namespace) -> int:
+    """`m3ae-fast attend`; returns the exit status."""
+    check_captions(args)
+    run, *_ = open_run(args)
+    if args.captions and not reads_pairs(run.model):
+        kind = type(run.model).__name__
+        raise ValueError(f"--caption must not be given: {kind} encodes no image beside its words, got {args.captions}")
+    if args.images:
+        batch = batch_of_files(args.images, args.captions, run.model.config, run.tokenizer)
+    else:
+        batch = held_out(run.model.config, run.tokenizer, run.config, count=4)
+    options = {"layer": args.layer, "rollout": args.rollout}
+    draw_attention(run.model, batch.to(args.device), run.tokenizer, args.out, **options)
+    print(f"{args.out}: {len(batch)} images, the model after {run.step:,} steps")
+    return 0

@@ -7,6 +7,7 @@ and cutmix, not RandAugment.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -22,9 +23,11 @@ from torch import Tensor, nn
 from m3ae_fast import _checks
 from m3ae_fast import nn as fast
 from m3ae_fast._files import read_tensors
-from m3ae_fast._settings import OPTIONS, documented, setting
+from m3ae_fast._settings import OPTIONS, documented, given, setting
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader, Sample
+from m3ae_fast.downstream.commands.arguments import add_classes, add_trained
+from m3ae_fast.downstream.commands.session import finish, open_run, pair_of_classes, save
 from m3ae_fast.downstream.features import encode_cls, extract, image_encoder
 from m3ae_fast.downstream.scoring.accuracy import score_logits
 from m3ae_fast.downstream.scoring.report import Result
@@ -37,13 +40,13 @@ from m3ae_fast.models import ModelConfig
 class FineTuning(Training):
     """How a classifier is fine-tuned: a twentieth of the steps warm up, then a cosine to 0."""
 
-    lr: float = setting(1e-3, "of training, at its peak, for 256 samples of a step", OPTIONS, within="(0, inf)")
-    batch_size: int = setting(64, "of training", OPTIONS, "B", "[1, inf)")
+    lr: float = setting(1e-3, "peak learning rate of training, for 256 samples of a step", OPTIONS, within="(0, inf)")
+    batch_size: int = setting(64, "samples of a step", OPTIONS, "B", "[1, inf)")
     layer_decay: float = setting(0.75, "of the rate, from each layer to the one below", OPTIONS, "D", "(0, 1]")
     weight_decay: float = setting(0.05, "of weight matrices only", within="[0, inf)")
     drop_path: float = setting(0.1, "in the last block, in those before it less", OPTIONS, "P", "[0, 1)")
-    mixup: float = setting(0.8, "0: none", OPTIONS, "A", "[0, inf)")
-    cutmix: float = setting(1.0, "0: none", OPTIONS, "A", "[0, inf)")
+    mixup: float = setting(0.8, "of Beta(A, A), which says how images are blended; 0: none", OPTIONS, "A", "[0, inf)")
+    cutmix: float = setting(1.0, "the same for boxes that are pasted; 0: none", OPTIONS, "A", "[0, inf)")
     smoothing: float = setting(0.1, "of labels: a target's share that all classes get alike", OPTIONS, "S", "[0, 1)")
     workers: int = setting(0, "processes that load data", OPTIONS, "N", "[0, inf)")
 
@@ -216,3 +219,19 @@ def score_classifier(model: Classifier, samples: Sequence[Sample], *, batch_size
     features = extract(model.model, samples, batch_size=batch_size)
     logits = model.classify(features.cls.to(model.head.weight.device))
     return score_logits(logits.cpu(), features.labels)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """What `m3ae-fast finetune` takes."""
+    add_classes(command)
+    add_trained(command, FineTuning)
+
+
+def main(args: argparse.Namespace) -> int:
+    """`m3ae-fast finetune`; returns the exit status."""
+    run, scored, trained = open_run(args)
+    test, training = pair_of_classes(scored, trained)
+    model = Classifier(run.model, len(training.classes))
+    finetune(model, training, **given(FineTuning, args))
+    save(args, model, classes=json.dumps(training.classes))
+    return finish(args, run, [score_classifier(model, test)])

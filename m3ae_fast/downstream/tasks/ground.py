@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from m3ae_fast._drawing import INK, RIGHT, WRONG, Cards, heat
+from m3ae_fast._settings import natural
 from m3ae_fast.data import Tokenizer
+from m3ae_fast.data.examples.files import open_phrases
+from m3ae_fast.downstream.commands.arguments import add_scored
+from m3ae_fast.downstream.commands.session import finish, open_run
 from m3ae_fast.downstream.pack import chunks, crop_box, pack_for
 from m3ae_fast.downstream.scoring.report import Result
 from m3ae_fast.examples import Phrase
@@ -71,3 +76,25 @@ def draw_ground(
         words = [(word, "", False) for word in phrase.phrase.split()]
         cards.append(([pixels, np.asarray(shown)], words))
     Cards(cards, ("original", "where it points")).save(path)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """What `m3ae-fast ground` takes."""
+    rows = '{"image": PATH, "phrase": TEXT, "box": [x0, y0, x1, y1] if known}'
+    add_scored(command, "shapes|FILE.jsonl", rows)
+    command.add_argument("--block", type=natural, metavar="N", help="of the fusion encoder (default: the middle one)")
+    command.add_argument("--picture", type=Path, metavar="FILE", help="draw the first six there")
+
+
+def main(args: argparse.Namespace) -> int:
+    """`m3ae-fast ground`; returns the exit status."""
+    run, scored, _ = open_run(args, "mamo")
+    phrases = scored(open_phrases)
+    if args.picture:
+        first = [phrases[i] for i in range(min(6, len(phrases)))]
+        draw_ground(run.model, first, run.tokenizer, args.picture, block=args.block)
+        print(f"picture: {args.picture}")
+    if all(phrases[i].box is None for i in range(len(phrases))):
+        print("no phrase has a box: nothing to score" + (f", {args.out} is not written" if args.out else ""))
+        return 0
+    return finish(args, run, ground(run.model, phrases, run.tokenizer, block=args.block))

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from m3ae_fast import _checks
-from m3ae_fast.downstream.features import Features
+from m3ae_fast.data.samples import open_some
+from m3ae_fast.downstream.commands.arguments import add_classes
+from m3ae_fast.downstream.commands.session import few, finish, open_run, pair_of_classes
+from m3ae_fast.downstream.features import Features, extract
 from m3ae_fast.downstream.scoring.accuracy import score_logits
 from m3ae_fast.downstream.scoring.auroc import score_ood
 from m3ae_fast.downstream.scoring.report import Result
+from m3ae_fast.downstream.tasks import probe
+from m3ae_fast.downstream.tasks.finetune import Classifier, load_classifier
 
 
 @torch.no_grad()
@@ -96,3 +103,36 @@ def _ledoit_wolf(rest: Tensor, covariance: Tensor, level: Tensor) -> float:
     error = (rest.square().sum(1).square().sum() / count - covariance.square().sum()) / count
     distance = (covariance - level).square().sum()
     return min(1.0, (error / distance).item()) if distance > 0 else 1.0
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """What `m3ae-fast ood` takes."""
+    add_classes(command)
+    command.add_argument("--out-data", required=True, metavar="shapes|DIR", help="images of other kinds; labels unread")
+    probe.add_fitting(command)
+    command.add_argument("--classifier", type=Path, metavar="FILE", help="of finetune --save, instead of a probe")
+
+
+def main(args: argparse.Namespace) -> int:
+    """`m3ae-fast ood`; returns the exit status."""
+    if args.classifier and args.text:
+        raise ValueError("--text must not be given with --classifier, which reads images alone")
+    run, scored, trained = open_run(args)
+    samples, training = pair_of_classes(scored, trained, count=args.train_samples, drawn=probe.PROBED)
+    strange = scored(open_some, args.out_data)
+    model = _classifier(args.classifier, run.model, samples.classes) if args.classifier else None
+    reading = {"tokenizer": run.tokenizer, "text": args.text}
+    known, unknown = extract(run.model, samples, **reading), extract(run.model, strange, **reading, labelled=False)
+    train, settings = probe.to_fit(args, training, run)
+    if model:
+        results = ood(train, known, unknown, lambda cls: model.classify(cls.to(args.device)).cpu())
+    else:
+        results = ood(train, known, unknown, probe.fit_probe(train, **settings))
+    return finish(args, run, results, train_samples=len(training))
+
+
+def _classifier(path: Path, model: nn.Module, classes: tuple[str, ...]) -> Classifier:
+    classifier, theirs = load_classifier(path, model)
+    if tuple(theirs) != classes:
+        raise ValueError(f"{path} must be of the classes of --data, {few(classes)}, got {few(theirs)}")
+    return classifier

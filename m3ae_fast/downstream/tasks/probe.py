@@ -6,6 +6,7 @@ Source: arXiv:2205.14204 (M3AE) and arXiv:2111.06377 (MAE), appendix A.1, whose 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 
 import torch
@@ -13,12 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3ae_fast import _checks
-from m3ae_fast._settings import OPTIONS, check, documented, setting
-from m3ae_fast.downstream.features import Features
+from m3ae_fast._settings import OPTIONS, add_options, check, documented, given, positive, setting
+from m3ae_fast.data.samples import Crops, Some
+from m3ae_fast.downstream.commands.arguments import add_classes, add_train
+from m3ae_fast.downstream.commands.session import finish, open_run, pair_of_classes
+from m3ae_fast.downstream.features import Features, extract
 from m3ae_fast.downstream.scoring.accuracy import score_logits
 from m3ae_fast.downstream.scoring.report import Result
+from m3ae_fast.train import Run
 from m3ae_fast.train.schedule import learning_rate
 
+PROBED = 2000  # drawn scenes to fit to, all of which are
 METHODS = ("ridge", "lars", "sgd")
 STRENGTHS = tuple(10.0**k for k in range(-6, 3))  # of ridge's penalty, for a loss that is a mean over the samples
 SCALES = tuple(2.0**k for k in range(11))  # of ridge's logits
@@ -31,17 +37,17 @@ class Fitting:
 
     "ridge" is least squares to one-hot targets in closed form, the strength of its penalty the power of ten with the
     highest leave-one-out accuracy (of equal ones the strongest), then times the power of two whose softmax has the
-    lowest leave-one-out cross-entropy; it reads no setting but `crops`, of which it leaves out those of an image
+    lowest leave-one-out cross-entropy; it reads no setting but `classes` and `crops`, and leaves out those of an image
     together. "lars" and "sgd": cross-entropy, momentum .9, no weight decay, a ninth of the epochs (of 90: ten) warm up,
-    then a cosine to 0. LARS steps are shares of the weights' length: it wants the many steps of a large data set.
+    then a cosine to 0; a last, smaller batch of an epoch is left out. LARS steps are shares of the weights'
+    length: it wants the many steps of a large data set.
     """
 
     method: str = setting("ridge", "how the probe is fitted", OPTIONS, choices=METHODS)
-    epochs: int = setting(90, "of lars and sgd: passes over the features", OPTIONS, "N", "[1, inf)")
-    # BatchNorm knows no variance of one sample
-    batch_size: int = setting(256, "of lars and sgd; a last smaller one is left out", OPTIONS, "B", "[2, inf)")
-    lr: float = setting(0.1, "of lars and sgd: at its peak, for 256 samples of a batch", OPTIONS, within="(0, inf)")
-    seed: int = setting(0, "of lars and sgd: of the initial weights and of the order", within=f"[0, {2**63})")
+    epochs: int = setting(90, "lars, sgd: passes over the features", OPTIONS, "N", "[1, inf)")
+    batch_size: int = setting(256, "lars, sgd: features of a step", OPTIONS, "B", "[1, inf)")
+    lr: float = setting(0.1, "lars, sgd: peak learning rate, for 256 features of a step", OPTIONS, within="(0, inf)")
+    seed: int = setting(0, "lars, sgd: of the initial weights and of the order", within=f"[0, {2**63})")
     classes: int | None = setting(None, "how many; default: as many as the labels name", within="[1, inf)")
     crops: int = setting(1, "features of each image, in the order of `Crops`", within="[1, inf)")
     __post_init__ = check
@@ -101,6 +107,7 @@ def fit_probe(train: Features, **settings) -> LinearProbe:
         raise ValueError(f"train must hold two images or more, {crops} times all of them in order, got others")
     if fitting.method == "ridge":
         return _ridge(train, classes, crops)
+    _checks.integer("batch_size", fitting.batch_size, 2)  # BatchNorm knows no variance of one sample
     probe = _initial(train.cls.shape[1], classes, fitting.seed)
     _descend(probe, train, fitting)
     _measure(probe, train.cls)  # of the last steps BatchNorm has averages, on the way from 0 and 1
@@ -225,3 +232,37 @@ def _check(name: str, features: Features, width: int, classes: int | None = None
     _checks.within(f"{name}.labels", features.labels, 0, classes or 2**62)
     if not features.cls.isfinite().all():
         raise ValueError(f"{name}.cls must be finite, got NaN or infinity")
+
+
+def add_fitting(command: argparse.ArgumentParser) -> None:
+    """What the probe is fitted to, and how."""
+    add_train(command, "fit to")
+    command.add_argument("--train-samples", type=positive, metavar="N", help=f"drawn: {PROBED}; others: all")
+    command.add_argument(
+        "--crops", type=positive, metavar="N", help="of every image to fit to, random (default: the middle)"
+    )
+    add_options(command, Fitting)
+    command.add_argument("--text", action="store_true", help="encode each image beside its caption")
+
+
+def to_fit(args: argparse.Namespace, training: Some, run: Run) -> tuple[Features, dict]:
+    """(features to fit to, settings of `fit_probe`)."""
+    size, crops = run.model.config.image_shape[0], args.crops or 1
+    samples = Crops(training, crops, size, args.seed) if args.crops else training
+    settings = given(Fitting, args) | {"classes": len(training.classes), "crops": crops}
+    return extract(run.model, samples, run.tokenizer, text=args.text), settings
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """What `m3ae-fast probe` takes."""
+    add_classes(command)
+    add_fitting(command)
+
+
+def main(args: argparse.Namespace) -> int:
+    """`m3ae-fast probe`; returns the exit status."""
+    run, scored, trained = open_run(args)
+    samples, training = pair_of_classes(scored, trained, count=args.train_samples, drawn=PROBED)
+    test = extract(run.model, samples, run.tokenizer, text=args.text)
+    train, settings = to_fit(args, training, run)
+    return finish(args, run, [probe(train, test, **settings)], train_samples=len(training))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from torch import Tensor
 
 from m3ae_fast import _checks
 from m3ae_fast._drawing import INK, new_figure, save_figure
+from m3ae_fast.data.samples import open_classes
+from m3ae_fast.downstream.commands.arguments import add_classes, add_picture
+from m3ae_fast.downstream.commands.session import open_run
+from m3ae_fast.downstream.features import extract
 
 LEGEND = 20  # classes with a colour of their own
 PERPLEXITY = 30.0
@@ -58,3 +63,22 @@ def draw_projection(points: np.ndarray, labels: Tensor, classes: Sequence[str], 
     if len(classes) <= LEGEND:
         figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK)
     save_figure(figure, path)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """What `m3ae-fast project` takes."""
+    add_classes(command, out=False)
+    add_picture(command, "features.png")
+    command.add_argument("--text", action="store_true", help="encode each image beside its caption")
+    command.add_argument("--perplexity", type=float, default=PERPLEXITY, metavar="P", help="%(default)s")
+
+
+def main(args: argparse.Namespace) -> int:
+    """`m3ae-fast project`; returns the exit status."""
+    run, scored, _ = open_run(args)
+    samples = scored(open_classes)
+    features = extract(run.model, samples, run.tokenizer, text=args.text)
+    points = project(features.cls, perplexity=args.perplexity, seed=args.seed)
+    draw_projection(points, features.labels, samples.classes, args.out)
+    print(f"{args.out}: {len(points)} images of {len(samples.classes)} classes, the model after {run.step:,} steps")
+    return 0

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3ae_fast._settings import given
 from m3ae_fast.data import Tokenizer
+from m3ae_fast.data.examples.files import open_statements
+from m3ae_fast.downstream.commands.arguments import add_scored, add_trained
+from m3ae_fast.downstream.commands.session import finish, open_run, save
 from m3ae_fast.downstream.pack import chunks, pack_for
 from m3ae_fast.downstream.scoring.accuracy import accuracies
 from m3ae_fast.downstream.scoring.report import Result
-from m3ae_fast.downstream.training import train
+from m3ae_fast.downstream.training import Training, train
 from m3ae_fast.examples import Statement
 from m3ae_fast.models.reason import Reason
 
@@ -51,3 +56,20 @@ def _logits(model: Reason, statements: Sequence[Statement], tokenizer: Tokenizer
     left = pack_for(model.mamo, [s.left for s in statements], None, tokenizer).to(device).images
     sentences = [s.sentence for s in statements]
     return model(left, pack_for(model.mamo, [s.right for s in statements], sentences, tokenizer).to(device))
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """What `m3ae-fast reason` takes."""
+    rows = '{"left": PATH, "right": PATH, "sentence": TEXT, "label": true|false}'
+    add_scored(command, "shapes|FILE.jsonl", rows)
+    add_trained(command, Training)
+
+
+def main(args: argparse.Namespace) -> int:
+    """`m3ae-fast reason`; returns the exit status."""
+    run, scored, trained = open_run(args, "mamo")
+    statements, training = scored(open_statements), trained(open_statements)
+    model = Reason(run.model).to(args.device)
+    train_reason(model, training, run.tokenizer, **given(Training, args))
+    save(args, model)
+    return finish(args, run, reason(model, statements, run.tokenizer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 from collections.abc import Sequence
@@ -10,7 +11,11 @@ import torch
 from torch import Tensor
 
 from m3ae_fast import _checks
+from m3ae_fast._settings import add_options, given, natural
 from m3ae_fast.data import Tokenizer
+from m3ae_fast.data.examples.files import open_pairs
+from m3ae_fast.downstream.commands.arguments import add_scored, add_train
+from m3ae_fast.downstream.commands.session import finish, open_run
 from m3ae_fast.downstream.pack import chunks, pack_for
 from m3ae_fast.downstream.scoring.recall import recalls
 from m3ae_fast.downstream.scoring.report import Result
@@ -129,3 +134,28 @@ def finetune_retrieval(model: MAMO | CLIP, pairs: Sequence[Pair], tokenizer: Tok
         return train(model, pairs, loss_of, **settings)
     finally:
         model.config = before
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """What `m3ae-fast retrieve` takes."""
+    add_scored(command, "shapes|DIR|FILE.jsonl", '{"image": PATH, "caption": TEXT or [TEXT, ...]}')
+    command.add_argument(
+        "--rerank", type=natural, default=RERANK, metavar="K", help="of ITC's best, by ITM (%(default)s)"
+    )
+    command.add_argument(
+        "--finetune", type=natural, default=0, metavar="STEPS", help="with ITC and ITM first (default: zero-shot)"
+    )
+    add_train(command, "fine-tune on")
+    add_options(command, Training, "lr")
+
+
+def main(args: argparse.Namespace) -> int:
+    """`m3ae-fast retrieve`; returns the exit status."""
+    if args.train and not args.finetune:
+        raise ValueError(f"--train must come with --finetune STEPS, got --train {args.train} alone")
+    run, scored, trained = open_run(args, "mamo", "clip")
+    pairs = scored(open_pairs)
+    if args.finetune:
+        settings = given(Training, args) | {"steps": args.finetune}
+        finetune_retrieval(run.model, trained(open_pairs), run.tokenizer, **settings)
+    return finish(args, run, retrieve(run.model, pairs, run.tokenizer, rerank=args.rerank))

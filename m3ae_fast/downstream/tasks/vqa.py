@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from m3ae_fast._settings import given
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data import Tokenizer
+from m3ae_fast.data.examples.files import open_questions, read_answers
+from m3ae_fast.downstream.commands.arguments import add_scored, add_trained
+from m3ae_fast.downstream.commands.session import finish, open_run, save
 from m3ae_fast.downstream.pack import chunks, pack_for
 from m3ae_fast.downstream.scoring.accuracy import accuracies
 from m3ae_fast.downstream.scoring.report import Result
-from m3ae_fast.downstream.training import train
+from m3ae_fast.downstream.training import Training, train
 from m3ae_fast.examples import Question
 from m3ae_fast.models.vqa import VQA
 
@@ -76,3 +82,23 @@ def vqa(
 
 def _batch(model: VQA, questions: Sequence[Question], tokenizer: Tokenizer):
     return pack_for(model.mamo, [q.image for q in questions], [q.question for q in questions], tokenizer)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """What `m3ae-fast vqa` takes."""
+    add_scored(command, "shapes|FILE.jsonl", '{"image": PATH, "question": TEXT, "answer": TEXT}')
+    add_trained(command, Training)
+    command.add_argument(
+        "--answers", type=Path, metavar="FILE", help="an answer a line (default: those of the training data)"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """`m3ae-fast vqa`; returns the exit status."""
+    run, scored, trained = open_run(args, "mamo")
+    questions, training = scored(open_questions), trained(open_questions)
+    answers = read_answers(args.answers) if args.answers else training.answers()
+    model = VQA(run.model).to(args.device)
+    train_vqa(model, training, run.tokenizer, **given(Training, args))
+    save(args, model)
+    return finish(args, run, vqa(model, questions, answers, run.tokenizer))

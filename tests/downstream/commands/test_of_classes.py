@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from m3ae_fast import train
-from m3ae_fast.downstream import commands, features
+from m3ae_fast.downstream import features
+from m3ae_fast.downstream.commands import session
 from m3ae_fast.downstream.tasks import probe
 from m3ae_fast.downstream.tasks.finetune import Classifier
 from m3ae_fast.train import RunConfig, load_run
@@ -20,11 +20,6 @@ COLORS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
 OBJECTIVES = ("m3ae", "mae", "mamo", "clip", "supervised")
 DATA = ("--data", "test", "--train", "train")
 FIT = (*DATA, "--out-data", "other")
-
-
-@pytest.fixture(autouse=True)
-def small(threads):
-    threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +103,8 @@ def test_no_seed_trains_on_what_another_scores(monkeypatch):
 
     def seeds(of_run, given):
         model = SimpleNamespace(config=SimpleNamespace(image_shape=(32,)))
-        monkeypatch.setattr(train, "load_run", lambda *_: SimpleNamespace(model=model, config=RunConfig(seed=of_run)))
-        _, *openers = commands._open(
+        monkeypatch.setattr(session, "load_run", lambda *_: SimpleNamespace(model=model, config=RunConfig(seed=of_run)))
+        _, *openers = session.open_run(
             Namespace(run="r", device="cpu", data="cluttered", train=None, samples=1, seed=given)
         )
         return [each(lambda spec, *, seed, **_: seed) for each in openers]

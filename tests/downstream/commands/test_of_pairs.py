@@ -14,11 +14,6 @@ from m3ae_fast.train import load_run
 COLORS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
 
-@pytest.fixture(autouse=True)
-def small(threads):
-    threads(1)
-
-
 @pytest.fixture(scope="module")
 def runs(pretrained):
     """The folders of runs of two steps, by objective."""

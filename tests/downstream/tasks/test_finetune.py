@@ -21,11 +21,6 @@ SIZES = {"image_size": 16, "patch_size": 8, "vocab_size": 50}
 CONFIGS = {"supervised": {"image_size": 16, "patch_size": 8, "classes": 5}}
 
 
-@pytest.fixture(autouse=True)
-def small(threads):
-    threads(1)
-
-
 def make(objective="m3ae", classes=3):
     torch.manual_seed(0)
     model, config = OBJECTIVES[objective]

@@ -11,11 +11,6 @@ from m3ae_fast.downstream.tasks.ground import draw_ground, ground
 from tests.downstream.tasks.tiny import TOKENIZER, make
 
 
-@pytest.fixture(autouse=True)
-def small(threads):
-    threads(1)
-
-
 @pytest.fixture
 def peaks(monkeypatch):
     """peaks(patch, ...): the maps of the phrases, in order, highest at that patch of the 4 x 4."""

@@ -1,16 +1,9 @@
 """Statements about two images: what is reported, and that they are learned."""
 
-import pytest
-
 from m3ae_fast.downstream import Statement
 from m3ae_fast.downstream.tasks.reason import reason, train_reason
 from m3ae_fast.models.reason import Reason
 from tests.downstream.tasks.tiny import TOKENIZER, make, plain, values
-
-
-@pytest.fixture(autouse=True)
-def small(threads):
-    threads(1)
 
 
 def test_statements_are_learned():

@@ -11,11 +11,6 @@ from m3ae_fast.models import CLIP, MAMO
 from tests.downstream.tasks.tiny import COLORS, DRAWN, TOKENIZER, make, plain, values
 
 
-@pytest.fixture(autouse=True)
-def small(threads):
-    threads(1)
-
-
 def brute_force(model, pairs, k):
     """Every image beside every text, one pair at a time; {name: share of queries}."""
     texts = [(i, caption) for i, p in enumerate(pairs) for caption in p.captions]

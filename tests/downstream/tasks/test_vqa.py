@@ -10,12 +10,6 @@ from m3ae_fast.downstream.tasks.vqa import vqa as score_vqa
 from m3ae_fast.models.vqa import VQA
 from tests.downstream.tasks.tiny import COLORS, TOKENIZER, make, plain, values
 
-
-@pytest.fixture(autouse=True)
-def small(threads):
-    threads(1)
-
-
 QUESTIONS = [
     *(Question(plain(color), "what color is it?", color, color, "color") for color in COLORS),
     Question(plain("red"), "are both the same?", "a red circle", "words", "words"),

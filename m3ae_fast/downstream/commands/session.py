@@ -1,0 +1,81 @@
+"""What a command opens and leaves: a run and data, results and the trained model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from m3ae_fast._files import write_tensors
+from m3ae_fast.data import DRAWN
+from m3ae_fast.data.samples import Some, open_classes
+from m3ae_fast.downstream.commands.arguments import SCORED
+from m3ae_fast.downstream.scoring import report
+from m3ae_fast.train import Run, load_run
+
+TRAINING = 50_000  # drawn scenes to fine-tune on: more than are ever read
+
+
+def open_run(args: argparse.Namespace, *objectives: str):
+    """The run, and (open the data to score on, open the data to train on) by an opener such as `open_pairs`.
+
+    Args:
+        args: of the command line. objectives: of the run, those that will do; none: any.
+    Raises:
+        ValueError: a file could not be written in the end, or it is a run of another objective.
+    """
+    for name in ("out", "save", "picture"):
+        path = getattr(args, name, None)
+        if path and (path.is_dir() or not path.parent.is_dir()):  # or hours of training would end here
+            raise ValueError(f"--{name} must name a file in a folder that exists, got {path}")
+    run = load_run(args.run, args.device, **({"objectives": objectives} if objectives else {}))
+    size = run.model.config.image_shape[0]
+
+    def scored(opener: Callable, spec: str | None = None):
+        spec = spec or args.data
+        count = args.samples or (SCORED if spec in DRAWN else None)
+        seed = 2 * (args.seed + run.config.seed) + 1  # odd
+        return opener(spec, image_size=size, seed=seed, count=count)
+
+    def trained(opener: Callable, count: int | None = None, drawn: int = TRAINING):
+        spec = args.train or args.data
+        if not args.train and args.data not in DRAWN:
+            raise ValueError(f"--train must name data to train on, beside --data {args.data}, got none")
+        count = count or (drawn if spec in DRAWN else None)
+        seed = 2 * (args.seed + run.config.seed) + 2  # even: of scenes that no --seed scores
+        return opener(spec, image_size=size, seed=seed, count=count)
+
+    return run, scored, trained
+
+
+def pair_of_classes(scored: Callable, trained: Callable, **options) -> tuple[Some, Some]:
+    """(data to score on, data to train on), which must have the same classes. options: of `trained`."""
+    test, training = scored(open_classes), trained(open_classes, **options)
+    if test.classes != training.classes:
+        raise ValueError(f"--train must have the classes of --data, {few(test.classes)}, got {few(training.classes)}")
+    return test, training
+
+
+def few(names: tuple[str, ...]) -> str:
+    """The first of the names, and how many there are."""
+    return ", ".join(names[:5]) + (f" ... ({len(names)})" if len(names) > 5 else "")
+
+
+def finish(args: argparse.Namespace, run: Run, results: list[report.Result], **about) -> int:
+    """Print the results; write them beside the command's arguments, of which `about` names what they left open."""
+    print(report.table(results))
+    if args.out:
+        given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        del given["name"], given["out"]
+        report.write(args.out, results, given | {"command": args.name, "step": run.step} | about)
+        print(f"results: {args.out}")
+    return 0
+
+
+def save(args: argparse.Namespace, model: nn.Module, **metadata: str) -> None:
+    """Write the trained model where --save says, if it does."""
+    if args.save:
+        write_tensors(args.save, model.state_dict(), metadata)
+        print(f"model: {args.save}")
