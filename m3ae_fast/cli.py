@@ -77,7 +77,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     from m3ae_fast.train import RECIPES, RunConfig, pretrain
     from m3ae_fast.train.distributed import is_first
     from m3ae_fast.train.recipes import describe
-    from m3ae_fast.train.report import print_summary
+    from m3ae_fast.train.summary import print_summary
 
     recipe = getattr(args, "recipe", None)
     if recipe == "list":
@@ -87,8 +87,8 @@ def _pretrain(args: argparse.Namespace) -> int:
         raise ValueError(f"recipe must be list or one of {', '.join(RECIPES)}, got {recipe}")
     values = RECIPES.get(recipe, {}) | given(RunConfig, args)
     config = RunConfig(**values)
-    parts = (_name_of(config.data), *([] if config.objective == "m3ae" else [config.objective]), config.model)
-    out = getattr(args, "out", Path("runs") / "-".join(parts))
+    objective = [config.objective] if config.objective != RunConfig.objective else []
+    out = getattr(args, "out", Path("runs") / "-".join([_name_of(config.data), *objective, config.model]))
     resumed = args.resume and (out / "run.json").is_file()
     if resumed:
         config = dataclasses.replace(RunConfig.load(out), **values)
@@ -115,13 +115,14 @@ def _name_of(data: str | list[str]) -> str:
 
 
 def _reconstruct(args: argparse.Namespace) -> int:
+    from m3ae_fast.models import objectives_offering
     from m3ae_fast.train import load_run
     from m3ae_fast.train.pictures import batch_of_files, draw_reconstruction, held_out
 
     if args.images and args.data:
         raise ValueError("give images or --data, not both")
     check_captions(args)
-    run = load_run(args.run, args.device, objectives=("m3ae", "mae"))
+    run = load_run(args.run, args.device, objectives=objectives_offering("reconstruct"))
     if args.images:
         batch = batch_of_files(args.images, args.captions, run.model.config, run.tokenizer)
     else:

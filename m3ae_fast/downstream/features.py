@@ -9,11 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Sample, Tokenizer
 from m3ae_fast.downstream.pack import chunks, pack_for
-from m3ae_fast.models import CLIP, M3AE, MAMO
-from m3ae_fast.nn import Transformer, take_rows
+from m3ae_fast.models import Model
 
 
 class Features(NamedTuple):
@@ -24,7 +22,7 @@ class Features(NamedTuple):
 
 
 def extract(
-    model: nn.Module,
+    model: Model,
     samples: Sequence[Sample],
     tokenizer: Tokenizer | None = None,
     *,
@@ -35,17 +33,18 @@ def extract(
     """Features of samples, images cropped to the square in the middle, nothing masked, no gradient.
 
     Args:
-        model: an M3AE, MAE, MAMO, CLIP or Supervised; it is left in the mode it was in.
+        model: it is left in the mode it was in.
         samples: of one label each, read a batch at a time.
         tokenizer: of the model; needed with `text`.
-        text: encode each image beside its first caption (M3AE, MAMO); False: images alone, whatever captions there are.
+        text: encode each image beside its first caption (a model with a `joint_encoder`); False: images alone, whatever
+            captions there are.
         labelled: False: samples may have any labels, and the features get -1.
         batch_size: samples of a pass; it changes no feature beyond rounding.
     Raises:
         ValueError: a sample without an image, with no label or several, or (with `text`) without a caption, naming it;
             no sample at all; `text` of a model that cannot read images beside words. BadSample: it cannot be read.
     """
-    if text and not reads_pairs(model):
+    if text and model.joint_encoder() is None:
         raise ValueError(f"text must be False: {type(model).__name__} encodes no image beside its words, got True")
     if not len(samples):
         raise ValueError("samples must hold at least one, got none")
@@ -55,7 +54,7 @@ def extract(
             labels += [_label(sample, labelled) for sample in chunk]
             texts = [_caption(sample) for sample in chunk] if text else None
             batch = pack_for(model, [sample.image for sample in chunk], texts, tokenizer)
-            cls.append(encode_cls(model, batch.to(device)).float().cpu())
+            cls.append(model.encode_cls(batch.to(device)).float().cpu())
     return Features(torch.cat(cls).clone(), torch.tensor(labels))  # the clone is made outside: an ordinary tensor
 
 
@@ -68,43 +67,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def encode_cls(model: nn.Module, batch: ImageTextBatch) -> Tensor:
-    """[B, D]: the class token of images, beside their texts if the batch has any: M3AE's encoder, MAMO's image encoder
-    (with texts its fusion encoder), the image encoder of CLIP and Supervised.
-
-    Args:
-        model: an M3AE, MAE, MAMO, CLIP or Supervised. batch: B images, with texts for M3AE and MAMO only.
-    """
-    if isinstance(model, M3AE):
-        return model.encode(batch).cls
-    images = model.encode_images(batch.images)
-    if isinstance(images, Tensor):
-        return images
-    if batch.text_lengths.total:
-        every = torch.arange(len(batch))
-        texts = model.encode_texts(batch.text, batch.text_lengths)
-        return model.online.fuse(*model.pair(images, texts, every, every))
-    return take_rows(images.tokens, images.views.cls_rows(0).to(images.tokens.device))
-
-
-def image_encoder(model: nn.Module) -> tuple[list[nn.Parameter], Transformer]:
-    """What an image goes through in a model: the parameters that make it tokens, and the Transformer.
-
-    Args:
-        model: an M3AE, MAE, MAMO, CLIP or Supervised.
-    """
-    if isinstance(model, M3AE):
-        return [*model.patch_embed.parameters(), model.cls_token, model.image_type], model.encoder
-    parts = {MAMO: "online.image", CLIP: "encoders.image"}
-    part = model.get_submodule(parts.get(type(model), "encoder"))
-    return [*part.patch_embed.parameters(), part.cls_token], part.transformer
-
-
-def reads_pairs(model: nn.Module) -> bool:
-    """Whether `encode_cls` takes images beside their texts."""
-    return isinstance(model, MAMO) or (isinstance(model, M3AE) and model.config.vocab_size > 0)
 
 
 def _label(sample: Sample, labelled: bool) -> int:

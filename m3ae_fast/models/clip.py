@@ -37,8 +37,7 @@ class CLIP(Model):
     CAPTIONS, COMPARES = "required", True
 
     def __init__(self, config: EncodersConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.encoders = DualEncoder(config)
         reset_parameters(self.encoders)
         self.contrast = ContrastiveLoss(config.projection, temperature=config.temperature)

@@ -71,8 +71,8 @@ class M3AE(Model):
     TINY_LR = 2e-3
 
     def __init__(self, config: M3AEConfig):
-        super().__init__()
-        self.config = c = config
+        super().__init__(config)
+        c = config
         texts = c.vocab_size > 0
         options = {"mlp_ratio": c.mlp_ratio, "activation": c.activation}
 

@@ -96,8 +96,8 @@ class MAMO(Model):
     PICTURE = "words"
 
     def __init__(self, config: MAMOConfig):
-        super().__init__()
-        self.config = c = config
+        super().__init__(config)
+        c = config
         self.online = Encoders(c)
         self.predictor = _mlp(c)  # of MRM, on this side only
         self.regressor = _mlp(c)  # of MIM

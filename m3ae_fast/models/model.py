@@ -23,7 +23,7 @@ class Metric(NamedTuple):
 class Model(nn.Module):
     """A model that `m3ae-fast pretrain` trains: a subclass of this one, and a line in `m3ae_fast.models.OBJECTIVES`.
 
-    A subclass has `config`, `forward(batch, *, seed, step)`, whose output has all METRICS as fp32 scalars, and
+    A subclass has `forward(batch, *, seed, step)`, whose output has all METRICS as fp32 scalars, and
     `image_encoder` and `encode_cls`, by which it is probed, fine-tuned and drawn. Whatever is random in a step is a
     function of seed, step and batch.sample_ids: then a run that was stopped resumes bitwise identical.
 
@@ -31,7 +31,11 @@ class Model(nn.Module):
         reconstruct(batch, *, seed, step): predictions of all patches and words, see `M3AE`.
         fill_words(batch, *, seed): predictions of all words, see `MAMO`.
         encode_images(images), encode_texts(text, text_lengths): an `EncodedView` each, to be compared by retrieval.
+        pair(images, texts, of_image, of_text): encoded images beside encoded texts for its fusion encoder, see `MAMO`.
         match(images, texts, of_image, of_text): how sure it is that image and text belong together, see `MAMO`.
+
+    Args:
+        config: its sizes, an object of the class beside it in OBJECTIVES.
     """
 
     METRICS: ClassVar[Mapping[str, Metric]]  # numbers of its output that a run records; the first is "loss"
@@ -42,7 +46,9 @@ class Model(nn.Module):
     PICTURE: ClassVar[str | None] = None  # what a run draws: "reconstruction", "words" (offers fill_words), or nothing
     TINY_LR: ClassVar[float] = 1e-3  # peak learning rate at size tiny
 
-    config: ModelConfig
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
 
     @classmethod
     def offers(cls, *methods: str) -> bool:

@@ -20,7 +20,8 @@ class Reason(nn.Module):
 
     def __init__(self, mamo: MAMO):
         super().__init__()
-        self.mamo, c = mamo, mamo.config
+        self.mamo = mamo
+        self.config = c = mamo.config
         self.head = nn.Sequential(
             fast.Linear(2 * c.width, c.width), fast.Linear(c.width, 1, input_activation=c.activation)
         )

@@ -36,8 +36,7 @@ class Supervised(Model):
     LABELS = True
 
     def __init__(self, config: SupervisedConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.encoder = ImageEncoder(config, config.depth)
         self.head = fast.Linear(config.width, config.classes)
         reset_parameters(self)

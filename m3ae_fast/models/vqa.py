@@ -52,7 +52,8 @@ class VQA(nn.Module):
 
     def __init__(self, mamo: MAMO, *, depth: int = 2):
         super().__init__()
-        self.mamo, c = mamo, mamo.config
+        self.mamo = mamo
+        self.config = c = mamo.config
         options = {"mlp_ratio": c.mlp_ratio, "activation": c.activation}
         self.blocks = nn.ModuleList(DecoderBlock(c.width, c.heads, **options) for _ in range(depth))
         self.norm = fast.LayerNorm(c.width)

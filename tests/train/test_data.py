@@ -13,7 +13,7 @@ from PIL import Image
 from m3ae_fast import M3AEFastWarning
 from m3ae_fast.data import BadSample, ShapesDataset
 from m3ae_fast.train import Summary, pretrain, trainer, watch
-from m3ae_fast.train.report import print_data
+from m3ae_fast.train.summary import print_data
 
 
 def image(i: int) -> bytes:

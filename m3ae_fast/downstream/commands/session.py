@@ -13,24 +13,25 @@ from m3ae_fast.data import DRAWN
 from m3ae_fast.data.samples import Some, open_classes
 from m3ae_fast.downstream.commands.arguments import SCORED
 from m3ae_fast.downstream.scoring import report
+from m3ae_fast.models import objectives_offering
 from m3ae_fast.train import Run, load_run
 
 TRAINING = 50_000  # drawn scenes to fine-tune on: more than are ever read
 
 
-def open_run(args: argparse.Namespace, *objectives: str):
+def open_run(args: argparse.Namespace, *methods: str):
     """The run, and (open the data to score on, open the data to train on) by an opener such as `open_pairs`.
 
     Args:
-        args: of the command line. objectives: of the run, those that will do; none: any.
+        args: of the command line. methods: what the model must offer (`Model.offers`).
     Raises:
-        ValueError: a file could not be written in the end, or it is a run of another objective.
+        ValueError: a file could not be written in the end, or it is a run of an objective that does not do.
     """
     for name in ("out", "save", "picture"):
         path = getattr(args, name, None)
         if path and (path.is_dir() or not path.parent.is_dir()):  # or hours of training would end here
             raise ValueError(f"--{name} must name a file in a folder that exists, got {path}")
-    run = load_run(args.run, args.device, **({"objectives": objectives} if objectives else {}))
+    run = load_run(args.run, args.device, objectives=objectives_offering(*methods))
     size = run.model.config.image_shape[0]
 
     def scored(opener: Callable, spec: str | None = None):

@@ -16,8 +16,8 @@ from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Tokenizer
 from m3ae_fast.downstream.commands.arguments import add_captions, add_device, add_picture, add_run, check_captions
 from m3ae_fast.downstream.commands.session import open_run
-from m3ae_fast.downstream.features import encode_cls, evaluating, image_encoder, reads_pairs
-from m3ae_fast.models import MAMO
+from m3ae_fast.downstream.features import evaluating
+from m3ae_fast.models import Model
 from m3ae_fast.models.ground import to_pixels
 from m3ae_fast.nn import Transformer
 from m3ae_fast.train.pictures import batch_of_files, held_out
@@ -34,14 +34,12 @@ class Attention:
 
 
 @torch.no_grad()
-def attend(
-    model: nn.Module, batch: ImageTextBatch, *, layer: int | None = None, rollout: bool = False
-) -> list[Attention]:
-    """Attention of every image, mean over the heads: M3AE's encoder and MAMO's fusion encoder over image and words, the
-    image encoder of the others (and of these, where no sample has a word) over the image alone.
+def attend(model: Model, batch: ImageTextBatch, *, layer: int | None = None, rollout: bool = False) -> list[Attention]:
+    """Attention of every image, mean over the heads: in the `joint_encoder` over image and words or, without one or
+    without a word in any sample, in the `image_encoder` over the image alone.
 
     Args:
-        model: an M3AE, MAE, MAMO, CLIP or Supervised.
+        model: of a run.
         batch: images, with texts or without.
         layer: of which block, counted from 0; None: the last.
         rollout: instead, the product over all blocks of (weights + identity) / 2: how much of each patch has come
@@ -54,17 +52,16 @@ def attend(
     """
     if batch.images is None or not all(batch.has_image):
         raise ValueError("batch must have an image in every sample, got one without")
-    pairs = reads_pairs(model) and batch.text_lengths.total > 0
-    if not pairs:
-        batch = ImageTextBatch(batch.images)
-    transformer = model.online.fusion if pairs and isinstance(model, MAMO) else image_encoder(model)[1]
+    transformer = model.joint_encoder() if batch.text_lengths.total else None
+    if transformer is None:
+        batch, transformer = ImageTextBatch(batch.images), model.image_encoder()[1]
     depth, P = len(transformer.blocks), model.config.patches
     if layer is not None and rollout:
         raise ValueError(f"layer must be None with rollout, which goes through all of them, got {layer}")
     if layer is not None and not 0 <= layer < depth:
         raise ValueError(f"layer must be in [0, {depth}), a block of the encoder, got {layer}")
     with evaluating(model):
-        blocks = weights_of(transformer, lambda: encode_cls(model, batch))
+        blocks = weights_of(transformer, lambda: model.encode_cls(batch))
     found = []
     for weights in zip(*blocks, strict=True):  # of every block [S, S], for each sequence [CLS; patches; words]
         chosen = _rollout(weights) if rollout else weights[depth - 1 if layer is None else layer]
@@ -105,7 +102,7 @@ def _rollout(weights: tuple[Tensor, ...]) -> Tensor:
     return total
 
 
-def draw_attention(model: nn.Module, batch: ImageTextBatch, tokenizer: Tokenizer | None, path: Path, **options) -> None:
+def draw_attention(model: Model, batch: ImageTextBatch, tokenizer: Tokenizer | None, path: Path, **options) -> None:
     """A picture: every image, where its CLS looks, where each word does: gray where least, in its colours where most.
 
     Args:
@@ -151,7 +148,7 @@ def main(args: argparse.Namespace) -> int:
     """`m3ae-fast attend`; returns the exit status."""
     check_captions(args)
     run, *_ = open_run(args)
-    if args.captions and not reads_pairs(run.model):
+    if args.captions and run.model.joint_encoder() is None:
         kind = type(run.model).__name__
         raise ValueError(f"--caption must not be given: {kind} encodes no image beside its words, got {args.captions}")
     if args.images:

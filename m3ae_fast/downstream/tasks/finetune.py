@@ -28,7 +28,7 @@ from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader, Sample
 from m3ae_fast.downstream.commands.arguments import add_classes, add_trained
 from m3ae_fast.downstream.commands.session import finish, open_run, pair_of_classes, save
-from m3ae_fast.downstream.features import encode_cls, extract, image_encoder
+from m3ae_fast.downstream.features import extract
 from m3ae_fast.downstream.scoring.accuracy import score_logits
 from m3ae_fast.downstream.scoring.report import Result
 from m3ae_fast.downstream.training import Training, descend
@@ -55,7 +55,7 @@ class Classifier(nn.Module):
     """logits = Linear(LayerNorm(CLS of images alone)); the Linear starts at 0.
 
     Args:
-        model: an M3AE, MAE, MAMO, CLIP or Supervised, of which the image encoder is used.
+        model: of which the image encoder is used.
         classes: C.
     """
 
@@ -70,7 +70,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W], uint8 or normalised floats -> [B, C]."""
-        return self.classify(encode_cls(self.model, ImageTextBatch(images)))
+        return self.classify(self.model.encode_cls(ImageTextBatch(images)))
 
     def classify(self, cls: Tensor) -> Tensor:
         """Class tokens of the encoder [B, D] -> [B, C]."""
@@ -87,7 +87,7 @@ def layer_decayed(model: Classifier, *, weight_decay: float, layer_decay: float)
         weight_decay: of matrices; none of biases, norms and tokens. layer_decay: in (0, 1].
     """
     _checks.real("layer_decay", layer_decay, "(0, 1]")
-    tokens, transformer = image_encoder(model.model)
+    tokens, transformer = model.model.image_encoder()
     top = [*transformer.norm.parameters(), *model.norm.parameters(), *model.head.parameters()]
     layers = [tokens, *(list(block.parameters()) for block in transformer.blocks), top]
     groups = []
@@ -131,7 +131,7 @@ def finetune(model: Classifier, samples: Sequence[Sample], *, progress: bool = T
         images, target = mix(normalised(batch.images, config), target, rng, mixup=tuning.mixup, cutmix=tuning.cutmix)
         return F.cross_entropy(model(images).float(), target)
 
-    transformer = image_encoder(model.model)[1]
+    transformer = model.model.image_encoder()[1]
     fast.drop_paths(transformer, tuning.drop_path)
     trained = {p for group in optimiser.param_groups for p in group["params"]}
     others = [p for p in model.parameters() if p.requires_grad and p not in trained]

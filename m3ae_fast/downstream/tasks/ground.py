@@ -18,13 +18,13 @@ from m3ae_fast.downstream.commands.session import finish, open_run
 from m3ae_fast.downstream.pack import chunks, crop_box, pack_for
 from m3ae_fast.downstream.scoring.report import Result
 from m3ae_fast.examples import Phrase
-from m3ae_fast.models import MAMO
+from m3ae_fast.models import Model
 from m3ae_fast.models.ground import ground as maps_of
 from m3ae_fast.models.ground import points, to_pixels
 
 
 def ground(
-    model: MAMO, phrases: Sequence[Phrase], tokenizer: Tokenizer, *, batch_size: int = 64, block: int | None = None
+    model: Model, phrases: Sequence[Phrase], tokenizer: Tokenizer, *, batch_size: int = 64, block: int | None = None
 ) -> list[Result]:
     """Pointing accuracy: how often the highest pixel of the map lies in the phrase's box. Chance: a random pixel.
 
@@ -54,7 +54,7 @@ def ground(
 
 
 def draw_ground(
-    model: MAMO, phrases: Sequence[Phrase], tokenizer: Tokenizer, path: Path, *, block: int | None = None
+    model: Model, phrases: Sequence[Phrase], tokenizer: Tokenizer, path: Path, *, block: int | None = None
 ) -> None:
     """Each image, its map, the highest pixel (a cross) and the box, where it is known, with the phrase below."""
     size = model.config.image_shape[0]
@@ -88,7 +88,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """`m3ae-fast ground`; returns the exit status."""
-    run, scored, _ = open_run(args, "mamo")
+    run, scored, _ = open_run(args, "pair")
     phrases = scored(open_phrases)
     if args.picture:
         first = [phrases[i] for i in range(min(6, len(phrases)))]

@@ -53,9 +53,9 @@ def reason(
 
 def _logits(model: Reason, statements: Sequence[Statement], tokenizer: Tokenizer) -> Tensor:
     device = next(model.parameters()).device
-    left = pack_for(model.mamo, [s.left for s in statements], None, tokenizer).to(device).images
+    left = pack_for(model, [s.left for s in statements], None, tokenizer).to(device).images
     sentences = [s.sentence for s in statements]
-    return model(left, pack_for(model.mamo, [s.right for s in statements], sentences, tokenizer).to(device))
+    return model(left, pack_for(model, [s.right for s in statements], sentences, tokenizer).to(device))
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """`m3ae-fast reason`; returns the exit status."""
-    run, scored, trained = open_run(args, "mamo")
+    run, scored, trained = open_run(args, "pair")
     statements, training = scored(open_statements), trained(open_statements)
     model = Reason(run.model).to(args.device)
     train_reason(model, training, run.tokenizer, **given(Training, args))

@@ -21,7 +21,7 @@ from m3ae_fast.downstream.scoring.recall import recalls
 from m3ae_fast.downstream.scoring.report import Result
 from m3ae_fast.downstream.training import Training, train
 from m3ae_fast.examples import Pair
-from m3ae_fast.models import CLIP, MAMO
+from m3ae_fast.models import Model
 from m3ae_fast.models.encoders import EncodedView, whole
 
 RERANK = 16  # of ITC's best, for each query
@@ -29,9 +29,10 @@ RERANK = 16  # of ITC's best, for each query
 
 @torch.no_grad()
 def retrieve(
-    model: MAMO | CLIP, pairs: Sequence[Pair], tokenizer: Tokenizer, *, rerank: int = RERANK, batch_size: int = 64
+    model: Model, pairs: Sequence[Pair], tokenizer: Tokenizer, *, rerank: int = RERANK, batch_size: int = 64
 ) -> list[Result]:
-    """R@1, 5 and 10 both ways: "ITC text R@1" and so on, and of a MAMO "text R@1" and so on, after re-ranking.
+    """R@1, 5 and 10 both ways: "ITC text R@1" and so on; of a model that offers `match` "text R@1", too, after
+    re-ranking.
 
     Texts and images that are there twice are right for one another's.
 
@@ -46,7 +47,7 @@ def retrieve(
         raise ValueError("pairs must hold at least one, got none")
     _checks.integer("rerank", rerank, 0)
     device = next(model.parameters()).device
-    again = isinstance(model, MAMO) and rerank > 0
+    again = model.offers("match") and rerank > 0
 
     def kept(view: EncodedView) -> EncodedView:  # tokens are many, and only ITM reads them
         return view if again else dataclasses.replace(view, tokens=view.tokens[:0])
@@ -92,7 +93,7 @@ class _Store:
 
 
 def _reranked(
-    model: MAMO, images: _Store, texts: _Store, scores: Tensor, count: int, batch_size: int
+    model: Model, images: _Store, texts: _Store, scores: Tensor, count: int, batch_size: int
 ) -> tuple[Tensor, Tensor]:
     """[N, M] twice: for each image its `count` best texts by ITM before all others by ITC, and for each text images."""
     found = []
@@ -115,19 +116,17 @@ def _reranked(
     return found[0], found[1].T
 
 
-def finetune_retrieval(model: MAMO | CLIP, pairs: Sequence[Pair], tokenizer: Tokenizer, **settings) -> list[float]:
+def finetune_retrieval(model: Model, pairs: Sequence[Pair], tokenizer: Tokenizer, **settings) -> list[float]:
     """Train a model for retrieval alone, with ITC and ITM; returns the losses. settings: as of `train`."""
     seed = settings.get("seed", Training.seed)
     device = next(model.parameters()).device
     before = model.config
-    if isinstance(model, MAMO):
-        model.config = dataclasses.replace(before, mrm_weight=0, mim_weight=0, mlm_weight=0, itc_weight=1, itm_weight=1)
+    model.config = before.for_retrieval()
 
     def loss_of(examples: list[Pair], step: int) -> Tensor:
         captions = [p.captions[(seed + step + i) % len(p.captions)] for i, p in enumerate(examples)]
         batch = pack_for(model, [p.image for p in examples], captions, tokenizer).to(device)
-        if hasattr(model, "update_target"):
-            model.update_target()
+        model.update_target()
         return model(batch, seed=seed, step=step).loss
 
     try:
@@ -153,7 +152,7 @@ def main(args: argparse.Namespace) -> int:
     """`m3ae-fast retrieve`; returns the exit status."""
     if args.train and not args.finetune:
         raise ValueError(f"--train must come with --finetune STEPS, got --train {args.train} alone")
-    run, scored, trained = open_run(args, "mamo", "clip")
+    run, scored, trained = open_run(args, "encode_images", "encode_texts")
     pairs = scored(open_pairs)
     if args.finetune:
         settings = given(Training, args) | {"steps": args.finetune}

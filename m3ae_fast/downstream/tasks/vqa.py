@@ -81,7 +81,7 @@ def vqa(
 
 
 def _batch(model: VQA, questions: Sequence[Question], tokenizer: Tokenizer):
-    return pack_for(model.mamo, [q.image for q in questions], [q.question for q in questions], tokenizer)
+    return pack_for(model, [q.image for q in questions], [q.question for q in questions], tokenizer)
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -95,7 +95,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """`m3ae-fast vqa`; returns the exit status."""
-    run, scored, trained = open_run(args, "mamo")
+    run, scored, trained = open_run(args, "pair")
     questions, training = scored(open_questions), trained(open_questions)
     answers = read_answers(args.answers) if args.answers else training.answers()
     model = VQA(run.model).to(args.device)

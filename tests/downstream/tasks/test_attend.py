@@ -110,7 +110,7 @@ def test_arguments(options, message):
 
 def test_the_mode_is_restored_whatever_happens(monkeypatch):
     model = make("mae")
-    monkeypatch.setattr(module, "encode_cls", lambda *_: 1 / 0)
+    monkeypatch.setattr(model, "encode_cls", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         attend(model, batch())
     assert model.training

@@ -9,7 +9,6 @@ from m3ae_fast.downstream.tasks import finetune as module
 from m3ae_fast.downstream.tasks.finetune import (
     Classifier,
     finetune,
-    image_encoder,
     layer_decayed,
     mix,
     normalised,
@@ -49,7 +48,7 @@ def test_it_learns_and_leaves_the_rest_alone(objective):
     assert losses[0] == pytest.approx(np.log(3), abs=1e-5), "the head starts at 0"
     result = score_classifier(model, Colors(30, seed=1))
     assert result.value > 0.9 and result.chance == pytest.approx(1 / 3) and not model.training
-    tokens, transformer = image_encoder(model.model)
+    tokens, transformer = model.model.image_encoder()
     trained = {id(p) for p in [*tokens, *transformer.parameters(), *model.norm.parameters(), *model.head.parameters()]}
     after = model.state_dict()
     for name, p in model.named_parameters():
