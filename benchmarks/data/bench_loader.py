@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import measure
 from m3ae_fast.data import EncodedImage, FolderDataset, Loader
-from m3ae_fast.data.transforms import crop
+from m3ae_fast.data.images import crop
 
 SIZE, WORKERS, BATCH = 256, 2, 32  # pixels a side of what comes out
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

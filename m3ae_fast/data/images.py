@@ -1,13 +1,26 @@
-"""EncodedImage: a JPEG or PNG that is decoded once it is known which part is wanted, and at what size."""
+"""An image's way from a file to the pixels of a batch, in this order.
+
+    EncodedImage                a file of which the header is read: how large the upright image is
+    random_box, center_box      the part that is wanted
+    crop                        that part, decoded and resized to [size, size, 3] uint8
+    augment, center_crop        what training and evaluation take of an image
+    stack                       those of a batch: ImageTextBatch.images
+
+The model's `gather_patches` then reads the patches that are kept, and normalises them on the way.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from m3ae_fast.data.bad_sample import BadSample
 
@@ -24,6 +37,8 @@ TURNS = {  # what makes the image upright, by the tag; where it is anything else
 }
 JPEG_SCALES = (8, 4, 2)  # a JPEG can be decoded at 1/8, 1/4 or 1/2 of its size, for little more than that share of work
 REDUCING_GAP = 2.0  # what is decoded so keeps at least so many times the size wanted
+RATIO = (3 / 4, 4 / 3)  # width / height of a random crop
+ATTEMPTS = 10
 
 
 class EncodedImage:
@@ -68,21 +83,6 @@ class EncodedImage:
             return resize(_rgb(image), box, size)
 
 
-def resize(image: Image.Image, box: tuple[float, float, float, float], size: int) -> np.ndarray:
-    """The part of an RGB image in `box` as [size, size, 3] uint8: bicubic, a pixel at the box's edge knows those
-    outside."""
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
-
-
-def read_image(path: str | os.PathLike, name: str) -> np.ndarray:
-    """An image file as [H, W, 3] uint8, upright, transparency on white.
-
-    Raises:
-        BadSample: it cannot be read or decoded.
-    """
-    return EncodedImage(path, name).decoded()
-
-
 @contextlib.contextmanager
 def _naming(name: str):
     """Whatever a decoder raises becomes a BadSample."""
@@ -103,3 +103,84 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def random_box(height: int, width: int, scale: tuple[float, float], rng: np.random.Generator) -> Box:
+    """A box of `scale` of the area, of an aspect ratio in 3/4 .. 4/3, both drawn uniformly (the ratio in its log).
+
+    Where ten draws do not fit, as in a long strip, the largest one of an allowed ratio in the middle.
+    """
+    for _ in range(ATTEMPTS):
+        area = height * width * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            y, x = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            return x, y, x + w, y + h
+    h = min(height, max(1, round(width / RATIO[0])))
+    w = min(width, max(1, round(height * RATIO[1])))
+    return _center(height, width, h, w)
+
+
+def center_box(height: int, width: int) -> Box:
+    """The largest square in the middle."""
+    side = min(height, width)
+    return _center(height, width, side, side)
+
+
+def _center(height: int, width: int, h: int, w: int) -> Box:
+    x, y = (width - w) // 2, (height - h) // 2
+    return x, y, x + w, y + h
+
+
+def crop(image: np.ndarray | EncodedImage, box: Box, size: int) -> np.ndarray:
+    """What is in the box, resized to [size, size, 3] uint8; of a decoded image that needs no resizing, a view.
+
+    Args:
+        image: [H, W, 3] uint8, or still encoded.
+        box: x0, y0, x1, y1 in pixels. size: pixels a side of the result.
+    """
+    if isinstance(image, EncodedImage):
+        return image.resized(box, size)
+    x0, y0, x1, y1 = box
+    if (y1 - y0, x1 - x0) == (size, size):
+        return image[y0:y1, x0:x1]
+    return resize(Image.fromarray(image), box, size)
+
+
+def resize(image: Image.Image, box: tuple[float, float, float, float], size: int) -> np.ndarray:
+    """The part of an RGB image in `box` as [size, size, 3] uint8: bicubic, a pixel at the box's edge knows those
+    outside."""
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def augment(
+    image: np.ndarray | EncodedImage,
+    size: int,
+    rng: np.random.Generator,
+    *,
+    scale: tuple[float, float] | None,
+    flip: bool,
+) -> np.ndarray:
+    """A random resized crop and, half of the time, a mirror image.
+
+    Args:
+        image: [H, W, 3] uint8, or still encoded.
+        size: pixels a side of the result.
+        rng: where the randomness comes from.
+        scale: smallest and largest share of the area that a crop keeps; None: no random crop, `center_crop`.
+        flip: whether mirroring is allowed: not where captions speak of left and right.
+    """
+    out = crop(image, random_box(*image.shape[:2], scale, rng), size) if scale else center_crop(image, size)
+    return out[:, ::-1] if flip and rng.random() < 0.5 else out
+
+
+def center_crop(image: np.ndarray | EncodedImage, size: int) -> np.ndarray:
+    """The square of `center_box`, resized to [size, size, 3] uint8: for evaluation, so the image is decoded whole."""
+    image = image.decoded() if isinstance(image, EncodedImage) else image
+    return crop(image, center_box(*image.shape[:2]), size)
+
+
+def stack(images: Sequence[np.ndarray]) -> Tensor:
+    """Images of one size, [H, W, 3] uint8 each, as [N, 3, H, W] in channels-last memory."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

@@ -25,13 +25,13 @@ from m3ae_fast import _checks
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data.bad_sample import BadSample
+from m3ae_fast.data.images import augment, center_crop, stack
 from m3ae_fast.data.mixture import MixedDataset
 from m3ae_fast.data.sample import Sample
 from m3ae_fast.data.seeds import ORDER, SAMPLE, check_seed, generator
 from m3ae_fast.data.shuffle import Shuffle
 from m3ae_fast.data.streamed import StreamedDataset
 from m3ae_fast.data.text import Tokenizer
-from m3ae_fast.data.transforms import augment, center_crop
 
 COUNTERS = ("seen", "images_skipped", "texts_cut", "captions_empty")
 MAX_WARNINGS = 20  # of bad samples: a web-scale data set has thousands
@@ -357,7 +357,7 @@ class _Batches(Dataset):
         counters.update(seen=len(prepared), images_skipped=sum(bad.kind not in LEFT_OUT for bad in skipped))
         images = [sample.image for sample in prepared if sample.image is not None]
         batch = ImageTextBatch(
-            torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) if images else None,
+            stack(images) if images else None,
             torch.tensor([i for sample in prepared for i in sample.ids], dtype=torch.int32),
             [len(sample.ids) for sample in prepared],
             has_image=[sample.image is not None for sample in prepared],

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from m3ae_fast import _checks
+from m3ae_fast.data.images import augment
 from m3ae_fast.data.sample import Sample
 from m3ae_fast.data.seeds import SAMPLE, generator
 from m3ae_fast.data.specs import open_dataset
-from m3ae_fast.data.transforms import augment
 
 COUNT = 1000  # of drawn samples, where none is given
 

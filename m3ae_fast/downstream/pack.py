@@ -13,7 +13,7 @@ from m3ae_fast import _checks
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Tokenizer
-from m3ae_fast.data.transforms import center_crop
+from m3ae_fast.data.images import center_box, center_crop, stack
 
 
 def pack(
@@ -76,9 +76,8 @@ def crop_box(
         height, width: of the image.
         size: pixels a side of the square.
     """
-    side = min(height, width)
-    offset = np.array([(width - side) // 2, (height - side) // 2] * 2)  # as center_crop takes it
-    x0, y0, x1, y1 = (np.clip((np.array(box) - offset) / side, 0, 1) * size).tolist()
+    left, top, right, _ = center_box(height, width)
+    x0, y0, x1, y1 = (np.clip((np.array(box) - [left, top] * 2) / (right - left), 0, 1) * size).tolist()
     return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
 
 
@@ -95,7 +94,7 @@ def _stack(images: Sequence[np.ndarray], size: int) -> Tensor:
             raise TypeError(f"images[{i}] must be an array of uint8, got {got}")
         if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ValueError(f"images[{i}] must have shape (height, width, 3), got {image.shape}")
-    return torch.from_numpy(np.stack([center_crop(image, size) for image in images])).permute(0, 3, 1, 2)
+    return stack([center_crop(image, size) for image in images])
 
 
 def _encode(texts: Sequence[str], tokenizer: Tokenizer | None, longest: int) -> list[list[int]]:

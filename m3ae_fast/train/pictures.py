@@ -13,9 +13,8 @@ from torch import Tensor
 from m3ae_fast._drawing import FAINT, INK, Cards, heat, new_figure, save_figure
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
-from m3ae_fast.data import Loader, Sample, Tokenizer, open_dataset
+from m3ae_fast.data import EncodedImage, Loader, Sample, Tokenizer, open_dataset
 from m3ae_fast.data.folder import read_captions
-from m3ae_fast.data.images import read_image
 from m3ae_fast.models import Metric, Model, ModelConfig
 from m3ae_fast.models.ground import ground, to_pixels
 from m3ae_fast.train import metrics
@@ -82,7 +81,7 @@ def batch_of_files(
     for i, path in enumerate(images):
         beside = path.with_suffix(".txt")
         lines = [captions[i]] if captions else read_captions(beside, str(beside))[:1] if beside.is_file() else []
-        samples.append(Sample(read_image(path, str(path)), tuple(lines), str(path)))
+        samples.append(Sample(EncodedImage(path, str(path)).decoded(), tuple(lines), str(path)))
     return _first_batch(_InOrder(samples), tokenizer, model_config, len(samples), strict=True)
 
 

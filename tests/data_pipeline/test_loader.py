@@ -18,7 +18,7 @@ from torch.utils.data._utils import signal_handling
 from m3ae_fast import M3AEFastWarning
 from m3ae_fast.data import BadSample, FolderDataset, Loader, Sample, ShapesDataset, Tokenizer
 from m3ae_fast.data import loader as loader_module
-from m3ae_fast.data.transforms import center_crop
+from m3ae_fast.data.images import center_crop
 
 PHOTOS = Path(__file__).parent.parent / "data" / "photos"
 WORDS = [f"{w}{v}" for w in "bcdfghklmn" for v in "aeiou"]

@@ -6,7 +6,7 @@ import torch
 
 from m3ae_fast import M3AEFastWarning
 from m3ae_fast.data import Tokenizer
-from m3ae_fast.data.transforms import center_crop
+from m3ae_fast.data.images import center_crop
 from m3ae_fast.downstream.pack import crop_box, pack
 
 TEXTS = ["a red circle", "two stars", "a ring"]

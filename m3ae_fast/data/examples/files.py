@@ -24,7 +24,7 @@ from m3ae_fast import _checks
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data.examples.shapes import ShapesPairs, ShapesPhrases, ShapesQuestions, ShapesStatements
 from m3ae_fast.data.folder import IMAGES, FolderDataset
-from m3ae_fast.data.images import read_image
+from m3ae_fast.data.images import EncodedImage
 from m3ae_fast.data.rows import parse_object
 from m3ae_fast.examples import Pair, Phrase, Question, Statement
 
@@ -174,7 +174,7 @@ class _File(Sequence):
         return len(self.rows)
 
     def _image(self, row: _Row, field: str) -> np.ndarray:
-        return read_image(row.values[field], f"{row.name}: {field} {row.values[field]}")
+        return EncodedImage(row.values[field], f"{row.name}: {field} {row.values[field]}").decoded()
 
 
 # What checks a field's value: hands it back, or raises ValueError("be ...").

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 from m3ae_fast import M3AEFastWarning
-from m3ae_fast.data import BadSample
+from m3ae_fast.data import BadSample, EncodedImage
 from m3ae_fast.data.examples import shapes
 from m3ae_fast.data.examples.files import open_pairs, open_phrases, open_questions, open_statements, read_answers
-from m3ae_fast.data.images import read_image
 
 PHOTOS = Path(__file__).parents[2] / "data" / "photos"
-PHOTO = {name: read_image(PHOTOS / f"{name}.jpg", name) for name in ("astronaut", "camera", "coffee")}
+PHOTO = {name: EncodedImage(PHOTOS / f"{name}.jpg", name).decoded() for name in ("astronaut", "camera", "coffee")}
 PAIR = {"image": "camera.jpg", "caption": "a man"}
 QUESTION = {"image": "camera.jpg", "question": "who?", "answer": "a man"}
 STATEMENT = {"left": "camera.jpg", "right": "sub/coffee.jpg", "sentence": "both are gray", "label": False}
