@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from m3ae_fast.data.bad_sample import BadSample
-from m3ae_fast.data.images import EncodedImage
+from m3ae_fast.data.images import IMAGES, EncodedImage, is_image
 from m3ae_fast.data.sample import EncodedDataset, Sample
 
-IMAGES = (".jpg", ".jpeg", ".png")
 CAPTIONS = ".txt"
 SPLITS = {"train", "val", "valid", "validation", "test"}
 
@@ -19,9 +18,9 @@ class FolderDataset(EncodedDataset):
     """Images and captions of a folder and its subfolders, sorted by path; hidden files and folders are left out.
     Links are followed, but for those to a folder that they lie in.
 
-    `name.jpg`, `.jpeg` or `.png` (any case) is an image; `name.txt` beside it holds its captions, one a line, UTF-8,
-    blank lines ignored. An image whose text file is missing or blank is an image alone; a text file without an
-    image is a text alone.
+    `name.jpg`, `.png` or another of `images.IMAGES` (any case) is an image; `name.txt` beside it holds its captions,
+    one a line, UTF-8, blank lines ignored. An image whose text file is missing or blank is an image alone; a text file
+    without an image is a text alone.
 
     Args:
         path: the folder.
@@ -42,7 +41,7 @@ class FolderDataset(EncodedDataset):
         if not self.path.is_dir():
             raise NotADirectoryError(f"path must name a folder, {self.path} is a file")
         files = sorted(_files(self.path))
-        images = [name for name in files if name.lower().endswith(IMAGES)]
+        images = list(filter(is_image, files))
         self._texts: dict[str, str] = {}  # stem -> its caption file
         for name in files:
             if name.lower().endswith(CAPTIONS) and self._texts.setdefault(_stem(name), name) != name:
@@ -50,7 +49,7 @@ class FolderDataset(EncodedDataset):
         alone = self._texts.keys() - set(map(_stem, images))
         self.names = sorted([*images, *(self._texts[stem] for stem in alone)])
         if not self.names:
-            raise ValueError(f"path must hold {', '.join(f'name{e}' for e in (*IMAGES, CAPTIONS))}, got none in {path}")
+            raise ValueError(f"path must hold {', '.join(f'name.{e}' for e in (*IMAGES, 'txt'))}, got none in {path}")
         folders = [name.split("/")[0] if "/" in name else None for name in self.names]
         named = None not in folders and len(set(folders)) >= 2 and not set(folders) <= SPLITS
         self.classes = tuple(sorted(set(folders))) if named else ()
@@ -64,7 +63,7 @@ class FolderDataset(EncodedDataset):
         name = self.names[index]
         captions = self.captions_of(name)
         labels = (self._numbers[name.split("/")[0]],) if self.classes else ()
-        if name.lower().endswith(IMAGES):
+        if is_image(name):
             return Sample(EncodedImage(self.path / name, name), captions, name, labels)
         if not captions:
             raise BadSample(name, "there is no caption in it, and no image beside it", "caption")

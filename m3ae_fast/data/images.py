@@ -19,11 +19,20 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from m3ae_fast.data.bad_sample import BadSample
 
+FORMATS = {  # by their names in Pillow, with the suffixes of their files: a file may not choose any other decoder
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
+    "PNG": ("png",),
+    "WEBP": ("webp",),
+    "GIF": ("gif",),
+    "BMP": ("bmp",),
+    "TIFF": ("tif", "tiff"),
+}
+IMAGES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, x1 and y1 just outside
 ORIENTATION = 0x0112  # the EXIF tag
 TURNS = {  # what makes the image upright, by the tag; where it is anything else, as it is stored
@@ -41,8 +50,13 @@ RATIO = (3 / 4, 4 / 3)  # width / height of a random crop
 ATTEMPTS = 10
 
 
+def is_image(name: str) -> bool:
+    """Whether a file is called an image that can be read."""
+    return name.rpartition(".")[2].lower() in IMAGES
+
+
 class EncodedImage:
-    """An image still encoded, of which only the header is read.
+    """An image still encoded, of which only the header is read. Of an animation or several pages it is the first one.
 
     Args:
         source: the bytes of the file, or its path.
@@ -50,13 +64,13 @@ class EncodedImage:
     Attributes:
         shape: (height, width, 3) of the upright image.
     Raises:
-        BadSample: there is no such file, or no image in it.
+        BadSample: there is no such file, no image of FORMATS in it, or one of 32-bit pixels, whose scale nobody knows.
     """
 
     def __init__(self, source: bytes | str | os.PathLike, name: str):
         self.name = name
         with _naming(name):
-            self._image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            self._image = _opened(io.BytesIO(source) if isinstance(source, bytes) else source)
             turn = TURNS.get(self._image.getexif().get(ORIENTATION))
             if turn is not None:  # as cameras store photos: turned before anything is cut out of them
                 with self._image as stored:
@@ -81,6 +95,17 @@ class EncodedImage:
             if scale > 1 and image.draft(None, (width // scale, height // scale)):  # None where it is no JPEG
                 box = tuple(side / scale for side in box)
             return resize(_rgb(image), box, size)
+
+
+def _opened(source: io.BytesIO | str | os.PathLike) -> Image.Image:
+    try:
+        image = Image.open(source, formats=tuple(FORMATS))
+    except UnidentifiedImageError:  # its message has the address of a buffer
+        raise ValueError(f"cannot identify it as one of {', '.join(FORMATS)}") from None
+    if image.format == "TIFF" and image.mode in ("I", "F"):
+        image.close()
+        raise ValueError("its pixels have 32 bits, 8 or 16 are read")
+    return image
 
 
 @contextlib.contextmanager

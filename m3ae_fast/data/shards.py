@@ -17,19 +17,19 @@ import numpy as np
 
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data.bad_sample import BadSample
-from m3ae_fast.data.images import EncodedImage
+from m3ae_fast.data.images import IMAGES, EncodedImage
 from m3ae_fast.data.rows import parse_object
 from m3ae_fast.data.sample import EncodedDataset, Sample, check_classes, clean_captions
 
-IMAGES = ("jpg", "jpeg", "png")
 SUFFIXES = (*IMAGES, "txt", "json", "cls")
 BLOCK = 512  # of a tar file: headers and contents begin at its multiples
 
 
 class TarDataset(EncodedDataset):
-    """`.tar` files in which what belongs together stands together: `key.jpg` (or jpeg, png), `key.txt` (captions, one a
-    line), `key.json` (its "caption", a string or a list), `key.cls` (a class's number). A key ends at its first dot: of
-    `a.b.jpg` it is `a`, and no image. A key whose second image (or text ...) comes begins another sample.
+    """`.tar` files in which what belongs together stands together: `key.jpg` (or another of `images.IMAGES`),
+    `key.txt` (captions, one a line), `key.json` (its "caption", a string or a list), `key.cls` (a class's number). A
+    key ends at its first dot: of `a.b.jpg` it is `a`, and no image. A key whose second image (or text ...) comes begins
+    another sample.
 
     Every shard is gone through once, and of each sample only its place is kept: 20 bytes. A sample is one read, so
     any order will do on a disk that finds its place quickly; where it does not, or the shards lie elsewhere, see

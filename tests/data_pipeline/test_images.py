@@ -1,13 +1,15 @@
 """An image's way: the part that is wanted, whatever was decoded to get it; where crops are taken, what comes out."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import m3ae_fast
 from m3ae_fast.data import BadSample, EncodedImage
-from m3ae_fast.data.images import augment, center_crop, crop, random_box, resize
+from m3ae_fast.data.images import FORMATS, augment, center_crop, crop, random_box, resize
 from m3ae_fast.data.seeds import SAMPLE, generator
 
 
@@ -174,3 +176,53 @@ def test_mirroring():
     assert 60 < sum(mirrored) < 140
     for i in range(50):
         assert np.array_equal(augment(image, 32, generator(0, SAMPLE, 0, i), scale=None, flip=False), image)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_formats(kind):
+    """Each is read, by its contents; of an animation or several pages the first."""
+    image = smooth(40, 60)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    if kind in ("WEBP", "GIF", "TIFF", "PNG"):
+        options |= {"save_all": True, "append_images": [Image.new("RGB", (60, 40))]}
+    got = EncodedImage(encoded(image, kind, **options), "x.png").decoded()
+    tolerance = {"JPEG": 6, "GIF": 20}.get(kind, 0)  # 256 colours
+    np.testing.assert_allclose(got.astype(int), np.asarray(image, int), atol=tolerance)
+
+
+def test_two_pictures_in_one_jpeg():
+    """As phones store a photo and its depth: the first one."""
+    image = smooth(40, 60)
+    got = EncodedImage(encoded(image, "MPO", save_all=True, append_images=[image.rotate(180)]), "x.jpg").decoded()
+    np.testing.assert_allclose(got.astype(int), np.asarray(image, int), atol=8)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "PPM", "ICO", "TGA", "JPEG2000", "SGI", "PCX", "IM", "DDS", "ICNS"])
+def test_no_other_decoder_is_started(tmp_path, monkeypatch, kind):
+    """EPS, called .jpg, would start Ghostscript; the others are so much more code that a file could choose."""
+    try:
+        data = encoded(smooth(64, 64), kind)
+    except OSError:
+        pytest.skip(f"Pillow was built without {kind}")
+    Image.init()
+    for name in {kind, "EPS"} & Image.OPEN.keys():
+        monkeypatch.setitem(Image.OPEN, name, (pytest.fail, None))
+    path = tmp_path / "x.jpg"
+    path.write_bytes(data)
+    for source in (data, path):
+        with pytest.raises(BadSample, match=r"x\.jpg: cannot identify it as one of JPEG, PNG, WEBP") as error:
+            EncodedImage(source, "x.jpg")
+        assert error.value.kind == "image"
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pixels_of_an_unknown_scale_are_refused(mode):
+    data = encoded(Image.fromarray(np.ones((4, 4), {"F": np.float32, "I": np.int32}[mode])), "TIFF")
+    with pytest.raises(BadSample, match=r"x\.tif: its pixels have 32 bits, 8 or 16 are read"):
+        EncodedImage(data, "x.tif")
+
+
+def test_images_are_opened_in_one_place():
+    """A second Image.open would need the list of formats, too."""
+    found = [p for p in Path(m3ae_fast.__file__).parent.rglob("*.py") if "Image.open(" in p.read_text(encoding="utf-8")]
+    assert [path.name for path in found] == ["images.py"]
