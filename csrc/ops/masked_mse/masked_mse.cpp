@@ -27,7 +27,7 @@ void forward(const Tensor& pred, const Tensor& images, const Tensor& ids_mask, c
                        pred.dense("pred", {rows, patches.values()}),
                        error.optional("error", {rows, patches.values()}, pred.dtype()), row_loss.data(), samples,
                        pred.dtype(), norm_pix};
-  check_patch_ids("ids_mask", args.ids, "cu_mask", args.cu, samples, rows, source.rows * source.columns);
+  check_patch_ids("ids_mask", args.ids_mask, "cu_mask", args.cu_mask, samples, rows, source.rows * source.columns);
   const Reduced out("loss", loss, reduction, rows, accumulator(pred.dtype()));
   const auto kernel = M3AE_DISPATCH(masked_mse);
   parallel_for(rows, grain_rows(patches.values()), [&](int64_t begin, int64_t end) {
@@ -40,8 +40,8 @@ void forward(const Tensor& pred, const Tensor& images, const Tensor& ids_mask, c
   }
   double sum = 0;
   for (int64_t n = 0; n < args.images; ++n) {
-    const double weight = row_weight(reduction, args.cu, args.images, n);
-    for (int64_t t = args.cu[n]; t < args.cu[n + 1]; ++t) sum += weight * row_loss[t];
+    const double weight = row_weight(reduction, args.cu_mask, args.images, n);
+    for (int64_t t = args.cu_mask[n]; t < args.cu_mask[n + 1]; ++t) sum += weight * row_loss[t];
   }
   out.write(0, sum);
 }

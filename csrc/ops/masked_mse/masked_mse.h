@@ -7,11 +7,11 @@ namespace m3ae {
 
 struct MaskedMse {
   PatchSource source;
-  const int32_t* ids;  // [M] within the image
-  const int32_t* cu;   // [images + 1]
-  const void* pred;    // [M, patch * patch * channels]
-  void* error;         // as pred, pred - target: zero in rows from cu[images] on; null: not wanted
-  double* row_loss;    // [M] the mean of error^2
+  const int32_t* ids_mask;  // [M] within the image
+  const int32_t* cu_mask;   // [images + 1]
+  const void* pred;         // [M, patch * patch * channels]
+  void* error;              // as pred, pred - target: zero in rows from cu_mask[images] on; null: not wanted
+  double* row_loss;         // [M] the mean of error^2
   int64_t images;
   Dtype pred_dtype;
   bool norm_pix;

@@ -71,7 +71,7 @@ __device__ __forceinline__ double row_loss(const MaskedMse& a, const PatchTables
   const int64_t at = row * t.width;
   constexpr bool early = sizeof(pred[0]) == 16;  // while pixels are read, where there are registers for both
   if (early) load_row(as<Pred>(a.pred) + at, first, t.width, pred);
-  const int id = a.ids[row], image = sequence_of(a.cu, a.images, row);
+  const int id = a.ids_mask[row], image = sequence_of(a.cu_mask, a.images, row);
   const bool named = image < a.images;
   float target[kValues] = {}, squares = 0;
   if (named) {
@@ -91,7 +91,7 @@ __device__ __forceinline__ double row_loss(const MaskedMse& a, const PatchTables
     if (a.error) store(as<Pred>(a.error) + at + first + pack_at<pack>(i), pred[i]);
   }
   squares = row_sum(squares);
-  return named ? static_cast<double>(squares) / t.width * row_weight(reduction, a.cu, a.images, image) : 0;
+  return named ? static_cast<double>(squares) / t.width * row_weight(reduction, a.cu_mask, a.images, image) : 0;
 }
 
 template <class Pred, int pack>

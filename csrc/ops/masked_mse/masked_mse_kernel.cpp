@@ -42,9 +42,9 @@ struct Target {
 template <class V, class Pixel>
 M3AE_INLINE Target<V> read_target(const MaskedMse& a, int64_t image, int64_t t, void* scratch) {
   using Scalar = typename V::scalar;
-  prefetch_patch<Pixel>(a.source, a.ids, a.cu, image, t);
+  prefetch_patch<Pixel>(a.source, a.ids_mask, a.cu_mask, image, t);
   Target<V> target{as<Scalar>(scratch), a.source.patch * a.source.patch * a.source.channels};
-  read_patch<V, Pixel>(a.source, image, a.ids[t],
+  read_patch<V, Pixel>(a.source, image, a.ids_mask[t],
                        [&](int64_t d, V value, int n) { store_lanes(value, target.values + d, n); });
   if (a.norm_pix)
     target.normalise();
@@ -61,7 +61,7 @@ void forward(const MaskedMse& a, void* scratch, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     const Pred* pred = as<Pred>(a.pred) + t * width;
     Pred* error = a.error ? as<Pred>(a.error) + t * width : nullptr;
-    image = image_of(a.cu, a.images, t, image);
+    image = image_of(a.cu_mask, a.images, t, image);
     if (image == a.images) {
       a.row_loss[t] = 0;
       if (error) std::memset(error, 0, static_cast<size_t>(width) * sizeof(Pred));

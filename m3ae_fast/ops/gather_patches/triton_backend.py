@@ -101,8 +101,8 @@ def _backward_kernel(
 def source_signature(images):
     """The types of what load_patch reads, for three channels, and its constants for 256 x 256 pixels, 16 a patch."""
     strides = ("stride_n", "stride_c", "stride_h", "stride_w")
-    signature = {"images_ptr": images, "ids_ptr": "*i32", "cu_ptr": "*i32", "count": "i32", "scale": ("fp32",) * 3}
-    signature |= {"shift": ("fp32",) * 3} | dict.fromkeys(strides, "i32")
+    signature = {"images_ptr": images, "count": "i32", "scale": ("fp32",) * 3, "shift": ("fp32",) * 3}
+    signature |= dict.fromkeys(strides, "i32")
     return signature, {"COLUMNS": 16, "PATCH": 16, "CHANNELS": 3, "BLOCK": 1024}
 
 
@@ -110,9 +110,10 @@ def resources():
     for out in (torch.bfloat16, torch.float32):
         name, out = str(out).removeprefix("torch."), element(out)
         signature, constants = source_signature("*u8")
+        signature |= {"ids_ptr": "*i32", "cu_ptr": "*i32", "out_ptr": out}
         options = _triton.row_options(BLOCK) | EXACT
         for layout, known in (("planes", {"stride_w": 1}), ("pixels", {"stride_c": 1})):
-            types = {key: value for key, value in signature.items() if key not in known} | {"out_ptr": out}
+            types = {key: value for key, value in signature.items() if key not in known}
             yield Resource(f"gather_patches uint8 {layout} {name}", _forward_kernel, types, constants | known, options)
         pointers = {"dout_ptr": out, "order_ptr": "*i64", "starts_ptr": "*i32", "dimages_ptr": out}
         yield Resource(

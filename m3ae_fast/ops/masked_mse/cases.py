@@ -39,15 +39,15 @@ def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:
         images[:, :, -patch:, -patch:] = 200
     if name == "none masked":
         masked = [0] * count
-    ids = [torch.randperm(patches, generator=generator)[:m].sort()[0] for m in masked]
-    ids = torch.cat([torch.zeros(0, dtype=torch.int64), *ids]).int()
+    ids_mask = [torch.randperm(patches, generator=generator)[:m].sort()[0] for m in masked]
+    ids_mask = torch.cat([torch.zeros(0, dtype=torch.int64), *ids_mask]).int()
     if name == "past the end":  # rows of no image; what they name is not looked at
-        ids = torch.cat([ids, torch.tensor([-1, 10**9], dtype=torch.int32)])
+        ids_mask = torch.cat([ids_mask, torch.tensor([-1, 10**9], dtype=torch.int32)])
     if "pixels" in name or real:
         images = images.contiguous(memory_format=torch.channels_last)
     if name == "past the end":
         images = images.to(dtype) / 256
-    pred = torch.randn(len(ids), 3 * patch * patch, generator=generator, dtype=torch.float64)
+    pred = torch.randn(len(ids_mask), 3 * patch * patch, generator=generator, dtype=torch.float64)
     options = {"patch_size": patch, "mean": MEAN[:3], "std": STD[:3], "norm_pix": "norm_pix" in name}
     options["reduction"] = {"sum": "sum", "none": "none", "mean": "mean", "mae_base": "mean"}.get(first, "sample_mean")
-    return Call((pred.to(dtype).requires_grad_(), images, ids, SeqLens(masked)), options)
+    return Call((pred.to(dtype).requires_grad_(), images, ids_mask, SeqLens(masked)), options)

@@ -64,17 +64,17 @@ def masked_mse(
     _checks.floating("pred", pred, (None, values), "images", images)
     ids_mask = _checks.ids("ids_mask", ids_mask, pred.shape[0])
     _checks.device("ids_mask", ids_mask, "images", images)
-    cu = cu_seqlens("cu_mask", cu_mask)
-    patches.check_sequences("cu_mask", cu, images)
+    cu_mask = cu_seqlens("cu_mask", cu_mask)
+    patches.check_sequences("cu_mask", cu_mask, images)
     _checks.choice("reduction", reduction, REDUCTIONS)
     if norm_pix and values < 2:
         raise ValueError(f"norm_pix must be False for patches of one value, got {norm_pix!r}: they have no variance")
     scale, shift = patches.affine(images, mean, std)
-    args = (images, ids_mask, cu, patch_size, bool(norm_pix), scale, shift, reduction)
+    args = (images, ids_mask, cu_mask, patch_size, bool(norm_pix), scale, shift, reduction)
 
     impl = _backends.pick(BACKENDS, impl, pred, images.dtype)
     if impl == "reference":
-        patches.check_ids("ids_mask", ids_mask, "cu_mask", cu, images, patch_size)
+        patches.check_ids("ids_mask", ids_mask, "cu_mask", cu_mask, images, patch_size)
         return reference.masked_mse(pred, *args)
     need_error = pred.requires_grad and torch.is_grad_enabled()
     return _MaskedMse.apply(impl, pred.contiguous(), *args, need_error)[0]
@@ -102,8 +102,8 @@ class _MaskedMse(Function):
     with the factor of the reduction, which would be below what float16 can hold.)"""
 
     @staticmethod
-    def forward(impl, pred, images, ids_mask, cu, patch_size, norm_pix, scale, shift, reduction, need_error):
-        args = (images, ids_mask, cu, patch_size, norm_pix, scale, shift, reduction, need_error)
+    def forward(impl, pred, images, ids_mask, cu_mask, patch_size, norm_pix, scale, shift, reduction, need_error):
+        args = (images, ids_mask, cu_mask, patch_size, norm_pix, scale, shift, reduction, need_error)
         return *_masked_mse(impl, pred, *args), link(pred)
 
     @staticmethod
@@ -116,6 +116,6 @@ class _MaskedMse(Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, saved, dloss, *_):
-        error, cu, _ = saved
-        dpred = _masked_mse_backward(ctx.impl, dloss.contiguous(), error, cu, ctx.reduction)
+        error, cu_mask, _ = saved
+        dpred = _masked_mse_backward(ctx.impl, dloss.contiguous(), error, cu_mask, ctx.reduction)
         return None, dpred, *(None,) * (ctx.inputs - 2)

@@ -50,16 +50,16 @@ def _row_weight(cu_ptr, count, image, REDUCTION: tl.constexpr):
 
 @_triton.jit(do_not_specialize=["count"])
 def _forward_kernel(
-    pred_ptr, images_ptr, ids_ptr, cu_ptr, row_loss_ptr, error_ptr, count, stride_n, stride_c, stride_h, stride_w,
-    scale, shift, COLUMNS: tl.constexpr, PATCH: tl.constexpr, CHANNELS: tl.constexpr, NORM_PIX: tl.constexpr,
-    REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
+    pred_ptr, images_ptr, ids_mask_ptr, cu_mask_ptr, row_loss_ptr, error_ptr, count, stride_n, stride_c, stride_h,
+    stride_w, scale, shift, COLUMNS: tl.constexpr, PATCH: tl.constexpr, CHANNELS: tl.constexpr,
+    NORM_PIX: tl.constexpr, REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = PATCH * PATCH * CHANNELS
     t = tl.program_id(0)
     d = tl.arange(0, BLOCK)
-    image = sequence_of(cu_ptr, count, t)
+    image = sequence_of(cu_mask_ptr, count, t)
     inside = (d < WIDTH) & (image < count)  # rows past the last belong to no image: error and loss 0
-    patch = tl.load(ids_ptr + t)
+    patch = tl.load(ids_mask_ptr + t)
     target = load_patch(
         images_ptr, image, patch, d, inside, stride_n, stride_c, stride_h, stride_w, scale, shift, COLUMNS, PATCH,
         CHANNELS,
@@ -75,19 +75,19 @@ def _forward_kernel(
     if error_ptr is not None:
         tl.store(error_ptr + at, error, mask=d < WIDTH)
     loss = tl.sum(error * error, 0).to(tl.float64) / WIDTH
-    tl.store(row_loss_ptr + t, loss * _row_weight(cu_ptr, count, image, REDUCTION))
+    tl.store(row_loss_ptr + t, loss * _row_weight(cu_mask_ptr, count, image, REDUCTION))
 
 
 @_triton.jit(do_not_specialize=["count"])
 def _backward_kernel(
-    dloss_ptr, error_ptr, cu_ptr, dpred_ptr, count, WIDTH: tl.constexpr, REDUCTION: tl.constexpr,
+    dloss_ptr, error_ptr, cu_mask_ptr, dpred_ptr, count, WIDTH: tl.constexpr, REDUCTION: tl.constexpr,
     A_LOSS_EACH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
-    image = sequence_of(cu_ptr, count, t)
+    image = sequence_of(cu_mask_ptr, count, t)
     dloss = tl.load(dloss_ptr + t if A_LOSS_EACH else dloss_ptr).to(tl.float64)
-    factor = (dloss * _row_weight(cu_ptr, count, image, REDUCTION) * 2 / WIDTH).to(tl.float32)
+    factor = (dloss * _row_weight(cu_mask_ptr, count, image, REDUCTION) * 2 / WIDTH).to(tl.float32)
     factor = tl.where(image < count, factor, 0.0)
     at = t * WIDTH + d
     named = (d < WIDTH) & (image < count)  # an error of no image is 0, but its dloss may be NaN
@@ -100,6 +100,7 @@ def resources():
     for dtype in (torch.bfloat16, torch.float32):
         name, pred = str(dtype).removeprefix("torch."), element(dtype)
         types = signature | {"pred_ptr": pred, "error_ptr": pred, "row_loss_ptr": "*fp64"}
+        types |= {"ids_mask_ptr": "*i32", "cu_mask_ptr": "*i32"}
         del types["stride_c"]
         for norm_pix in (False, True):
             yield Resource(
@@ -112,7 +113,7 @@ def resources():
         yield Resource(
             f"masked_mse backward {name}",
             _backward_kernel,
-            {"dloss_ptr": "*fp32", "error_ptr": pred, "cu_ptr": "*i32", "dpred_ptr": pred, "count": "i32"},
+            {"dloss_ptr": "*fp32", "error_ptr": pred, "cu_mask_ptr": "*i32", "dpred_ptr": pred, "count": "i32"},
             {"WIDTH": 768, "REDUCTION": 2, "A_LOSS_EACH": False, "BLOCK": 1024},
             _triton.row_options(1024),
         )
