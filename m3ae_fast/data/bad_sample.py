@@ -1,5 +1,7 @@
 """How a data set says that it cannot give a sample."""
 
+LONGEST = 1000  # characters of a message
+
 
 class BadSample(Exception):
     """A sample that cannot be read: its file is damaged, or holds neither an image nor a caption.
@@ -15,4 +17,7 @@ class BadSample(Exception):
         self.name, self.reason, self.kind = name, reason, kind
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
+        """In a line of a terminal: names and reasons come from files, which may hold anything."""
+        text = f"{self.name}: {self.reason}"
+        text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from m3ae_fast.data.bad_sample import BadSample
 from m3ae_fast.data.images import IMAGES, EncodedImage, is_image
-from m3ae_fast.data.sample import EncodedDataset, Sample
+from m3ae_fast.data.limits import MAX_TEXT, check_size, open_file
+from m3ae_fast.data.sample import EncodedDataset, Sample, caption_lines
 
 CAPTIONS = ".txt"
 SPLITS = {"train", "val", "valid", "validation", "test"}
@@ -89,13 +90,15 @@ def read_captions(path: Path, name: str) -> tuple[str, ...]:
     """The lines of a caption file that are not blank.
 
     Raises:
-        BadSample: `name`, as the file is called in messages, cannot be read as UTF-8.
+        BadSample: `name`, as the file is called in messages, is no UTF-8, no regular file, or larger than MAX_TEXT.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        with open_file(path) as file:
+            data = file.read(MAX_TEXT + 1)
+        check_size(len(data), MAX_TEXT)
+    except (OSError, ValueError) as error:
         raise BadSample(name, str(error), "caption") from error
-    return tuple(filter(None, map(str.strip, lines)))
+    return caption_lines(name, data)
 
 
 def _stem(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from m3ae_fast import _checks
 from m3ae_fast.data.bad_sample import BadSample
 from m3ae_fast.data.images import EncodedImage
+from m3ae_fast.data.limits import MAX_BYTES
 from m3ae_fast.data.sample import EncodedDataset, Sample, check_classes, clean_captions
 
 # The names of (images, captions, labels) in a file, for each split; the first that is there counts.
@@ -21,11 +23,17 @@ LAYOUTS = {
 }
 
 
+MAX_ROWS = 2**31 - 1
+MAX_LABELS = 1 << 27  # rows: labels are read as a whole
+MAX_LINKS = 8  # that lead to a column, one after the other
+
+
 class HDF5Dataset(EncodedDataset):
     """Rows of `jpg` (encoded images, a variable-length uint8 array each) and `caption` (strings), or of `text` alone;
     of ImageNet's file, `train_jpg` and `train_labels`, or `val_jpg` and `val_labels`.
 
-    Without `caption`, images alone. The file is opened anew in each process that reads it.
+    Without `caption`, images alone. The file is opened anew in each process that reads it. It must hold its columns
+    itself: what lies in other files is not read.
 
     Args:
         path: the file.
@@ -34,41 +42,49 @@ class HDF5Dataset(EncodedDataset):
         classes: "0" to the largest of the labels.
     Raises:
         FileNotFoundError: there is no such file. ModuleNotFoundError: h5py is missing.
-        ValueError: it is no HDF5 file, holds none of those, columns of different lengths, or labels that are none.
+        ValueError: it is no HDF5 file, holds none of those, columns of different lengths, labels that are none, or
+            columns that lie elsewhere or whose rows or chunks unpack to more than 256 MiB.
     Source: github.com/young-geng/m3ae_public (arXiv:2205.14204).
     """
 
     def __init__(self, path: str | os.PathLike, split: str | None = None):
         _checks.choice("split", split, tuple(LAYOUTS))
         self.path, self.split = Path(path), split
-        self._file, self._process = None, None
+        self._file, self._process, self._columns = None, None, {}
         with _open(self.path) as file:
-            there = set(file)
-            found = [[name if name in there else None for name in names] for names in LAYOUTS[split]]
-            found = [names for names in found if names[0] or names[1]]
-            if not found:
-                wanted = " or ".join("/".join(filter(None, names)) for names in LAYOUTS[split])
-                hint = "; its split, train or val, must be named" if there & {"train_jpg", "val_jpg"} else ""
-                held = ", ".join(sorted(there)) or "nothing"
-                raise ValueError(f"path must hold {wanted}, got {held} in {path}{hint}")
-            self._images, self._captions, self._labels = found[0]
-            for name in filter(None, found[0]):
-                if not getattr(file[name], "shape", ()):  # a group has none, a single value has ()
-                    raise ValueError(f"{path}: {name} must be a column, a data set with rows, got {file[name]!r}")
-            lengths = {name: len(file[name]) for name in found[0] if name}
-            if len(set(lengths.values())) > 1:
-                raise ValueError(f"{path} must hold columns of one length, got {lengths}")
-            self._length = next(iter(lengths.values()))
-            if self._labels and self._length:
-                name, labels = self._labels, file[self._labels]
-                if labels.dtype.kind not in "iu" or labels.size != self._length:
-                    got = f"{labels.dtype} {list(labels.shape)}"
-                    raise ValueError(f"{path}: {name} must hold a class's number in each row, got {got}")
-                self._labels = labels[:].astype(np.int64).reshape(self._length)
-                if self._labels.min() < 0:
-                    raise ValueError(f"{path}: {name} must not be negative, got {self._labels.min()}")
-                check_classes(f"{path}: {name}", int(self._labels.max()) + 1)
-                self.classes = tuple(map(str, range(self._labels.max() + 1)))
+            try:
+                self._look(file)
+            except (OSError, RuntimeError, KeyError, TypeError) as error:  # of h5py, where the file is damaged
+                raise ValueError(f"{path} cannot be read: {error}") from error
+
+    def _look(self, file) -> None:
+        """Find out what is in the file, and read its labels."""
+        path, split, there = self.path, self.split, set(file)
+        found = [[name if name in there else None for name in names] for names in LAYOUTS[split]]
+        found = [names for names in found if names[0] or names[1]]
+        if not found:
+            wanted = " or ".join("/".join(filter(None, names)) for names in LAYOUTS[split])
+            hint = "; its split, train or val, must be named" if there & {"train_jpg", "val_jpg"} else ""
+            held = ", ".join(sorted(there)) or "nothing"
+            raise ValueError(f"path must hold {wanted}, got {held} in {path}{hint}")
+        self._images, self._captions, self._labels = found[0]
+        columns = {name: _column(file, name) for name in found[0] if name}
+        lengths = {name: len(column) for name, column in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"{path} must hold columns of one length, got {lengths}")
+        self._length = next(iter(lengths.values()))
+        if self._labels and self._length:
+            name, labels = self._labels, columns[self._labels]
+            if labels.dtype.kind not in "iu" or labels.size != self._length:
+                got = f"{labels.dtype} {list(labels.shape)}"
+                raise ValueError(f"{path}: {name} must hold a class's number in each row, got {got}")
+            if labels.size > MAX_LABELS:
+                raise ValueError(f"{path}: {name} must have at most {MAX_LABELS:,} rows, got {labels.size:,}")
+            self._labels = labels[:].astype(np.int64).reshape(self._length)
+            if self._labels.min() < 0:
+                raise ValueError(f"{path}: {name} must not be negative, got {self._labels.min()}")
+            check_classes(f"{path}: {name}", int(self._labels.max()) + 1)
+            self.classes = tuple(map(str, range(self._labels.max() + 1)))
         if not self._length:
             raise ValueError(f"path must hold at least one row, got none in {path}")
 
@@ -84,7 +100,8 @@ class HDF5Dataset(EncodedDataset):
                 raise BadSample(name, "there is no word in its text", "caption")
             return Sample(None, captions, name)
         labels = () if self._labels is None else (int(self._labels[index]),)
-        return Sample(EncodedImage(bytes(self._cell(name, self._images, index)), name), captions, name, labels)
+        image = np.asarray(self._cell(name, self._images, index)).tobytes()
+        return Sample(EncodedImage(image, name), captions, name, labels)
 
     def captions(self) -> Iterator[str]:
         """All captions, no image read; rows that cannot be read are left out here, and named where they are used."""
@@ -95,15 +112,57 @@ class HDF5Dataset(EncodedDataset):
                 continue
 
     def _cell(self, name: str, column: str, index: int):
-        if self._process != os.getpid():  # a handle does not survive a fork
-            self._file, self._process = _open(self.path), os.getpid()
         try:
-            return self._file[column][index]
-        except (OSError, KeyError, RuntimeError) as error:
+            if self._process != os.getpid():  # a handle does not survive a fork
+                self._file = _open(self.path)
+                names = filter(None, (self._images, self._captions))
+                self._columns, self._process = {name: _column(self._file, name) for name in names}, os.getpid()
+            return self._columns[column][index]
+        except MemoryError:
+            raise
+        except Exception as error:  # of a damaged file, h5py raises OSError, KeyError, RuntimeError, TypeError ...
             raise BadSample(name, f"{column}: {error}", "shard") from error
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_file": None, "_process": None}
+        return self.__dict__ | {"_file": None, "_process": None, "_columns": {}}
+
+
+def _column(file, name: str):
+    """The data set of a column: one with rows, stored in the file itself. ValueError: there is none."""
+    column = _inside(file, name)
+    if not getattr(column, "shape", ()):  # a group has none, a single value has ()
+        raise ValueError(f"{file.filename}: {name} must be a column, a data set with rows, got {column!r}")
+    if column.external or column.is_virtual:
+        raise ValueError(f"{file.filename}: {name} must be stored in the file itself, got one that lies in others")
+    for what, shape in (("rows", column.shape[1:]), ("chunks", column.chunks or ())):
+        size = math.prod(shape) * column.dtype.itemsize
+        if size > MAX_BYTES:
+            raise ValueError(f"{file.filename}: {name} must have {what} of at most {MAX_BYTES:,} bytes, got {size:,}")
+    if column.shape[0] > MAX_ROWS:  # rows that were never written take no space
+        raise ValueError(f"{file.filename}: {name} must have at most {MAX_ROWS:,} rows, got {column.shape[0]:,}")
+    return column
+
+
+def _inside(file, name: str):
+    """What has a name, or is linked to, in the file. ValueError: a link leads out of it, or nowhere."""
+    import h5py
+
+    node, parts, links = file, [name], 0
+    while parts:
+        part = parts.pop()
+        if part in ("", "."):
+            continue
+        link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
+        if isinstance(link, h5py.HardLink):
+            node = node[part]
+            continue
+        links += 1
+        if not isinstance(link, h5py.SoftLink) or links > MAX_LINKS:
+            raise ValueError(f"{file.filename}: {name} must be stored in the file itself, got a link that leads "
+                             f"{'out of it' if isinstance(link, h5py.ExternalLink) else 'nowhere'}")  # fmt: skip
+        node = file if link.path.startswith("/") else node
+        parts += reversed(link.path.split("/"))
+    return node
 
 
 def _open(path: Path):

@@ -23,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from m3ae_fast.data.bad_sample import BadSample
+from m3ae_fast.data.limits import check_file
 
 FORMATS = {  # by their names in Pillow, with the suffixes of their files: a file may not choose any other decoder
     "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
@@ -33,6 +34,10 @@ FORMATS = {  # by their names in Pillow, with the suffixes of their files: a fil
     "TIFF": ("tif", "tiff"),
 }
 IMAGES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+MAX_PIXELS = "M3AE_FAST_MAX_PIXELS"  # an environment variable, so that it reaches every command and every worker
+RAISED = f"({MAX_PIXELS} or PIL.Image.MAX_IMAGE_PIXELS raises the limit)"
+if MAX_PIXELS in os.environ:
+    Image.MAX_IMAGE_PIXELS = int(os.environ[MAX_PIXELS])
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, x1 and y1 just outside
 ORIENTATION = 0x0112  # the EXIF tag
 TURNS = {  # what makes the image upright, by the tag; where it is anything else, as it is stored
@@ -64,13 +69,14 @@ class EncodedImage:
     Attributes:
         shape: (height, width, 3) of the upright image.
     Raises:
-        BadSample: there is no such file, no image of FORMATS in it, or one of 32-bit pixels, whose scale nobody knows.
+        BadSample: there is no such file, no image of FORMATS in it, one of 32-bit pixels, whose scale nobody knows, or
+            of more pixels than PIL.Image.MAX_IMAGE_PIXELS, which M3AE_FAST_MAX_PIXELS sets.
     """
 
     def __init__(self, source: bytes | str | os.PathLike, name: str):
         self.name = name
         with _naming(name):
-            self._image = _opened(io.BytesIO(source) if isinstance(source, bytes) else source)
+            self._image = _opened(source)
             turn = TURNS.get(self._image.getexif().get(ORIENTATION))
             if turn is not None:  # as cameras store photos: turned before anything is cut out of them
                 with self._image as stored:
@@ -97,14 +103,24 @@ class EncodedImage:
             return resize(_rgb(image), box, size)
 
 
-def _opened(source: io.BytesIO | str | os.PathLike) -> Image.Image:
+def _opened(source: bytes | str | os.PathLike) -> Image.Image:
+    if not isinstance(source, bytes):
+        check_file(source)
     try:
-        image = Image.open(source, formats=tuple(FORMATS))
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=tuple(FORMATS))
     except UnidentifiedImageError:  # its message has the address of a buffer
         raise ValueError(f"cannot identify it as one of {', '.join(FORMATS)}") from None
-    if image.format == "TIFF" and image.mode in ("I", "F"):
+    except Image.DecompressionBombError as error:  # at twice the limit; up to there Pillow warns
+        raise ValueError(f"{error} {RAISED}") from None
+    pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    reason = ""
+    if most is not None and pixels > most:
+        reason = f"it has {pixels:,} pixels, at most {most:,} are read {RAISED}"
+    elif image.format == "TIFF" and image.mode in ("I", "F"):
+        reason = "its pixels have 32 bits, 8 or 16 are read"
+    if reason:
         image.close()
-        raise ValueError("its pixels have 32 bits, 8 or 16 are read")
+        raise ValueError(reason)
     return image
 
 

@@ -12,15 +12,17 @@ import numpy as np
 
 from m3ae_fast.data.bad_sample import BadSample
 from m3ae_fast.data.images import EncodedImage
+from m3ae_fast.data.limits import MAX_TEXT, check_size, open_file
 from m3ae_fast.data.sample import EncodedDataset, Sample, check_classes, clean_captions
 
 
 class JSONLinesDataset(EncodedDataset):
     """Rows {"image": "a.jpg", "caption": "..."}, or {"text": "..."} of texts alone, one a line, UTF-8.
 
-    `image` is a path relative to the file's folder; `caption` a string or a list of several, and may be left out; so
-    may `label`, a class's number or name, and `labels`, a list of those; null is as if left out. Only where the lines
-    begin is kept in memory; a row is read when it is asked for, and one that is damaged is a BadSample then, not an
+    `image` is a path relative to the file's folder, or an absolute one: who names the file trusts it with every image
+    that they can read. `caption` is a string or a list of several, and may be left out; so may `label`, a class's
+    number or name, and `labels`, a list of those; null is as if left out. Only where the lines begin is kept in memory;
+    a row is read when it is asked for, and one that is damaged, or longer than 16 MiB, is a BadSample then, not an
     error of the whole file.
 
     Args:
@@ -34,13 +36,14 @@ class JSONLinesDataset(EncodedDataset):
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        offsets, labels, position = array("q"), set(), 0
-        with open(self.path, "rb") as file:
-            for line in file:
-                if line.strip():
+        offsets, labels, position, begins = array("q"), set(), 0, True
+        with open_file(self.path) as file:
+            while line := file.readline(MAX_TEXT):
+                if begins and (line.strip() or len(line) == MAX_TEXT):
                     offsets.append(position)
                     if b'"label' in line:  # the others need not be parsed to know the classes
                         labels |= _labels_met(line)
+                begins = line.endswith(b"\n")  # or it goes on, and is too long
                 position += len(line)
         if not offsets:
             raise ValueError(f"path must hold a JSON object a line, got none in {path}")
@@ -62,7 +65,7 @@ class JSONLinesDataset(EncodedDataset):
         name, row = self._row(index)
         if ("image" in row) == ("text" in row):
             raise BadSample(name, f"it must have either image or text, got {', '.join(row) or 'no field'}", "row")
-        captions = clean_captions(name, row.get("caption") or row.get("text") or ())
+        captions = _captions(name, row)
         labels = self._labels(name, row)
         if "text" in row:
             if not captions:
@@ -77,7 +80,7 @@ class JSONLinesDataset(EncodedDataset):
         for index in range(len(self)):
             try:
                 name, row = self._row(index)
-                yield from clean_captions(name, row.get("caption") or row.get("text") or ())
+                yield from _captions(name, row)
             except BadSample:
                 continue
 
@@ -86,9 +89,11 @@ class JSONLinesDataset(EncodedDataset):
         begin = int(self._offsets[index])
         name = f"{self.path.name}, row {index + 1}"
         try:
-            with open(self.path, "rb") as file:
+            with open_file(self.path) as file:
                 file.seek(begin)
-                return name, _fields(name, file.readline().decode("utf-8-sig" if begin == 0 else "utf-8"))
+                line = file.readline(MAX_TEXT + 1)
+            check_size(len(line), MAX_TEXT)
+            return name, _fields(name, line)
         except OSError as error:
             raise BadSample(name, str(error), "shard") from error
         except ValueError as error:  # of UTF-8, too
@@ -101,9 +106,13 @@ class JSONLinesDataset(EncodedDataset):
             raise BadSample(name, "label must be a class's number or name, or labels a list of those", "row") from None
 
 
-def _fields(name: str, line: str | bytes) -> dict:
+def _fields(name: str, line: bytes) -> dict:
     """Those of a row; null stands for one that is missing."""
     return {field: value for field, value in parse_object(name, line).items() if value is not None}
+
+
+def _captions(name: str, row: dict) -> tuple[str, ...]:
+    return clean_captions(name, row.get("caption", row.get("text")))
 
 
 def _labels(row: dict) -> list:
@@ -126,8 +135,9 @@ def _is_number(label: object) -> bool:
 
 
 def parse_object(name: str, line: str | bytes) -> dict:
-    """A line of a JSON-lines file. ValueError: it is not a JSON object; `name` is what the message calls it."""
+    """A line of a JSON-lines file, UTF-8. ValueError: it is no JSON object; `name` is what the message calls it."""
     try:
+        line = line.decode("utf-8-sig") if isinstance(line, bytes) else line
         value = json.loads(line)
     except (ValueError, RecursionError) as error:  # the latter: lists in lists in lists
         raise ValueError(f"{name} must be a JSON object, got {line.strip()[:60]!r}: {error}") from None

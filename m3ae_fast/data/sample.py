@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 
 import numpy as np
 
@@ -47,13 +48,26 @@ class EncodedDataset:
         return sample if sample.image is None else dataclasses.replace(sample, image=sample.image.decoded())
 
 
+def caption_lines(name: str, data: bytes) -> tuple[str, ...]:
+    """The captions of a text file: its lines, which end as everywhere, in \\n, \\r\\n or \\r; blank ones are left out.
+
+    Raises:
+        BadSample: they are no UTF-8; `name` is what the message calls the file.
+    """
+    try:
+        lines = list(io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadSample(name, str(error), "caption") from None
+    return clean_captions(name, lines)
+
+
 def clean_captions(name: str, value: object) -> tuple[str, ...]:
-    """Captions as files hold them, a string or a list of several, bytes being UTF-8; blank ones are left out.
+    """Captions as files hold them, a string or a list of several, bytes being UTF-8; None and blank ones are left out.
 
     Raises:
         BadSample: it is anything else; `name` is what the message calls the sample.
     """
-    values = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
+    values = value if isinstance(value, (list, tuple, np.ndarray)) else [] if value is None else [value]
     try:
         texts = [text.decode("utf-8") if isinstance(text, bytes) else str.strip(text) for text in values]
         for text in texts:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import io
+import math
 import os
 import re
 import tarfile
@@ -18,10 +20,12 @@ import numpy as np
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data.bad_sample import BadSample
 from m3ae_fast.data.images import IMAGES, EncodedImage
+from m3ae_fast.data.limits import MAX_BYTES, MAX_SHARDS, check_size, open_file
 from m3ae_fast.data.rows import parse_object
-from m3ae_fast.data.sample import EncodedDataset, Sample, check_classes, clean_captions
+from m3ae_fast.data.sample import EncodedDataset, Sample, caption_lines, check_classes, clean_captions
 
 SUFFIXES = (*IMAGES, "txt", "json", "cls")
+BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 BLOCK = 512  # of a tar file: headers and contents begin at its multiples
 
 
@@ -78,17 +82,20 @@ class TarDataset(EncodedDataset):
             except BadSample:
                 continue
 
-    def _files(self, index: int) -> tuple[str, dict[str, bytes | None]]:
+    def _files(self, index: int) -> tuple[str, dict[str, bytes | Refused]]:
         """The sample's name, and what is in its files, by their suffixes."""
         begin, length = self._places[index].tolist()
         path = self.paths[np.searchsorted(self._first, index, "right") - 1]
         shard, reason = os.path.basename(path), "the file has changed"
         try:
-            with open(path, "rb") as file:  # no handle to share between processes, nor thousands of them
+            check_size(length, MAX_BYTES)
+            with open_file(path) as file:  # no handle to share between processes, nor thousands of them
                 file.seek(begin)
                 part = io.BytesIO(file.read(length) + bytes(BLOCK))
             for key, files in samples_in(part, contents):
                 return f"{shard}/{key}", files
+        except ValueError as error:  # of check_size
+            raise BadSample(f"{shard}, byte {begin}", str(error)) from None
         except (OSError, tarfile.TarError) as error:
             reason = str(error)
         raise BadSample(f"{shard}, byte {begin}", reason, "shard")
@@ -123,7 +130,7 @@ def _scan(path: str, size: int) -> _Shard:
     """Goes through a shard from header to header."""
     places, labels, damage = array("q"), array("i"), ""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             for _, files in samples_in(file, _place):
                 begins, ends, named = zip(*files.values(), strict=True)
                 places.extend((begins[0], ends[-1] - begins[0]))
@@ -136,11 +143,11 @@ def _scan(path: str, size: int) -> _Shard:
 
 def _place(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[int, int, int]:
     """Where a file begins, header and all, where it ends, and the class that it names: -1 for none."""
-    label = _label(contents(tar, member) or b"") if member.name.lower().endswith(".cls") else -1
+    label = _label(contents(tar, member)) if member.name.lower().endswith(".cls") else -1
     return member.offset, tar.offset, label
 
 
-def _label(data: bytes) -> int:
+def _label(data: bytes | Refused) -> int:
     number = data.strip()
     return int(min(float(number), 2**31 - 1)) if number.isdigit() else -1  # what is larger is refused with it
 
@@ -155,11 +162,12 @@ def samples_in(file: BinaryIO, take: Callable) -> Iterator[tuple[str, dict]]:
     """
     file = _Watched(file)
     key, files = None, {}
-    with tarfile.TarFile(fileobj=file) as tar:
-        for member in tar:
-            tar.members = []  # or it would keep them all
+    with _forging():
+        tar = tarfile.TarFile(fileobj=file)
+    with tar:
+        for member in _members(tar):
             name, suffix = split_name(member.name)
-            if not (member.isreg() or member.islnk()) or suffix.rpartition(".")[2] not in SUFFIXES:
+            if member.isdir() or suffix.rpartition(".")[2] not in SUFFIXES:
                 continue
             if name != key or suffix in files:
                 if files:
@@ -172,14 +180,56 @@ def samples_in(file: BinaryIO, take: Callable) -> Iterator[tuple[str, dict]]:
         raise tarfile.ReadError("there is no end mark")
     if files:
         yield key, files
+    padding = 0
     while rest := file.read(1 << 20):
+        padding += len(rest)
         if rest.strip(b"\0"):
             raise tarfile.ReadError("there is more behind its end mark: tar -A joins shards, cat does not")
+        if padding > MAX_BYTES:
+            raise tarfile.ReadError("there is no end to the zeros behind its end mark")
 
 
-def contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
-    """Of a file; None of a hard link, which names another one."""
-    return tar.extractfile(member).read() if member.isreg() else None
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The headers, one after the other."""
+    members = iter(tar)
+    while True:
+        with _forging():
+            member = next(members, None)
+        if member is None:
+            return
+        tar.members = []  # or it would keep them all
+        if member.size < 0 or tar.offset <= member.offset:  # the same header would come again, without end
+            raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+        yield member
+
+
+@contextlib.contextmanager
+def _forging():
+    """Whatever a forged header makes tarfile raise is a ReadError."""
+    try:
+        yield
+    except (MemoryError, OSError, tarfile.TarError):
+        raise
+    except Exception as error:  # ValueError of a number, OverflowError of a place, RecursionError of a chain of names
+        raise tarfile.ReadError(f"a header is damaged ({error})") from error
+
+
+class Refused(str):
+    """Why a file of a shard is not read, in place of what is in it."""
+
+
+def contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Refused:
+    """What is in a file."""
+    if member.islnk() or member.issym():
+        kind = "hard" if member.islnk() else "symbolic"
+        return Refused(f"it is a {kind} link to another file of its shard: they are not followed")
+    if member.issparse():
+        return Refused("it is a sparse file, which may have any size")
+    if not member.isreg():
+        return Refused("it is no regular file")
+    if member.size > MAX_BYTES:
+        return Refused(f"it has more than {MAX_BYTES:,} bytes")
+    return tar.extractfile(member).read()
 
 
 class _Watched:
@@ -190,6 +240,8 @@ class _Watched:
         self.tell, self.seek = file.tell, file.seek
 
     def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_BYTES:  # of a header that says how long the next one's name is
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
         self.last = self._file.read(size)
         return self.last
 
@@ -210,19 +262,35 @@ def find_shards(pattern: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """ "a-{00..11}.tar", "{train,val}.tar": every name it stands for, as in bash; other braces are left alone."""
-    braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
-    if not braces:
-        return [pattern]
-    first, last, words = braces.groups()
-    if words is None:
-        step = 1 if int(first) <= int(last) else -1
-        width = max(len(first), len(last)) if any(n[0] == "0" and len(n) > 1 for n in (first, last)) else 0
-        choices = [str(i).zfill(width) for i in range(int(first), int(last) + step, step)]
-    else:
-        choices = words.split(",")
-    begin, end = pattern[: braces.start()], pattern[braces.end() :]
-    return [name for choice in choices for name in expand_braces(f"{begin}{choice}{end}")]
+    """ "a-{00..11}.tar", "{train,val}.tar": every name it stands for, as in bash; other braces are left alone.
+
+    Raises:
+        ValueError: it stands for more than MAX_SHARDS names.
+    """
+    names, waiting = [], [pattern]
+    while waiting:
+        name = waiting.pop()
+        most = math.prod(_count(*braces.groups()) for braces in BRACES.finditer(name))
+        if len(names) + len(waiting) + most > MAX_SHARDS:
+            raise ValueError(f"pattern must stand for at most {MAX_SHARDS:,} names, got {pattern}")
+        braces = BRACES.search(name)
+        if not braces:
+            names.append(name)
+            continue
+        first, last, words = braces.groups()
+        if words is None:
+            step = 1 if int(first) <= int(last) else -1
+            width = max(len(first), len(last)) if any(n[0] == "0" and len(n) > 1 for n in (first, last)) else 0
+            choices = [str(i).zfill(width) for i in range(int(first), int(last) + step, step)]
+        else:
+            choices = words.split(",")
+        begin, end = name[: braces.start()], name[braces.end() :]
+        waiting += [f"{begin}{choice}{end}" for choice in reversed(choices)]
+    return names
+
+
+def _count(first: str | None, last: str | None, words: str | None) -> int:
+    return abs(int(first) - int(last)) + 1 if words is None else words.count(",") + 1
 
 
 def split_name(path: str) -> tuple[str, str]:
@@ -233,7 +301,7 @@ def split_name(path: str) -> tuple[str, str]:
     return (folder + slash + key, suffix.lower()) if key else ("", "")
 
 
-def sample_of(files: Mapping[str, bytes | None], name: str, labels: tuple[int, ...] = ()) -> Sample:
+def sample_of(files: Mapping[str, bytes | Refused], name: str, labels: tuple[int, ...] = ()) -> Sample:
     """The sample that a key's files make, by their suffixes, its image still encoded. BadSample: they make none."""
     captions = captions_of(files, name)
     for suffix in IMAGES:
@@ -246,17 +314,17 @@ def sample_of(files: Mapping[str, bytes | None], name: str, labels: tuple[int, .
     return Sample(None, captions, name, labels)
 
 
-def captions_of(files: Mapping[str, bytes | None], name: str) -> tuple[str, ...]:
+def captions_of(files: Mapping[str, bytes | Refused], name: str) -> tuple[str, ...]:
     """Those of its txt, or else of its json. BadSample: they cannot be read."""
     for suffix, data in files.items():
-        if data is None:
-            raise BadSample(f"{name}.{suffix}", "it is a hard link to another file of its shard: they are not followed")
+        if isinstance(data, Refused):
+            raise BadSample(f"{name}.{suffix}", data)
     if "txt" in files:
-        return clean_captions(f"{name}.txt", files["txt"].splitlines())
+        return caption_lines(f"{name}.txt", files["txt"])
     if "json" not in files:
         return ()
     try:
         row = parse_object("it", files["json"])
     except ValueError as error:
         raise BadSample(f"{name}.json", str(error), "caption") from None
-    return clean_captions(f"{name}.json", row.get("caption") or ())
+    return clean_captions(f"{name}.json", row.get("caption"))

@@ -16,7 +16,7 @@ from m3ae_fast import _checks
 from m3ae_fast.data.bad_sample import BadSample
 from m3ae_fast.data.sample import Sample
 from m3ae_fast.data.seeds import ORDER, generator
-from m3ae_fast.data.shards import captions_of, contents, expand_braces, sample_of, samples_in
+from m3ae_fast.data.shards import Refused, captions_of, contents, expand_braces, sample_of, samples_in
 
 
 class StreamedDataset:
@@ -98,7 +98,7 @@ class Entry(NamedTuple):
     """A sample as it is stored; or what is wrong with a shard, in place of its rest."""
 
     name: str
-    files: dict[str, bytes | None]  # by their suffixes
+    files: dict[str, bytes | Refused]  # by their suffixes
     damage: str = ""
 
     def sample(self) -> Sample:

@@ -25,6 +25,7 @@ from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data.examples.shapes import ShapesPairs, ShapesPhrases, ShapesQuestions, ShapesStatements
 from m3ae_fast.data.folder import FolderDataset
 from m3ae_fast.data.images import EncodedImage, is_image
+from m3ae_fast.data.limits import open_file
 from m3ae_fast.data.rows import parse_object
 from m3ae_fast.examples import Pair, Phrase, Question, Statement
 
@@ -290,7 +291,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise FileNotFoundError(f"path must name a file, there is no {path}")
     if path.is_dir():
         raise IsADirectoryError(f"path must name a file, {path} is a folder")
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
