@@ -113,7 +113,14 @@ def _files(root: Path, folder: str = "", above: frozenset[str] = frozenset()) ->
     for entry in os.scandir(root / folder):
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _files(root, f"{folder}{entry.name}/", above | {here})
         else:
             yield folder + entry.name
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: a file that cannot be read
+        return False

@@ -220,9 +220,10 @@ class Refused(str):
 
 def contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Refused:
     """What is in a file."""
-    if member.islnk() or member.issym():
-        kind = "hard" if member.islnk() else "symbolic"
-        return Refused(f"it is a {kind} link to another file of its shard: they are not followed")
+    if member.islnk():
+        return Refused("it is a hard link to another file of its shard: they are not followed")
+    if member.issym():
+        return Refused("it is a symbolic link to another file: they are not followed")
     if member.issparse():
         return Refused("it is a sparse file, which may have any size")
     if not member.isreg():

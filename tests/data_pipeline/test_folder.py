@@ -66,6 +66,21 @@ def test_links_are_followed_but_not_round_and_round(tmp_path):
     assert dataset.classes == ("ant", "cat", "dog") and dataset.names == ["ant/x.png", "cat/x.png", "dog/x.png"]
 
 
+def test_links_that_lead_nowhere(tmp_path):
+    """Each is a sample that cannot be read; no folder becomes unreadable."""
+    HALVES.save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("halves")
+    for name, target in {"itself": "itself", "b.jpg": "b.jpg", "c.png": "none.png", "d.txt": "d.txt"}.items():
+        (tmp_path / name).symlink_to(target)
+    dataset = FolderDataset(tmp_path)
+    assert dataset.names == ["a.png", "b.jpg", "c.png", "d.txt"] and dataset[0].captions == ("halves",)
+    for index, reason in ((1, "Too many levels"), (2, "No such file"), (3, "Too many levels")):
+        with pytest.raises(BadSample, match=rf"{dataset.names[index]}: .*{reason}"):
+            dataset[index]
+    with pytest.raises(FileNotFoundError, match=r"path must name a folder, there is no .*itself"):
+        FolderDataset(tmp_path / "itself")
+
+
 def test_two_images_of_a_name_share_its_captions(tmp_path):
     HALVES.save(tmp_path / "a.jpg")
     HALVES.save(tmp_path / "a.png")

@@ -184,6 +184,14 @@ class TestShards:
         for bad in (all_bad(TarDataset(path))[0], streamed(path, 1)[0]):
             assert "b.jpg: it is no regular file" in str(bad)
 
+    def test_links(self, tmp_path):
+        """None of them vanishes: neither one in a sample nor one that is all there is."""
+        link = member("b.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        path = shard(tmp_path / "a.tar", link, member("b.txt", b"beside"), member("d.jpg", type=tarfile.LNKTYPE), GOOD)
+        for one, two in (all_bad(TarDataset(path)).values(), streamed(path, 2)):
+            assert "b.jpg: it is a symbolic link to another file: they are not followed" in str(one)
+            assert "d.jpg: it is a hard link to another file of its shard: they are not followed" in str(two)
+
     def test_large_files(self, tmp_path, monkeypatch):
         """Of a file, of all files of a sample, and of what lies between them."""
         monkeypatch.setattr("m3ae_fast.data.shards.MAX_BYTES", 1 << 20)
