@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data.bad_sample import BadSample
-from m3ae_fast.data.images import IMAGES, EncodedImage, is_image
+from m3ae_fast.data.images import IMAGES, OTHERS, EncodedImage, not_read, suffix_of
 from m3ae_fast.data.limits import MAX_TEXT, check_size, open_file
 from m3ae_fast.data.sample import EncodedDataset, Sample, caption_lines
 
@@ -21,14 +23,17 @@ class FolderDataset(EncodedDataset):
 
     `name.jpg`, `.png` or another of `images.IMAGES` (any case) is an image; `name.txt` beside it holds its captions,
     one a line, UTF-8, blank lines ignored. An image whose text file is missing or blank is an image alone; a text file
-    without an image is a text alone.
+    without an image is a text alone. An image of another kind, one of `images.OTHERS`, is a damaged sample, unless one
+    that can be read is beside it.
 
     Args:
         path: the folder.
     Attributes:
-        classes: the names of its subfolders, sorted and numbered as torchvision's ImageFolder does, where every file
+        classes: the names of its subfolders, sorted and numbered as torchvision's ImageFolder does, where every image
             lies in one and there are two or more; () otherwise, and where they are called train, val, test: each of
-            those is a data set of its own.
+            those is a data set of its own. A text beside the subfolders, README.txt for instance, is then left out,
+            with a warning.
+        no_classes: which image lies beside the subfolders, where classes are () for it; "" otherwise.
         names: the files, relative to the folder, in the order of the indices: images, and texts alone.
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such folder.
@@ -42,19 +47,24 @@ class FolderDataset(EncodedDataset):
         if not self.path.is_dir():
             raise NotADirectoryError(f"path must name a folder, {self.path} is a file")
         files = sorted(_files(self.path))
-        images = list(filter(is_image, files))
+        images = [name for name in files if suffix_of(name) in IMAGES]
+        stems = set(map(_stem, images))
+        others = [name for name in files if suffix_of(name) in OTHERS and _stem(name) not in stems]
         self._texts: dict[str, str] = {}  # stem -> its caption file
         for name in files:
             if name.lower().endswith(CAPTIONS) and self._texts.setdefault(_stem(name), name) != name:
                 raise ValueError(f"path must hold one {CAPTIONS} a name, got {self._texts[_stem(name)]} and {name}")
-        alone = self._texts.keys() - set(map(_stem, images))
-        self.names = sorted([*images, *(self._texts[stem] for stem in alone)])
+        alone = self._texts.keys() - stems.union(map(_stem, others))
+        self.names = sorted([*images, *others, *(self._texts[stem] for stem in alone)])
         if not self.names:
             raise ValueError(f"path must hold {', '.join(f'name.{e}' for e in (*IMAGES, 'txt'))}, got none in {path}")
-        folders = [name.split("/")[0] if "/" in name else None for name in self.names]
-        named = None not in folders and len(set(folders)) >= 2 and not set(folders) <= SPLITS
-        self.classes = tuple(sorted(set(folders))) if named else ()
+        self.classes, self.no_classes = _classes(self.names)
         self._numbers = {name: number for number, name in enumerate(self.classes)}
+        beside = [name for name in self.names if self.classes and not _top(name)]
+        if beside:
+            self.names = [name for name in self.names if _top(name)]
+            message = f"{path}: left out, since they are in no folder of a class: {', '.join(beside[:5])}"
+            warnings.warn(f"{message}{', ...' if len(beside) > 5 else ''}", M3AEFastWarning, stacklevel=2)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -62,9 +72,11 @@ class FolderDataset(EncodedDataset):
     def read(self, index: int) -> Sample:
         """The sample, its image still encoded. BadSample: the file cannot be read, or holds nothing."""
         name = self.names[index]
+        if suffix_of(name) in OTHERS:
+            raise BadSample(name, not_read(suffix_of(name)), "image")
         captions = self.captions_of(name)
-        labels = (self._numbers[name.split("/")[0]],) if self.classes else ()
-        if is_image(name):
+        labels = (self._numbers[_top(name)],) if self.classes else ()
+        if suffix_of(name) in IMAGES:
             return Sample(EncodedImage(self.path / name, name), captions, name, labels)
         if not captions:
             raise BadSample(name, "there is no caption in it, and no image beside it", "caption")
@@ -103,6 +115,20 @@ def read_captions(path: Path, name: str) -> tuple[str, ...]:
 
 def _stem(name: str) -> str:
     return os.path.splitext(name)[0]
+
+
+def _top(name: str) -> str:
+    """The subfolder that a file lies in, however deep: "" for none."""
+    return name.split("/")[0] if "/" in name else ""
+
+
+def _classes(names: list[str]) -> tuple[tuple[str, ...], str]:
+    """Those of the files, and the image that lies beside their folders, where there are none for it."""
+    folders = sorted(set(map(_top, names)) - {""})
+    if len(folders) < 2 or SPLITS.issuperset(folders):
+        return (), ""
+    beside = next((name for name in names if not _top(name) and suffix_of(name) in IMAGES), "")
+    return ((), beside) if beside else (tuple(folders), "")
 
 
 def _files(root: Path, folder: str = "", above: frozenset[str] = frozenset()) -> Iterator[str]:

@@ -33,6 +33,10 @@ FORMATS = {  # by their names in Pillow, with the suffixes of their files: a fil
     "BMP": ("bmp",),
     "TIFF": ("tif", "tiff"),
 }
+OTHERS = (  # suffixes of images that are not read: what is beside such a one must not be trained on alone
+    "avif", "heic", "heif", "jxl", "jp2", "j2k", "svg", "eps", "psd", "ico", "icns", "pbm", "pgm", "ppm", "tga", "dds",
+    "exr", "hdr", "dng", "cr2", "cr3", "nef", "arw", "orf", "raw", "dcm",
+)  # fmt: skip
 IMAGES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 MAX_PIXELS = "M3AE_FAST_MAX_PIXELS"  # an environment variable, so that it reaches every command and every worker
 RAISED = f"({MAX_PIXELS} or PIL.Image.MAX_IMAGE_PIXELS raises the limit)"
@@ -55,9 +59,14 @@ RATIO = (3 / 4, 4 / 3)  # width / height of a random crop
 ATTEMPTS = 10
 
 
-def is_image(name: str) -> bool:
-    """Whether a file is called an image that can be read."""
-    return name.rpartition(".")[2].lower() in IMAGES
+def suffix_of(name: str) -> str:
+    """What is behind the last dot of a file's name, in lower case: one of IMAGES, of OTHERS or any other."""
+    return name.rpartition(".")[2].lower()
+
+
+def not_read(suffix: str) -> str:
+    """Why an image of OTHERS is not read."""
+    return f".{suffix} is no image that is read, those are {', '.join(FORMATS)}"
 
 
 class EncodedImage:

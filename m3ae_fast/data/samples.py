@@ -28,10 +28,12 @@ def open_some(spec: str, *, image_size: int, seed: int = 0, count: int | None = 
 def open_classes(spec: str, *, image_size: int, seed: int = 0, count: int | None = None) -> Some:
     """Images of one class each, a folder with a subfolder for each class for instance. Arguments and errors as those of
     `open_some`; ValueError, too: there are no classes."""
-    samples = open_some(spec, image_size=image_size, seed=seed, count=count)
-    if not samples.classes:
-        raise ValueError(f"{spec} must have classes, a subfolder for each of two or more, got none")
-    return samples
+    dataset = open_dataset(spec, image_size=image_size, seed=seed)
+    if not getattr(dataset, "classes", ()):
+        beside = getattr(dataset, "no_classes", "")
+        why = f": {beside} lies beside them" if beside else ""
+        raise ValueError(f"{spec} must have classes, a subfolder for each of two or more, got none{why}")
+    return Some(dataset, count)
 
 
 class Some(Sequence):

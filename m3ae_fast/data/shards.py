@@ -19,12 +19,12 @@ import numpy as np
 
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data.bad_sample import BadSample
-from m3ae_fast.data.images import IMAGES, EncodedImage
+from m3ae_fast.data.images import IMAGES, OTHERS, EncodedImage, not_read, suffix_of
 from m3ae_fast.data.limits import MAX_BYTES, MAX_SHARDS, check_size, open_file
 from m3ae_fast.data.rows import parse_object
 from m3ae_fast.data.sample import EncodedDataset, Sample, caption_lines, check_classes, clean_captions
 
-SUFFIXES = (*IMAGES, "txt", "json", "cls")
+SUFFIXES = {*IMAGES, *OTHERS, "txt", "json", "cls"}
 BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 BLOCK = 512  # of a tar file: headers and contents begin at its multiples
 
@@ -33,9 +33,10 @@ class TarDataset(EncodedDataset):
     """`.tar` files in which what belongs together stands together: `key.jpg` (or another of `images.IMAGES`),
     `key.txt` (captions, one a line), `key.json` (its "caption", a string or a list), `key.cls` (a class's number). A
     key ends at its first dot: of `a.b.jpg` it is `a`, and no image. A key whose second image (or text ...) comes begins
-    another sample.
+    another sample. With a link, or an image of another kind, one of `images.OTHERS`, a sample is damaged; the latter
+    only where no image that can be read is beside it.
 
-    Every shard is gone through once, and of each sample only its place is kept: 20 bytes. A sample is one read, so
+    Every shard is gone through once, and of each sample only its place is kept: 16 bytes. A sample is one read, so
     any order will do on a disk that finds its place quickly; where it does not, or the shards lie elsewhere, see
     StreamedDataset. Of a damaged shard what comes before the damage is used.
 
@@ -43,7 +44,7 @@ class TarDataset(EncodedDataset):
         pattern: of the files' paths: braces ("cc12m-{00000..01242}.tar", "{a,b}.tar"), a glob ("*.tar"), or both.
         strict: raise BadSample for a damaged shard, instead of a warning.
     Attributes:
-        classes: "0" to the largest `cls`, where every sample has one; else ().
+        classes: "0" to the largest `cls`. A sample without one has no label; one with another `cls` is damaged.
         damaged: BadSample for each damaged shard, which says from which byte on it cannot be read.
     Raises:
         FileNotFoundError: a file of the braces is missing, or nothing matches the glob.
@@ -53,17 +54,15 @@ class TarDataset(EncodedDataset):
 
     def __init__(self, pattern: str | os.PathLike, *, strict: bool = False):
         self.paths = find_shards(str(pattern))
-        self.damaged, self._first, self._places, labels = _index(tuple((path, *_version(path)) for path in self.paths))
+        self.damaged, self._first, self._places, largest = _index(tuple((path, *_version(path)) for path in self.paths))
         for bad in self.damaged:
             if strict:
                 raise bad
             warnings.warn(f"{bad}; what comes before is used", M3AEFastWarning, stacklevel=2)
         if not len(self):
             raise ValueError(f"pattern must name .tar files with name.jpg, .png, .txt or .json in them, got {pattern}")
-        self._labels = labels if labels.min() >= 0 else None
-        if self._labels is not None:
-            check_classes(pattern, int(labels.max()) + 1)
-            self.classes = tuple(map(str, range(labels.max() + 1)))
+        check_classes(pattern, largest + 1)
+        self.classes = tuple(map(str, range(largest + 1)))
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -71,8 +70,10 @@ class TarDataset(EncodedDataset):
     def read(self, index: int) -> Sample:
         """The sample, its image still encoded. BadSample: it cannot be read, or holds nothing."""
         key, files = self._files(index)
-        labels = () if self._labels is None else (int(self._labels[index]),)
-        return sample_of(files, key, labels)
+        sample = sample_of(files, key)
+        if sample.labels and sample.labels[0] >= len(self.classes):
+            raise BadSample(key, "the file has changed", "shard")
+        return sample
 
     def captions(self) -> Iterator[str]:
         """All captions; samples that cannot be read are left out here, and named where they are used."""
@@ -103,7 +104,7 @@ class TarDataset(EncodedDataset):
 
 class _Shard(NamedTuple):
     places: np.ndarray  # [samples, 2] int64: where each begins, and its bytes, headers and all
-    labels: np.ndarray  # [samples] int32, -1 where there is no cls
+    largest: int  # of its classes' numbers, -1 where there is no cls
     damage: str  # "" where there is none
 
 
@@ -114,31 +115,27 @@ def _version(path: str) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=4)  # pictures and scores open the data anew
 def _index(versions: tuple[tuple[str, int, int], ...]):
-    """Of all shards: (BadSample of each damaged one, the number of each one's first sample, places, labels)."""
+    """Of all shards: (BadSample of each damaged one, the number of each one's first sample, places, largest class)."""
     shards = [_scan(path, size) for path, size, _ in versions]
     damaged = [BadSample(path, s.damage, "shard") for (path, *_), s in zip(versions, shards, strict=True) if s.damage]
     first = np.cumsum([0, *(len(shard.places) for shard in shards)])
-    return (
-        tuple(damaged),
-        first,
-        np.concatenate([shard.places for shard in shards]),
-        np.concatenate([shard.labels for shard in shards]),
-    )
+    places = np.concatenate([shard.places for shard in shards])
+    return tuple(damaged), first, places, max(shard.largest for shard in shards)
 
 
 def _scan(path: str, size: int) -> _Shard:
     """Goes through a shard from header to header."""
-    places, labels, damage = array("q"), array("i"), ""
+    places, largest, damage = array("q"), -1, ""
     try:
         with open_file(path) as file:
             for _, files in samples_in(file, _place):
                 begins, ends, named = zip(*files.values(), strict=True)
                 places.extend((begins[0], ends[-1] - begins[0]))
-                labels.append(max(named))
+                largest = max(largest, *named)
     except (OSError, tarfile.TarError) as error:
         kept = places[-2] + places[-1] if places else 0
         damage = f"bytes {kept:,} to {size:,} cannot be read ({error})"
-    return _Shard(np.array(places, np.int64).reshape(-1, 2), np.array(labels, np.int32), damage)
+    return _Shard(np.array(places, np.int64).reshape(-1, 2), largest, damage)
 
 
 def _place(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[int, int, int]:
@@ -148,6 +145,7 @@ def _place(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[int, int, int
 
 
 def _label(data: bytes | Refused) -> int:
+    """The class's number that is in a cls file, -1 where none is."""
     number = data.strip()
     return int(min(float(number), 2**31 - 1)) if number.isdigit() else -1  # what is larger is refused with it
 
@@ -167,7 +165,7 @@ def samples_in(file: BinaryIO, take: Callable) -> Iterator[tuple[str, dict]]:
     with tar:
         for member in _members(tar):
             name, suffix = split_name(member.name)
-            if member.isdir() or suffix.rpartition(".")[2] not in SUFFIXES:
+            if member.isdir() or suffix_of(suffix) not in SUFFIXES:
                 continue
             if name != key or suffix in files:
                 if files:
@@ -228,6 +226,8 @@ def contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Refused:
         return Refused("it is a sparse file, which may have any size")
     if not member.isreg():
         return Refused("it is no regular file")
+    if suffix_of(member.name) in OTHERS:
+        return Refused(not_read(suffix_of(member.name)))
     if member.size > MAX_BYTES:
         return Refused(f"it has more than {MAX_BYTES:,} bytes")
     return tar.extractfile(member).read()
@@ -302,9 +302,14 @@ def split_name(path: str) -> tuple[str, str]:
     return (folder + slash + key, suffix.lower()) if key else ("", "")
 
 
-def sample_of(files: Mapping[str, bytes | Refused], name: str, labels: tuple[int, ...] = ()) -> Sample:
+def sample_of(files: Mapping[str, bytes | Refused], name: str) -> Sample:
     """The sample that a key's files make, by their suffixes, its image still encoded. BadSample: they make none."""
     captions = captions_of(files, name)
+    labels = ()
+    if "cls" in files:
+        labels = (_label(files["cls"]),)
+        if labels[0] < 0:
+            raise BadSample(f"{name}.cls", f"it must hold a class's number, got {files['cls'][:60]!r}", "label")
     for suffix in IMAGES:
         if suffix in files:
             return Sample(EncodedImage(files[suffix], f"{name}.{suffix}"), captions, name, labels)
@@ -316,10 +321,11 @@ def sample_of(files: Mapping[str, bytes | Refused], name: str, labels: tuple[int
 
 
 def captions_of(files: Mapping[str, bytes | Refused], name: str) -> tuple[str, ...]:
-    """Those of its txt, or else of its json. BadSample: they cannot be read."""
+    """Those of its txt, or else of its json. BadSample: they cannot be read, or another of its files is refused."""
+    shown = not files.keys().isdisjoint(IMAGES)
     for suffix, data in files.items():
-        if isinstance(data, Refused):
-            raise BadSample(f"{name}.{suffix}", data)
+        if isinstance(data, Refused) and not (shown and suffix in OTHERS):
+            raise BadSample(f"{name}.{suffix}", data, "image" if suffix in OTHERS else "sample")
     if "txt" in files:
         return caption_lines(f"{name}.txt", files["txt"])
     if "json" not in files:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import itertools
 import re
@@ -105,7 +106,7 @@ class Entry(NamedTuple):
         """The sample, its image still encoded. BadSample: there is none."""
         if self.damage:
             raise BadSample(self.name, self.damage, "shard")
-        return sample_of(self.files, self.name)
+        return dataclasses.replace(sample_of(self.files, self.name), labels=())
 
 
 def _read(urls: Iterable[str]) -> Iterator[Entry]:

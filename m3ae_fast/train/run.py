@@ -136,8 +136,10 @@ def create(folder: Path, config: RunConfig):
     tokenizer = None
     if config.model_class.LABELS:
         if not dataset.classes:
+            beside = getattr(dataset, "no_classes", "")
+            why = f": {beside} lies beside them" if beside else ""
             raise ValueError(
-                f"data must have classes, a subfolder for each, to train {config.objective}, got {config.data}"
+                f"data must have classes, a subfolder for each, to train {config.objective}, got {config.data}{why}"
             )
         changes["classes"] = len(dataset.classes)
     if config.model_class.CAPTIONS != "unused":

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import pickle
+import re
 import tarfile
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import pytest
 
 from m3ae_fast import M3AEFastWarning
 from m3ae_fast.data import BadSample, FolderDataset, HDF5Dataset, JSONLinesDataset, StreamedDataset, TarDataset
+from m3ae_fast.data.images import FORMATS, IMAGES, OTHERS
 from m3ae_fast.data.shards import expand_braces
+from m3ae_fast.downstream.samples import open_classes
 
 PHOTOS = Path(__file__).parent.parent / "data" / "photos"
 NAMES = ("astronaut", "camera", "coffee")
@@ -248,7 +251,17 @@ class TestTar:
         dataset = TarDataset(tar(tmp_path / "a.tar", files))
         assert dataset.classes == tuple("0123") and [s.labels for s in dataset] == [(3,), (0,)]
         del files["1.cls"]
-        assert TarDataset(tar(tmp_path / "b.tar", files)).classes == ()
+        one_less = TarDataset(tar(tmp_path / "b.tar", files))
+        assert one_less.classes == tuple("0123") and [s.labels for s in one_less] == [(3,), ()]
+
+    @pytest.mark.parametrize("label", [b"cat", b"", b"-1", b"1.5", b"2 3", b"\xff", "٣".encode()])
+    def test_a_bad_label_costs_its_sample_alone(self, tmp_path, label):
+        files = {"0.jpg": JPEGS[0], "0.cls": b"3", "1.jpg": JPEGS[1], "1.cls": label, "2.txt": b"words", "2.cls": b"0"}
+        path = tar(tmp_path / "a.tar", files)
+        dataset = TarDataset(path)
+        assert dataset.classes == tuple("0123") and [dataset[i].labels for i in (0, 2)] == [(3,), (0,)]
+        for bad in (all_bad(dataset)[1], streamed(path, 2)[1]):
+            assert re.search(r"1\.cls: it must hold a class's number, got b", str(bad)) and bad.kind == "label"
 
     def test_braces(self):
         assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
@@ -421,3 +434,119 @@ class TestImageFolder:
             assert [(s.name, s.labels) for s in dataset] == [(f"n0{i + 1}/x.jpg", (i,)) for i in range(3)]
             assert_photo(dataset[2], 0, (), (2,))
         assert FolderDataset(tmp_path).classes == (), "train and val are no classes"
+
+    def test_what_lies_beside_the_folders_of_classes(self, tmp_path):
+        """A README.txt is left out and named; an image takes the classes away, as the error of who wants them says."""
+        for name in ("cat/x.jpg", "dog/y.jpg"):
+            (tmp_path / name).parent.mkdir()
+            (tmp_path / name).write_bytes(JPEGS[0])
+        (tmp_path / "dog" / "alone.txt").write_text("a dog")
+        (tmp_path / "README.txt").write_text("read me")
+        (tmp_path / "cover.svg").write_text("<svg/>")
+        with pytest.warns(
+            M3AEFastWarning, match=r"left out, since they are in no folder of a class: README\.txt, cover\.svg$"
+        ):
+            dataset = FolderDataset(tmp_path)
+        assert dataset.classes == ("cat", "dog") and dataset.no_classes == ""
+        assert [(s.name, s.labels) for s in dataset] == [
+            ("cat/x.jpg", (0,)),
+            ("dog/alone.txt", (1,)),
+            ("dog/y.jpg", (1,)),
+        ]
+        (tmp_path / "cover.jpg").write_bytes(JPEGS[0])
+        dataset = FolderDataset(tmp_path)
+        assert dataset.classes == () and dataset.no_classes == "cover.jpg"
+        with pytest.raises(ValueError, match=r"a subfolder for each of two or more, got none: cover\.jpg lies beside"):
+            open_classes(str(tmp_path), image_size=32)
+
+
+class TestAgreement:
+    """What a caption and a line are does not depend on the kind of file that they are in."""
+
+    @pytest.mark.parametrize(
+        "data, captions",
+        [
+            (b"one\ntwo\r\nthree\rfour", ("one", "two", "three", "four")),
+            (b"\xef\xbb\xbf one \n\n \t\n", ("one",)),
+            ("a\x0bb\x0cc\x1cd\x85e\u2028f".encode(), ("a\x0bb\x0cc\x1cd\x85e\u2028f",)),
+            ("\u00a0Fuß\u3000\n\ud7ff".encode(), ("Fuß", "\ud7ff")),
+            (b"a\0b", ("a\0b",)),
+            (b"good\nFu\xdf", None),
+            (b"\xff\xfea\0", None),
+        ],
+    )
+    def test_caption_files(self, tmp_path, data, captions):
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "a.txt").write_bytes(data)
+        path = tar(tmp_path / "a.tar", {"a.txt": data})
+        for read in (lambda: FolderDataset(tmp_path / "folder")[0], lambda: TarDataset(path)[0]):
+            if captions is None:
+                with pytest.raises(BadSample, match=r"a\.txt: 'utf-8' codec") as error:
+                    read()
+                assert error.value.kind == "caption"
+            else:
+                assert read().captions == captions
+        (sample,) = streamed(path, 1)
+        assert sample.kind == "caption" if captions is None else sample.captions == captions
+
+    @pytest.mark.parametrize(
+        "value, captions",
+        [
+            (" one\n", ("one",)),
+            (["one", " ", "two\nlines"], ("one", "two\nlines")),
+            (None, ()),
+            ([], ()),
+            (0, None),
+            (False, None),
+            ({}, None),
+            (["one", None], None),
+            (["one", ["two"]], None),
+        ],
+    )
+    def test_captions_in_json(self, tmp_path, value, captions):
+        """A string is one caption, whatever is in it, null is none, and anything else is damaged."""
+        (tmp_path / "a.jpg").write_bytes(JPEGS[0])
+        rows = JSONLinesDataset(jsonl(tmp_path / "a.jsonl", {"image": "a.jpg", "caption": value}))
+        path = tar(tmp_path / "a.tar", {"a.jpg": JPEGS[0], "a.json": json.dumps({"caption": value}).encode()})
+        for dataset in (rows, TarDataset(path)):
+            if captions is None:
+                assert [bad.kind for bad in all_bad(dataset).values()] == ["caption"]
+            else:
+                assert dataset[0].captions == captions
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+    def test_json_is_utf8(self, tmp_path, encoding):
+        data = '{"text": "Fuß", "caption": "Fuß"}'.encode(encoding)
+        (tmp_path / "a.jsonl").write_bytes(data)
+        datasets = JSONLinesDataset(tmp_path / "a.jsonl"), TarDataset(tar(tmp_path / "a.tar", {"a.json": data}))
+        for dataset in datasets:
+            if encoding.startswith("utf-8"):
+                assert dataset[0].captions == ("Fuß",)
+            else:
+                assert len(all_bad(dataset)) == 1
+
+    @pytest.mark.parametrize("suffix", sorted(IMAGES))
+    def test_images(self, tmp_path, suffix):
+        """Each suffix of the list, in any case, in a folder and in a shard."""
+        (tmp_path / "folder").mkdir()
+        for name in (f"a.{suffix}", f"b.{suffix.upper()}"):
+            (tmp_path / "folder" / name).write_bytes(JPEGS[0])
+            (tmp_path / "folder" / f"{name[0]}.txt").write_text("words")
+        files = {path.name: path.read_bytes() for path in sorted((tmp_path / "folder").iterdir())}
+        path = tar(tmp_path / "a.tar", files)
+        for samples in (FolderDataset(tmp_path / "folder"), TarDataset(path), streamed(path, 2)):
+            assert [s.captions for s in samples] == [("words",)] * 2 and all(s.image is not None for s in samples)
+
+    @pytest.mark.parametrize("suffix", OTHERS)
+    def test_what_looks_like_an_image(self, tmp_path, suffix):
+        """Its caption is not trained on alone: the sample is damaged, which is told of; unless a good one is beside."""
+        (tmp_path / "folder").mkdir()
+        files = {f"a.{suffix}": b"?", "a.txt": b"words", "b.jpg": JPEGS[0], f"b.{suffix.upper()}": b"?", "b.txt": b"b"}
+        for name, data in files.items():
+            (tmp_path / "folder" / name).write_bytes(data)
+        path = tar(tmp_path / "a.tar", files)
+        folder, shard = FolderDataset(tmp_path / "folder"), TarDataset(path)
+        assert folder.names == [f"a.{suffix}", "b.jpg"] and folder[1].captions == shard[1].captions == ("b",)
+        for bad in (all_bad(folder)[0], all_bad(shard)[0], streamed(path, 1)[0]):
+            assert str(bad).endswith(f"a.{suffix}: .{suffix} is no image that is read, those are {', '.join(FORMATS)}")
+            assert bad.kind == "image"

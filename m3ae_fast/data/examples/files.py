@@ -24,7 +24,7 @@ from m3ae_fast import _checks
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data.examples.shapes import ShapesPairs, ShapesPhrases, ShapesQuestions, ShapesStatements
 from m3ae_fast.data.folder import FolderDataset
-from m3ae_fast.data.images import EncodedImage, is_image
+from m3ae_fast.data.images import IMAGES, EncodedImage, suffix_of
 from m3ae_fast.data.limits import open_file
 from m3ae_fast.data.rows import parse_object
 from m3ae_fast.examples import Pair, Phrase, Question, Statement
@@ -102,7 +102,7 @@ class FolderPairs(Sequence):
         _check_count(count)
         self._files = FolderDataset(path)
         names = self._files.names
-        pairs = [i for i, name in enumerate(names) if is_image(name) and self._files.captions_of(name)]
+        pairs = [i for i, name in enumerate(names) if suffix_of(name) in IMAGES and self._files.captions_of(name)]
         if not pairs:
             raise ValueError(f"{path} must hold images with captions, got none among {len(names)} files")
         if len(pairs) < len(names):
