@@ -39,8 +39,13 @@ class CLIP(Model):
     def __init__(self, config: EncodersConfig):
         super().__init__(config)
         self.encoders = DualEncoder(config)
-        reset_parameters(self.encoders)
         self.contrast = ContrastiveLoss(config.projection, temperature=config.temperature)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform kernels, zero biases, N(0, .02) tokens and words, the temperature of the configuration."""
+        reset_parameters(self.encoders)
+        self.contrast.reset_parameters()
 
     def forward(
         self,

@@ -29,12 +29,19 @@ class ContrastiveLoss(nn.Module):
 
     def __init__(self, width: int, *, temperature: float = 0.07, queue_size: int = 0):
         super().__init__()
-        self.temperature = nn.Parameter(torch.tensor([temperature]))  # [1]: FSDP2 takes no scalars
-        self.queue_size = queue_size
+        self.temperature = nn.Parameter(torch.empty(1))  # [1]: FSDP2 takes no scalars
+        self.first_temperature, self.queue_size = temperature, queue_size
         if queue_size:
-            self.register_buffer("image_queue", torch.zeros(queue_size, width))
-            self.register_buffer("text_queue", torch.zeros(queue_size, width))
-            self.register_buffer("queued", torch.zeros((), dtype=torch.int64))  # pairs ever put there
+            self.register_buffer("image_queue", torch.empty(queue_size, width))
+            self.register_buffer("text_queue", torch.empty(queue_size, width))
+            self.register_buffer("queued", torch.empty((), dtype=torch.int64))  # pairs ever put there
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The temperature of the start, and an empty queue."""
+        nn.init.constant_(self.temperature, self.first_temperature)
+        for buffer in self.buffers():
+            buffer.zero_()
 
     def forward(
         self,

@@ -17,6 +17,7 @@ from m3ae_fast import nn as fast
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.models.config import EncodersConfig, ModelConfig
 from m3ae_fast.models.masking import Masked, keep_all, sample_of, within
+from m3ae_fast.nn.positions import FixedPositions
 from m3ae_fast.nn.rows import take_rows
 from m3ae_fast.ops import assemble_tokens
 from m3ae_fast.seqlens import SeqLens
@@ -71,7 +72,7 @@ def whole(lengths: Sequence[int], device: torch.device) -> Views:
     return Views.make([keep_all(lengths)], device)
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(FixedPositions):
     """A ViT over kept patches: [CLS; patches] of every view, fixed sine-cosine positions, a LayerNorm at the end."""
 
     def __init__(self, config: ModelConfig, depth: int):
@@ -80,7 +81,12 @@ class ImageEncoder(nn.Module):
         self.patch_embed = fast.PatchEmbed(c.patch_size, c.width, mean=c.image_mean, std=c.image_std)
         self.cls_token = nn.Parameter(torch.empty(c.width))
         self.transformer = fast.Transformer(c.width, depth, c.heads, mlp_ratio=c.mlp_ratio, activation=c.activation)
-        self.register_buffer("position", fast.sincos_2d(*c.grid, c.width), persistent=False)
+        self.config = c
+        self.reset_positions()
+
+    def position_tables(self) -> dict[str, Tensor]:
+        """That of the patches."""
+        return {"position": fast.sincos_2d(*self.config.grid, self.config.width)}
 
     def forward(self, images: Tensor, views: Views) -> Tensor:
         """images [N, 3, H, W] -> [views.sequences.total, D]; dropped patches are never read."""
@@ -96,7 +102,7 @@ class ImageEncoder(nn.Module):
         return [*self.patch_embed.parameters(), self.cls_token], self.transformer
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(FixedPositions):
     """A Transformer over [CLS; words] of every view. Its last word, number V, is [MASK]."""
 
     def __init__(self, config: ModelConfig, depth: int):
@@ -105,8 +111,13 @@ class TextEncoder(nn.Module):
         self.embedding = nn.Embedding(c.vocab_size + 1, c.width)
         self.cls_token = nn.Parameter(torch.empty(c.width))
         self.transformer = fast.Transformer(c.width, depth, c.heads, mlp_ratio=c.mlp_ratio, activation=c.activation)
-        positions = torch.arange(c.max_text_length)
-        self.register_buffer("position", fast.sincos_1d(positions, c.width), persistent=False)
+        self.config = c
+        self.reset_positions()
+
+    def position_tables(self) -> dict[str, Tensor]:
+        """That of the words."""
+        places = torch.arange(self.config.max_text_length, device="cpu")
+        return {"position": fast.sincos_1d(places, self.config.width)}
 
     @property
     def mask_id(self) -> int:
@@ -194,7 +205,7 @@ def check_sizes(batch: ImageTextBatch, config: ModelConfig) -> None:
 
 
 def reset_parameters(module: nn.Module) -> None:
-    """Xavier-uniform kernels, zero biases, N(0, .02) words and tokens: the initial weights of every model here."""
+    """Xavier-uniform kernels, zero biases, N(0, .02) words and tokens, fixed positions: how every model here starts."""
     for each in module.modules():
         if isinstance(each, nn.Linear):
             nn.init.xavier_uniform_(each.weight)
@@ -203,6 +214,8 @@ def reset_parameters(module: nn.Module) -> None:
             each.reset_parameters()
         elif isinstance(each, nn.Embedding):
             nn.init.normal_(each.weight, std=0.02)
+        elif isinstance(each, FixedPositions):
+            each.reset_positions()
         for parameter in each.parameters(recurse=False):
             if parameter.dim() == 1 and not isinstance(each, nn.Linear | nn.LayerNorm):
                 nn.init.normal_(parameter, std=0.02)

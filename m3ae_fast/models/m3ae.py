@@ -20,6 +20,7 @@ from m3ae_fast.models.encoders import check_sizes
 from m3ae_fast.models.masking import MaskSource, Plan, TokenLayout, given_or_drawn, keep_all
 from m3ae_fast.models.model import Metric, Model
 from m3ae_fast.nn import take_rows
+from m3ae_fast.nn.positions import FixedPositions
 from m3ae_fast.ops import assemble_tokens, linear_cross_entropy, masked_mse, restore_tokens
 from m3ae_fast.seqlens import SeqLens
 
@@ -57,7 +58,7 @@ class Encoded:
     seqlens: SeqLens  # of tokens
 
 
-class M3AE(Model):
+class M3AE(Model, FixedPositions):
     """Args: config: see `M3AEConfig`; with vocab_size 0 the model is of images alone."""
 
     METRICS: ClassVar = {  # of M3AEOutput
@@ -91,15 +92,19 @@ class M3AE(Model):
         self.decoder = fast.Transformer(c.decoder_width, c.decoder_depth, c.decoder_heads, **options)
         self.image_head = fast.Linear(c.decoder_width, c.patch_dim)
         self.text_head = fast.Linear(c.decoder_width, c.vocab_size) if texts else None
-
-        for prefix, width in (("", c.width), ("decoder_", c.decoder_width)):
-            self.register_buffer(f"{prefix}image_position", fast.sincos_2d(*c.grid, width), persistent=False)
-            words = fast.sincos_1d(torch.arange(c.max_text_length), width) if texts else None
-            self.register_buffer(f"{prefix}text_position", words, persistent=False)
         self.reset_parameters()
 
+    def position_tables(self) -> dict[str, Tensor | None]:
+        """Those of patches and words in the encoder and in the decoder."""
+        c, tables = self.config, {}
+        places = torch.arange(c.max_text_length, device="cpu")
+        for prefix, width in (("", c.width), ("decoder_", c.decoder_width)):
+            tables[f"{prefix}image_position"] = fast.sincos_2d(*c.grid, width)
+            tables[f"{prefix}text_position"] = fast.sincos_1d(places, width) if c.vocab_size else None
+        return tables
+
     def reset_parameters(self) -> None:
-        """Xavier-uniform kernels, zero biases, N(0, .02) tokens and types, N(0, 1) word embeddings."""
+        """Xavier-uniform kernels, zero biases, N(0, .02) tokens and types, N(0, 1) word embeddings, fixed positions."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -110,6 +115,7 @@ class M3AE(Model):
                 nn.init.normal_(module.weight)
         for parameter in self.parameters(recurse=False):
             nn.init.normal_(parameter, std=0.02)
+        self.reset_positions()
 
     # -- the three things it does ------------------------------------------------------------------------------------
 

@@ -103,9 +103,18 @@ class MAMO(Model):
         self.regressor = _mlp(c)  # of MIM
         self.word_head = fast.Linear(c.width, c.vocab_size)
         self.match_head = fast.Linear(c.width, 2)
-        reset_parameters(self)
         self.contrast = ContrastiveLoss(c.projection, temperature=c.temperature, queue_size=c.queue_size)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Xavier-uniform kernels, zero biases, N(0, .02) tokens and words, the temperature of the configuration, an
+        empty queue; the momentum network is a copy."""
+        for module in (self.online, self.predictor, self.regressor, self.word_head, self.match_head):
+            reset_parameters(module)
+        self.contrast.reset_parameters()
+        self.target.load_state_dict(self.online.state_dict())
 
     @torch.no_grad()
     def update_target(self) -> None:

@@ -27,6 +27,11 @@ class Reason(nn.Module):
         )
         reset_parameters(self.head)
 
+    def reset_parameters(self) -> None:
+        """New weights, the MAMO's too."""
+        self.mamo.reset_parameters()
+        reset_parameters(self.head)
+
     def forward(self, left: Tensor, batch: ImageTextBatch) -> Tensor:
         """[B] fp32 log-odds that the sentence is true.
 

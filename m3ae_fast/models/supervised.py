@@ -39,6 +39,10 @@ class Supervised(Model):
         super().__init__(config)
         self.encoder = ImageEncoder(config, config.depth)
         self.head = fast.Linear(config.width, config.classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform kernels, zero biases, N(0, .02) class token."""
         reset_parameters(self)
 
     def forward(self, batch: ImageTextBatch, *, seed: int | None = None, step: int = 0) -> SupervisedOutput:

@@ -58,6 +58,14 @@ class VQA(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(c.width, c.heads, **options) for _ in range(depth))
         self.norm = fast.LayerNorm(c.width)
         self.head = fast.Linear(c.width, c.vocab_size + 1)  # the last is the end of the answer
+        self._reset_decoder()
+
+    def reset_parameters(self) -> None:
+        """New weights, the MAMO's too."""
+        self.mamo.reset_parameters()
+        self._reset_decoder()
+
+    def _reset_decoder(self) -> None:
         for module in (self.blocks, self.norm, self.head):
             reset_parameters(module)
 

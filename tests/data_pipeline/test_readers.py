@@ -15,8 +15,8 @@ import pytest
 from m3ae_fast import M3AEFastWarning
 from m3ae_fast.data import BadSample, FolderDataset, HDF5Dataset, JSONLinesDataset, StreamedDataset, TarDataset
 from m3ae_fast.data.images import FORMATS, IMAGES, OTHERS
+from m3ae_fast.data.samples import open_classes
 from m3ae_fast.data.shards import expand_braces
-from m3ae_fast.downstream.samples import open_classes
 
 PHOTOS = Path(__file__).parent.parent / "data" / "photos"
 NAMES = ("astronaut", "camera", "coffee")

@@ -6,7 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -155,9 +160,10 @@ def test_ddp_of_a_mamo_without_a_loss(pair):
 # -- FSDP2 -----------------------------------------------------------------------------------------------------------
 
 
-def sharded(name, options, **settings):
+def sharded(name, options, device="cpu", **settings):
     """A model whose blocks are sharded one by one, what is left of it as a whole."""
-    model = make_model(name, **options)
+    with torch.device(device):
+        model = make_model(name, **options)
     for module in model.modules():
         if isinstance(module, Block):
             fully_shard(module, mesh=init_device_mesh("cpu", (2,)), **settings)
@@ -178,6 +184,29 @@ def fsdp(name, kinds, checkpointed):
 )
 def test_fsdp_is_one_process(pair, name, kinds, checkpointed):
     assert_same_run(pair(fsdp, name, kinds, checkpointed), alone(name, kinds))
+
+
+def deferred(name):
+    """Made on the meta device, sharded there, then given memory and weights; initialized by itself, then trained."""
+    model = sharded(name, {}, "meta").to_empty(device="cpu")
+    model.reset_parameters()
+    start = {name: p.isfinite().all().item() for name, p in full(model.state_dict()).items()}
+    positions = dict(model.named_buffers())
+    model = sharded(name, {}, "meta").to_empty(device="cpu")
+    weights = make_model(name).state_dict()
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+    losses = train(model, make_optimiser(model), mine())
+    return start, positions, (mean(losses), full(model.state_dict()))
+
+
+@pytest.mark.parametrize("name", ["m3ae", "mamo"])
+def test_fsdp_of_a_model_made_on_the_meta_device(pair, name):
+    found = pair(deferred, name)
+    for start, positions, _ in found:
+        assert all(start.values())
+        for name_, table in make_model(name).named_buffers():
+            assert torch.equal(positions[name_], table), name_
+    assert_same_run([run for _, _, run in found], alone(name))
 
 
 def gathers(name):

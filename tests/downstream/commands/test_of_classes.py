@@ -103,7 +103,8 @@ def test_no_seed_trains_on_what_another_scores(monkeypatch):
 
     def seeds(of_run, given):
         model = SimpleNamespace(config=SimpleNamespace(image_shape=(32,)))
-        monkeypatch.setattr(session, "load_run", lambda *_, **__: SimpleNamespace(model=model, config=RunConfig(seed=of_run)))
+        run = SimpleNamespace(model=model, config=RunConfig(seed=of_run))
+        monkeypatch.setattr(session, "load_run", lambda *_, **__: run)
         _, *openers = session.open_run(
             Namespace(run="r", device="cpu", data="cluttered", train=None, samples=1, seed=given)
         )
