@@ -30,8 +30,15 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def check_png(path: Path) -> None:
+    """ValueError: its name is not that of a PNG."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"path must end in .png, got {path}")
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """As a PNG, whole or not at all."""
+    check_png(path)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -84,6 +91,7 @@ class Cards:
             self._card(x + GAP, y + GAP, *card)
 
     def save(self, path: Path) -> None:
+        check_png(path)
         with replacing(path) as temporary:
             self.image.save(temporary, format="PNG")
 

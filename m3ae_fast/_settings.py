@@ -8,6 +8,7 @@ import functools
 import inspect
 import json
 import textwrap
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from m3ae_fast import _checks
@@ -142,3 +143,17 @@ def natural(text: str, low: int = 0) -> int:
 
 
 positive = functools.partial(natural, low=1)
+
+
+def path(text: str) -> Path:
+    """Of a file or a folder; Path("") would be the current one."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file or a folder, got ''")
+    return Path(text)
+
+
+def picture(text: str) -> Path:
+    """Of a PNG."""
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"must name a .png file, got {text!r}")
+    return Path(text)

@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 
 from m3ae_fast._explain import __version__, explain
-from m3ae_fast._settings import add_options, given, natural, positive
+from m3ae_fast._settings import add_options, given, natural, path, positive
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.downstream import TASKS
 from m3ae_fast.downstream.commands.arguments import add_captions, add_device, add_picture, add_run, check_captions
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         message = " ".join(str(error).split())
         if isinstance(error, ModuleNotFoundError) and "pip install" not in message:
             message += ": pip install '.[train]'"
-        if "Memory" in type(error).__name__:
+        if _is_out_of_memory(error):
             message += "; --checkpoint-blocks needs less memory, for the same numbers"
         if type(error).__name__ != "FailedElsewhere":  # the first process says what it was
             print(f"{_process()}m3ae-fast {argv[0]}: error: {message}", file=sys.stderr)
@@ -55,9 +55,14 @@ def _is_the_callers(error: Exception) -> bool:
     """Whether a line that names the argument or the file says all there is to say; anything else is our bug."""
     if isinstance(error, ModuleNotFoundError):  # of the train extra; none of our own modules is ever missing
         return not (error.name or "m3ae_fast").startswith("m3ae_fast")
-    kinds = (ValueError, TypeError, OSError, FloatingPointError, MemoryError)
-    names = ("BadSample", "FailedElsewhere", "OutOfMemoryError")  # of what is imported late; the last is torch's
-    return isinstance(error, kinds) or type(error).__name__ in names
+    kinds = (ValueError, TypeError, OSError, FloatingPointError)
+    names = ("BadSample", "FailedElsewhere")  # of what is imported late
+    return isinstance(error, kinds) or type(error).__name__ in names or _is_out_of_memory(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's, torch's on a GPU, or torch's on a CPU, which has no type of its own."""
+    return "Memory" in type(error).__name__ or "DefaultCPUAllocator" in str(error)
 
 
 def _process() -> str:
@@ -74,6 +79,7 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
 
 
 def _pretrain(args: argparse.Namespace) -> int:
+    from m3ae_fast.data.specs import refuse_streamed
     from m3ae_fast.train import RECIPES, RunConfig, pretrain
     from m3ae_fast.train.distributed import is_first
     from m3ae_fast.train.recipes import describe
@@ -92,6 +98,8 @@ def _pretrain(args: argparse.Namespace) -> int:
     resumed = args.resume and (out / "run.json").is_file()
     if resumed:
         config = dataclasses.replace(RunConfig.load(out), **values)
+        if "data" not in values:
+            refuse_streamed(config.data, out / "run.json", "to allow it, name them by --data, too")
     shown = config.data if isinstance(config.data, str) else " + ".join(config.data)
     doing = "going on with" if resumed else "training"
     if is_first():
@@ -115,6 +123,7 @@ def _name_of(data: str | list[str]) -> str:
 
 
 def _reconstruct(args: argparse.Namespace) -> int:
+    from m3ae_fast.data.specs import refuse_streamed
     from m3ae_fast.models import objectives_offering
     from m3ae_fast.train import load_run
     from m3ae_fast.train.pictures import batch_of_files, draw_reconstruction, held_out
@@ -126,6 +135,8 @@ def _reconstruct(args: argparse.Namespace) -> int:
     if args.images:
         batch = batch_of_files(args.images, args.captions, run.model.config, run.tokenizer)
     else:
+        if args.data is None:
+            refuse_streamed(run.config.data, args.run, "give images or --data")
         batch = held_out(run.model.config, run.tokenizer, run.config, data=args.data, count=args.samples)
     seed = run.config.seed if args.seed is None else args.seed
     draw_reconstruction(run.model, run.tokenizer, batch, args.out, seed=seed, device=args.device)
@@ -136,13 +147,10 @@ def _reconstruct(args: argparse.Namespace) -> int:
 def _experiments(args: argparse.Namespace) -> int:
     from m3ae_fast.experiments import TABLES, Scale, experiments
 
-    scale = Scale.smoke() if args.smoke else Scale()
-    if args.steps:
-        scale = dataclasses.replace(scale, steps=args.steps)
-    tables = args.only or list(TABLES)
-    path = experiments(args.out, tables=tables, seeds=args.seeds, scale=scale, jobs=args.jobs)
-    print(path.read_text(encoding="utf-8"))
-    print(f"tables: {path}")
+    scale = Scale.smoke() if args.smoke else Scale(steps=args.steps)
+    page = experiments(args.out, tables=args.only or list(TABLES), seeds=args.seeds, scale=scale, jobs=args.jobs)
+    print(page.read_text(encoding="utf-8"))
+    print(f"tables: {page}")
     return 0
 
 
@@ -188,7 +196,7 @@ def _parser(named: str | None = None) -> argparse.ArgumentParser:
 
     reconstruct = add("reconstruct", _reconstruct, "Draw original | masked | reconstruction with a trained model.")
     add_run(reconstruct)
-    reconstruct.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="captions: NAME.txt beside NAME.jpg")
+    reconstruct.add_argument("images", nargs="*", type=path, metavar="IMAGE", help="captions: NAME.txt beside NAME.jpg")
     reconstruct.add_argument("--data", metavar="shapes|DIR", help="instead of images (default: the run's own data)")
     add_captions(reconstruct)
     add_picture(reconstruct, "reconstruction.png")
@@ -207,22 +215,27 @@ def _parser(named: str | None = None) -> argparse.ArgumentParser:
         "experiments", _experiments,
         "Train and score the papers' tables in miniature: 42 tiny models on drawn images, under an hour on two cores.",
     )  # fmt: skip
-    experiments.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="DIR", help="%(default)s")
-    experiments.add_argument(
-        "--only", nargs="+", metavar="TABLE", choices=("objectives", "paired", "ratio", "sizes", "ood"),
-        help="of objectives, paired, ratio, sizes, ood (default: all)",
-    )  # fmt: skip
-    experiments.add_argument("--seeds", type=positive, default=3, metavar="N", help="of each run (%(default)s)")
-    experiments.add_argument("--steps", type=positive, metavar="N", help="of each run (1,200)")
-    experiments.add_argument("--jobs", type=positive, metavar="N", help="runs at a time (default: one a core)")
-    experiments.add_argument("--smoke", action="store_true", help="three steps a run: shows that everything runs")
+    if named == "experiments":
+        _add_experiments_options(experiments)
 
     add("info", _info, "Say what runs here and why: versions, instruction set, backends.")
 
     convert = add("convert", _convert, "Turn a checkpoint of the paper's public code into safetensors.")
-    convert.add_argument("source", type=Path, metavar="IN.pkl")
-    convert.add_argument("target", type=Path, metavar="OUT.safetensors")
+    convert.add_argument("source", type=path, metavar="IN.pkl")
+    convert.add_argument("target", type=path, metavar="OUT.safetensors")
     return parser
+
+
+def _add_experiments_options(command: argparse.ArgumentParser) -> None:
+    from m3ae_fast.experiments import TABLES, Scale
+
+    command.add_argument("--out", type=path, default=Path("runs/experiments"), metavar="DIR", help="%(default)s")
+    names = ", ".join(TABLES)
+    command.add_argument("--only", nargs="+", metavar="TABLE", choices=tuple(TABLES), help=f"of {names} (default: all)")
+    command.add_argument("--seeds", type=positive, default=3, metavar="N", help="of each run (%(default)s)")
+    command.add_argument("--steps", type=positive, default=Scale.steps, metavar="N", help="of each run (%(default)s)")
+    command.add_argument("--jobs", type=positive, metavar="N", help="runs at a time (default: one a core)")
+    command.add_argument("--smoke", action="store_true", help="three steps a run: shows that everything runs")
 
 
 def _add_run_options(command: argparse.ArgumentParser) -> None:
@@ -239,7 +252,7 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
         help="a paper's run, e.g. m3ae-cc12m-large; other options win over it; list: print all of them",
     )  # fmt: skip
     files = groups[FILES]
-    files.add_argument("--out", type=Path, metavar="DIR", help="default: runs/DATA-MODEL")
+    files.add_argument("--out", type=path, metavar="DIR", help="default: runs/DATA-MODEL")
     files.add_argument(
         "--resume", nargs="?", choices=("auto",), const=True, default=False,
         help="continue the run in --out, to the bit; auto: or start it, where there is none yet",

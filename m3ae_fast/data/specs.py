@@ -113,6 +113,19 @@ def absolute(spec: str) -> str:
     return os.path.abspath(name) + spec[len(name) :]
 
 
+def refuse_streamed(data: str | Sequence[str], named_by: str, instead: str) -> None:
+    """Refuse data that a file names, where opening them would run a command or ask a server: a person must name those.
+
+    Args:
+        data: as of `open_dataset`. named_by: the file. instead: what to do.
+    Raises:
+        ValueError: one of them is streamed.
+    """
+    for spec in [data] if isinstance(data, str) else data:
+        if is_streamed(split_weight(spec)[0]):
+            raise ValueError(f"{named_by} names data that would run a command or ask a server, {spec}: {instead}")
+
+
 def is_streamed(spec: str) -> bool:
     """Whether it is a URL or a command's output."""
     return spec.startswith("pipe:") or "://" in spec

@@ -32,6 +32,7 @@ class Summary:
     workers: int = 0  # processes that made them for each of those; 0: itself
     processes: int = 1  # of the run
     skipped: dict = field(default_factory=dict)  # samples that could not be read and were replaced, by what was damaged
+    streamed: list = field(default_factory=list)  # the run's data, where a command or a server gives some of them
     bad: list = field(default_factory=list)  # the first of those and all shards that are damaged, as text
 
 
@@ -58,7 +59,8 @@ def print_summary(summary: Summary) -> None:
         print(f"data workers died and were started again: {summary.workers_died:,} times")
     print_data(summary)
     if summary.step < summary.steps:
-        print(f"continue with: m3ae-fast pretrain --out {shlex.quote(str(folder))} --resume")
+        streamed = "".join(f" --data {shlex.quote(spec)}" for spec in summary.streamed)
+        print(f"continue with: m3ae-fast pretrain --out {shlex.quote(str(folder))} --resume{streamed}")
     if not summary.interrupted:
         print(f"pictures: {folder / 'pictures'}")
     print(f"numbers: {folder / 'metrics.jsonl'}, tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")

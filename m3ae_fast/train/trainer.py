@@ -24,6 +24,7 @@ from m3ae_fast._files import remove_unfinished
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader
+from m3ae_fast.data.specs import is_streamed
 from m3ae_fast.models import OBJECTIVES
 from m3ae_fast.nn import checkpoint_blocks
 from m3ae_fast.train import checkpoint, distributed, run
@@ -112,6 +113,8 @@ class Trainer:
         if self.resumed:
             self.resume()
         self.summary = Summary(self.folder, self.done, self.config.steps, self.bad_steps.total)
+        data = [self.config.data] if isinstance(self.config.data, str) else self.config.data
+        self.summary.streamed = data if any(is_streamed(spec) for spec in data) else []
 
     def _resumes(self, resume: bool | str) -> bool:
         """torchrun --max-restarts starts again with the same words: what this launch has begun goes on, nothing older

@@ -6,11 +6,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from m3ae_fast._files import read_json, write_json
 from m3ae_fast.models import OBJECTIVES
 from m3ae_fast.models.config import SIZES
-from m3ae_fast.train import RunConfig, trainer
+from m3ae_fast.train import RunConfig, checkpoint, load_run, trainer
 from m3ae_fast.train.config import DEFAULTS, LR_PER_256
 
 SMALL = ["--steps", "3", "--batch-size", "2", "--image-size", "32", "--device", "cpu"]
@@ -91,6 +93,8 @@ def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
         ),
         (["pretrain", "--resume"], "runs/shapes-tiny holds no run to resume: there is no run.json in it"),
         (["pretrain", "--out", "file"], "file"),
+        (["pretrain", "--out", ""], "argument --out: must name a file or a folder, got ''"),
+        (["attend", "x", "--out", "a.jpg"], "argument --out: must name a .png file, got 'a.jpg'"),
         (["reconstruct", "empty"], "empty/checkpoints holds no checkpoint"),
         (["reconstruct", "nowhere"], "nowhere is not a checkpoint: no such file"),
         (["reconstruct", "file"], "file is not a whole checkpoint"),
@@ -109,6 +113,31 @@ def test_a_mistake_is_one_line_and_status_2(run, tmp_path, arguments, message):
     assert line.startswith("m3ae-fast") and "error: " in line and message in line
     assert "Traceback" not in err and out == ""
     assert sorted(tmp_path.rglob("*")) == before, "nothing half-written"
+
+
+def test_too_little_memory_is_one_line(run, monkeypatch):
+    monkeypatch.setattr(trainer, "train_step", lambda *_: torch.empty(2**50))
+    status, _, err = run("pretrain", *SMALL)
+    assert status == 2 and "Traceback" not in err
+    line = err.splitlines()[-1]
+    assert "can't allocate memory" in line and line.endswith(
+        "--checkpoint-blocks needs less memory, for the same numbers"
+    )
+
+
+@pytest.mark.parametrize("spec", ["pipe:touch touched #.tar", "https://nowhere.invalid/a.tar", "gs://b/{0..3}.tar=2"])
+def test_a_run_runs_no_command_that_its_folder_names(run, tmp_path, spec):
+    """What is written there may be somebody else's."""
+    assert run("pretrain", *SMALL, "--out", "run")[0] == 0
+    forged = {"data": ["shapes", spec]}
+    write_json(tmp_path / "run" / "run.json", read_json(tmp_path / "run" / "run.json") | forged)
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        saved = load_run(path)
+        checkpoint.save(path, saved.step, saved.config.to_dict() | forged, saved.model, None)
+    for call in (["pretrain", "--out", "run", "--resume"], ["reconstruct", "run"], ["attend", "run"]):
+        status, _, err = run(*call)
+        assert status == 2 and f"names data that would run a command or ask a server, {spec}: " in err, err
+    assert not (tmp_path / "touched").exists()
 
 
 def test_our_own_mistakes_keep_their_traceback(run, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from m3ae_fast._settings import add_options, natural, positive
+from m3ae_fast._settings import add_options, natural, path, picture, positive
 
 SCORED = 500  # drawn scenes to score on, where no number is given
 CLASSES = "cluttered"  # what is classified where no data is named: drawn, of one class each
@@ -24,7 +24,7 @@ def add_scored(
     command.add_argument("--data", default=default, metavar=spec, help=f"scored on this (%(default)s); {rows}")
     command.add_argument("--samples", type=positive, metavar="N", help=f"of the data (drawn: {SCORED}; others: all)")
     if out:
-        command.add_argument("--out", type=Path, metavar="FILE", help="results as JSON")
+        command.add_argument("--out", type=path, metavar="FILE", help="results as JSON")
     command.add_argument("--seed", type=natural, default=0, metavar="S", help="of scenes and training (%(default)s)")
     add_device(command)
 
@@ -36,7 +36,7 @@ def add_classes(command: argparse.ArgumentParser, *, out: bool = True) -> None:
 
 def add_run(command: argparse.ArgumentParser) -> None:
     """The run whose model is used."""
-    command.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
+    command.add_argument("run", type=path, metavar="RUN", help="a run's folder, or one of its checkpoints")
 
 
 def add_device(command: argparse.ArgumentParser) -> None:
@@ -53,12 +53,12 @@ def add_trained(command: argparse.ArgumentParser, settings: type) -> None:
     """The data to train on, an option for each of the task's settings, and where the trained model goes."""
     add_train(command, "train on")
     add_options(command, settings)
-    command.add_argument("--save", type=Path, metavar="FILE", help="the trained model, as safetensors")
+    command.add_argument("--save", type=path, metavar="FILE", help="the trained model, as safetensors")
 
 
 def add_picture(command: argparse.ArgumentParser, default: str) -> None:
     """Where the picture goes."""
-    command.add_argument("--out", type=Path, default=Path(default), metavar="FILE", help="%(default)s")
+    command.add_argument("--out", type=picture, default=Path(default), metavar="FILE.png", help="%(default)s")
 
 
 def add_captions(command: argparse.ArgumentParser) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from m3ae_fast._drawing import INK, heat, new_figure, save_figure
-from m3ae_fast._settings import natural
+from m3ae_fast._settings import natural, path
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Tokenizer
+from m3ae_fast.data.specs import refuse_streamed
 from m3ae_fast.downstream.commands.arguments import add_captions, add_device, add_picture, add_run, check_captions
 from m3ae_fast.downstream.commands.session import open_run
 from m3ae_fast.downstream.features import evaluating
@@ -136,7 +137,7 @@ def draw_attention(model: Model, batch: ImageTextBatch, tokenizer: Tokenizer | N
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """What `m3ae-fast attend` takes."""
     add_run(command)
-    command.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="none: four of the run's own data")
+    command.add_argument("images", nargs="*", type=path, metavar="IMAGE", help="none: four of the run's own data")
     add_captions(command)
     add_picture(command, "attention.png")
     command.add_argument("--layer", type=natural, metavar="N", help="block, from 0 (default: the last)")
@@ -154,6 +155,7 @@ def main(args: argparse.Namespace) -> int:
     if args.images:
         batch = batch_of_files(args.images, args.captions, run.model.config, run.tokenizer)
     else:
+        refuse_streamed(run.config.data, args.run, "give images")
         batch = held_out(run.model.config, run.tokenizer, run.config, count=4)
     options = {"layer": args.layer, "rollout": args.rollout}
     draw_attention(run.model, batch.to(args.device), run.tokenizer, args.out, **options)

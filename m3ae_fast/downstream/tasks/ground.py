@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from m3ae_fast._drawing import INK, RIGHT, WRONG, Cards, heat
-from m3ae_fast._settings import natural
+from m3ae_fast._settings import natural, picture
 from m3ae_fast.data import Tokenizer
 from m3ae_fast.data.examples.files import open_phrases
 from m3ae_fast.downstream.commands.arguments import add_scored
@@ -83,7 +83,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     rows = '{"image": PATH, "phrase": TEXT, "box": [x0, y0, x1, y1] if known}'
     add_scored(command, "shapes|FILE.jsonl", rows)
     command.add_argument("--block", type=natural, metavar="N", help="of the fusion encoder (default: the middle one)")
-    command.add_argument("--picture", type=Path, metavar="FILE", help="draw the first six there")
+    command.add_argument("--picture", type=picture, metavar="FILE", help="draw the first six there")
 
 
 def main(args: argparse.Namespace) -> int:

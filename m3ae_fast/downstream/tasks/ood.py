@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from m3ae_fast import _checks
+from m3ae_fast._settings import path
 from m3ae_fast.data.samples import open_some
 from m3ae_fast.downstream.commands.arguments import add_classes
 from m3ae_fast.downstream.commands.session import few, finish, open_run, pair_of_classes
@@ -110,7 +111,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_classes(command)
     command.add_argument("--out-data", required=True, metavar="shapes|DIR", help="images of other kinds; labels unread")
     probe.add_fitting(command)
-    command.add_argument("--classifier", type=Path, metavar="FILE", help="of finetune --save, instead of a probe")
+    command.add_argument("--classifier", type=path, metavar="FILE", help="of finetune --save, instead of a probe")
 
 
 def main(args: argparse.Namespace) -> int:

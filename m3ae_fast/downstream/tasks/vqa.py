@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from m3ae_fast._settings import given
+from m3ae_fast._settings import given, path
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data import Tokenizer
 from m3ae_fast.data.examples.files import open_questions, read_answers
@@ -89,7 +88,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_scored(command, "shapes|FILE.jsonl", '{"image": PATH, "question": TEXT, "answer": TEXT}')
     add_trained(command, Training)
     command.add_argument(
-        "--answers", type=Path, metavar="FILE", help="an answer a line (default: those of the training data)"
+        "--answers", type=path, metavar="FILE", help="an answer a line (default: those of the training data)"
     )
 
 

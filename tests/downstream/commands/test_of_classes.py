@@ -206,7 +206,8 @@ def test_project(command):
         (["attend", "m3ae", "x.png"], "x.png"),
         (["attend", "m3ae", "--caption", "a"], "--caption must be given once for each image, got 1 for 0"),
         (["attend", "mae", "test/red/0.png", "--caption", "a"], "--caption must not be given: MAE encodes no image"),
-        (["attend", "m3ae", "--out", "."], "--out must name a file in a folder that exists, got ."),
+        (["attend", "m3ae", "--out", "."], "argument --out: must name a .png file, got '.'"),
+        (["attend", "m3ae", "--out", "none/a.png"], "--out must name a file in a folder that exists, got none/a.png"),
         (["project", "m3ae", "--data", "test"], "perplexity must be in (0, 15), below the number of features, got 30"),
     ],
 )  # fmt: skip
