@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import itertools
 import re
 import tarfile
@@ -15,9 +14,12 @@ import numpy as np
 
 from m3ae_fast import _checks
 from m3ae_fast.data.bad_sample import BadSample
+from m3ae_fast.data.remote import open_url, opener
 from m3ae_fast.data.sample import Sample
 from m3ae_fast.data.seeds import ORDER, generator
 from m3ae_fast.data.shards import Refused, captions_of, contents, expand_braces, sample_of, samples_in
+
+FIRST_UNREACHED, MOST_UNREACHED = 3, 10  # shards in a row of which not a byte came: before any other one did, and after
 
 
 class StreamedDataset:
@@ -32,6 +34,8 @@ class StreamedDataset:
     - The same numbers of ranks and workers give the same batches. A run that is resumed with the same numbers goes on
       exactly, but all that it has used is read again and thrown away: fast for a short run, not for a long one.
     - Of a damaged shard what comes before the damage is used; the damage is met, and counted, in every epoch.
+    - A transfer by http, https, sftp or ftps that breaks off, or stalls for a minute, goes on where it was, a few
+      times. When not a byte comes of 3 shards in a row at the beginning, or of 10 later, it is a ConnectionError.
 
     Args:
         pattern: of the URLs, with braces: "https://host/cc12m-{00000..01242}.tar".
@@ -52,7 +56,7 @@ class StreamedDataset:
     def __init__(self, pattern: str, *, buffer: int = 1000):
         _checks.integer("buffer", buffer, 1)
         self.urls, self.buffer = expand_braces(pattern), buffer
-        schemes = _opener().gopen_schemes
+        schemes = opener().gopen_schemes
         scheme = pattern.partition(":")[0]
         if scheme not in schemes:
             known = ", ".join(sorted(name for name in schemes if name.isalnum()))
@@ -78,17 +82,18 @@ class StreamedDataset:
             seed: of the orders. reader, readers: its number, and how many there are.
             source: number of the data set, where several are mixed.
         Raises:
-            ValueError: there are fewer shards than readers.
+            ValueError: there are fewer shards than readers. ConnectionError: of many in a row not a byte came.
         """
         self.check_readers(readers)
+        outage = _Outage()
         for epoch in itertools.count():
             order = generator(seed, ORDER, epoch, source=source).permutation(len(self.urls))
-            entries = _read(self.urls[i] for i in order[reader::readers])
+            entries = _read((self.urls[i] for i in order[reader::readers]), outage)
             yield from _shuffled(entries, self.buffer, generator(seed, ORDER, epoch, reader + 1, source))
 
     def captions(self) -> Iterator[str]:
         """Those of the shards in the order of their names, read as far as they are asked for."""
-        for entry in _read(self.urls):
+        for entry in _read(self.urls, _Outage()):
             try:
                 yield from captions_of(entry.files, entry.name)
             except BadSample:
@@ -109,29 +114,40 @@ class Entry(NamedTuple):
         return dataclasses.replace(sample_of(self.files, self.name), labels=())
 
 
-def _read(urls: Iterable[str]) -> Iterator[Entry]:
+class _Outage:
+    """Counts the shards in a row of which not a byte came."""
+
+    def __init__(self):
+        self._shards, self._most = 0, FIRST_UNREACHED
+
+    def count(self, url: str, reached: bool, damage: str) -> None:
+        """ConnectionError: there are so many that it must be the server, or the pattern."""
+        if reached:
+            self._shards, self._most = 0, MOST_UNREACHED
+            return
+        self._shards += 1
+        if self._shards == self._most:
+            raise ConnectionError(f"{self._shards} shards in a row could not be read, the last: {url}: {damage}")
+
+
+def _read(urls: Iterable[str], outage: _Outage) -> Iterator[Entry]:
     """The samples of all shards, and after those of a damaged one what is wrong with it."""
     for url in urls:
-        damage = "there is no sample in it"
+        damage, reached = "there is no sample in it", False
         try:
-            with _opened(url) as stream:
-                for key, files in samples_in(_Forward(stream), contents):
-                    damage = ""
-                    yield Entry(f"{url}: {key}", files)
+            with contextlib.closing(open_url(url)) as stream:
+                forward = _Forward(stream)
+                try:
+                    for key, files in samples_in(forward, contents):
+                        damage = ""
+                        yield Entry(f"{url}: {key}", files)
+                finally:
+                    reached = forward.tell() > 0
         except (OSError, tarfile.TarError) as error:
             damage = str(error)
+        outage.count(url, reached, damage)
         if damage:
             yield Entry(url, {}, damage)
-
-
-@contextlib.contextmanager
-def _opened(url: str):
-    stream = _opener().gopen(url)
-    try:
-        yield stream
-    finally:
-        with contextlib.suppress(OSError):  # a command that is not read to its end has something to say about it
-            stream.close()
 
 
 class _Forward:
@@ -165,14 +181,3 @@ def _shuffled(entries: Iterable[Entry], size: int, rng: np.random.Generator) -> 
             held[i], entry = entry, held[i]
         yield entry
     yield from (held[i] for i in rng.permutation(len(held)))
-
-
-def _opener():
-    """The library's module that opens URLs."""
-    try:
-        return importlib.import_module("webdataset.gopen")
-    except ModuleNotFoundError as error:
-        if error.name not in ("webdataset", "webdataset.gopen"):
-            raise
-        message = "shards behind URLs need webdataset: pip install '.[train]'"
-        raise ModuleNotFoundError(message, name="webdataset") from error
