@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from m3ae_fast._files import write_tensors
-from m3ae_fast.convert.inert_pickle import Inert, load_inert
+from m3ae_fast._pickle_data import Made
+from m3ae_fast.convert.pickled_arrays import attributes, load_content, resolve
 
 # Their module -> ours. A Dense kernel is [in, out]; torch's weight is its transpose.
 _BLOCK = {
@@ -43,6 +44,7 @@ _TOKENS = {
     "decoder_image_type_embedding": "decoder_image_type",
     "decoder_text_type_embedding": "decoder_text_type",
 }
+_ZIP, _TORCH_LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files begin
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -59,16 +61,25 @@ def _our_name(path: str) -> str:
     return f"{ours}.{_LEAVES[leaf]}"
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
+def _flatten(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     flat: dict[str, np.ndarray] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{path}/")
-        elif hasattr(value, "__array__"):
+    seen, branches = 0, [("", iter(tree.items()))]
+    while branches:
+        prefix, items = branches[-1]
+        for key, value in items:
+            if not isinstance(key, str | int):
+                raise TypeError(f"tree must have names that are text, got {type(key).__name__}")
+            path, value, seen = f"{prefix}{key}", resolve(value), seen + 1
+            if seen > 100_000 or len(branches) > 32 or len(path) > 1000:  # branches of a pickle can hold themselves
+                raise ValueError("tree must hold at most 100,000 names of 1,000 letters, nested at most 32 deep")
+            if isinstance(value, Mapping):
+                branches.append((f"{path}/", iter(value.items())))
+                break
+            if not hasattr(value, "__array__"):
+                raise TypeError(f"tree must hold arrays, got {type(value).__name__} at {path!r}")
             flat[path] = np.asarray(value)
         else:
-            raise TypeError(f"tree must hold arrays, got {type(value).__name__} at {path!r}")
+            branches.pop()
     return flat
 
 
@@ -128,22 +139,42 @@ def config_from_flax(tree: Mapping[str, Any], **known: Any) -> dict[str, Any]:
 def load_flax_checkpoint(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The parameter tree {path: array} of a checkpoint of the public code (`model.pkl`), without running any of it.
 
-    The file is a pickle; an unpickler that knows arrays and inert containers alone reads it.
+    The file is a pickle, which is read as data: arrays are built from its bytes, everything else is only remembered.
 
     Raises:
         FileNotFoundError. ValueError: the file is cut short, is no pickle, names anything else than arrays and inert
         containers (the message says what), or holds no parameters.
     """
-    content = load_inert(path)
-    state = content.get("state", content) if isinstance(content, Mapping) else content
-    if isinstance(state, Inert):
-        state = state.fields()
+    path = Path(path)
+    with open(path, "rb") as file:
+        start = file.read(len(_TORCH_LEGACY))
+    if start.startswith(_ZIP) or start == _TORCH_LEGACY:
+        raise ValueError(
+            f"{path} must be a pickle of the public JAX code, got a checkpoint of PyTorch or another archive: load "
+            "PyTorch's into the model that it is of (m3ae_fast.integrations makes Transformers' and timm's faster)"
+        )
+    content = load_content(path)
+    try:
+        tree = _flatten(_parameters(content))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} must hold a checkpoint of the public M3AE code: {error}") from error
+    if sum(array.nbytes for array in tree.values()) > path.stat().st_size:
+        raise ValueError(f"{path} must hold a checkpoint of the public M3AE code, got the same array under many names")
+    return tree
+
+
+def _parameters(content: Any) -> Mapping[str, Any]:
+    """The tree inside a checkpoint: a dictionary's "state" or the whole, of that the "params", once or twice."""
+    content = resolve(content)
+    state = resolve(content.get("state", content)) if isinstance(content, Mapping) else content
+    if isinstance(state, Made):
+        state = attributes(state)
     for key in ("params", "params"):  # TrainState.params["params"]
         if isinstance(state, Mapping) and key in state:
-            state = state[key]
+            state = resolve(state[key])
     if not isinstance(state, Mapping) or not state:
-        raise ValueError(f"{os.fspath(path)} must hold a checkpoint of the public M3AE code, got no parameter tree")
-    return _flatten(state)
+        raise TypeError("it has no parameter tree")
+    return state
 
 
 def convert_flax_checkpoint(source: str | os.PathLike, target: str | os.PathLike) -> dict[str, Any]:
