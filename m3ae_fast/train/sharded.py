@@ -1,7 +1,7 @@
 """Sharded checkpoints: a folder written by all processes at once (torch.distributed.checkpoint), read by any number.
 
 `.metadata` and a `__<process>_0.distcp` of each process are torch's; `m3ae_fast.json` is ours: the header, and a
-SHA-256 of every file, of itself as it is without that. `.metadata` is a pickle: read folders that you trust.
+SHA-256 of every file, of itself as it is without that. `.metadata` is a pickle, of which nothing is run.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -21,8 +22,10 @@ from torch.distributed.tensor import DTensor
 
 from m3ae_fast._files import naming, read_json, temporary_name, write_json
 from m3ae_fast.train import distributed
+from m3ae_fast.train.sharded_metadata import METADATA, read_metadata
 
 HEADER = "m3ae_fast.json"
+_SHARD = re.compile(r"__\d+_\d+\.distcp")
 
 
 def save(path: Path, header: dict, tensors: dict[str, Tensor]) -> None:
@@ -39,7 +42,7 @@ def save(path: Path, header: dict, tensors: dict[str, Tensor]) -> None:
     try:
         with _as(OSError, f"{path} cannot be written"):
             dcp.save(tensors, checkpoint_id=temporary)
-        mine = [*temporary.glob(f"__{distributed.rank()}_*")] + [temporary / ".metadata"] * distributed.is_first()
+        mine = [*temporary.glob(f"__{distributed.rank()}_*")] + [temporary / METADATA] * distributed.is_first()
         every = distributed.gather({file.name: _digest(file) for file in mine})
         digests = {name: digest for each in every for name, digest in each.items()}
         distributed.on_first(lambda: _finish(temporary, path, header | {"sha256": digests}))
@@ -79,23 +82,29 @@ def load(path: Path, model: nn.Module | None = None) -> tuple[dict, dict[str, Te
     import torch.distributed.checkpoint as dcp
 
     header = read_json(path / HEADER)
-    own = header.get("sha256", {}).pop(HEADER, None)
+    digests = header.get("sha256")
+    own = digests.pop(HEADER, None) if isinstance(digests, dict) else None
     if own != _digest_of(header):
         raise ValueError(f"{path} is damaged: {HEADER} was altered")
     files = sorted(header.pop("sha256").items())
+    if METADATA not in dict(files) or not all(name == METADATA or _SHARD.fullmatch(name) for name, _ in files):
+        raise ValueError(f"{path} is damaged: {HEADER} names other files than a sharded checkpoint has")
     shares = distributed.world_size() if model is not None else 1
-    bad = [n for n, digest in files[distributed.rank() % shares :: shares] if _digest(path / n) != digest]
+    mine = files[distributed.rank() % shares :: shares]
+    # a device or a pipe may never end
+    bad = [name for name, digest in mine if not (path / name).is_file() or _digest(path / name) != digest]
     if shares > 1:
         bad = [name for each in distributed.gather(bad) for name in each]
     if bad:
         raise ValueError(f"{path} is damaged: {', '.join(bad)} is missing or was altered")
-    with _as(ValueError, f"{path} cannot be read"):
-        entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    metadata = read_metadata(path, {name: (path / name).stat().st_size for name, _ in files if name != METADATA})
     parameters = dict(model.named_parameters()) if model is not None else {}
-    tensors = {name: _room_for(name, entry, parameters) for name, entry in entries.items()}
+    tensors = {name: _room_for(name, entry, parameters) for name, entry in metadata.state_dict_metadata.items()}
+    reader = dcp.FileSystemReader(path)
+    reader.read_metadata = lambda *_, **__: metadata  # torch's own runs the pickle
     with _as(ValueError, f"{path} cannot be read"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist asks for it
-        dcp.load(tensors, checkpoint_id=path, no_dist=True)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return header, tensors
 
 
@@ -134,10 +143,7 @@ def _digest_of(header: dict) -> str:
 
 def _digest(file: Path) -> str:
     digest = hashlib.sha256()
-    try:
-        with open(file, "rb") as data:
-            while block := data.read(1 << 20):
-                digest.update(block)
-    except FileNotFoundError:
-        return "missing"
+    with open(file, "rb") as data:
+        while block := data.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

@@ -1,0 +1,165 @@
+"""The metadata of a sharded checkpoint: nothing of it runs, and what does not fit the other files is refused."""
+
+import hashlib
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint import filesystem, metadata
+
+from m3ae_fast.train import sharded
+from m3ae_fast.train.sharded_metadata import METADATA, read_metadata
+
+TENSORS = {"model.a": torch.arange(6.0).reshape(2, 3), "model.b": torch.ones(4, dtype=torch.bfloat16)}
+TENSORS |= {"optimiser.a.step": torch.tensor(3.0), "model.none": torch.ones(0, 2, dtype=torch.int64)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A sharded checkpoint of one process."""
+    with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+        sharded.save(tmp_path / "step-00000001", {"step": 1}, TENSORS)
+    return tmp_path / "step-00000001"
+
+
+def sign(folder, change=lambda header: None):
+    """Make the header right for files that were altered, as whoever alters them can."""
+    header = json.loads((folder / sharded.HEADER).read_text())
+    header["sha256"] = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in sorted(os.listdir(folder))
+        if name != sharded.HEADER
+    }
+    change(header)
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+    header["sha256"][sharded.HEADER] = digest
+    (folder / sharded.HEADER).write_text(json.dumps(header))
+
+
+def test_it_is_what_torch_wrote(folder):
+    with open(folder / METADATA, "rb") as file:
+        theirs = pickle.load(file)
+    (shard,) = folder.glob("*.distcp")
+    ours = read_metadata(folder, {shard.name: shard.stat().st_size})
+    assert ours.state_dict_metadata == theirs.state_dict_metadata
+    assert ours.storage_data == theirs.storage_data and ours.planner_data == theirs.planner_data
+    _, tensors = sharded.load(folder)
+    assert all(torch.equal(tensors[name], value) for name, value in TENSORS.items()) and len(tensors) == len(TENSORS)
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def forge(folder, change):
+    """Write the metadata again as `change` alters it."""
+    with open(folder / METADATA, "rb") as file:
+        content = pickle.load(file)
+    content = change(content) or content
+    (folder / METADATA).write_bytes(pickle.dumps(content))
+    sign(folder)
+
+
+def entry(content, name="model.a"):
+    return content.state_dict_metadata[name]
+
+
+def place(content, name="model.a"):
+    (found,) = (info for index, info in content.storage_data.items() if index.fqn == name)
+    return found
+
+
+def without_dtype(content):
+    entry(content).properties = metadata.TensorProperties(torch.complex64)
+
+
+FORGED = {
+    "a call": (lambda m: Touch("ran"), "it names pathlib.Path.touch, which is nothing that such a file needs"),
+    "a call inside": (lambda m: m.planner_data.update(x=Touch("ran")), "it names pathlib.Path.touch"),
+    "another object": (lambda m: [1], "Metadata was expected"),
+    "a part": (lambda m: entry(m), "Metadata was expected"),
+    "no tensor": (
+        lambda m: m.state_dict_metadata.update({"model.a": metadata.BytesStorageMetadata()}),
+        "TensorStorageMetadata was expected",
+    ),
+    "another dtype": (without_dtype, "it names torch.complex64"),
+    "a file elsewhere": (lambda m: setattr(place(m), "relative_path", "../secret"), "../secret"),
+    "another file": (lambda m: setattr(place(m), "relative_path", METADATA), METADATA),
+    "a negative offset": (lambda m: setattr(place(m), "offset", -1), "a part of '__0_0.distcp' is none"),
+    "an offset beyond the end": (lambda m: setattr(place(m), "offset", 10**6), "a part of '__0_0.distcp' is none"),
+    "a negative length": (lambda m: setattr(place(m), "length", -1), "a part of '__0_0.distcp' is none"),
+    "the same bytes": (
+        lambda m: [setattr(i, "offset", 0) or setattr(i, "length", 3000) for i in m.storage_data.values()] and None,
+        "the same bytes are used twice",
+    ),
+    "another way to read": (
+        lambda m: setattr(place(m), "transform_descriptors", ["zstd"]),
+        "a part of '__0_0.distcp' is none",
+    ),
+    "a tensor that is too large": (lambda m: setattr(entry(m), "size", torch.Size((2**30, 3))), "is not whole"),
+    "a large tensor of a small file": (
+        lambda m: (
+            setattr(entry(m), "size", torch.Size((2**30, 3)))
+            or setattr(entry(m), "chunks", [metadata.ChunkStorageMetadata(torch.Size((0, 0)), torch.Size((2**30, 3)))])
+        ),
+        "the bytes of 'model.a' are too few",
+    ),
+    "a size that overflows": (lambda m: setattr(entry(m), "size", torch.Size((2**40, 2**40, 0))), "a size must be"),
+    "a part that is outside": (
+        lambda m: setattr(entry(m).chunks[0], "offsets", torch.Size((1, 0))),
+        "a part of 'model.a' is outside of it",
+    ),
+    "a part of other dimensions": (
+        lambda m: setattr(entry(m).chunks[0], "sizes", torch.Size((6,))),
+        "is outside of it",
+    ),
+    "a part that is nowhere": (lambda m: m.storage_data.clear(), "MetadataIndex"),
+    "an unexpected class": (
+        lambda m: m.planner_data.update(x=filesystem._StoragePrefix("a")),
+        "it names torch.distributed.checkpoint.filesystem._StoragePrefix",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_what_is_forged_is_refused(folder, tmp_path, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)
+    change, reason = FORGED[what]
+    forge(folder, change)
+    with pytest.raises(ValueError, match=r"/\.metadata must be the metadata of a sharded checkpoint") as error:
+        sharded.load(folder)
+    assert reason in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_header_names_only_files_of_the_checkpoint(folder, tmp_path):
+    (tmp_path / "secret").write_bytes(b"x")
+    digest = hashlib.sha256(b"x").hexdigest()
+    for change in (
+        lambda header: header["sha256"].update({"../secret": digest}),
+        lambda header: header["sha256"].update({str(tmp_path / "secret"): digest}),
+        lambda header: header["sha256"].pop(METADATA),
+    ):
+        sign(folder, change)
+        with pytest.raises(ValueError, match="names other files than a sharded checkpoint has"):
+            sharded.load(folder)
+    (folder / sharded.HEADER).write_text(json.dumps({"sha256": [1]}))
+    with pytest.raises(ValueError, match="was altered"):
+        sharded.load(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+def test_a_pipe_is_no_file_of_a_checkpoint(folder):
+    (shard,) = folder.glob("*.distcp")
+    sign(folder)
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(ValueError, match=r"__0_0\.distcp is missing or was altered"):
+        sharded.load(folder)
