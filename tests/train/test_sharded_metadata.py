@@ -4,14 +4,18 @@ import hashlib
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch.distributed.checkpoint import filesystem, metadata
 
 from m3ae_fast.train import sharded
 from m3ae_fast.train.sharded_metadata import METADATA, read_metadata
+from tests.altered_pickles import altered
 
 TENSORS = {"model.a": torch.arange(6.0).reshape(2, 3), "model.b": torch.ones(4, dtype=torch.bfloat16)}
 TENSORS |= {"optimiser.a.step": torch.tensor(3.0), "model.none": torch.ones(0, 2, dtype=torch.int64)}
@@ -163,3 +167,39 @@ def test_a_pipe_is_no_file_of_a_checkpoint(folder):
     os.mkfifo(shard)
     with pytest.raises(ValueError, match=r"__0_0\.distcp is missing or was altered"):
         sharded.load(folder)
+
+
+def fuzz(folder):
+    """Read checkpoints of altered metadata, and print how many could be read, and how many were refused."""
+    outcomes = {"read": 0, "refused": 0}
+
+    @settings(derandomize=True, database=None, max_examples=500, deadline=None)
+    @given(content=altered([(folder / METADATA).read_bytes()]))
+    def load(content):
+        (folder / METADATA).write_bytes(content)
+        sign(folder)
+        try:
+            _, tensors = sharded.load(folder)
+        except ValueError as error:
+            assert str(folder) in str(error) and "\n" not in str(error)
+            outcomes["refused"] += 1
+        else:
+            assert sum(tensor.nbytes for tensor in tensors.values()) < 1000
+            outcomes["read"] += 1
+
+    load()
+    print(outcomes["read"], outcomes["refused"])
+
+
+def test_altered_metadata_is_read_or_refused(folder):
+    """In a process of its own, which a crash would end."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-X", "faulthandler", __file__, folder]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+    assert done.returncode == 0, done.stderr
+    read, refused = map(int, done.stdout.split())
+    assert read > 10 and refused > 100
+
+
+if __name__ == "__main__":
+    fuzz(Path(sys.argv[1]))
