@@ -70,7 +70,9 @@ class ImageTextBatch:
         for i, (image, length) in enumerate(zip(has_image, text_lengths.lengths, strict=True)):
             if not image and length == 0:
                 raise ValueError(f"every sample must have an image or a text, got neither in sample {i}")
-        sample_ids = torch.arange(batch) if sample_ids is None else torch.as_tensor(sample_ids).cpu()
+        if sample_ids is None:
+            sample_ids = torch.arange(batch, device="cpu")
+        sample_ids = torch.as_tensor(sample_ids, device="cpu")
         _checks.shape("sample_ids", sample_ids, (batch,))
         if batch:  # an empty list makes a float tensor
             _checks.dtype("sample_ids", sample_ids, _checks.INTEGERS)

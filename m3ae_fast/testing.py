@@ -47,7 +47,7 @@ class ModelShape:
         """Caption lengths of one batch."""
         low, high = self.text_lengths
         generator = torch.Generator().manual_seed(seed)
-        return torch.randint(low, high + 1, (self.batch,), generator=generator).tolist()
+        return torch.randint(low, high + 1, (self.batch,), generator=generator, device="cpu").tolist()
 
     def kept_words(self, seed: int = 0) -> list[int]:
         """Kept words of each caption: at least one kept and one masked."""
@@ -131,7 +131,7 @@ def widened(x: Tensor, width: int) -> Tensor:
 def cotangent(x: Tensor) -> Tensor:
     """A fixed pseudo-random gradient for x, exactly representable in bfloat16."""
     generator = torch.Generator().manual_seed(x.numel())
-    return (torch.randint(-64, 65, x.shape, generator=generator) / 64).to(x.device, x.dtype)
+    return (torch.randint(-64, 65, x.shape, generator=generator, device="cpu") / 64).to(x.device, x.dtype)
 
 
 def cases(op: str):

@@ -187,7 +187,7 @@ class Loader:
         for _ in range(MAX_DEATHS):
             try:
                 if self._batches is None:
-                    with _no_alarm():
+                    with _no_alarm(), torch.device("cpu"):  # where DataLoader draws a seed
                         self._batches = iter(self._loader)
                 return next(self._batches)
             except (RuntimeError, EOFError, OSError) as error:  # the latter two: it died while sending
@@ -358,7 +358,7 @@ class _Batches(Dataset):
         images = [sample.image for sample in prepared if sample.image is not None]
         batch = ImageTextBatch(
             stack(images) if images else None,
-            torch.tensor([i for sample in prepared for i in sample.ids], dtype=torch.int32),
+            torch.tensor([i for sample in prepared for i in sample.ids], dtype=torch.int32, device="cpu"),
             [len(sample.ids) for sample in prepared],
             has_image=[sample.image is not None for sample in prepared],
             sample_ids=positions,
@@ -377,7 +377,7 @@ class _Batches(Dataset):
     def _labels(self, prepared: list[_Prepared]) -> torch.Tensor | None:
         if not self.mixture.classes:
             return None
-        labels = torch.zeros(len(prepared), len(self.mixture.classes), dtype=torch.bool)
+        labels = torch.zeros(len(prepared), len(self.mixture.classes), dtype=torch.bool, device="cpu")
         for row, sample in zip(labels, prepared, strict=True):
             row[list(sample.labels)] = True
         return labels

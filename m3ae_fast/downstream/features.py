@@ -55,7 +55,8 @@ def extract(
             texts = [_caption(sample) for sample in chunk] if text else None
             batch = pack_for(model, [sample.image for sample in chunk], texts, tokenizer)
             cls.append(model.encode_cls(batch.to(device)).float().cpu())
-    return Features(torch.cat(cls).clone(), torch.tensor(labels))  # the clone is made outside: an ordinary tensor
+    cls = torch.cat(cls).clone()  # outside inference mode: an ordinary tensor
+    return Features(cls, torch.tensor(labels, device="cpu"))
 
 
 @contextmanager

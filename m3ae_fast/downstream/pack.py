@@ -50,7 +50,7 @@ def pack(
     ids = None if texts is None else _encode(texts, tokenizer, max_text_length)
     return ImageTextBatch(
         None if images is None else _stack(images, image_size),
-        None if ids is None else torch.tensor([i for text in ids for i in text], dtype=torch.int32),
+        None if ids is None else torch.tensor([i for text in ids for i in text], dtype=torch.int32, device="cpu"),
         None if ids is None else [len(text) for text in ids],
         sample_ids=sample_ids,
     )

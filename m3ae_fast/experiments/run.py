@@ -145,7 +145,7 @@ def _pixels(samples: Sequence[Sample], labelled: bool = True) -> Features:
     samples = list(samples)  # drawn once
     images = torch.stack([torch.from_numpy(sample.image) for sample in samples]).permute(0, 3, 1, 2)
     labels = [sample.labels[0] if labelled else -1 for sample in samples]
-    return Features(F.avg_pool2d(images / 255, 4).flatten(1), torch.tensor(labels))
+    return Features(F.avg_pool2d(images / 255, 4).flatten(1), torch.tensor(labels, device="cpu"))
 
 
 def score(encode: Callable[..., Features], scale: Scale, *, ood: bool) -> dict[str, float]:

@@ -62,7 +62,7 @@ class Views:
         """[B, columns] int64: where a view's tokens stand in the encoder's output; -1 for those it has not."""
         kept = self.kept[view]
         sample = sample_of(kept.keep)
-        out = torch.full((len(kept.keep), columns), -1, dtype=torch.int64)
+        out = torch.full((len(kept.keep), columns), -1, dtype=torch.int64, device="cpu")
         out[sample, kept.ids_keep.long()] = self.cls_rows(view)[sample] + 1 + within(kept.keep, sample)
         return out
 

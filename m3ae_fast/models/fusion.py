@@ -29,7 +29,7 @@ class Pairs:
     def make(images: Views, texts: Views, columns: int, *, image_view: int = 0, text_view: int = 0, **wanted) -> Pairs:
         """A view of each image beside a view of its text; the texts' rows follow the images'."""
         text_rows = images.sequences.total + texts.cls_rows(text_view)
-        lengths = torch.tensor(texts.kept[text_view].keep.lengths)
+        lengths = torch.tensor(texts.kept[text_view].keep.lengths, device="cpu")
         return Pairs(images.rows(image_view, columns), text_rows, lengths, **wanted)
 
     def of(self, of_image: Tensor, of_text: Tensor, **wanted) -> Pairs:
@@ -62,15 +62,15 @@ class FusionLayout:
         """Groups one after the other."""
         patches = groups[0].image_rows.shape[1]
         longest = max(int(group.text_lengths.max()) if len(group.text_lengths) else 0 for group in groups)
-        at = torch.arange(longest)
+        at = torch.arange(longest, device="cpu")
         rows, real, want = [], [], []
         for group in groups:
             count = len(group.text_rows)
             inside = at < group.text_lengths[:, None]
             start = group.text_rows[:, None]
             rows.append(torch.cat([start, group.image_rows, start + 1 + at], dim=1))
-            real.append(torch.cat([torch.ones(count, 1 + patches, dtype=torch.bool), inside], dim=1))
-            code = torch.zeros(count, 1 + patches + longest, dtype=torch.int8)
+            real.append(torch.cat([torch.ones(count, 1 + patches, dtype=torch.bool, device="cpu"), inside], dim=1))
+            code = torch.zeros(count, 1 + patches + longest, dtype=torch.int8, device="cpu")
             code[:, 0] = CLS if group.cls else 0
             if group.patches is not None:
                 code[:, 1 : 1 + patches][group.patches] = PATCH
@@ -79,7 +79,7 @@ class FusionLayout:
                 code[:, 1 + patches : 1 + patches + wide.shape[1]][wide & inside[:, : wide.shape[1]]] = WORD
             want.append(code)
         rows, real, want = torch.cat(rows), torch.cat(real), torch.cat(want)
-        slots = torch.cat([torch.tensor([-1]), torch.arange(patches + longest)]).expand(len(rows), -1)
+        slots = torch.arange(-1, patches + longest, device="cpu").expand(len(rows), -1)
         lengths, wanted_lengths = real.sum(1), (want > 0).sum(1)
         rows, slots, want = rows[real], slots[real], want[real]
         there = rows >= 0

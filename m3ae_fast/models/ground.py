@@ -32,7 +32,7 @@ def ground(model: MAMO, batch: ImageTextBatch, *, block: int | None = None) -> T
     block = (depth - 1) // 2 if block is None else block
     if not 0 <= block < depth:
         raise ValueError(f"block must be in [0, {depth}), a block of the fusion encoder, got {block}")
-    every = torch.arange(len(batch))
+    every = torch.arange(len(batch), device="cpu")
     with torch.no_grad():
         images, texts = model.encode_images(batch.images), model.encode_texts(batch.text, batch.text_lengths)
         rows, layout = model.pair(images, texts, every, every)

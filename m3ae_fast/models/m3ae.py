@@ -198,7 +198,7 @@ class M3AE(Model, FixedPositions):
         decoded = self._decode(self._encode(batch, layout), layout)
         patches = self.image_head(take_rows(decoded, layout.all_image_rows))
         pixels = patches.new_full((len(batch), self.config.patches, self.config.patch_dim), math.nan)
-        pixels[torch.tensor(batch.has_image, dtype=torch.bool)] = patches.view(
+        pixels[torch.tensor(batch.has_image, dtype=torch.bool, device="cpu")] = patches.view(
             -1, self.config.patches, self.config.patch_dim
         )
         logits = decoded.new_zeros(0, 0)

@@ -269,7 +269,7 @@ class MAMO(Model):
         similarity = embeddings[0] @ embeddings[1].T / self.contrast.temperature
         similarity = similarity.nan_to_num(-torch.inf)  # never drawn: what is no number shows in the loss
         similarity, same = torch.stack([similarity, same.float()]).cpu()  # the one wait
-        every = torch.arange(len(same))
+        every = torch.arange(len(same), device="cpu")
         generator = torch.Generator().manual_seed(((seed << 32) + step) % 2**64)  # any seed that masks take
         images, texts = [every], [every]
         for scores, wrong, given in ((similarity.T, images, texts), (similarity, texts, images)):
@@ -309,7 +309,7 @@ class MAMO(Model):
         images = self.encode_images(batch.images)
         if not batch.text_lengths.total:
             return images.cls
-        every = torch.arange(len(batch))
+        every = torch.arange(len(batch), device="cpu")
         texts = self.encode_texts(batch.text, batch.text_lengths)
         return self.online.fuse(*self.pair(images, texts, every, every))
 
@@ -336,7 +336,7 @@ class MAMO(Model):
         )  # fmt: skip
         images = self.encode_images(batch.images)
         texts = self.encode_texts(self._hide(batch.text, places(text).to(batch.device)), batch.text_lengths)
-        every = torch.arange(len(batch))
+        every = torch.arange(len(batch), device="cpu")
         rows, layout = self.pair(images, texts, every, every, every=True)
         words = take_rows(self.online.fuse(rows, layout), layout.words)
         return self.word_head(words), text.as_bool(batch.text_lengths.max)
@@ -352,8 +352,8 @@ class MAMO(Model):
         wanted = {}
         if every:
             count, longest = len(of_image), texts.views.views.max
-            wanted["patches"] = torch.ones(count, self.config.patches, dtype=torch.bool)
-            wanted["words"] = torch.ones(count, longest, dtype=torch.bool)
+            wanted["patches"] = torch.ones(count, self.config.patches, dtype=torch.bool, device="cpu")
+            wanted["words"] = torch.ones(count, longest, dtype=torch.bool, device="cpu")
         pairs = Pairs.make(images.views, texts.views, self.config.patches).of(of_image, of_text, cls=True, **wanted)
         rows = torch.cat([images.tokens, texts.tokens])
         return rows, FusionLayout.make([pairs], rows.device)

@@ -44,7 +44,7 @@ class Masked:
 
     def as_bool(self, columns: int) -> Tensor:
         """[B, columns] bool, True = removed; slots past a sample's length are False."""
-        out = torch.zeros(len(self.keep), columns, dtype=torch.bool)
+        out = torch.zeros(len(self.keep), columns, dtype=torch.bool, device="cpu")
         out[sample_of(self.mask), self.ids_mask.long()] = True
         return out
 
@@ -52,13 +52,15 @@ class Masked:
 def sample_of(seqlens: SeqLens) -> Tensor:
     """[total] int64: the sample each packed row belongs to."""
     return torch.repeat_interleave(
-        torch.arange(len(seqlens)), torch.tensor(seqlens.lengths, dtype=torch.int64), output_size=seqlens.total
+        torch.arange(len(seqlens), device="cpu"),
+        torch.tensor(seqlens.lengths, dtype=torch.int64, device="cpu"),
+        output_size=seqlens.total,
     )
 
 
 def within(seqlens: SeqLens, sample: Tensor) -> Tensor:
     """[total] int32: each packed row's number within its sample; `sample`: sample_of(seqlens)."""
-    return torch.arange(seqlens.total, dtype=torch.int32) - seqlens.cu[:-1][sample]
+    return torch.arange(seqlens.total, dtype=torch.int32, device="cpu") - seqlens.cu[:-1][sample]
 
 
 def keep_all(lengths: Sequence[int]) -> Masked:
@@ -82,7 +84,7 @@ def from_bool(name: str, mask: Tensor, lengths: Sequence[int]) -> Masked:
             f"{name} must have at least {longest} columns, the longest sample's tokens, got {mask.shape[1]}"
         )
     mask = mask.cpu()
-    real = torch.arange(mask.shape[1]) < torch.tensor(lengths, dtype=torch.int64)[:, None]
+    real = torch.arange(mask.shape[1], device="cpu") < torch.tensor(lengths, dtype=torch.int64, device="cpu")[:, None]
     kept, masked = real & ~mask, real & mask
     ids_keep, ids_mask = (x.nonzero()[:, 1].to(torch.int32) for x in (kept, masked))
     return Masked(ids_keep, ids_mask, SeqLens(kept.sum(1)), SeqLens(masked.sum(1)))
@@ -100,7 +102,7 @@ def draw(
     if shared is not None:
         count = int(shared * (1 - ratio))
         keep, _ = sample_mask([shared], [count], seed=seed, step=step, stream=stream, shared=True)
-        mask = torch.ones(shared, dtype=torch.bool)
+        mask = torch.ones(shared, dtype=torch.bool, device="cpu")
         mask[keep.long()] = False
         return from_bool("mask", mask.expand(len(lengths), -1), lengths)
     keep = [max(0, min(max(int(n * (1 - ratio)), 1), n - 1)) for n in lengths]
@@ -170,10 +172,10 @@ class TokenLayout:
         masked = SeqLens([image.mask.lengths[b] + text.mask.lengths[b] for b in batch])
         cls_rows = kept.cu[:-1]
         image_start = full.cu[:-1] + 1
-        text_start = image_start + torch.tensor(image_lengths.lengths, dtype=torch.int32)
+        text_start = image_start + torch.tensor(image_lengths.lengths, dtype=torch.int32, device="cpu")
 
-        rows = torch.full((full.total,), -1, dtype=torch.int32)
-        slots = torch.full((full.total,), -1, dtype=torch.int32)
+        rows = torch.full((full.total,), -1, dtype=torch.int32, device="cpu")
+        slots = torch.full((full.total,), -1, dtype=torch.int32, device="cpu")
         rows[full.cu[:-1].long()] = cls_rows
         places = []  # of each modality's masked tokens among all masked tokens
         kept_start, masked_start = cls_rows + 1, masked.cu[:-1]
@@ -184,8 +186,8 @@ class TokenLayout:
             slots[at] = first_slot + split.ids_keep
             slots[(start[mask_of] + split.ids_mask).long()] = first_slot + split.ids_mask
             places.append(masked_start[mask_of] + within(split.mask, mask_of))
-            kept_start = kept_start + torch.tensor(split.keep.lengths, dtype=torch.int32)
-            masked_start = masked_start + torch.tensor(split.mask.lengths, dtype=torch.int32)
+            kept_start = kept_start + torch.tensor(split.keep.lengths, dtype=torch.int32, device="cpu")
+            masked_start = masked_start + torch.tensor(split.mask.lengths, dtype=torch.int32, device="cpu")
         masked_rows = (rows < 0).nonzero()[:, 0].to(torch.int32)
         all_rows = [
             start[sample_of(lengths)] + keep_all(lengths.lengths).ids_keep

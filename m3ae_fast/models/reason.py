@@ -45,6 +45,7 @@ class Reason(nn.Module):
             )
         images = mamo.encode_images(torch.cat([left, batch.images]))
         texts = mamo.encode_texts(batch.text, batch.text_lengths)
-        rows, layout = mamo.pair(images, texts, torch.arange(2 * B), torch.arange(B).repeat(2))
+        every = torch.arange(2 * B, device="cpu")
+        rows, layout = mamo.pair(images, texts, every, every % B)
         first, second = mamo.online.fuse(rows, layout).chunk(2)
         return self.head(torch.cat([first, second], dim=1)).float()[:, 0]

@@ -100,14 +100,14 @@ class VQA(nn.Module):
                     f"answers must have less than max_text_length {self.mamo.config.max_text_length} words, "
                     f"got {len(answer)} in answer {number}"
                 )
-        rows = [torch.tensor([*answer, end]) for answer in answers]
+        rows = [torch.tensor([*answer, end], device="cpu") for answer in answers]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED).to(device)
 
     def _likelihood(self, batch: ImageTextBatch, ids: Tensor) -> Tensor:
         """ids [B, A, N] -> [B, A]."""
         mamo = self.mamo
         images, texts = mamo.encode_images(batch.images), mamo.encode_texts(batch.text, batch.text_lengths)
-        every = torch.arange(len(batch))
+        every = torch.arange(len(batch), device="cpu")
         rows, layout = mamo.pair(images, texts, every, every, every=True)
         context = mamo.online.fuse(rows, layout)
         start = torch.full_like(ids[..., :1], mamo.online.text.mask_id)  # [MASK]: what comes here?

@@ -153,8 +153,8 @@ def load_bad_step(path: str | Path) -> BadStep:
 def _tensors(batch: ImageTextBatch) -> dict[str, Tensor]:
     found = {
         "text": batch.text,
-        "text_lengths": torch.tensor(batch.text_lengths.lengths),
-        "has_image": torch.tensor(batch.has_image),
+        "text_lengths": torch.tensor(batch.text_lengths.lengths, device="cpu"),
+        "has_image": torch.tensor(batch.has_image, device="cpu"),
         "sample_ids": batch.sample_ids,
     }
     if batch.images is not None:

@@ -169,7 +169,7 @@ def total(*numbers: float) -> list[float]:
     """Sums over the processes."""
     if world_size() == 1:
         return list(numbers)
-    sums = torch.tensor(numbers, dtype=torch.float64)
+    sums = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     dist.all_reduce(sums)
     return sums.tolist()
 

@@ -186,12 +186,12 @@ def draw_reconstruction(
     model.train(training)
     config = model.config
     image_mask, text_mask = result.image_mask.cpu(), result.text_mask.cpu()
-    originals = batch.images.cpu().permute(0, 2, 3, 1) if batch.images is not None else torch.empty(0)
+    originals = batch.images.cpu().permute(0, 2, 3, 1) if batch.images is not None else ()
     predicted = result.image.float().cpu()
     if result.norm_pix and len(originals):
-        has_image = torch.tensor(batch.has_image)
+        has_image = torch.tensor(batch.has_image, device="cpu")
         predicted[has_image] = with_patch_statistics(predicted[has_image], originals, config)
-    predicted, images = unpatchify(predicted, config), iter(originals.numpy())
+    predicted, images = unpatchify(predicted, config), (original.numpy() for original in originals)
     captions = iter(_captions(batch, tokenizer, result.text_logits, text_mask) if tokenizer else ())
     stripes = striped(*config.image_shape)
     cards = []
@@ -250,7 +250,8 @@ def unpatchify(patches: Tensor, config: ModelConfig) -> Tensor:
     """[B, P, patch_dim] normalised pixels (row, column, channel) -> [B, H, W, 3] uint8."""
     (rows, columns), size = config.grid, config.patch_size
     image = patches.view(-1, rows, columns, size, size, 3).transpose(2, 3).reshape(-1, rows * size, columns * size, 3)
-    image = image * torch.tensor(config.image_std) + torch.tensor(config.image_mean)
+    mean, std = (torch.tensor(each, device=patches.device) for each in (config.image_mean, config.image_std))
+    image = image * std + mean
     return (image.nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -261,10 +262,11 @@ def with_patch_statistics(patches: Tensor, images: Tensor, config: ModelConfig) 
         patches: [B, P, patch_dim]. images: [B, H, W, 3] uint8, the originals.
     """
     (rows, columns), size = config.grid, config.patch_size
-    pixels = (images / 255 - torch.tensor(config.image_mean)) / torch.tensor(config.image_std)
+    mean, std = (torch.tensor(each, device=images.device) for each in (config.image_mean, config.image_std))
+    pixels = (images / 255 - mean) / std
     target = pixels.view(-1, rows, size, columns, size, 3).transpose(2, 3).reshape(patches.shape)
-    variance, mean = torch.var_mean(target, -1, keepdim=True)
-    return patches * (variance + NORM_PIX_EPS).sqrt() + mean
+    variance, level = torch.var_mean(target, -1, keepdim=True)
+    return patches * (variance + NORM_PIX_EPS).sqrt() + level
 
 
 def pixel_mask(mask: Tensor, config: ModelConfig) -> Tensor:

@@ -122,7 +122,7 @@ def _room_for(name: str, entry, parameters: dict[str, Tensor]) -> Tensor:
     like = parameters.get(name, parameters.get(name.rpartition(".")[0]))
     if isinstance(like, DTensor) and like.shape == entry.size:
         return torch.empty_like(like, dtype=entry.properties.dtype, requires_grad=False)
-    return torch.empty(entry.size, dtype=entry.properties.dtype)
+    return torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
 
 
 @contextlib.contextmanager

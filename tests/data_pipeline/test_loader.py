@@ -75,6 +75,17 @@ def test_batch():
     assert batch.sample_ids.tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_on_the_host_under_any_default_device(workers):
+    expected = take(loader(Marked(), workers=workers), 2)
+    torch.set_default_device("meta")
+    try:
+        found = take(loader(Marked(), workers=workers), 2)
+    finally:
+        torch.set_default_device(None)
+    assert_same(found, expected)
+
+
 def test_shapes_are_neither_cropped_nor_mirrored():
     dataset = ShapesDataset(32)
     stream = loader(dataset, image_size=32, max_text_length=512)

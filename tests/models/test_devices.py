@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from m3ae_fast import ImageTextBatch, SeqLens, sample_mask
 from m3ae_fast.models import (
     CLIP,
     M3AE,
@@ -14,6 +15,7 @@ from m3ae_fast.models import (
     Supervised,
     SupervisedConfig,
 )  # fmt: skip
+from m3ae_fast.models.ground import ground
 from m3ae_fast.models.reason import Reason
 from m3ae_fast.models.vqa import VQA
 
@@ -122,3 +124,66 @@ def test_initialized_again_the_momentum_network_is_a_copy():
     assert model.contrast.queued == 0 and model.contrast.temperature == torch.tensor(0.07)
     for ours, theirs in zip(model.online.parameters(), model.target.parameters(), strict=True):
         assert torch.equal(ours, theirs) and ours is not theirs and not theirs.requires_grad
+
+
+# -- a default device that is not the CPU -----------------------------------------------------------------------------
+
+LENGTHS = [5, 3, 8, 1]
+
+
+@pytest.fixture
+def elsewhere():
+    """What is made without a device is a meta tensor: it has no numbers, and no operation takes it beside others."""
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+def make_batch(**options):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 3, 16, 16), generator=generator, dtype=torch.uint8, device="cpu")
+    text = torch.randint(0, 53, (sum(LENGTHS),), generator=generator, dtype=torch.int32, device="cpu")
+    return ImageTextBatch(images, text, LENGTHS, **options)
+
+
+def test_host_tensors_are_on_the_cpu(elsewhere):
+    assert SeqLens(LENGTHS).device.type == "cpu"
+    assert make_batch().sample_ids.tolist() == [0, 1, 2, 3]
+    assert make_batch(sample_ids=[7, 3, 99, 2**40]).sample_ids.tolist() == [7, 3, 99, 2**40]
+    ids = sample_mask(LENGTHS, 1, seed=0, sample_ids=[7, 3, 99, 2**40]).ids_keep
+    assert ids.device.type == "cpu"
+
+
+def results(model):
+    """What each of a model's methods makes of a batch, and every gradient."""
+    batch, keys = make_batch(sample_ids=[7, 3, 99, 2**40]), {"seed": 0, "step": 3}
+    batch.labels = torch.eye(4, 5, dtype=torch.bool, device="cpu")
+    found = []
+    if isinstance(model, VQA):
+        answers = [[1, 2], [3], [4], [5]]
+        loss = model(batch, answers)
+        found.append(model.rank(batch, answers))
+    elif isinstance(model, Reason):
+        loss = model(batch.images.flip(0), batch).mean()
+    else:
+        loss = model(batch, **keys).loss
+        if hasattr(model, "plan"):
+            found.append(model(batch, plan=model.plan(batch, **keys)).loss)
+    if isinstance(model, M3AE):
+        found += [model.reconstruct(batch, **keys).image, model.encode(batch).cls]
+    elif isinstance(model, MAMO):
+        found += [*model.fill_words(batch, **keys), ground(model, batch)]
+    loss.backward()
+    return [loss, *found, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def test_a_model_under_another_default_device(make, request):
+    expected = results(make())
+    request.getfixturevalue("elsewhere")
+    found = results(make())
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_a_model_is_made_on_the_default_device(make, elsewhere):
+    model = make(device=torch.get_default_device())
+    assert all(x.is_meta for x in everything(model).values())

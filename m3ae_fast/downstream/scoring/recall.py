@@ -69,7 +69,7 @@ def right_pairs(
         raise ValueError(f"truth must name each of {num_images} images, got no text of image {alone[0]}")
     image_group = _groups("images", images, num_images)
     text_group = _groups("texts", texts, num_texts)
-    right = torch.zeros(num_images, num_texts, dtype=torch.bool)
+    right = torch.zeros(num_images, num_texts, dtype=torch.bool, device="cpu")
     right[image_group[truth], text_group] = True
     return right[image_group][:, text_group]
 
@@ -77,11 +77,11 @@ def right_pairs(
 def _groups(name: str, keys: Sequence[Hashable] | None, count: int) -> Tensor:
     """[count] int64: for each key, where the first one equal to it stands."""
     if keys is None:
-        return torch.arange(count)
+        return torch.arange(count, device="cpu")
     if len(keys) != count:
         raise ValueError(f"{name} must have {count} entries, as scores has, got {len(keys)}")
     first: dict[Hashable, int] = {}
-    return torch.tensor([first.setdefault(key, i) for i, key in enumerate(keys)])
+    return torch.tensor([first.setdefault(key, i) for i, key in enumerate(keys)], device="cpu")
 
 
 def found(scores: Tensor, right: Tensor, k: int) -> Tensor:

@@ -77,7 +77,7 @@ class Mahalanobis:
         self._means = torch.stack([part.mean(0) for part in classes])
         rest = torch.cat([part - part.mean(0) for part in classes])
         covariance = rest.T @ rest / len(rest)
-        level = covariance.diagonal().mean() * torch.eye(len(covariance), dtype=x.dtype)
+        level = covariance.diagonal().mean() * torch.eye(len(covariance), dtype=x.dtype, device=x.device)
         self.shrinkage = _ledoit_wolf(rest, covariance, level) if shrinkage is None else float(shrinkage)
         shrunk = (1 - self.shrinkage) * covariance + self.shrinkage * level
         self._root, failed = torch.linalg.cholesky_ex(shrunk)

@@ -108,7 +108,7 @@ def fit_probe(train: Features, **settings) -> LinearProbe:
     if fitting.method == "ridge":
         return _ridge(train, classes, crops)
     _checks.integer("batch_size", fitting.batch_size, 2)  # BatchNorm knows no variance of one sample
-    probe = _initial(train.cls.shape[1], classes, fitting.seed)
+    probe = _initial(train, classes, fitting.seed)
     _descend(probe, train, fitting)
     _measure(probe, train.cls)  # of the last steps BatchNorm has averages, on the way from 0 and 1
     return probe.eval()
@@ -129,16 +129,16 @@ def _ridge(train: Features, classes: int, crops: int) -> LinearProbe:
     H_i = 1/N + x_i (X'X + N s I)^-1 x_i': nothing is fitted again (nor standardised: mean and variance are those of all
     samples). Were only one crop left out, the others would tell its class, and the weakest penalty would be chosen.
     """
-    probe, count = LinearProbe(train.cls.shape[1], classes), len(train.labels)
+    probe, count = _untrained(train, classes), len(train.labels)
     mean, variance = _measure(probe, train.cls)
-    by_image = torch.arange(count).view(crops, -1).T.flatten()
+    by_image = torch.arange(count, device="cpu").view(crops, -1).T.flatten()
     x, labels = train.cls[by_image].double(), train.labels[by_image]
     x = (x - mean) / (variance + probe.norm.eps).sqrt()
     target = F.one_hot(labels, classes).double()
     y = target - target.mean(0)
     values, vectors = torch.linalg.eigh(x.T @ x)
     turned = x @ vectors  # [N, D], columns orthogonal
-    images, one = turned.unflatten(0, (-1, crops)), torch.eye(crops, dtype=x.dtype)
+    images, one = turned.unflatten(0, (-1, crops)), torch.eye(crops, dtype=x.dtype, device=x.device)
     right, best = turned.T @ y, -1.0
     for strength in STRENGTHS:
         inverse = 1 / (values.clamp(min=0) + count * strength)
@@ -156,8 +156,13 @@ def _ridge(train: Features, classes: int, crops: int) -> LinearProbe:
     return probe.eval()
 
 
-def _initial(width: int, classes: int, seed: int) -> LinearProbe:
-    probe, generator = LinearProbe(width, classes), torch.Generator().manual_seed(seed)
+def _untrained(train: Features, classes: int) -> LinearProbe:
+    with torch.device(train.cls.device):
+        return LinearProbe(train.cls.shape[1], classes)
+
+
+def _initial(train: Features, classes: int, seed: int) -> LinearProbe:
+    probe, generator = _untrained(train, classes), torch.Generator().manual_seed(seed)
     nn.init.normal_(probe.linear.weight, std=0.01, generator=generator)
     nn.init.zeros_(probe.linear.bias)
     return probe
@@ -174,7 +179,7 @@ def _descend(probe: LinearProbe, train: Features, fitting: Fitting) -> None:
     probe.train()
     for step in range(steps):
         if step % each == 0:
-            order = torch.randperm(count, generator=generator)
+            order = torch.randperm(count, generator=generator, device="cpu")
         chosen = order[step % each * batch_size :][:batch_size]
         loss = F.cross_entropy(probe(train.cls[chosen]), train.labels[chosen])
         if not loss.isfinite():

@@ -26,7 +26,7 @@ def train_reason(model: Reason, statements: Sequence[Statement], tokenizer: Toke
     """Train a Reason model on statements; returns the losses. settings: as of `train`."""
 
     def loss_of(examples: list[Statement], step: int) -> Tensor:
-        label = torch.tensor([float(s.label) for s in examples])
+        label = torch.tensor([float(s.label) for s in examples], device="cpu")
         logits = _logits(model, examples, tokenizer)
         return F.binary_cross_entropy_with_logits(logits, label.to(logits.device))
 

@@ -64,13 +64,13 @@ def retrieve(
         truth += [i for i, _ in of]
         captions += [caption for _, caption in of]
     scores = torch.cat([x.embedding for x in images]) @ torch.cat([x.embedding for x in texts]).T
-    same = {"texts": captions, "images": keys}
-    results = [named("ITC ", r) for r in recalls(scores, torch.tensor(truth), **same)]
+    truth, same = torch.tensor(truth, device="cpu"), {"texts": captions, "images": keys}
+    results = [named("ITC ", r) for r in recalls(scores, truth, **same)]
     if again:
         by_image, by_text = _reranked(model, _Store(images), _Store(texts), scores, rerank, batch_size)
         # each way has scores of its own: an image's best texts, a text's best images
-        results += [r for r in recalls(by_image, torch.tensor(truth), **same) if r.name.startswith("text")]
-        results += [r for r in recalls(by_text, torch.tensor(truth), **same) if r.name.startswith("image")]
+        results += [r for r in recalls(by_image, truth, **same) if r.name.startswith("text")]
+        results += [r for r in recalls(by_text, truth, **same) if r.name.startswith("image")]
     return results
 
 
@@ -106,8 +106,8 @@ def _reranked(
             candidates = sorted(set(best[asking].flatten().tolist()))
             place = {c: i for i, c in enumerate(candidates)}
             one, other = first.take(asking), second.take(candidates)
-            of_first = torch.arange(len(asking)).repeat_interleave(k)
-            of_second = torch.tensor([place[c] for c in best[asking].flatten().tolist()])
+            of_first = torch.arange(len(asking), device="cpu").repeat_interleave(k)
+            of_second = torch.tensor([place[c] for c in best[asking].flatten().tolist()], device="cpu")
             sides = (one, other, of_first, of_second) if first is images else (other, one, of_second, of_first)
             told = model.match(*sides).view(len(asking), k)
             lifted = 3 + told.double() / (1 + told.double().abs())  # in the same order, above every cosine

@@ -112,7 +112,7 @@ def _sample_ids(sample_ids: Sequence[int] | Tensor, batch: int) -> Tensor:
         sample_ids = list(sample_ids)
         for each in sample_ids:
             _checks.integer("sample_ids", each, 0, 2**56)
-        sample_ids = torch.tensor(sample_ids, dtype=torch.int64)
+        sample_ids = torch.tensor(sample_ids, dtype=torch.int64, device="cpu")
     _checks.shape("sample_ids", sample_ids, (batch,))
     _checks.dtype("sample_ids", sample_ids, _checks.INTEGERS)
     return sample_ids.to(torch.int64).contiguous()
