@@ -139,12 +139,9 @@ class _Machine:
                 if not self._known(Name(_of(str, name.module), _of(str, name.name))):
                     raise ValueError(f"it names {name}, which is nothing that such a file needs")
                 stack.append(name)
-            case "REDUCE" | "NEWOBJ":
-                function, args = self._pop(2)
-                stack.append(Made(_of((Name, Made), function), _of(tuple, args)))
-            case "NEWOBJ_EX":
-                function, args, kwargs = self._pop(3)
-                stack.append(Made(_of((Name, Made), function), _of(tuple, args), _of(dict, kwargs)))
+            case "REDUCE" | "NEWOBJ" | "NEWOBJ_EX":
+                function, args, *kwargs = self._pop(3 if opcode == "NEWOBJ_EX" else 2)
+                stack.append(Made(_of((Name, Made), function), _of(tuple, args), *(_of(dict, each) for each in kwargs)))
             case "BUILD":
                 (state,) = self._pop(1)
                 _of(Made, stack[-1]).state = state

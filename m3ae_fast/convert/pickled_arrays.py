@@ -69,9 +69,10 @@ def resolve(value: Any) -> Any:
 
 def attributes(made: Made) -> dict[str, Any]:
     """What the attributes of an object were, from its state (of slots, too) or what its class was called with."""
-    states = value if type(value := made.state) is tuple else (value,)
+    slots = type(made.state) is tuple and len(made.state) == 2
+    states = made.state if slots else (made.state,)
     found = {}
-    for part in (*states, *([] if any(states) else [made.kwargs])):
+    for part in states if any(states) else (made.kwargs,):
         if part is not None and type(part) is not dict:
             raise ValueError(f"the state of an object must be a dictionary, got {type(part).__name__}")
         found.update(part or {})
@@ -82,7 +83,7 @@ def _mapping(made: Made) -> dict:
     """Of a dictionary's class: what it was called with, and the items it was given."""
     items = [made.items]
     given = made.args[0] if made.args else {}
-    while isinstance(given, Made) and given.function in _MAPPINGS:  # a FrozenDict of an OrderedDict
+    while isinstance(given, Made) and given.function in _MAPPINGS and len(items) < 9:  # a FrozenDict of an OrderedDict
         items.append(given.items)
         given = given.args[0] if given.args else {}
     if type(given) is not dict:
@@ -90,6 +91,7 @@ def _mapping(made: Made) -> dict:
     found = dict(given)
     for pairs in reversed(items):
         found.update(pairs)
+    made.args, made.items = (found,), ()  # the next time costs no more than what is found
     return found
 
 

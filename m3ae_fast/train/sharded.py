@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -133,8 +134,15 @@ def _as(kind: type[Exception], message: str) -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
-        reasons = {f"{type(each).__name__}: {each}" for each, _ in error.failures.values()}
+        reasons = {_reason(each) for each, _ in error.failures.values()}
         raise kind(f"{message}: {'; '.join(sorted(reasons))}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """One line. torch's own of what is no tensor recommends to run it."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "the bytes of a tensor hold something else"
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _digest_of(header: dict) -> str:

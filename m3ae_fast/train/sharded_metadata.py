@@ -63,17 +63,20 @@ def _metadata(content: Any, files: Mapping[str, int]) -> Metadata:
     for index, info in state["storage_data"].items():
         index, info = _state("MetadataIndex", index), _state("_StorageInfo", info)
         file, offset, length = _text(info["relative_path"]), info["offset"], info["length"]
-        if not (_is_size((offset,)) and _is_size((length,)) and offset + length <= files[file]) or info.get(
-            "transform_descriptors"
-        ):
+        if not _is_size((offset,)) or not _is_size((length,)) or offset + length > files[file]:
             raise ValueError(f"a part of {file!r} is none")
+        if info.get("transform_descriptors"):
+            raise ValueError(f"a part of {file!r} is compressed or encrypted")
         used += length
         places[MetadataIndex(_text(index["fqn"]), _size(index["offset"]))] = _StorageInfo(file, offset, length)
     if used > sum(files.values()):
         raise ValueError("the same bytes are used twice")
-    entries = {}
+    entries, parts = {}, 0
     for name, entry in state["state_dict_metadata"].items():
         entries[name] = entry = _entry(_text(name), entry)
+        parts += len(entry.chunks)
+        if parts > len(places):
+            raise ValueError("it has more parts of tensors than places for them")
         for chunk in entry.chunks:
             length = places[MetadataIndex(name, chunk.offsets)].length
             if math.prod(chunk.sizes) * entry.properties.dtype.itemsize > length:
@@ -124,6 +127,6 @@ def _size(made: Any) -> torch.Size:
 
 
 def _is_size(numbers: Any) -> bool:
-    if type(numbers) is not tuple or len(numbers) > 64 or not all(type(n) is int and n >= 0 for n in numbers):
+    if type(numbers) is not tuple or len(numbers) > 64 or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
         return False
     return math.prod(max(number, 1) for number in numbers) < 2**62

@@ -5,6 +5,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,20 @@ def test_branches_that_are_shared_do_not_multiply(tmp_path):
     (tmp_path / "model.pkl").write_bytes(pickle.dumps({"params": tree}))
     with pytest.raises(ValueError, match="at most 100,000 names"):
         load_flax_checkpoint(tmp_path / "model.pkl")
+
+
+def test_a_dictionary_in_many_places_is_made_once(tmp_path):
+    """Of a hundred thousand items with one name, in ten thousand places."""
+    call = b"ccollections\nOrderedDict\n)R(" + b"\x8c\x01aN" * 100_000 + b"u\x94"
+    content = b"\x80\x04}\x8c\x06params}(\x8c\x01b" + call
+    content += b"".join(b"\x8c\x04%04dh\x00" % number for number in range(10_000)) + b"us."
+    (tmp_path / "model.pkl").write_bytes(content)
+    start = time.process_time()
+    with pytest.raises(ValueError, match="got NoneType at 'b/a'"):
+        load_flax_checkpoint(tmp_path / "model.pkl")
+    dictionary = load_content(tmp_path / "model.pkl")["params"]["b"]
+    assert all(resolve(dictionary) == {"a": None} for _ in range(10_000))
+    assert time.process_time() - start < 30
 
 
 def test_one_array_under_many_names_is_refused(tmp_path):

@@ -105,7 +105,7 @@ FORGED = {
     ),
     "another way to read": (
         lambda m: setattr(place(m), "transform_descriptors", ["zstd"]),
-        "a part of '__0_0.distcp' is none",
+        "a part of '__0_0.distcp' is compressed or encrypted",
     ),
     "a tensor that is too large": (lambda m: setattr(entry(m), "size", torch.Size((2**30, 3))), "is not whole"),
     "a large tensor of a small file": (
@@ -124,7 +124,12 @@ FORGED = {
         lambda m: setattr(entry(m).chunks[0], "sizes", torch.Size((6,))),
         "is outside of it",
     ),
-    "a part that is nowhere": (lambda m: m.storage_data.clear(), "MetadataIndex"),
+    "a part that is nowhere": (
+        lambda m: [m.storage_data.pop(index) for index in list(m.storage_data) if index.fqn == "model.a"] and None,
+        "MetadataIndex(fqn='model.a'",
+    ),
+    "parts of nothing": (lambda m: entry(m, "model.none").chunks.extend(entry(m, "model.none").chunks), "more parts"),
+    "a size of many digits": (lambda m: setattr(place(m), "offset", 10**5000), "a part of '__0_0.distcp' is none"),
     "an unexpected class": (
         lambda m: m.planner_data.update(x=filesystem._StoragePrefix("a")),
         "it names torch.distributed.checkpoint.filesystem._StoragePrefix",
@@ -167,6 +172,16 @@ def test_a_pipe_is_no_file_of_a_checkpoint(folder):
     os.mkfifo(shard)
     with pytest.raises(ValueError, match=r"__0_0\.distcp is missing or was altered"):
         sharded.load(folder)
+
+
+def test_bytes_that_are_no_tensor_are_told_in_one_line(folder):
+    """Not in torch's words, which recommend to run what is there."""
+    (shard,) = folder.glob("*.distcp")
+    shard.write_bytes(pickle.dumps(Touch("ran"), 2).ljust(shard.stat().st_size))
+    sign(folder)
+    with pytest.raises(ValueError, match=r"step-00000001 cannot be read: .*bytes of a tensor") as error:
+        sharded.load(folder)
+    assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
 
 
 def fuzz(folder):
