@@ -14,7 +14,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from m3ae_fast._files import naming, read_json, temporary_name, write_json
 from m3ae_fast.train import distributed
-from m3ae_fast.train.sharded_metadata import METADATA, read_metadata
+from m3ae_fast.train.sharded_metadata import METADATA, is_uncompressed, read_metadata
 
 HEADER = "m3ae_fast.json"
 _SHARD = re.compile(r"__\d+_\d+\.distcp")
@@ -91,14 +91,19 @@ def load(path: Path, model: nn.Module | None = None) -> tuple[dict, dict[str, Te
     if METADATA not in dict(files) or not all(name == METADATA or _SHARD.fullmatch(name) for name, _ in files):
         raise ValueError(f"{path} is damaged: {HEADER} names other files than a sharded checkpoint has")
     shares = distributed.world_size() if model is not None else 1
-    mine = files[distributed.rank() % shares :: shares]
+    mine = [path / name for name, _ in files[distributed.rank() % shares :: shares]]
+
+    def refuse_unless(good: Callable[[Path], bool], reason: str) -> None:
+        bad = [file.name for file in mine if not good(file)]
+        if shares > 1:
+            bad = [name for each in distributed.gather(bad) for name in each]
+        if bad:
+            raise ValueError(f"{path} is damaged: {', '.join(bad)} {reason}")
+
     # a device or a pipe may never end
-    bad = [name for name, digest in mine if not (path / name).is_file() or _digest(path / name) != digest]
-    if shares > 1:
-        bad = [name for each in distributed.gather(bad) for name in each]
-    if bad:
-        raise ValueError(f"{path} is damaged: {', '.join(bad)} is missing or was altered")
+    refuse_unless(lambda file: file.is_file() and _digest(file) == digests[file.name], "is missing or was altered")
     metadata = read_metadata(path, {name: (path / name).stat().st_size for name, _ in files if name != METADATA})
+    refuse_unless(lambda file: file.name == METADATA or is_uncompressed(file, metadata), "was not written by torch")
     parameters = dict(model.named_parameters()) if model is not None else {}
     tensors = {name: _room_for(name, entry, parameters) for name, entry in metadata.state_dict_metadata.items()}
     reader = dcp.FileSystemReader(path)

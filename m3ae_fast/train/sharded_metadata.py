@@ -6,7 +6,9 @@ sizes, dtypes out of a list, and parts of files that are in the folder and as lo
 
 from __future__ import annotations
 
+import io
 import math
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +48,22 @@ def read_metadata(folder: Path, files: Mapping[str, int]) -> Metadata:
         return _metadata(content, files)
     except (ValueError, LookupError, TypeError, AttributeError) as error:  # of another form than torch writes
         raise ValueError(f"{path} must be the metadata of a sharded checkpoint: {str(error)[:200]}") from error
+
+
+def is_uncompressed(path: Path, metadata: Metadata) -> bool:
+    """Whether the parts of a file are archives of tensors that become no larger when torch reads them."""
+    places = [place for place in metadata.storage_data.values() if place.relative_path == path.name]
+    with open(path, "rb") as file:
+        for place in places:
+            file.seek(place.offset)
+            try:
+                members = zipfile.ZipFile(io.BytesIO(file.read(place.length))).infolist()
+            except Exception:  # a forged archive can fail in any way
+                return False
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+            if not stored or sum(member.file_size for member in members) > place.length:
+                return False
+    return True
 
 
 def _known(name: Name) -> bool:

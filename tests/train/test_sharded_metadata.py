@@ -1,11 +1,14 @@
 """The metadata of a sharded checkpoint: nothing of it runs, and what does not fit the other files is refused."""
 
 import hashlib
+import io
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -174,14 +177,81 @@ def test_a_pipe_is_no_file_of_a_checkpoint(folder):
         sharded.load(folder)
 
 
-def test_bytes_that_are_no_tensor_are_told_in_one_line(folder):
-    """Not in torch's words, which recommend to run what is there."""
+def rewrite(folder, change):
+    """Write the shard's parts again, each as `change` makes it of its bytes, and the metadata to fit."""
     (shard,) = folder.glob("*.distcp")
-    shard.write_bytes(pickle.dumps(Touch("ran"), 2).ljust(shard.stat().st_size))
-    sign(folder)
-    with pytest.raises(ValueError, match=r"step-00000001 cannot be read: .*bytes of a tensor") as error:
+    old, new = shard.read_bytes(), []
+
+    def move(content):
+        for place in content.storage_data.values():
+            new.append(change(old[place.offset : place.offset + place.length]))
+            place.offset, place.length = sum(map(len, new[:-1])), len(new[-1])
+        shard.write_bytes(b"".join(new))
+
+    forge(folder, move)
+
+
+def packed(part, compression=zipfile.ZIP_DEFLATED, size=0):
+    """An archive of the same members, compressed, its data longer by `size` bytes."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(part)) as source, zipfile.ZipFile(packed, "w", compression) as target:
+        for member in source.namelist():
+            target.writestr(member, source.read(member) + bytes(size * ("/data/" in member)))
+    return packed.getvalue()
+
+
+def claiming(part):
+    """An archive whose directory says of each member that it is a gigabyte."""
+    start = part.rindex(b"PK\x05\x06")
+    at = part.index(b"PK\x01\x02")
+    while at >= 0:
+        part = part[: at + 20] + struct.pack("<II", 2**30, 2**30) + part[at + 28 :]
+        at = part.find(b"PK\x01\x02", at + 1, start)
+    return part
+
+
+OTHERS = {
+    "a compressed archive": lambda part: packed(part, size=50_000_000),
+    "an archive that claims more": claiming,
+    "a pickle": lambda part: pickle.dumps(Touch("ran"), 2).ljust(len(part)),
+    "half an archive": lambda part: part[: len(part) // 2].ljust(len(part)),
+    "nothing": lambda part: bytes(len(part)),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_parts_that_torch_did_not_write_are_refused(folder, tmp_path, monkeypatch, what):
+    """Before torch reads them, which first unpacks what is compressed."""
+    monkeypatch.chdir(tmp_path)
+    rewrite(folder, OTHERS[what])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch has read them"))
+        with pytest.raises(ValueError, match=r"step-00000001 is damaged: __0_0\.distcp was not written by torch"):
+            sharded.load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_archive_that_is_not_compressed_is_read(folder):
+    rewrite(folder, lambda part: packed(part, zipfile.ZIP_STORED))
+    _, tensors = sharded.load(folder)
+    assert all(torch.equal(tensors[name], value) for name, value in TENSORS.items())
+
+
+def test_an_archive_of_something_else_is_told_in_one_line(folder):
+    """Not in torch's words, which recommend to run what is there."""
+
+    def other(part):
+        replaced = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(part)) as source, zipfile.ZipFile(replaced, "w") as target:
+            for member in source.namelist():
+                target.writestr(
+                    member, pickle.dumps(Touch("ran"), 2) if member.endswith("data.pkl") else source.read(member)
+                )
+        return replaced.getvalue()
+
+    rewrite(folder, other)
+    with pytest.raises(ValueError, match=r"step-00000001 cannot be read: the bytes of a tensor hold something else$"):
         sharded.load(folder)
-    assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
 
 
 def fuzz(folder):
