@@ -87,6 +87,9 @@ def load(path: Path, model: nn.Module | None = None) -> Checkpoint:
             raise ValueError(f"{path} is not a checkpoint of m3ae_fast (format {FORMAT})")
     else:
         header, tensors = _load_file(path)
+    for name, kind in (("step", int), ("config", dict)):
+        if not isinstance(header.get(name), kind):
+            raise ValueError(f"{path} is not a whole checkpoint: its {name} must be {kind.__name__}")
     model, moments, average = {}, {}, {}
     for name, value in tensors.items():
         kind, _, rest = name.partition(".")

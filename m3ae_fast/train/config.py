@@ -19,6 +19,8 @@ DEFAULTS = {size: {"steps": 100_000, "batch_size": 64} for size in SIZES}
 DEFAULTS["tiny"] = {"steps": 1200, "batch_size": 32}
 LR_PER_256 = 1.5e-4
 
+RESOLVED = ("steps", "batch_size", "lr", "warmup", "picture_every", "model_config")  # never None in a run's files
+
 # Titles of the command line's options.
 RUN = "the run"
 OPTIMIZER = "the optimizer (AdamW .9, .95; warm-up, then a cosine to 0)"
@@ -173,11 +175,22 @@ class RunConfig:
     def load(cls, folder: Path) -> RunConfig:
         """Read `<folder>/run.json`. ValueError, naming the file: it is not one of ours."""
         path = folder / "run.json"
-        values = read_json(path)
+        return cls.from_dict(read_json(path), path)
+
+    @classmethod
+    def from_dict(cls, values: dict, path: Path) -> RunConfig:
+        """What `to_dict` made of a resolved run, read from a file. ValueError, naming it: it is not one of ours."""
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"{path} has fields this version does not know: {', '.join(unknown)}")
         try:
-            return cls(**values)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{path}: {error}") from None
+            config = cls(**values)
+            missing = [name for name in RESOLVED if getattr(config, name) is None]
+            if not missing:
+                OBJECTIVES[config.objective][1].from_dict(config.model_config)
+                missing = [name for name in ("image_size", "vocab_size") if name not in config.model_config]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        if missing:
+            raise ValueError(f"{path} must say {', '.join(missing)}")
+        return config

@@ -67,7 +67,7 @@ def load_run(
     else:
         folder = path.parent.parent
     saved = checkpoint.load(path)
-    config = RunConfig(**saved.config)
+    config = RunConfig.from_dict(saved.config, path)
     if config.objective not in objectives:
         raise ValueError(f"{given} must be a run of the objective {' or '.join(objectives)}, got {config.objective}")
     model = build_model(config)

@@ -139,7 +139,7 @@ class Trainer:
         """Read the newest checkpoint."""
         self._newest = path = distributed.on_first(lambda: checkpoint.latest(self.checkpoints))
         saved = checkpoint.load(path, self.model)
-        before = RunConfig(**saved.config)
+        before = RunConfig.from_dict(saved.config, path)
         if saved.step == before.steps:
             before = run.extended(before, self.config)
         run.refuse_differences(path, before, self.config)

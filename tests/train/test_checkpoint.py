@@ -115,6 +115,16 @@ def test_other_files_are_refused(tmp_path):
         checkpoint.load(tmp_path / "missing.safetensors")
 
 
+@pytest.mark.parametrize(
+    "header, name", [({"config": {}}, "step"), ({"step": "5", "config": {}}, "step"), ({"step": 5}, "config")]
+)
+def test_a_header_that_lacks_something_is_refused(tmp_path, header, name):
+    path = checkpoint.step_path(tmp_path, 5)
+    checkpoint._save_file(path, {"format": checkpoint.FORMAT, **header}, {"model.x": torch.zeros(1)})
+    with pytest.raises(ValueError, match=f"is not a whole checkpoint: its {name} must be"):
+        checkpoint.load(path)
+
+
 def test_the_newest_two_are_kept(trained, tmp_path):
     for step in (3, 20, 100):
         checkpoint.save(checkpoint.step_path(tmp_path, step), step, CONFIG, *trained)

@@ -7,8 +7,11 @@ import json
 import pytest
 
 from m3ae_fast._settings import OPTIONS, add_options, check, documented, given, setting
+from m3ae_fast.models import M3AEConfig
 from m3ae_fast.train import RunConfig
 from m3ae_fast.train.config import RUN
+
+WHOLE = RunConfig(model_config={"image_size": 64, "vocab_size": 9}).resolved().to_dict()
 
 
 @pytest.mark.parametrize(
@@ -54,7 +57,7 @@ def test_defaults_follow_the_model_and_the_batch():
 
 
 def test_is_saved_and_read_back(tmp_path):
-    config = RunConfig(model="base", steps=7, model_config={"width": 8}).resolved()
+    config = RunConfig(model="base", steps=7, model_config=json.loads(json.dumps(M3AEConfig().to_dict()))).resolved()
     config.save(tmp_path)
     assert RunConfig.load(tmp_path) == config
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
@@ -67,6 +70,14 @@ def test_is_saved_and_read_back(tmp_path):
         ("[]", "run.json must hold a JSON object, got list"),
         (json.dumps({"speed": 9}), "run.json has fields this version does not know: speed"),
         (json.dumps({"steps": -3}), "run.json: steps must be at least 1, got -3"),
+        (json.dumps(WHOLE | {"steps": None}), "run.json must say steps$"),
+        (json.dumps(WHOLE | {"model_config": None}), "run.json must say model_config$"),
+        (json.dumps(WHOLE | {"model_config": 3}), "run.json: "),
+        (json.dumps(WHOLE | {"model_config": {"depth": 2}}), "run.json must say image_size, vocab_size$"),
+        (
+            json.dumps(WHOLE | {"model_config": {"depht": 2}}),
+            "run.json: the configuration must have fields of M3AEConf",
+        ),
     ],
 )
 def test_a_damaged_run_json_is_named(tmp_path, content, message):
