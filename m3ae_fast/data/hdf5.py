@@ -11,8 +11,9 @@ import numpy as np
 
 from m3ae_fast import _checks
 from m3ae_fast.data.bad_sample import BadSample
+from m3ae_fast.data.columns import Column
 from m3ae_fast.data.images import EncodedImage
-from m3ae_fast.data.limits import MAX_BYTES
+from m3ae_fast.data.limits import open_file
 from m3ae_fast.data.sample import EncodedDataset, Sample, check_classes, clean_captions
 
 # The names of (images, captions, labels) in a file, for each split; the first that is there counts.
@@ -43,7 +44,8 @@ class HDF5Dataset(EncodedDataset):
     Raises:
         FileNotFoundError: there is no such file. ModuleNotFoundError: h5py is missing.
         ValueError: it is no HDF5 file, holds none of those, columns of different lengths, labels that are none, or
-            columns that lie elsewhere or whose rows or chunks unpack to more than 256 MiB.
+            columns that lie elsewhere, have other filters than gzip, shuffle and fletcher32, or rows or chunks that
+            unpack to more than 256 MiB.
     Source: github.com/young-geng/m3ae_public (arXiv:2205.14204).
     """
 
@@ -51,13 +53,13 @@ class HDF5Dataset(EncodedDataset):
         _checks.choice("split", split, tuple(LAYOUTS))
         self.path, self.split = Path(path), split
         self._file, self._process, self._columns = None, None, {}
-        with _open(self.path) as file:
+        with _open(self.path) as file, open_file(self.path) as descriptor:
             try:
-                self._look(file)
+                self._look(file, descriptor.fileno())
             except (OSError, RuntimeError, KeyError, TypeError) as error:  # of h5py, where the file is damaged
                 raise ValueError(f"{path} cannot be read: {error}") from error
 
-    def _look(self, file) -> None:
+    def _look(self, file, descriptor: int) -> None:
         """Find out what is in the file, and read its labels."""
         path, split, there = self.path, self.split, set(file)
         found = [[name if name in there else None for name in names] for names in LAYOUTS[split]]
@@ -68,19 +70,19 @@ class HDF5Dataset(EncodedDataset):
             held = ", ".join(sorted(there)) or "nothing"
             raise ValueError(f"path must hold {wanted}, got {held} in {path}{hint}")
         self._images, self._captions, self._labels = found[0]
-        columns = {name: _column(file, name) for name in found[0] if name}
+        columns = {name: _column(file, name, descriptor) for name in found[0] if name}
         lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"{path} must hold columns of one length, got {lengths}")
         self._length = next(iter(lengths.values()))
         if self._labels and self._length:
             name, labels = self._labels, columns[self._labels]
-            if labels.dtype.kind not in "iu" or labels.size != self._length:
+            if labels.dtype.kind not in "iu" or math.prod(labels.shape) != self._length:
                 got = f"{labels.dtype} {list(labels.shape)}"
                 raise ValueError(f"{path}: {name} must hold a class's number in each row, got {got}")
-            if labels.size > MAX_LABELS:
-                raise ValueError(f"{path}: {name} must have at most {MAX_LABELS:,} rows, got {labels.size:,}")
-            self._labels = labels[:].astype(np.int64).reshape(self._length)
+            if self._length > MAX_LABELS:
+                raise ValueError(f"{path}: {name} must have at most {MAX_LABELS:,} rows, got {self._length:,}")
+            self._labels = labels.rows(0, self._length).view(labels.dtype).astype(np.int64).reshape(self._length)
             if self._labels.min() < 0:
                 raise ValueError(f"{path}: {name} must not be negative, got {self._labels.min()}")
             check_classes(f"{path}: {name}", int(self._labels.max()) + 1)
@@ -100,7 +102,8 @@ class HDF5Dataset(EncodedDataset):
                 raise BadSample(name, "there is no word in its text", "caption")
             return Sample(None, captions, name)
         labels = () if self._labels is None else (int(self._labels[index]),)
-        image = np.asarray(self._cell(name, self._images, index)).tobytes()
+        cell = self._cell(name, self._images, index)
+        image = cell if isinstance(cell, bytes) else np.asarray(cell).tobytes()
         return Sample(EncodedImage(image, name), captions, name, labels)
 
     def captions(self) -> Iterator[str]:
@@ -114,9 +117,10 @@ class HDF5Dataset(EncodedDataset):
     def _cell(self, name: str, column: str, index: int):
         try:
             if self._process != os.getpid():  # a handle does not survive a fork
-                self._file = _open(self.path)
+                self._file, self._bytes = _open(self.path), open_file(self.path)
                 names = filter(None, (self._images, self._captions))
-                self._columns, self._process = {name: _column(self._file, name) for name in names}, os.getpid()
+                self._columns = {name: _column(self._file, name, self._bytes.fileno()) for name in names}
+                self._process = os.getpid()
             return self._columns[column][index]
         except MemoryError:
             raise
@@ -124,23 +128,22 @@ class HDF5Dataset(EncodedDataset):
             raise BadSample(name, f"{column}: {error}", "shard") from error
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_file": None, "_process": None, "_columns": {}}
+        return self.__dict__ | {"_file": None, "_bytes": None, "_process": None, "_columns": {}}
 
 
-def _column(file, name: str):
-    """The data set of a column: one with rows, stored in the file itself. ValueError: there is none."""
-    column = _inside(file, name)
-    if not getattr(column, "shape", ()):  # a group has none, a single value has ()
-        raise ValueError(f"{file.filename}: {name} must be a column, a data set with rows, got {column!r}")
-    if column.external or column.is_virtual:
+def _column(file, name: str, descriptor: int) -> Column:
+    """A column: a data set with rows, stored in the file itself. ValueError: there is none."""
+    found = _inside(file, name)
+    if not getattr(found, "shape", ()):  # a group has none, a single value has ()
+        raise ValueError(f"{file.filename}: {name} must be a column, a data set with rows, got {found!r}")
+    if found.external or found.is_virtual:
         raise ValueError(f"{file.filename}: {name} must be stored in the file itself, got one that lies in others")
-    for what, shape in (("rows", column.shape[1:]), ("chunks", column.chunks or ())):
-        size = math.prod(shape) * column.dtype.itemsize
-        if size > MAX_BYTES:
-            raise ValueError(f"{file.filename}: {name} must have {what} of at most {MAX_BYTES:,} bytes, got {size:,}")
-    if column.shape[0] > MAX_ROWS:  # rows that were never written take no space
-        raise ValueError(f"{file.filename}: {name} must have at most {MAX_ROWS:,} rows, got {column.shape[0]:,}")
-    return column
+    if found.shape[0] > MAX_ROWS:  # rows that were never written take no space
+        raise ValueError(f"{file.filename}: {name} must have at most {MAX_ROWS:,} rows, got {found.shape[0]:,}")
+    try:
+        return Column(found, descriptor)
+    except ValueError as error:
+        raise ValueError(f"{file.filename}: {name} cannot be read: {error}") from None
 
 
 def _inside(file, name: str):

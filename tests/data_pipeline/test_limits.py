@@ -356,9 +356,9 @@ def round_and_round(file):
 
 
 HOSTILE = {
-    gzip_row: r"jpg must have rows of at most 268,435,456 bytes, got 2,147,483,648",
-    gzip_string: r"text must have rows of at most 268,435,456 bytes, got 300,000,000",
-    gzip_chunk: r"jpg must have chunks of at most 268,435,456 bytes, got 1,073,741,824",
+    gzip_row: r"jpg cannot be read: its rows must have at most 268,435,456 bytes, got 2,147,483,648",
+    gzip_string: r"text cannot be read: its rows must have at most 268,435,456 bytes, got 300,000,000",
+    gzip_chunk: r"jpg cannot be read: its chunks must have at most 268,435,456 bytes, got 1,073,741,824",
     unwritten_rows: r"text must have at most 2,147,483,647 rows, got 1,099,511,627,776",
     unwritten_labels: r"train_labels must have at most 134,217,728 rows, got 268,435,456",
     external_storage: r"text must be stored in the file itself, got one that lies in others",
