@@ -132,6 +132,12 @@ class Tensor {
   bool given_ = false;
 };
 
+// How many sequences cu has offsets for, which may be none; [B + 1].
+inline int64_t sequences_of(const char* name, const Tensor& cu) {
+  M3AE_CHECK(cu.size(0) > 0, name, " must have at least one entry (B + 1 cumulative offsets), got none");
+  return cu.size(0) - 1;
+}
+
 // cu splits the first cu[sequences] of `rows` rows among sequences. Returns the longest.
 inline int64_t check_offsets(const char* name, const int32_t* cu, int64_t sequences, int64_t rows) {
   int64_t longest = 0, before = 0;

@@ -260,6 +260,20 @@ def load_or_zero(ptr, offsets, mask):
         return tl.load(ptr + offsets, mask=mask, other=0).to(tl.float32)
 
 
+FAR = tl.constexpr(2.0**-80)
+
+
+@triton.jit
+def inverse_root(x, count, eps):
+    """1 / sqrt(sum(x^2) / count + eps) of a row; where the squares overflow, of a row so much smaller."""
+    squares = tl.sum(x * x, 0)
+    root = tl.rsqrt(squares / count + eps)
+    if squares == float("inf"):
+        small = x * FAR
+        root = tl.rsqrt(tl.sum(small * small, 0) / count) * FAR
+    return root
+
+
 @triton.jit
 def sequence_of(cu_ptr, count, row, BLOCK: tl.constexpr = 128):
     """The sequence that `row` belongs to: as many as end at or before it; `count` for rows past the last."""

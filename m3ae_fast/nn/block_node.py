@@ -109,14 +109,14 @@ class _BlockNode(torch.autograd.Function):
         h, w_qkv, to_product = _product(h, *qkv)
         packed = h.view(len(h), 3, heads, h.shape[1] // (3 * heads))
         to_attention = _backends.pick(ATTENTION, None, packed)
-        out, lse = _varlen_attention(direct(to_attention), *packed.unbind(1), cu, None, longest, longest, None)
+        out, stats = _varlen_attention(direct(to_attention), *packed.unbind(1), cu, None, longest, longest, None)
         h, w_proj, _ = _product(out.flatten(1), *proj)
         h, s2, stats2, _ = _norm(s1, scaled(h, scales[0]), *norm2, eps[1])
         hidden, w_fc1, _ = _product(h, *fc1)
         y, w_fc2, _ = _product(hidden, *fc2, activation)
 
         to_node = link(y)  # s2 would not do: it may need no gradient
-        ctx.save_for_backward(s1, stats1, packed, out, lse, s2, stats2, hidden, *norm1, *norm2, w_qkv, w_proj, w_fc1,
+        ctx.save_for_backward(s1, stats1, packed, out, stats, s2, stats2, hidden, *norm1, *norm2, w_qkv, w_proj, w_fc1,
                               w_fc2, cu, *scales, to_node)  # fmt: skip
         ctx.settings, ctx.longest, ctx.impl, ctx.others = settings, longest, to_norm, (to_product, to_attention)
         ctx.dtypes = [None if t is None else t.dtype for t in (x, update, *parameters)]
@@ -128,7 +128,7 @@ class _BlockNode(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, saved, ds, dy, *_):
-        (s1, stats1, packed, out, lse, s2, stats2, hidden, *norms, w_qkv, w_proj, w_fc1, w_fc2, cu, scale1,
+        (s1, stats1, packed, out, stats, s2, stats2, hidden, *norms, w_qkv, w_proj, w_fc1, w_fc2, cu, scale1,
          scale2, _) = saved  # fmt: skip
         to_norm, (to_product, to_attention) = ctx.impl, map(type(ctx.impl), ctx.others)
         (_, eps, activation), need, grads = ctx.settings, ctx.needs_input_grad[3:], [None] * INPUTS
@@ -162,7 +162,7 @@ class _BlockNode(torch.autograd.Function):
             dh = product(PROJ, scaled(_cast(ds, packed.dtype), scale1), out.view_as(s1), w_proj)
             if any(need[:PROJ]):
                 dpacked = _varlen_attention_packed_backward(
-                    to_attention, dh.view_as(out), None, packed, out, lse, cu, ctx.longest, None
+                    to_attention, dh.view_as(out), None, packed, out, stats, cu, ctx.longest, None
                 )
                 dh = product(QKV, dpacked.view(len(s1), 3 * s1.shape[1]), normalised(s1, *norms[:2], eps[0]), w_qkv)
             if any(need[:QKV]):

@@ -102,6 +102,34 @@ def test_large_scores_do_not_overflow(impl, dtype, isa):
     torch.testing.assert_close(lse, torch.full_like(lse, 10000.0))
 
 
+@pytest.mark.parametrize(("impl", "dtype"), TYPED)
+@pytest.mark.parametrize("scale", [1.0, -1.0, 0.7])
+def test_weights_of_scores_of_any_size(impl, dtype, scale, isa):
+    """One key has all the weight, or two that differ where queries are 0 have half of it each."""
+    cu, most = torch.tensor([0, 3], dtype=torch.int32), 3
+    for size in (1e5, 1e7, 1e10, 1e20, 3e37):
+        q = torch.tensor([[size, 0.0], [-size, 0.0], [size, 0.0]], dtype=dtype)[:, None].requires_grad_()
+        k = torch.tensor([[1.0, 0.0], [1.0, 2.0], [-1.0, 0.0]], dtype=dtype)[:, None].requires_grad_()
+        v = torch.tensor([[5.0, 1.0], [3.0, 0.0], [7.0, 2.0]], dtype=dtype)[:, None].requires_grad_()
+        out = varlen_attention(q, k, v, cu, max_seqlen_q=most, softmax_scale=scale, impl=impl)
+        tie, one = [4.0, 0.5], [7.0, 2.0]
+        expected = [tie, one, tie] if scale > 0 else [one, tie, one]
+        assert out[:, 0].tolist() == expected, size
+        dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
+        assert dv[:, 0, 0].tolist() == ([1.0, 1.0, 1.0] if scale > 0 else [0.5, 0.5, 2.0]), size
+        # of the tie: weights of a half, values that add up to 6 and 3: dscores 0.75 and -0.75
+        of_tie = torch.tensor([0.0, -1.5 * scale], dtype=torch.float64)
+        rows = (0, 2) if scale > 0 else (1,)
+        for row in range(3):
+            want = of_tie if row in rows else torch.zeros(2, dtype=torch.float64)
+            torch.testing.assert_close(
+                dq[row, 0].double(), want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0
+            )
+        sign = len(rows) if scale > 0 else -len(rows)
+        want = torch.tensor([0.75, -0.75, 0.0], dtype=torch.float64) * sign * size * scale
+        torch.testing.assert_close(dk[:, 0, 0].double(), want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nan_stays_in_its_sequence(impl, isa):
     lens = SeqLens([20, 30, 3])
@@ -183,8 +211,9 @@ def test_qkvpacked_passes_opcheck_and_gradcheck(impl):
     qkv = randn(9, 3, 2, 8, dtype=testing.widest(impl, "varlen_attention"), grad=True)
     if impl in EXACT:
         torch.autograd.gradcheck(lambda x: varlen_attention_qkvpacked(x, lens, impl=impl), (qkv,), fast_mode=True)
-    out, lse = varlen_attention_qkvpacked(qkv.detach(), lens, return_lse=True, impl=impl)
-    args = (impl, torch.ones_like(out), None, qkv.detach(), out, lse, lens.cu, lens.max, None)
+    q, k, v = qkv.detach().unbind(1)
+    out, stats = torch.ops.m3ae_fast.varlen_attention(impl, q, k, v, lens.cu, None, lens.max, lens.max, None)
+    args = (impl, torch.ones_like(out), None, qkv.detach(), out, stats, lens.cu, lens.max, None)
     torch.library.opcheck(torch.ops.m3ae_fast.varlen_attention_packed_backward.default, args)
 
 

@@ -34,10 +34,13 @@ struct Target {
       sum[0] = sum[0] + off;
       sum[1] = V::fma(off, off, sum[1]);
     });
-    const double shift = double(sums[0]) / width;
+    const auto from_mean = [&](int64_t d, int n) { return centred(d, n); };
+    const double shift = (overflows(sums[0]) ? far_sum<V>(width, from_mean) : sums[0]) / width;
     double variance = double(sums[1]) / width - shift * shift;
     mean = V::set(static_cast<Scalar>(first + shift));
-    if (variance < shift * shift / 4) {
+    if (overflows(variance)) {
+      variance = far_sum_of_squares<V>(width, from_mean) / width;
+    } else if (variance < shift * shift / 4) {
       sum_lanes<V>(width, squares, [&](int64_t d, int n, V* sum) {
         const V off = centred(d, n);
         sum[0] = V::fma(off, off, sum[0]);
@@ -81,15 +84,28 @@ M3AE_INLINE double cosine(const P* pred, const Target<V, T>& target, int64_t wid
     sum[1] = V::fma(p, p, sum[1]);
     sum[2] = V::fma(t, t, sum[2]);
   });
+  double by_p = 1, by_t = 1;
+  if (overflows(sums[1]) || overflows(sums[2])) {
+    if (overflows(sums[1])) by_p = kFar;
+    if (overflows(sums[2])) by_t = kFar;
+    const V small_p = V::set(static_cast<Scalar>(by_p)), small_t = V::set(static_cast<Scalar>(by_t));
+    sum_lanes<V>(width, sums, [&](int64_t d, int n, V* sum) {
+      const V p = load_lanes<V>(pred + d, n) * small_p, t = target.load(d, n) * small_t;
+      sum[0] = V::fma(p, t, sum[0]);
+      sum[1] = V::fma(p, p, sum[1]);
+      sum[2] = V::fma(t, t, sum[2]);
+    });
+  }
   const auto at_least = [](double norm) { return norm < 1e-8 ? 1e-8 : norm; };  // NaN stays
-  const double norm = __builtin_sqrt(double(sums[1])), bounded = at_least(norm);
-  const double by_target = 1 / (bounded * at_least(__builtin_sqrt(double(sums[2]))));
-  const double cos = sums[0] * by_target;
-  if (dpred) {
-    const double by_pred = norm == 0 ? 0 : cos / (bounded * norm);
-    const V a = V::set(static_cast<Scalar>(weight * by_pred)), b = V::set(static_cast<Scalar>(-weight * by_target));
+  const double norm = __builtin_sqrt(double(sums[1])) / by_p, bounded = at_least(norm);
+  const double target_norm = at_least(__builtin_sqrt(double(sums[2])) / by_t);
+  const double cos = sums[0] / by_p / by_t / (bounded * target_norm);
+  if (dpred) {  // norms apart: a product of two may be too small for fp32
+    const auto number = [](double x) { return V::set(static_cast<Scalar>(x)); };
+    const V one = number(norm == 0 ? 0 : 1 / norm), a = number(weight * cos / bounded);
+    const V one_of_target = number(1 / target_norm), b = number(-weight / bounded);
     for_lanes<V>(width, [&](int64_t d, int n) {
-      store_lanes(V::fma(load_lanes<V>(pred + d, n), a, target.load(d, n) * b), dpred + d, n);
+      store_lanes(V::fma(load_lanes<V>(pred + d, n) * one, a, target.load(d, n) * one_of_target * b), dpred + d, n);
     });
   }
   return 1 - cos;

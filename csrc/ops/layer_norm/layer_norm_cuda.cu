@@ -69,8 +69,13 @@ __device__ __forceinline__ void scale(float (&normal)[N], const LayerNorm& a, in
   }
 }
 
-__device__ __forceinline__ float inverse_root(float squares, const LayerNorm& a) {
-  return 1.f / sqrtf(squares / static_cast<float>(a.width) + static_cast<float>(a.eps));
+// 1 / sqrt(var + eps). sum(far): the sum of the row's squares over all its lanes, of values far times as large; where it
+// overflows, of so much smaller ones.
+template <class Sum>
+__device__ __forceinline__ float inverse_root(const LayerNorm& a, const Sum& sum) {
+  float squares = sum(1), far = 1;
+  if (isinf(squares)) squares = sum(far = 0x1p-80f);
+  return far / sqrtf(squares / static_cast<float>(a.width) + static_cast<float>(a.eps) * far * far);
 }
 
 // kValues of a row in each lane.
@@ -83,15 +88,18 @@ __global__ void __launch_bounds__(kRowThreads, kValues <= 16 ? 8 : 3) layer_norm
   float s[K][N];
   load_sum(s, a, row, column<N>(0));
   const float mean = warp_sum(lane_sum(s)) / static_cast<float>(width);
-  float squares[K][N];
 #pragma unroll
   for (int k = 0; k < K; ++k)
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      s[k][i] = column<N>(k) < width ? s[k][i] - mean : 0.f;
-      squares[k][i] = s[k][i] * s[k][i];
-    }
-  const float rstd = inverse_root(warp_sum(lane_sum(squares)), a);
+    for (int i = 0; i < N; ++i) s[k][i] = column<N>(k) < width ? s[k][i] - mean : 0.f;
+  const float rstd = inverse_root(a, [&](float far) {
+    float squares[K][N];
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+#pragma unroll
+      for (int i = 0; i < N; ++i) squares[k][i] = s[k][i] * far * (s[k][i] * far);
+    return warp_sum(lane_sum(squares));
+  });
   if (threadIdx.x % kWarp == 0) {
     as<float>(a.stats)[t] = mean;
     as<float>(a.stats)[a.count + t] = rstd;
@@ -114,7 +122,7 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_wide_kernel(LayerNorm
   const int width = static_cast<int>(a.width), first = static_cast<int>(threadIdx.x) * N;
   const Dtype dtype = sum_dtype(a);
   Raw<N> raw[1];
-  float s[1][N], sum = 0, squares = 0;
+  float s[1][N], sum = 0;
   for (int d = first; d < width; d += kWideThreads * N) {
     load_sum(s, a, row, d);
     sum += lane_sum(s);
@@ -125,11 +133,14 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_wide_kernel(LayerNorm
     widen(s, raw, dtype);
     for (int i = 0; i < N; ++i) s[0][i] -= mean;
   };
-  for (int d = first; d < width; d += kWideThreads * N) {
-    load_offset(d);
-    for (int i = 0; i < N; ++i) squares += s[0][i] * s[0][i];
-  }
-  const float rstd = inverse_root(block_sum(squares, scratch), a);
+  const float rstd = inverse_root(a, [&](float far) {
+    float squares = 0;
+    for (int d = first; d < width; d += kWideThreads * N) {
+      load_offset(d);
+      for (int i = 0; i < N; ++i) squares += s[0][i] * far * (s[0][i] * far);
+    }
+    return block_sum(squares, scratch);
+  });
   if (threadIdx.x == 0) {
     as<float>(a.stats)[t] = mean;
     as<float>(a.stats)[a.count + t] = rstd;

@@ -34,13 +34,18 @@ void forward(const LayerNorm& a, int64_t begin, int64_t end) {
     } else {
       sum_lanes<V>(width, sum, [&](int64_t d, int n, V* sum) { sum[0] = sum[0] + load_lanes<V>(row + d, n); });
     }
-    const Float mean = sum[0] / static_cast<Float>(width);
+    Float mean = sum[0] / static_cast<Float>(width);
+    if (overflows(sum[0]))
+      mean = static_cast<Float>(far_sum<V>(width, [&](int64_t d, int n) { return load_lanes<V>(row + d, n); }) / width);
     const V center = V::set(mean);
+    const auto off_center = [&](int64_t d, int n) { return only_first(load_lanes<V>(row + d, n) - center, n); };
     sum_lanes<V>(width, squares, [&](int64_t d, int n, V* sum) {
-      const V off = only_first(load_lanes<V>(row + d, n) - center, n);
+      const V off = off_center(d, n);
       sum[0] = V::fma(off, off, sum[0]);
     });
-    const Float rstd = Float(1) / root(squares[0] / static_cast<Float>(width) + static_cast<Float>(a.eps));
+    Float rstd = Float(1) / root(squares[0] / static_cast<Float>(width) + static_cast<Float>(a.eps));
+    if (overflows(squares[0]))
+      rstd = static_cast<Float>(1 / root(far_sum_of_squares<V>(width, off_center) / width + a.eps));
     stats[t] = mean;
     stats[a.count + t] = rstd;
     const V scale = V::set(rstd);

@@ -38,15 +38,18 @@ struct GeluTanh {
   template <class V>
   static M3AE_INLINE V share(V z) {
     const V twice_u = z * V::fma(V::set(cubic) * z, z, V::set(k));
-    // e^88.7 is past fp32: bounded before it, where the share is 1e-38
-    return V::set(1) / (V::set(1) + exp(V::zero() - V::max(V::set(-87), twice_u)));
+    // e^88.7 is past fp32: bounded before it, where the share is 1e-38, which would be much of a large z
+    const V logistic = V::set(1) / (V::set(1) + exp(V::zero() - V::max(V::set(-87), twice_u)));
+    return where_negative(twice_u + V::set(87), V::zero(), logistic);
   }
   template <class V>
   static M3AE_INLINE V value(V z) { return z * share(z); }
   template <class V>
   static M3AE_INLINE V slope(V z) {
-    const V s = share(z), twice_du = V::fma(V::set(3 * cubic) * z, z, V::set(k));
-    return V::fma(z * s * (V::set(1) - s), twice_du, s);
+    // Beyond 32 the share is 0 or 1, and z^2 might be infinite. NaN stays, and an infinite z makes one.
+    const V low = V::max(V::set(-32), z), x = V::zero() - V::max(V::set(-32), V::zero() - low);
+    const V s = share(x), twice_du = V::fma(V::set(3 * cubic) * x, x, V::set(k));
+    return V::fma(x * s * (V::set(1) - s), twice_du, V::fma(z, V::zero(), s));
   }
 };
 

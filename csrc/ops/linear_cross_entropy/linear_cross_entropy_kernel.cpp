@@ -147,8 +147,9 @@ void softmax(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
     const Accumulator wanted = at<V>(target);
     double loss = std::log(sum) + (static_cast<double>(largest) - wanted);
     if (smoothing > 0) {
-      const double mean = sum_lanes<V>(vocab, [&](int64_t d, int n) { return load_lanes<V>(logits + d, n); }) / vocab;
-      loss += smoothing * (wanted - mean);
+      const double below = sum_lanes<V>(
+          vocab, [&](int64_t d, int n) { return (load_lanes<V>(logits + d, n) - shift).first_or(n, V::zero()); });
+      loss += smoothing * (static_cast<double>(wanted) - largest - below / vocab);
     }
     row.loss = static_cast<Accumulator>(loss);
     bool hit = wanted == largest;

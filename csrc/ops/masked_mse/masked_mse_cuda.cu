@@ -45,7 +45,7 @@ __device__ __forceinline__ void load_row(const T* row, int first, int width, Pac
 template <int pack>
 __device__ __forceinline__ void standardise(float origin, int width, int first, const RowSum& row_sum,
                                             float (&target)[kValues]) {
-  float sum = 0, squares = 0;
+  float sum = 0;
 #pragma unroll
   for (int k = 0; k < kValues; ++k) {
     target[k] = first + pack_at<pack>(k / pack) < width ? target[k] - origin : 0;
@@ -53,11 +53,17 @@ __device__ __forceinline__ void standardise(float origin, int width, int first, 
   }
   const float mean = row_sum(sum) / static_cast<float>(width);
 #pragma unroll
-  for (int k = 0; k < kValues; ++k) {
-    target[k] -= mean;
-    if (first + pack_at<pack>(k / pack) < width) squares += target[k] * target[k];
-  }
-  const float scale = 1 / sqrtf(row_sum(squares) / static_cast<float>(width - 1) + 1e-6f);
+  for (int k = 0; k < kValues; ++k) target[k] -= mean;
+  const auto squares_of = [&](float far) {
+    float squares = 0;
+#pragma unroll
+    for (int k = 0; k < kValues; ++k)
+      if (first + pack_at<pack>(k / pack) < width) squares += target[k] * far * (target[k] * far);
+    return row_sum(squares);
+  };
+  float squares = squares_of(1), far = 1;
+  if (isinf(squares)) squares = squares_of(far = 0x1p-80f);
+  const float scale = far / sqrtf(squares / static_cast<float>(width - 1) + 1e-6f * far * far);
 #pragma unroll
   for (int k = 0; k < kValues; ++k) target[k] *= scale;
 }

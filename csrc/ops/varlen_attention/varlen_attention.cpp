@@ -36,7 +36,7 @@ int64_t workspace_bytes(int64_t width, Dtype dtype) {
 int64_t backward_workspace_bytes(int64_t width, int64_t longest_key, Dtype dtype) {
   const int64_t lanes = (width + kWidestVector - 1) / kWidestVector * kWidestVector;
   const int64_t queries = kGradQueryBlock + kWidestVector, keys = kGradKeyBlock + 1;
-  return pieces({lanes * queries, lanes * queries, queries * lanes, queries * lanes, queries, queries, keys * lanes,
+  return pieces({lanes * queries, lanes * queries, queries * lanes, queries * lanes, queries, queries, queries, keys * lanes,
                  keys * lanes, keys * lanes, kGradRowBlock * queries, keys * queries, keys * queries, queries * lanes,
                  longest_key * lanes, longest_key * lanes}, dtype);
 }
@@ -64,7 +64,7 @@ struct Offsets {
   Offsets(const char* side, const Tensor& given, const Tensor& other, int64_t rows, std::optional<int64_t> most) {
     const std::string name = std::string("cu_seqlens_") + side;
     const Tensor& offsets = given ? given : other;
-    batch = offsets.size(0) - 1;
+    batch = sequences_of(name.c_str(), offsets);
     cu = offsets.int32s(name.c_str(), {batch + 1});
     longest = check_offsets(name.c_str(), cu, batch, rows);
     M3AE_CHECK(longest <= most.value_or(longest), "max_seqlen_", side, " must be at least the longest length, ", longest,
@@ -73,6 +73,10 @@ struct Offsets {
   int64_t batch, longest;
   const int32_t* cu;
 };
+
+void check_equal(int64_t key_sequences, int64_t sequences) {
+  M3AE_CHECK(key_sequences == sequences, "cu_seqlens_k must hold ", sequences, " sequences, got ", key_sequences);
+}
 
 // The whole call as tasks, the most work first. Neighbouring heads lie side by side in memory, so a task takes several
 // where that leaves each thread some sixteen tasks to choose from.
@@ -118,10 +122,10 @@ void zero_rows(const HeadRows& x, int64_t begin, int64_t end, int64_t heads, int
 
 void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q, const Tensor& cu_k,
              std::optional<int64_t> max_q, std::optional<int64_t> max_k, std::optional<double> scale, const Tensor& out,
-             const Tensor& lse) {
-  const VarlenAttention args = varlen_attention_arguments(q, k, v, scale, out, lse);
+             const Tensor& stats) {
+  const VarlenAttention args = varlen_attention_arguments(q, k, v, scale, out, stats);
   const Offsets queries("q", cu_q, cu_q, q.size(0), max_q), keys("k", cu_k, cu_q, k.size(0), max_k);
-  M3AE_CHECK(keys.batch == queries.batch, "cu_seqlens_k must hold ", queries.batch, " sequences, got ", keys.batch);
+  check_equal(keys.batch, queries.batch);
   const auto list = tasks(queries.cu, keys.cu, queries.batch, args.heads, kQueryBlock);
   const auto kernel = M3AE_DISPATCH_PRODUCT(varlen_attention);
   run(list, workspace_bytes(args.width, args.dtype),
@@ -131,16 +135,18 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu
   zero_rows({args.out, args.heads * args.width, args.width}, end, args.query_rows, args.heads, args.width, args.dtype);
   for (int64_t h = 0; h < args.heads; ++h)
     for (int64_t row = end; row < args.query_rows; ++row) {
-      if (args.dtype == Dtype::f64) as<double>(args.lse)[h * args.query_rows + row] = -HUGE_VAL;
-      else as<float>(args.lse)[h * args.query_rows + row] = -HUGE_VALF;
+      const int64_t peak = h * args.query_rows + row, log_total = peak + args.heads * args.query_rows;
+      if (args.dtype == Dtype::f64) as<double>(args.stats)[peak] = 0, as<double>(args.stats)[log_total] = -HUGE_VAL;
+      else as<float>(args.stats)[peak] = 0, as<float>(args.stats)[log_total] = -HUGE_VALF;
     }
 }
 
 void backward(const Tensor& dout, const Tensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-              const Tensor& out, const Tensor& lse, const Tensor& cu_q, const Tensor& cu_k, std::optional<double> scale,
+              const Tensor& out, const Tensor& stats, const Tensor& cu_q, const Tensor& cu_k, std::optional<double> scale,
               const Tensor& dq, const Tensor& dk, const Tensor& dv) {
-  const VarlenAttentionBackward args = varlen_attention_arguments(dout, dlse, q, k, v, out, lse, scale, dq, dk, dv);
+  const VarlenAttentionBackward args = varlen_attention_arguments(dout, dlse, q, k, v, out, stats, scale, dq, dk, dv);
   const Offsets queries("q", cu_q, cu_q, q.size(0), {}), keys("k", cu_k, cu_q, k.size(0), {});
+  check_equal(keys.batch, queries.batch);
   const int64_t key_rows = k.size(0), key_heads = k.size(1);
   const auto list = tasks(queries.cu, keys.cu, queries.batch, key_heads, 0);
   const auto kernel = M3AE_DISPATCH_PRODUCT(varlen_attention_backward);
@@ -154,8 +160,8 @@ void backward(const Tensor& dout, const Tensor& dlse, const Tensor& q, const Ten
 }  // namespace
 
 void bind_varlen_attention(py::module_& module) {
-  bind(module, "varlen_attention", forward, {"q", "k", "v", "cu_q", "cu_k", "max_q", "max_k", "scale", "out", "lse"});
-  bind(module, "varlen_attention_backward", backward, {"dout", "dlse", "q", "k", "v", "out", "lse", "cu_q", "cu_k",
+  bind(module, "varlen_attention", forward, {"q", "k", "v", "cu_q", "cu_k", "max_q", "max_k", "scale", "out", "stats"});
+  bind(module, "varlen_attention_backward", backward, {"dout", "dlse", "q", "k", "v", "out", "stats", "cu_q", "cu_k",
        "scale", "dq", "dk", "dv"});
 }
 

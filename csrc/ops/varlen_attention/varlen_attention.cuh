@@ -15,7 +15,17 @@
 
 namespace m3ae::cuda {
 
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr double kLog2e = 1.4426950408889634;
+
+// Weights are 2^((score - peak) * factor): the difference comes first, and is exact where it matters, however large the
+// scores are. Scores are halves, which no two are too far apart for, with the sign of the scale.
+struct Scale {
+  float direction, factor;  // what makes a product a score; for scale 0 they are 0 and 1
+
+  explicit Scale(double scale)
+      : direction(scale < 0 ? -0.5f : scale > 0 ? 0.5f : 0), factor(static_cast<float>(scale == 0 ? 1 : std::abs(scale) * 2 * kLog2e)) {}
+  Scale() = default;
+};
 template <int D>
 constexpr int kStride = D + 8;
 

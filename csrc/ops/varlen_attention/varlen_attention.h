@@ -23,7 +23,8 @@ constexpr int64_t kGradRowBlock = 12;    // backward: keys scored at a time; eve
 struct VarlenAttention {
   HeadRows q, k, v;
   void* out;           // [query rows][heads][width], dense
-  void* lse;           // [heads][query rows], fp32 (fp64 for fp64)
+  void* stats;         // [2][heads][query rows], fp32 (fp64 for fp64): the score that weighs most, without the scale, and
+                       // log2 of the sum of 2^((score - that) * scale * log2 e); 0 and -inf without keys
   int64_t query_rows, heads, groups, width;  // groups: query heads of a key head
   double scale;
   Dtype dtype;
@@ -31,9 +32,9 @@ struct VarlenAttention {
 
 struct VarlenAttentionBackward {
   HeadRows dout, q, k, v;
-  const void* out;     // dense, as lse
-  const void* lse;
-  const void* dlse;    // null: none
+  const void* out;     // dense, as stats
+  const void* stats;
+  const void* dlse;    // [heads][query rows]; null: none
   HeadRows dq, dk, dv;
   int64_t query_rows, heads, groups, width;
   double scale;

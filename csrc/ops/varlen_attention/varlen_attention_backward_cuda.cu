@@ -33,7 +33,8 @@ struct Backward {
   int capacity;            // rows of each side in shared memory, at most
   int dscores_stride;      // of the derivatives of scores, kept from dk's turn to dq's; 0: not kept
   bool packs;
-  float scale, scale2;     // scale2: of scores whose powers of two are the weights
+  float scale;
+  Scale weigh;             // what makes scores weights
 };
 
 // What a block holds in shared memory of a sequence.
@@ -48,12 +49,13 @@ struct Held {
   __device__ __forceinline__ T* v() const { return side(1); }
   __device__ __forceinline__ T* q() const { return side(2); }
   __device__ __forceinline__ T* dout() const { return side(3); }
-  // Of the queries: lse in powers of two, and what a row of dscores loses to the softmax's normalisation.
-  __device__ __forceinline__ float* lse2() const { return sums() + base; }
-  __device__ __forceinline__ float* delta() const { return lse2() + a.capacity; }
+  // Of the queries: the peak, log2 of the total, and what a row of dscores loses to the softmax's normalisation.
+  __device__ __forceinline__ float* peak() const { return sums() + base; }
+  __device__ __forceinline__ float* log_total() const { return peak() + a.capacity; }
+  __device__ __forceinline__ float* delta() const { return peak() + 2 * a.capacity; }
   // [keys][dscores_stride], where kept.
   __device__ __forceinline__ T* dscores() const {
-    return reinterpret_cast<T*>(sums() + 2 * a.capacity) + base * a.dscores_stride;
+    return reinterpret_cast<T*>(sums() + 3 * a.capacity) + base * a.dscores_stride;
   }
 
   // Begins to bring sixteen keys from `first` on to `place`, or queries. By a warp.
@@ -87,7 +89,7 @@ struct Held {
     return reinterpret_cast<float*>(side(4) - base * kStride<D>);
   }
 
-  // lse2 and delta = sum(dout * out) - dlse, four lanes a row. Rows past the last weigh nothing.
+  // peak, log_total and delta = sum(dout * out) - dlse, four lanes a row. Rows past the last weigh nothing.
   __device__ __forceinline__ void bring_sums(int head, int first, int place) const {
     const HeadRows out{const_cast<void*>(a.op.out), a.op.heads * a.op.width, a.op.width};
     const int lane = here(lane_of_warp()), t = lane % 4;
@@ -114,8 +116,10 @@ struct Held {
       sum = warp_sum<4>(sum);
       if (t != 0) continue;
       const int64_t at = int64_t{head} * a.op.query_rows + queries.first + first + r;
-      const float lse = real ? static_cast<const float*>(a.op.lse)[at] : INFINITY;
-      lse2()[place + r] = lse == -INFINITY ? 0 : lse * kLog2e;
+      const float* stats = static_cast<const float*>(a.op.stats) + at;
+      const float total = real ? stats[a.op.heads * a.op.query_rows] : INFINITY;
+      peak()[place + r] = real ? stats[0] * a.weigh.direction : 0;
+      log_total()[place + r] = total == -INFINITY ? 0 : total;
       delta()[place + r] = real && a.op.dlse ? sum - static_cast<const float*>(a.op.dlse)[at] : sum;
     }
   }
@@ -129,7 +133,7 @@ struct KeySums {
 // What sixteen queries from `query` on add to the sums of the keys of tile `tile`, of which `keys` are real.
 template <class T, int D>
 __device__ __forceinline__ void add_queries(const Held<T, D>& held, KeySums<D>& sums, const First<T, D>& k,
-                                            const Second<T, D>& v, int tile, int keys, int query, float scale2) {
+                                            const Second<T, D>& v, int tile, int keys, int query, const Scale& scale) {
   const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
   const T* q = held.q() + query * kStride<D> + lane_place(kStride<D>);
   const int to_other = here(held.a.capacity);  // computed anew: registers are short
@@ -141,9 +145,10 @@ __device__ __forceinline__ void add_queries(const Held<T, D>& held, KeySums<D>& 
   for (int i = 0; i < 8; ++i) {
     const int column = query + i / 4 * 8 + 2 * t + i % 2;
     float &weight = weights[i / 4][i % 4], &dscore = dscores[i / 4][i % 4];
-    const float* lse2 = held.lse2() + column;  // a padded query's is infinite: it weighs nothing, whatever the key
-    weight = g + i % 4 / 2 * 8 < keys && *lse2 != INFINITY ? exp2_fast(fmaf(weight, scale2, -*lse2)) : 0;
-    dscore = weight * (dscore - lse2[to_other]);
+    const float *peak = held.peak() + column, *log_total = peak + to_other;
+    const float power = fmaf(fmaf(weight, scale.direction, -*peak), scale.factor, -*log_total);
+    weight = g + i % 4 / 2 * 8 < keys && *log_total != INFINITY ? exp2_fast(power) : 0;  // a padded query's is infinite
+    dscore = weight * (dscore - log_total[to_other]);
   }
   uint32_t left[4];
   as_left<T>(left, weights);
@@ -157,11 +162,11 @@ __device__ __forceinline__ void add_queries(const Held<T, D>& held, KeySums<D>& 
   for (int i = 0; i < 4; ++i) *reinterpret_cast<uint32_t*>(kept + i % 2 * 8 * stride + i / 2 * 8) = left[i];
 }
 
-// What sixteen keys from `key` on, of which `keys` are real, add to dq. lse2, delta: of this lane's rows g and g + 8.
+// What sixteen keys from `key` on, of which `keys` are real, add to dq. peak, log_total, delta: of this lane's rows g and g + 8.
 template <class T, int D>
 __device__ __forceinline__ void add_keys(const Held<T, D>& held, float (&dq)[D / 8][4], const First<T, D>& q,
-                                         const Second<T, D>& dout, int key, int keys, const float (&lse2)[2],
-                                         const float (&delta)[2], float scale2) {
+                                         const Second<T, D>& dout, int key, int keys, const float (&peak)[2],
+                                         const float (&log_total)[2], const float (&delta)[2], const Scale& scale) {
   const int place = key * kStride<D> + lane_place(kStride<D>);
   float weights[2][4], dscores[2][4];
   q.product(weights, held.k() + place);
@@ -169,7 +174,8 @@ __device__ __forceinline__ void add_keys(const Held<T, D>& held, float (&dq)[D /
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int column = i / 4 * 8 + lane_of_warp() % 4 * 2 + i % 2, row = i % 4 / 2;
-    const float weight = column < keys ? exp2_fast(fmaf(weights[i / 4][i % 4], scale2, -lse2[row])) : 0;
+    const float power = fmaf(fmaf(weights[i / 4][i % 4], scale.direction, -peak[row]), scale.factor, -log_total[row]);
+    const float weight = column < keys ? exp2_fast(power) : 0;
     dscores[i / 4][i % 4] = weight * (dscores[i / 4][i % 4] - delta[row]);
   }
   uint32_t left[4];
@@ -190,7 +196,7 @@ __device__ __forceinline__ void of_keys(const Backward& a, const Held<T, D>& hel
   const auto meet = [&](int queries) {
 #pragma unroll 1
     for (int query = 0; query < queries; query += kRows)
-      add_queries<T, D>(held, sums, k, v, tile, keys, query, a.scale2);
+      add_queries<T, D>(held, sums, k, v, tile, keys, query, a.weigh);
   };
   if constexpr (kWhole) {
     meet(held.queries.count);
@@ -233,12 +239,13 @@ __device__ __forceinline__ void of_queries(const Backward& a, const Held<T, D>& 
     const First<T, D> q(held.q() + tile * kRows * kStride<D>);
     const Second<T, D> dout(held.dout() + tile * kRows * kStride<D>);
     const int place = tile * kRows + lane_of_warp() / 4;
-    const float lse2[2] = {held.lse2()[place], held.lse2()[place + 8]};
+    const float peak[2] = {held.peak()[place], held.peak()[place + 8]};
+    const float log_total[2] = {held.log_total()[place], held.log_total()[place + 8]};
     const float delta[2] = {held.delta()[place], held.delta()[place + 8]};
     const auto meet = [&](int keys) {
 #pragma unroll 1
       for (int key = 0; key < keys; key += kRows)
-        add_keys<T, D>(held, dq, q, dout, key, keys - key, lse2, delta, a.scale2);
+        add_keys<T, D>(held, dq, q, dout, key, keys - key, peak, log_total, delta, a.weigh);
     };
     if constexpr (kWhole) {
       meet(held.keys.count);
@@ -350,7 +357,7 @@ std::pair<int, size_t> plan(Backward& a, int64_t max_q, int64_t max_k, int64_t l
   const int64_t queries = tiles_of(static_cast<int>(max_q)), keys = tiles_of(static_cast<int>(max_k));
   const int64_t longest = std::max<int64_t>(std::max(queries, keys), 1);
   const int64_t together = std::max<int64_t>(1, kTogether / longest), capacity = longest * together * kRows;
-  const auto bytes = [](int64_t rows) { return rows * (4 * kStride<D> * 2 + 2 * static_cast<int64_t>(sizeof(float))); };
+  const auto bytes = [](int64_t rows) { return rows * (4 * kStride<D> * 2 + 3 * static_cast<int64_t>(sizeof(float))); };
   a.blocks = 1;
   a.key_blocks = 0;
   if (a.op.groups == 1 && bytes(capacity) + order <= most_shared(limit)) {
@@ -371,11 +378,11 @@ std::pair<int, size_t> plan(Backward& a, int64_t max_q, int64_t max_k, int64_t l
 }
 
 void backward(const Tensor& dout, const Tensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-              const Tensor& out, const Tensor& lse, const Tensor& cu_q, const Tensor& cu_k, int64_t max_q,
+              const Tensor& out, const Tensor& stats, const Tensor& cu_q, const Tensor& cu_k, int64_t max_q,
               int64_t max_k, int64_t shared_limit, std::optional<double> scale, const Tensor& dq, const Tensor& dk,
               const Tensor& dv) {
   Backward args{};
-  args.op = varlen_attention_arguments(dout, dlse, q, k, v, out, lse, scale, dq, dk, dv);
+  args.op = varlen_attention_arguments(dout, dlse, q, k, v, out, stats, scale, dq, dk, dv);
   const int64_t batch = cu_q.size(0) - 1, key_rows = k.size(0), key_heads = k.size(1), heads = args.op.heads;
   const int64_t width = args.op.width;
   max_q = std::min(max_q, args.op.query_rows);  // a caller may know no better than that a sequence is not longer
@@ -383,7 +390,7 @@ void backward(const Tensor& dout, const Tensor& dlse, const Tensor& q, const Ten
   args.lengths = lengths(cu_q, cu_k, heads, max_q, args.op.query_rows, max_k, key_rows);
   args.key_rows = key_rows;
   args.scale = static_cast<float>(args.op.scale);
-  args.scale2 = args.scale * kLog2e;
+  args.weigh = Scale(args.op.scale);
   args.packs = in_packs({const_cast<void*>(args.op.out), heads * width, width}, width);
   for (const HeadRows& x : {args.op.dout, args.op.q, args.op.k, args.op.v, args.op.dq, args.op.dk, args.op.dv})
     args.packs = args.packs && in_packs(x, width);
@@ -403,7 +410,7 @@ void backward(const Tensor& dout, const Tensor& dlse, const Tensor& q, const Ten
 }  // namespace
 
 void bind_varlen_attention_backward(pybind11::module_& module) {
-  bind(module, "varlen_attention_backward", backward, {"dout", "dlse", "q", "k", "v", "out", "lse", "cu_q", "cu_k",
+  bind(module, "varlen_attention_backward", backward, {"dout", "dlse", "q", "k", "v", "out", "stats", "cu_q", "cu_k",
        "max_q", "max_k", "shared_limit", "scale", "dq", "dk", "dv"});
 }
 

@@ -23,7 +23,7 @@ struct Forward {
   int capacity;  // tiles of keys in shared memory, at most
   int stages;    // 2: the next turn's rows come while this one's are worked on
   bool packs;
-  float scale2;  // of scores whose powers of two are the weights
+  Scale scale;
 };
 
 template <int D>
@@ -35,7 +35,7 @@ struct Softmax {
 // Up to kStep keys more. keys, values: where this lane points in their tiles.
 template <class T, int D>
 __device__ __forceinline__ void add_keys(Softmax<D>& state, const Own<T, D, true>& queries, const T* keys,
-                                         const T* values, int count, float scale2) {
+                                         const T* values, int count, const Scale& scale) {
   constexpr int kTiles = kStep / kRows;
   float scores[kTiles][2][4];
   float higher[2] = {state.most[0], state.most[1]};
@@ -47,7 +47,7 @@ __device__ __forceinline__ void add_keys(Softmax<D>& state, const Own<T, D, true
     for (int i = 0; i < 8; ++i) {
       const int key = tile * kRows + i / 4 * 8 + lane_of_warp() % 4 * 2 + i % 2;
       float& score = scores[tile][i / 4][i % 4];
-      score = key < count ? score * scale2 : -INFINITY;
+      score = key < count ? score * scale.direction : -INFINITY;
       higher[i % 4 / 2] = fmaxf(higher[i % 4 / 2], score);
     }
   }
@@ -56,7 +56,7 @@ __device__ __forceinline__ void add_keys(Softmax<D>& state, const Own<T, D, true
   for (int row = 0; row < 2; ++row) {
     higher[row] = warp_max<4>(higher[row]);
     shift[row] = higher[row] == -INFINITY ? 0 : higher[row];
-    const float shrink = exp2_fast(state.most[row] - shift[row]);
+    const float shrink = exp2_fast((state.most[row] - shift[row]) * scale.factor);
     state.most[row] = higher[row];
     state.total[row] *= shrink;
 #pragma unroll
@@ -71,13 +71,21 @@ __device__ __forceinline__ void add_keys(Softmax<D>& state, const Own<T, D, true
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float& score = scores[tile][i / 4][i % 4];
-      score = exp2_fast(score - shift[i % 4 / 2]);
+      score = exp2_fast((score - shift[i % 4 / 2]) * scale.factor);
       state.total[i % 4 / 2] += score;
     }
     uint32_t weights[4];
     as_left<T>(weights, scores[tile]);
     add_product<T, D>(state.sums, weights, values + tile * kRows * kStride<D>);
   }
+}
+
+// What op.py says of stats.
+__device__ __forceinline__ void store_stats(const VarlenAttention& op, int64_t head, int64_t row, float peak,
+                                            float total) {
+  float* to = static_cast<float*>(op.stats) + head * op.query_rows + row;
+  to[0] = total == 0 ? 0 : peak;
+  to[op.heads * op.query_rows] = total == 0 ? -INFINITY : log2f(total);
 }
 
 // Ends the softmax of a warp's rows, of which `rows` are real, and stores them from query row `row` on.
@@ -90,8 +98,7 @@ __device__ __forceinline__ void finish(const Forward& a, Softmax<D>& state, int6
     factors[half] = total == 0 ? 0 : 1 / total;
     const int mine = lane_of_warp() / 4 + 8 * half;
     if (lane_of_warp() % 4 == 0 && mine < rows)
-      static_cast<float*>(a.op.lse)[head * a.op.query_rows + row + mine] =
-          total == 0 ? -INFINITY : state.most[half] * kLn2 + logf(total);
+      store_stats(a.op, head, row + mine, a.scale.direction < 0 ? -2 * state.most[half] : 2 * state.most[half], total);
   }
   const int width = static_cast<int>(a.op.width);
   const HeadRows out{a.op.out, a.op.heads * a.op.width, a.op.width};
@@ -108,7 +115,7 @@ __device__ __forceinline__ void clear_the_rest(const Forward& a) {
     clear_rows<T>(out, head, first, a.op.query_rows, static_cast<int>(a.op.width));
     for (int64_t row = first + int64_t{blockIdx.x} * blockDim.x + threadIdx.x; row < a.op.query_rows;
          row += int64_t{gridDim.x} * blockDim.x)
-      static_cast<float*>(a.op.lse)[head * a.op.query_rows + row] = -INFINITY;
+      store_stats(a.op, head, row, 0, 0);
   }
 }
 
@@ -204,7 +211,7 @@ __device__ __forceinline__ void take_turn(const Forward& a, const Tiles<T, D>& t
 #pragma unroll 1
       for (int key = 0; key < count; key += kStep) {
         const int place = base + key * kStride<D>;
-        add_keys<T, D>(state, own, tiles.keys(stage) + place, tiles.values(stage) + place, count - key, a.scale2);
+        add_keys<T, D>(state, own, tiles.keys(stage) + place, tiles.values(stage) + place, count - key, a.scale);
       }
     }
     const Span queries = tiles.queries_of(turn, here(start));
@@ -264,14 +271,14 @@ std::pair<int, size_t> plan(Forward& a, int64_t max_q, int64_t max_k, int64_t li
 }
 
 void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q, const Tensor& cu_k, int64_t max_q,
-             int64_t max_k, int64_t shared_limit, std::optional<double> scale, const Tensor& out, const Tensor& lse) {
+             int64_t max_k, int64_t shared_limit, std::optional<double> scale, const Tensor& out, const Tensor& stats) {
   Forward args{};
-  args.op = varlen_attention_arguments(q, k, v, scale, out, lse);
+  args.op = varlen_attention_arguments(q, k, v, scale, out, stats);
   const int64_t key_rows = k.size(0), heads = args.op.heads, width = args.op.width;
   max_q = std::min(max_q, args.op.query_rows);  // a caller may know no better than that a sequence is not longer
   max_k = std::min(max_k, key_rows);
   args.lengths = lengths(cu_q, cu_k, heads, max_q, args.op.query_rows, max_k, key_rows);
-  args.scale2 = static_cast<float>(args.op.scale) * kLog2e;
+  args.scale = Scale(args.op.scale);
   args.packs = in_packs(args.op.q, width) && in_packs(args.op.k, width) && in_packs(args.op.v, width) &&
                in_packs({args.op.out, heads * width, width}, width);
   with_tile(args.op.dtype, width, [&](auto type, auto tile) {
@@ -289,7 +296,7 @@ void bind_varlen_attention_backward(pybind11::module_& module);  // varlen_atten
 
 void bind_varlen_attention(pybind11::module_& module) {
   bind(module, "varlen_attention", forward, {"q", "k", "v", "cu_q", "cu_k", "max_q", "max_k", "shared_limit", "scale",
-       "out", "lse"});
+       "out", "stats"});
   bind_varlen_attention_backward(module);
 }
 

@@ -8,7 +8,7 @@
 namespace m3ae::M3AE_ISA {
 namespace {
 
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kLog2e = 1.4426950408889634;
 
 // Hands out 64-byte aligned pieces of the workspace; workspace_bytes is the sum of them.
 struct Arena {
@@ -62,25 +62,32 @@ void write_zeros(T* to, int64_t stride, int64_t rows, int64_t width) {
     for_lanes<V>(width, [&](int64_t d, int n) { store_lanes(V::zero(), to + r * stride + d, n); });
 }
 
-// What the softmax of each query has come to, in powers of two.
+// Weights are 2^((score - peak) * scale * log2 e): the difference comes first, and is exact where it matters, however
+// large the scores are. It is taken of halves, which no two scores are too far apart for, and the factor makes up for it.
+template <class Float>
+M3AE_INLINE Float factor_of_halves(double scale) { return static_cast<Float>(2 * scale * kLog2e); }
+
+// What the softmax of each query has come to.
 template <class Float>
 struct Running {
-  Float* largest;  // score
-  Float* total;    // of 2^(score - largest)
+  Float* largest;  // score, with the sign of the scale
+  Float* total;    // of the weights
   Float* rescale;  // what sums from before the last block of keys must be multiplied with
   Float* partial;  // [rows][a vector]: scratch
 };
 
-// Rows of scores become weights 2^(score * scale2 - largest), in place, as units. The reductions along a row end in
-// one vector for each, and are finished for a vector of rows at once: one row at a time would wait for its own chain.
+// Rows of scores become weights, in place, as units. The reductions along a row end in one vector for each, and are
+// finished for a vector of rows at once: one row at a time would wait for its own chain.
 template <class Unit, class Float>
-void softmax_rows(Float* scores, int64_t ld, int64_t rows, int64_t keys, Float scale2, const Running<Float>& state) {
+void softmax_rows(Float* scores, int64_t ld, int64_t rows, int64_t keys, double scale, const Running<Float>& state) {
   using V = typename Units<Unit>::V;
-  const V factor = V::set(scale2), lowest = V::set(-std::numeric_limits<Float>::infinity());
+  const Float sign = scale < 0 ? Float(-1) : Float(1), factor_value = factor_of_halves<Float>(scale);
+  const V direction = V::set(sign), half = V::set(Float(0.5)), factor = V::set(factor_value);
+  const V lowest = V::set(-std::numeric_limits<Float>::infinity());
   for (int64_t r = 0; r < rows; ++r) {
     V most = lowest;
     for_lanes<V>(keys, [&](int64_t j, int n) {
-      const V score = V::load(scores + r * ld + j) * factor;
+      const V score = V::load(scores + r * ld + j) * direction;
       most = V::max(most, n == V::width ? score : score.first_or(n, lowest));
     });
     most.store(state.partial + r * V::width);
@@ -88,14 +95,14 @@ void softmax_rows(Float* scores, int64_t ld, int64_t rows, int64_t keys, Float s
   for_lanes<V>(rows, [&](int64_t r, int n) {
     const V before = load_lanes<V>(state.largest + r, n);
     const V now = V::max(before, across<V>(state.partial + r * V::width, [](V x, V y) { return V::max(x, y); }));
-    store_lanes(exp2(before - now), state.rescale + r, n);
+    store_lanes(exp2((before * half - now * half) * V::set(sign * factor_value)), state.rescale + r, n);
     store_lanes(now, state.largest + r, n);
   });
   for (int64_t r = 0; r < rows; ++r) {
-    const V shift = V::zero() - V::set(state.largest[r]);
+    const V shift = V::set(Float(-0.5) * sign * state.largest[r]);
     V sum = V::zero();
     for_lanes<V>(keys, [&](int64_t j, int n) {
-      V power = V::fma(V::load(scores + r * ld + j), factor, shift);
+      V power = V::fma(V::load(scores + r * ld + j), half, shift) * factor;
       if (n != V::width) power = power.first_or(n, lowest);  // lanes past the last key weigh 0
       const V weight = exp2(power);
       sum = sum + weight;
@@ -122,7 +129,8 @@ void forward(const VarlenAttention& a, const AttentionTask& t, int64_t head, Upc
   const T* k = head_rows<T>(a.k, t.key, head / a.groups);
   const T* v = head_rows<T>(a.v, t.key, head / a.groups);
   T* out = as<T>(a.out) + (t.query * a.heads + head) * width;
-  Float* lse = as<Float>(a.lse) + head * a.query_rows + t.query;
+  Float* peak = as<Float>(a.stats) + head * a.query_rows + t.query;
+  Float* log_total = peak + a.heads * a.query_rows;
 
   Arena arena{static_cast<char*>(workspace)};
   U* keys_t = arena.take<U>(steps * spread<V>(kKeyBlock));
@@ -136,14 +144,13 @@ void forward(const VarlenAttention& a, const AttentionTask& t, int64_t head, Upc
 
   if (t.keys == 0) {
     write_zeros<V>(out, a.heads * width, t.queries, width);
-    for (int64_t i = 0; i < t.queries; ++i) lse[i] = -std::numeric_limits<Float>::infinity();
+    for (int64_t i = 0; i < t.queries; ++i) peak[i] = 0, log_total[i] = -std::numeric_limits<Float>::infinity();
     return;
   }
   for (int64_t i = 0; i < t.queries; ++i) {
-    all.largest[i] = -std::numeric_limits<Float>::infinity();
+    all.largest[i] = std::numeric_limits<Float>::lowest();
     all.total[i] = 0;
   }
-  const Float scale2 = static_cast<Float>(a.scale * kLog2e);
   const int64_t key_blocks = (t.keys + kKeyBlock - 1) / kKeyBlock;
   for (int64_t block = 0; block < key_blocks; ++block) {
     const int64_t key = t.keys * block / key_blocks, keys = t.keys * (block + 1) / key_blocks - key;
@@ -167,7 +174,7 @@ void forward(const VarlenAttention& a, const AttentionTask& t, int64_t head, Upc
       pack_rows(q + row * a.q.row, a.q.row, rows, width, queries, row_units);
       multiply<U>({queries, row_units, 1, keys_t, ld, scores, ld, steps, false}, rows, key_lanes);
       const Running<Float> state{all.largest + row, all.total + row, all.rescale + row, all.partial};
-      softmax_rows<U>(scores, ld, rows, keys, scale2, state);
+      softmax_rows<U>(scores, ld, rows, keys, a.scale, state);
       for (int64_t i = 0; i < rows && block > 0; ++i)
         write_row<V>(sum + i * lanes, state.rescale[i], sum + i * lanes, lanes);
       const U* weights = reinterpret_cast<U*>(scores);
@@ -175,8 +182,10 @@ void forward(const VarlenAttention& a, const AttentionTask& t, int64_t head, Upc
       if (block + 1 < key_blocks) continue;
       for (int64_t i = 0; i < rows; ++i)
         write_row<V>(sum + i * lanes, 1 / state.total[i], out + (row + i) * a.heads * width, width);
-      for (int64_t i = 0; i < rows; ++i)
-        lse[row + i] = (state.largest[i] + std::log2(state.total[i])) * static_cast<Float>(kLn2);
+      for (int64_t i = 0; i < rows; ++i) {
+        peak[row + i] = a.scale < 0 ? -state.largest[i] : state.largest[i];
+        log_total[row + i] = std::log2(state.total[i]);
+      }
     }
   }
 }
@@ -186,35 +195,62 @@ template <class U, class Float>
 struct QueryBlock {
   U *q_t, *dout_t;  // [width][ld]: lanes are queries
   U *q, *dout;      // [queries][lanes]: contracted along the queries
-  Float *lse2, *delta;
+  Float *minus_half_peak, *minus_log_total, *delta;
   int64_t count, ld;
 };
 
-// delta = dout . out - dlse; lanes past the last query get lse2 = inf, and so the weight 0.
+// delta[i] = dout[i] . out[i], added up as products are: where one key has all the weight, out is its value, and
+// dweight - delta is then exactly 0. room: for [width][ld] units.
 template <class T, class U, class Float>
-void pack_queries(const VarlenAttentionBackward& a, int64_t row, int64_t head, QueryBlock<U, Float>& b, int64_t lanes) {
+void multiply_rows(const T* out, int64_t stride, int64_t width, const QueryBlock<U, Float>& b, Float* room) {
+  using V = typename Units<U>::V;
+  const int64_t steps = (width + Units<U>::depth - 1) / Units<U>::depth;
+  U* units = reinterpret_cast<U*>(room);
+  if constexpr (kDenseLeft<U>) {  // tiles add up in an order of their own: the diagonals of their products
+    const int64_t row_units = lanes_for<V>(steps);
+    Float* square = room + V::width * row_units;
+    for (int64_t i = 0; i < b.count; i += V::width) {
+      const int64_t rows = b.count - i < V::width ? b.count - i : V::width;
+      pack_rows(out + i * stride, stride, rows, width, units, row_units);
+      multiply<U>({units, row_units, 1, b.dout_t + i, b.ld, square, V::width, steps, false}, rows, V::width);
+      for (int64_t r = 0; r < rows; ++r) b.delta[i + r] = square[r * (V::width + 1)];
+    }
+  } else {
+    pack_columns(out, stride, b.count, width, units, b.ld);
+    for (int64_t i = 0; i < b.count; i += V::width) {
+      V sum = V::zero();
+      for (int64_t s = 0; s < steps; ++s)
+        sum = Units<U>::dot(Units<U>::load(units + s * b.ld + i), Units<U>::load(b.dout_t + s * b.ld + i), sum);
+      sum.store(b.delta + i);
+    }
+  }
+}
+
+// delta = dout . out - dlse; lanes past the last query weigh 0.
+template <class T, class U, class Float>
+void pack_queries(const VarlenAttentionBackward& a, int64_t row, int64_t head, QueryBlock<U, Float>& b, int64_t lanes,
+                  Float* room) {
   using V = typename Units<U>::V;
   const T* q = head_rows<T>(a.q, row, head);
   const T* dout = head_rows<T>(a.dout, row, head);
   const T* out = as<T>(a.out) + (row * a.heads + head) * a.width;
-  const Float* lse = as<Float>(a.lse) + head * a.query_rows + row;
-  const Float* dlse = a.dlse ? as<Float>(a.dlse) + head * a.query_rows + row : nullptr;
+  const int64_t at = head * a.query_rows + row;
+  const Float *peak = as<Float>(a.stats) + at, *log_total = peak + a.heads * a.query_rows;
+  const Float* dlse = a.dlse ? as<Float>(a.dlse) + at : nullptr;
   b.ld = spread<V>(lanes_for<V>(b.count));
   pack_columns(q, a.q.row, b.count, a.width, b.q_t, b.ld);
   pack_columns(dout, a.dout.row, b.count, a.width, b.dout_t, b.ld);
   pack_steps(q, a.q.row, b.count, a.width, b.q, lanes);
   pack_steps(dout, a.dout.row, b.count, a.width, b.dout, lanes);
+  multiply_rows(out, a.heads * a.width, a.width, b, room);
   for (int64_t i = 0; i < b.count; ++i) {
-    V sum = V::zero();
-    for_lanes<V>(a.width, [&](int64_t d, int n) {
-      sum = V::fma(load_lanes<V>(dout + i * a.dout.row + d, n), load_lanes<V>(out + i * a.heads * a.width + d, n), sum);
-    });
-    b.delta[i] = sum.sum() - (dlse ? dlse[i] : Float(0));
-    b.lse2[i] = lse[i] * static_cast<Float>(kLog2e);
+    if (dlse) b.delta[i] -= dlse[i];
+    b.minus_half_peak[i] = Float(-0.5) * peak[i];
+    b.minus_log_total[i] = -log_total[i];
   }
   for (int64_t i = b.count; i < b.ld; ++i) {
-    b.delta[i] = 0;
-    b.lse2[i] = std::numeric_limits<Float>::infinity();
+    b.delta[i] = b.minus_half_peak[i] = 0;
+    b.minus_log_total[i] = -std::numeric_limits<Float>::infinity();
   }
 }
 
@@ -222,14 +258,15 @@ void pack_queries(const VarlenAttentionBackward& a, int64_t row, int64_t head, Q
 // `a` along the queries; pairs[r / 2] also holds dscores as units along the keys.
 template <class U, class Float>
 M3AE_INLINE void score_gradients(Float* scores, Float* dweights, U* pairs, int64_t rows, const QueryBlock<U, Float>& b,
-                                 Float scale2) {
+                                 double scale) {
   using V = typename Units<U>::V;
   constexpr int depth = Units<U>::depth;
-  const V factor = V::set(scale2);
+  const V half = V::set(Float(0.5)), factor = V::set(factor_of_halves<Float>(scale));
   const int64_t lanes = lanes_for<V>(b.count);
   for (int64_t r = 0; r < rows; r += depth) {
     for (int64_t i = 0; i < lanes; i += V::width) {
-      const V lse2 = V::load(b.lse2 + i), delta = V::load(b.delta + i);
+      const V shift = V::load(b.minus_half_peak + i), share = V::load(b.minus_log_total + i);
+      const V delta = V::load(b.delta + i);
       V dscores[depth];
       for (int e = 0; e < depth; ++e) {
         if (r + e >= rows) {  // the partner of the last key of an odd number
@@ -237,7 +274,7 @@ M3AE_INLINE void score_gradients(Float* scores, Float* dweights, U* pairs, int64
           continue;
         }
         Float *score = scores + (r + e) * b.ld, *dweight = dweights + (r + e) * b.ld;
-        const V weight = exp2(V::fma(V::load(score + i), factor, V::zero() - lse2));
+        const V weight = exp2(V::fma(V::fma(V::load(score + i), half, shift), factor, share));
         dscores[e] = weight * (V::load(dweight + i) - delta);
         store_unit_elements(weight, reinterpret_cast<U*>(score) + i / depth);
         store_unit_elements(dscores[e], reinterpret_cast<U*>(dweight) + i / depth);
@@ -268,7 +305,8 @@ void backward(const VarlenAttentionBackward& a, const AttentionTask& t, int64_t 
   b.dout_t = arena.take<U>(steps * most_lanes);
   b.q = arena.take<U>(kGradQueryBlock / depth * lanes);
   b.dout = arena.take<U>(kGradQueryBlock / depth * lanes);
-  b.lse2 = arena.take<Float>(most_lanes);
+  b.minus_half_peak = arena.take<Float>(most_lanes);
+  b.minus_log_total = arena.take<Float>(most_lanes);
   b.delta = arena.take<Float>(most_lanes);
   U* k_rows = arena.take<U>(kGradKeyBlock * row_units);
   U* v_rows = arena.take<U>(kGradKeyBlock * row_units);
@@ -276,11 +314,11 @@ void backward(const VarlenAttentionBackward& a, const AttentionTask& t, int64_t 
   Float* scores = arena.take<Float>(kGradRowBlock * most_lanes);
   Float* dscores = arena.take<Float>((depth == 1 ? kGradKeyBlock : kGradRowBlock) * most_lanes);
   U* dscore_pairs = arena.take<U>(depth == 1 ? 0 : kGradKeyBlock / depth * most_lanes);
-  Float* dq_sum = arena.take<Float>(kGradQueryBlock * lanes);
+  Float* dq_sum = arena.take<Float>(most_lanes * lanes);
   Float* dk_sum = arena.take<Float>(t.keys * lanes);
   Float* dv_sum = arena.take<Float>(t.keys * lanes);
 
-  const Float scale = static_cast<Float>(a.scale), scale2 = static_cast<Float>(a.scale * kLog2e);
+  const Float scale = static_cast<Float>(a.scale);
   const int64_t query_blocks = (t.queries + kGradQueryBlock - 1) / kGradQueryBlock;
   const int64_t key_blocks = (t.keys + kGradKeyBlock - 1) / kGradKeyBlock;
   bool accumulate = false;
@@ -289,7 +327,7 @@ void backward(const VarlenAttentionBackward& a, const AttentionTask& t, int64_t 
     for (int64_t query_block = 0; query_block < query_blocks && t.keys > 0; ++query_block) {
       const int64_t first = t.queries * query_block / query_blocks;
       b.count = t.queries * (query_block + 1) / query_blocks - first;
-      pack_queries<T>(a, t.query + first, head, b, lanes);
+      pack_queries<T>(a, t.query + first, head, b, lanes, dq_sum);
       const int64_t query_steps = (b.count + depth - 1) / depth, query_lanes = lanes_for<V>(b.count);
       for (int64_t block = 0; block < key_blocks; ++block) {
         const int64_t key = t.keys * block / key_blocks, keys = t.keys * (block + 1) / key_blocks - key;
@@ -303,7 +341,7 @@ void backward(const VarlenAttentionBackward& a, const AttentionTask& t, int64_t 
                       query_lanes);
           multiply<U>({v_rows + r * row_units, row_units, 1, b.dout_t, b.ld, dscore_rows, b.ld, steps, false}, rows,
                       query_lanes);
-          score_gradients<U>(scores, dscore_rows, dscore_pairs + r / depth * b.ld, rows, b, scale2);
+          score_gradients<U>(scores, dscore_rows, dscore_pairs + r / depth * b.ld, rows, b, a.scale);
           Float *dv_rows = dv_sum + (key + r) * lanes, *dk_rows = dk_sum + (key + r) * lanes;
           multiply<U>({reinterpret_cast<U*>(scores), b.ld, 1, b.dout, lanes, dv_rows, lanes, query_steps, accumulate},
                       rows, lanes);

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from m3ae_fast import _triton
-from m3ae_fast._triton import Resource, element, sequence_of
+from m3ae_fast._triton import FAR, Resource, element, inverse_root, sequence_of
 from m3ae_fast.ops.masked_mse.triton_backend import REDUCTIONS
 
 DISTANCES = {"l2": 0, "l1": 1, "cosine": 2}
@@ -39,6 +39,17 @@ def _row_weight(cu_ptr, count, samples, r, REDUCTION: tl.constexpr):
     return weight, r < named
 
 
+@triton.jit
+def _norm(x):
+    """Also where the squares overflow."""
+    squares = tl.sum(x * x, 0)
+    norm = tl.sqrt(squares)
+    if squares == float("inf"):
+        small = x * FAR
+        norm = tl.sqrt(tl.sum(small * small, 0)) / FAR
+    return norm
+
+
 @_triton.jit(do_not_specialize=["eps", "count", "samples"])
 def _forward_kernel(
     pred_ptr, target_ptr, rows_ptr, cu_ptr, row_loss_ptr, dpred_ptr, eps, count, samples, WIDTH: tl.constexpr,
@@ -58,14 +69,14 @@ def _forward_kernel(
         first = tl.sum(tl.where(d == 0, t, 0.0), 0)
         offset = tl.where(inside, t - first, 0.0)
         offset = tl.where(inside, offset - tl.sum(offset, 0) / WIDTH, 0.0)
-        t = offset * tl.rsqrt(tl.sum(offset * offset, 0) / WIDTH + eps)
+        t = offset * inverse_root(offset, WIDTH, eps)
     if DISTANCE == 2:
-        norm = tl.sqrt(tl.sum(p * p, 0))
+        norm = _norm(p)
         bounded = tl.maximum(norm, 1e-8)
-        by_target = 1.0 / (bounded * tl.maximum(tl.sqrt(tl.sum(t * t, 0)), 1e-8))
-        cos = tl.sum(p * t, 0) * by_target
+        t /= tl.maximum(_norm(t), 1e-8)  # the products of norms or of rows might overflow
+        cos = tl.sum(p / bounded * t, 0)
         loss = tl.where(named, 1.0 - cos, 0.0)
-        slope = p * cos / (bounded * tl.where(norm > 0, norm, 1.0)) - t * by_target
+        slope = (p / tl.where(norm > 0, norm, 1.0) * cos - t) / bounded
     elif DISTANCE == 1:
         loss = tl.sum(tl.abs(p - t), 0) / WIDTH
         slope = tl.where(p > t, 1.0, tl.where(p < t, -1.0, 0.0)) / WIDTH

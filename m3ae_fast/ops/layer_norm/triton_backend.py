@@ -4,7 +4,7 @@ import torch
 import triton.language as tl
 
 from m3ae_fast import _triton
-from m3ae_fast._triton import Resource, load_or_zero
+from m3ae_fast._triton import Resource, inverse_root, load_or_zero
 
 TILE = 2048  # values that a program of the backward pass takes at a time, in whole rows
 
@@ -52,8 +52,7 @@ def _forward_kernel(
         s = rounded.to(tl.float32)  # what is normalised is what was rounded and stored
     mean = tl.div_rn(tl.sum(s, 0), WIDTH * 1.0)
     offset = tl.where(inside, s - mean, 0.0)
-    variance = tl.sum(offset * offset, 0) * (1.0 / WIDTH)
-    rstd = tl.rsqrt(variance + eps)
+    rstd = inverse_root(offset, WIDTH, eps)
     tl.store(stats_ptr + t, mean)
     tl.store(stats_ptr + count + t, rstd)
     y = offset * rstd

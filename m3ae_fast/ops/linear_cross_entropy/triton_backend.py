@@ -111,11 +111,11 @@ def _softmax_kernel(
         most = higher
         beaten |= ((logits > wanted) | ((logits == wanted) & (v < target))).to(tl.int32)
         if SMOOTHED:
-            plain += tl.where(v < VOCAB, logits, 0.0)
+            plain += tl.where(v < VOCAB, wanted - logits, 0.0)
     sum = tl.sum(scaled, 0)
     loss = tl.log(sum) + (most - wanted)
     if SMOOTHED:
-        loss += label_smoothing * (wanted - tl.sum(plain, 0) / VOCAB)
+        loss += label_smoothing * (tl.sum(plain, 0) / VOCAB)
     hit = 1.0 - tl.max(beaten, 0)
     share = 1.0
     if REDUCTION != "none":

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from m3ae_fast import _triton
-from m3ae_fast._triton import Resource, element, sequence_of
+from m3ae_fast._triton import Resource, element, inverse_root, sequence_of
 from m3ae_fast.ops.gather_patches.triton_backend import EXACT, load_patch, source_signature
 
 REDUCTIONS = {"none": 0, "sum": 0, "mean": 1, "sample_mean": 2}  # how a row is weighted: not, by all rows, by its image
@@ -68,8 +68,7 @@ def _forward_kernel(
         first = tl.sum(tl.where(d == 0, target, 0.0), 0)
         offset = tl.where(inside, target - first, 0.0)
         offset = tl.where(inside, offset - tl.sum(offset, 0) / WIDTH, 0.0)
-        variance = tl.sum(offset * offset, 0) / (WIDTH - 1)
-        target = offset * tl.rsqrt(variance + 1e-6)
+        target = offset * inverse_root(offset, WIDTH - 1, 1e-6)
     at = t.to(tl.int64) * WIDTH + d
     error = tl.where(inside, tl.load(pred_ptr + at, mask=inside, other=0).to(tl.float32) - target, 0.0)
     if error_ptr is not None:

@@ -27,12 +27,12 @@ def _lengths(q, cu_q, cu_k, max_q, max_k):
     return dict(cu_q=cu_q, cu_k=cu_k, max_q=longest_q, max_k=longest_k, shared_limit=shared_limit(q.device))
 
 
-def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale, out, lse):
-    _cuda.varlen_attention(q=q, k=k, v=v, **_lengths(q, cu_q, cu_k, max_q, max_k), scale=scale, out=out, lse=lse)
+def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale, out, stats):
+    _cuda.varlen_attention(q=q, k=k, v=v, **_lengths(q, cu_q, cu_k, max_q, max_k), scale=scale, out=out, stats=stats)
 
 
-def backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, dq, dk, dv):
+def backward(dout, dlse, q, k, v, out, stats, cu_q, cu_k, max_q, max_k, scale, dq, dk, dv):
     _cuda.varlen_attention_backward(
-        dout=dout, dlse=dlse, q=q, k=k, v=v, out=out, lse=lse, **_lengths(q, cu_q, cu_k, max_q, max_k), scale=scale,
+        dout=dout, dlse=dlse, q=q, k=k, v=v, out=out, stats=stats, **_lengths(q, cu_q, cu_k, max_q, max_k), scale=scale,
         dq=dq, dk=dk, dv=dv,
     )  # fmt: skip

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from m3ae_fast import _backends, _checks, seqlens
@@ -101,8 +104,8 @@ def varlen_attention(
     k = k.view_as(k) if k is q else k
     v = v.view_as(v) if v is q or v is k else v
     cu_k = None if cu_k is cu_q else cu_k
-    out, lse = _VarlenAttention.apply(impl, return_lse, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale)
-    return (out, lse) if return_lse else out
+    out, _, *lse = _VarlenAttention.apply(impl, return_lse, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale)
+    return (out, *lse) if return_lse else out
 
 
 def varlen_attention_qkvpacked(
@@ -138,8 +141,8 @@ def varlen_attention_qkvpacked(
         scale = _scale(softmax_scale, qkv.shape[3])
         out, lse = reference.varlen_attention(*qkv.unbind(1), cu, cu, longest, longest, scale)
         return (out, lse) if return_lse else out
-    out, lse = _VarlenAttentionPacked.apply(impl, return_lse, qkv, cu, longest, softmax_scale)
-    return (out, lse) if return_lse else out
+    out, _, *lse = _VarlenAttentionPacked.apply(impl, return_lse, qkv, cu, longest, softmax_scale)
+    return (out, *lse) if return_lse else out
 
 
 def _lengths(suffix: str, value: seqlens.SeqLens | Tensor, longest: int | None, like: Tensor):
@@ -172,32 +175,44 @@ def _varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, max_q: int | None, max_k: int | None,
     softmax_scale: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out, lse. cu_k None: cu_q, for torch.compile takes no tensor twice."""
-    return like(q), q.new_empty(q.shape[1], q.shape[0], dtype=_backends.accumulator(q.dtype))
+    """out; stats [2, H, Tq], of which the weights can be made again however large the scores are, as lse would not do:
+    the score that weighs most, without the scale, and log2 of the sum of exp((score - that) * scale); 0 and -inf
+    without keys. cu_k None: cu_q, for torch.compile takes no tensor twice."""
+    return like(q), q.new_empty(2, q.shape[1], q.shape[0], dtype=_backends.accumulator(q.dtype))
+
+
+def _lse(stats: Tensor, softmax_scale: float | None, width: int) -> Tensor:
+    peak, log_total = stats.unbind(0)
+    return torch.add(peak * _scale(softmax_scale, width), log_total, alpha=math.log(2))
 
 
 @_backends.operator(BACKENDS, "backward")
 def _varlen_attention_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, cu_q: Tensor,
     cu_k: Tensor | None, max_q: int | None, max_k: int | None, softmax_scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv: filled whole, rows past cu[-1] included."""
     return like(q), like(k), like(v)
 
 
-def _fill_packed(backend, dout, dlse, qkv, out, lse, cu, longest, softmax_scale, dqkv):
+def _fill_packed(backend, dout, dlse, qkv, out, stats, cu, longest, softmax_scale, dqkv):
     backend.backward(
-        dout, dlse, *qkv.unbind(1), out, lse, cu, None, longest, longest, softmax_scale, *dqkv.unbind(1)
+        dout, dlse, *qkv.unbind(1), out, stats, cu, None, longest, longest, softmax_scale, *dqkv.unbind(1)
     )  # fmt: skip
 
 
 @_backends.operator(BACKENDS, _fill_packed)
 def _varlen_attention_packed_backward(
-    dout: Tensor, dlse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor, cu: Tensor, longest: int | None,
+    dout: Tensor, dlse: Tensor | None, qkv: Tensor, out: Tensor, stats: Tensor, cu: Tensor, longest: int | None,
     softmax_scale: float | None,
 ) -> Tensor:  # fmt: skip
     """dqkv."""
     return like(qkv)
+
+
+def _gradients(out: Tensor, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """dout and dlse as the operators take them."""
+    return torch.zeros_like(out) if dout is None else _dense_rows(dout), None if dlse is None else dlse.contiguous()
 
 
 class _VarlenAttention(Function):
@@ -205,23 +220,23 @@ class _VarlenAttention(Function):
 
     @staticmethod
     def forward(impl, return_lse, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale):
-        return _varlen_attention(impl, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale)
+        out, stats = _varlen_attention(impl, q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale)
+        return (out, stats, _lse(stats, softmax_scale, q.shape[2])) if return_lse else (out, stats)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.impl, return_lse, q, k, v, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.softmax_scale = inputs
-        out, lse = output
-        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
-        if not return_lse:
-            kept(ctx, lse)
+        ctx.impl, _, q, k, v, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.softmax_scale = inputs
+        out, stats, *_ = output
+        ctx.save_for_backward(q, k, v, out, stats, cu_q, cu_k)
+        kept(ctx, stats)
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, saved, dout, dlse):
-        q, k, v, out, lse, cu_q, cu_k = saved
+    def backward(ctx, saved, dout, _, dlse=None):
+        q, k, v, out, stats, cu_q, cu_k = saved
         gradients = _varlen_attention_backward(
-            ctx.impl, _dense_rows(dout), None if dlse is None else dlse.contiguous(), q, k, v, out, lse, cu_q, cu_k,
-            ctx.max_q, ctx.max_k, ctx.softmax_scale,
+            ctx.impl, *_gradients(out, dout, dlse), q, k, v, out, stats, cu_q, cu_k, ctx.max_q, ctx.max_k,
+            ctx.softmax_scale,
         )  # fmt: skip
         return None, None, *gradients, None, None, None, None, None
 
@@ -231,22 +246,21 @@ class _VarlenAttentionPacked(Function):
 
     @staticmethod
     def forward(impl, return_lse, qkv, cu, longest, softmax_scale):
-        return _varlen_attention(impl, *qkv.unbind(1), cu, None, longest, longest, softmax_scale)
+        out, stats = _varlen_attention(impl, *qkv.unbind(1), cu, None, longest, longest, softmax_scale)
+        return (out, stats, _lse(stats, softmax_scale, qkv.shape[3])) if return_lse else (out, stats)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.impl, return_lse, qkv, cu, ctx.longest, ctx.softmax_scale = inputs
-        out, lse = output
-        ctx.save_for_backward(qkv, out, lse, cu)
-        if not return_lse:
-            kept(ctx, lse)
+        ctx.impl, _, qkv, cu, ctx.longest, ctx.softmax_scale = inputs
+        out, stats, *_ = output
+        ctx.save_for_backward(qkv, out, stats, cu)
+        kept(ctx, stats)
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, saved, dout, dlse):
-        qkv, out, lse, cu = saved
+    def backward(ctx, saved, dout, _, dlse=None):
+        qkv, out, stats, cu = saved
         dqkv = _varlen_attention_packed_backward(
-            ctx.impl, _dense_rows(dout), None if dlse is None else dlse.contiguous(), qkv, out, lse, cu, ctx.longest,
-            ctx.softmax_scale,
-        )  # fmt: skip
+            ctx.impl, *_gradients(out, dout, dlse), qkv, out, stats, cu, ctx.longest, ctx.softmax_scale
+        )
         return None, None, dqkv, None, None, None

@@ -19,7 +19,6 @@ from m3ae_fast import _triton, seqlens
 
 INTERPRETED = tl.constexpr(_triton.INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 # Below, `base` points at a head's first channel in row 0, `stride` leads to the next row, `real` masks the rows that
@@ -101,10 +100,19 @@ def _clear(
 
 
 @triton.jit
-def _clear_lse(lse_ptr, block, blocks, begin, end, BLOCK: tl.constexpr):
+def _store_stats(stats_ptr, rows, real, peak, total, HEAD_ROWS):
+    """What op.py says of stats, of a head's rows."""
+    tl.store(stats_ptr + rows, tl.where(total == 0.0, 0.0, peak), mask=real)
+    log_total = tl.where(total == 0.0, float("-inf"), tl.log2(tl.where(total == 0.0, 1.0, total)))
+    tl.store(stats_ptr + HEAD_ROWS + rows, log_total, mask=real)
+
+
+@triton.jit
+def _clear_stats(stats_ptr, block, blocks, begin, end, HEAD_ROWS, BLOCK: tl.constexpr):
+    zeros = tl.zeros([BLOCK], tl.float32)
     for first in range(begin + block * BLOCK, end, blocks * BLOCK):
         rows = first + tl.arange(0, BLOCK)
-        tl.store(lse_ptr + rows, float("-inf"), mask=rows < end)
+        _store_stats(stats_ptr, rows, rows < end, zeros, zeros, HEAD_ROWS)
 
 
 @triton.jit
@@ -114,15 +122,35 @@ def _program(blocks, HEADS: tl.constexpr):
     return program % blocks, (program // blocks % HEADS).to(tl.int64), program // blocks // HEADS
 
 
+# Weights are 2^((score - peak) * factor): the difference comes first, and is exact where it matters, however large the
+# scores are. Scores are halves, which no two are too far apart for, with the sign of the scale.
+
+
 @triton.jit
-def _scores(a, b, real, scale):
-    """Scores of two tiles in base 2, -inf where not real."""
-    return tl.where(real, _outer(a, b) * (scale * LOG2E), float("-inf"))
+def _direction(scale):
+    """(what makes a product a score, the factor)."""
+    sign = tl.where(scale < 0, -0.5, tl.where(scale == 0, 0.0, 0.5))
+    return sign, tl.where(scale == 0, 1.0, tl.abs(scale) * (2 * LOG2E))
+
+
+@triton.jit
+def _scores(a, b, real, direction):
+    """Scores of two tiles, -inf where not real."""
+    return tl.where(real, _outer(a, b) * direction, float("-inf"))
+
+
+@triton.jit
+def _load_stats(stats_ptr, at, real, direction, HEAD_ROWS):
+    """(peak, as a score; log2 of the total)."""
+    log_total = tl.load(stats_ptr + HEAD_ROWS + at, mask=real, other=0.0)
+    return tl.load(stats_ptr + at, mask=real, other=0.0) * direction, tl.where(
+        log_total == float("-inf"), 0.0, log_total
+    )
 
 
 @_triton.jit(do_not_specialize=["batch", "blocks", "q_rows"])
 def _forward_kernel(
-    q_ptr, q_row, q_head, k_ptr, k_row, k_head, v_ptr, v_row, v_head, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr,
+    q_ptr, q_row, q_head, k_ptr, k_row, k_head, v_ptr, v_row, v_head, out_ptr, stats_ptr, cu_q_ptr, cu_k_ptr,
     batch, blocks, q_rows, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
@@ -130,11 +158,11 @@ def _forward_kernel(
     """A block of queries. WHOLE: all keys of a sequence are one block."""
     block, head, sequence = _program(blocks, HEADS)
     out_ptr += head * WIDTH
-    lse_ptr += head * q_rows
+    stats_ptr += head * q_rows
     begin = tl.load(cu_q_ptr + sequence)
     if sequence == batch:  # the rows past the last sequence
         _clear(out_ptr, HEADS * WIDTH, block, blocks, begin, q_rows, WIDTH, HEAD, REST, BLOCK_Q)
-        _clear_lse(lse_ptr, block, blocks, begin, q_rows, BLOCK_Q)
+        _clear_stats(stats_ptr, block, blocks, begin, q_rows, HEADS * q_rows, BLOCK_Q)
         return
     end = tl.load(cu_q_ptr + sequence + 1)
     begin += block * BLOCK_Q
@@ -147,13 +175,14 @@ def _forward_kernel(
     rows = begin + tl.arange(0, BLOCK_Q)
     q = _load(q_ptr, q_row, rows, rows < end, WIDTH, HEAD, REST)
     sum = _zeros(BLOCK_Q, HEAD, REST)
+    direction, factor = _direction(scale)
     if WHOLE:
         keys = first + tl.arange(0, BLOCK_K)
         k = _load(k_ptr, k_row, keys, keys < last, WIDTH, HEAD, REST)
         v = _load(v_ptr, v_row, keys, keys < last, WIDTH, HEAD, REST)
-        scores = _scores(q, k, (keys < last)[None, :], scale)
+        scores = _scores(q, k, (keys < last)[None, :], direction)
         most = tl.max(scores, 1)
-        weights = tl.exp2(scores - tl.where(most == float("-inf"), 0.0, most)[:, None])
+        weights = tl.exp2((scores - tl.where(most == float("-inf"), 0.0, most)[:, None]) * factor)
         total = tl.sum(weights, 1)
         sum = _add(sum, weights, v)
     else:
@@ -163,24 +192,24 @@ def _forward_kernel(
             keys = start + tl.arange(0, BLOCK_K)
             k = _load(k_ptr, k_row, keys, keys < last, WIDTH, HEAD, REST)
             v = _load(v_ptr, v_row, keys, keys < last, WIDTH, HEAD, REST)
-            scores = _scores(q, k, (keys < last)[None, :], scale)
+            scores = _scores(q, k, (keys < last)[None, :], direction)
             higher = tl.maximum(most, tl.max(scores, 1))
             shift = tl.where(higher == float("-inf"), 0.0, higher)
-            weights = tl.exp2(scores - shift[:, None])
-            shrink = tl.exp2(most - shift)
+            weights = tl.exp2((scores - shift[:, None]) * factor)
+            shrink = tl.exp2((most - shift) * factor)
             total = total * shrink + tl.sum(weights, 1)
             sum = _add(_scaled(sum, shrink[:, None]), weights, v)
             most = higher
     sum = _scaled(sum, 1 / tl.where(total == 0.0, 1.0, total)[:, None])
     _store(out_ptr, HEADS * WIDTH, rows, rows < end, sum, WIDTH)
-    lse = tl.where(total == 0.0, float("-inf"), most * LN2 + tl.log(tl.where(total == 0.0, 1.0, total)))
-    tl.store(lse_ptr + rows, lse, mask=rows < end)
+    peak = tl.where(scale < 0, -2 * most, 2 * most)
+    _store_stats(stats_ptr, rows, rows < end, peak, total, HEADS * q_rows)
 
 
 @_triton.jit(do_not_specialize=["batch", "blocks", "q_rows", "k_rows"])
 def _backward_keys_kernel(
     q_ptr, q_row, q_head, k_ptr, k_row, k_head, v_ptr, v_row, v_head, dout_ptr, dout_row, dout_head,
-    lse_ptr, dlse_ptr, delta_ptr, cu_q_ptr, cu_k_ptr, dq_ptr, dq_row, dq_head, dk_ptr, dv_ptr, dk_row, dk_head,
+    stats_ptr, dlse_ptr, delta_ptr, cu_q_ptr, cu_k_ptr, dq_ptr, dq_row, dq_head, dk_ptr, dv_ptr, dk_row, dk_head,
     batch, blocks, q_rows, k_rows, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
@@ -210,6 +239,7 @@ def _backward_keys_kernel(
     v = _load(v_ptr + key_head * v_head, v_row, keys, keys < last, WIDTH, HEAD, REST)
     dk = _zeros(BLOCK_K, HEAD, REST)
     dv = _zeros(BLOCK_K, HEAD, REST)
+    direction, factor = _direction(scale)
     for group in range(GROUPS):
         head = key_head * GROUPS + group
         for start in tl.range(begin, end, BLOCK_Q, disable_licm=True):
@@ -217,17 +247,21 @@ def _backward_keys_kernel(
             at = head * q_rows + rows
             q = _load(q_ptr + head * q_head, q_row, rows, rows < end, WIDTH, HEAD, REST)
             dout = _load(dout_ptr + head * dout_head, dout_row, rows, rows < end, WIDTH, HEAD, REST)
-            lse = tl.load(lse_ptr + at, mask=rows < end, other=0.0)
             # Keys are the rows here, so that the products for dk and dv take their weights from registers.
             real = (keys < last)[:, None] & (rows < end)[None, :]
-            weights = tl.exp2(_scores(k, q, real, scale) - tl.where(lse == float("-inf"), 0.0, lse * LOG2E)[None, :])
+            scores = _scores(k, q, real, direction)
             dweights = _outer(v, dout)
-            if WHOLE:
-                total = tl.sum(weights, 0)  # 1, but for lse's rounding, which would not cancel in dweights - delta
-                delta = tl.sum(weights * dweights, 0) / tl.where(total == 0.0, 1.0, total)
+            if WHOLE:  # the softmax itself, once more: a rounding of its total would not cancel in dweights - delta
+                most = tl.max(scores, 0)
+                weights = tl.exp2((scores - tl.where(most == float("-inf"), 0.0, most)[None, :]) * factor)
+                total = tl.sum(weights, 0)
+                weights *= (1 / tl.where(total == 0.0, 1.0, total))[None, :]
+                delta = tl.sum(weights * dweights, 0)
                 if dlse_ptr is not None:
                     delta -= tl.load(dlse_ptr + at, mask=rows < end, other=0.0)
             else:
+                peak, log_total = _load_stats(stats_ptr, at, rows < end, direction, HEADS * q_rows)
+                weights = tl.exp2((scores - peak[None, :]) * factor - log_total[None, :])
                 delta = tl.load(delta_ptr + at, mask=rows < end, other=0.0)
             dscores = weights * (dweights - delta[None, :])
             dv = _add(dv, weights, dout)
@@ -242,7 +276,7 @@ def _backward_keys_kernel(
 @_triton.jit(do_not_specialize=["batch", "blocks", "q_rows"])
 def _backward_queries_kernel(
     q_ptr, q_row, q_head, k_ptr, k_row, k_head, v_ptr, v_row, v_head, out_ptr, dout_ptr, dout_row, dout_head,
-    lse_ptr, dlse_ptr, delta_ptr, cu_q_ptr, cu_k_ptr, dq_ptr, dq_row, dq_head, batch, blocks, q_rows, scale,
+    stats_ptr, dlse_ptr, delta_ptr, cu_q_ptr, cu_k_ptr, dq_ptr, dq_row, dq_head, batch, blocks, q_rows, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -271,14 +305,15 @@ def _backward_queries_kernel(
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + at, mask=rows < end, other=0.0)
     tl.store(delta_ptr + at, delta, mask=rows < end)
-    lse = tl.load(lse_ptr + at, mask=rows < end, other=0.0)
-    lse = tl.where(lse == float("-inf"), 0.0, lse * LOG2E)
+    direction, factor = _direction(scale)
+    peak, log_total = _load_stats(stats_ptr, at, rows < end, direction, HEADS * q_rows)
     dq = _zeros(BLOCK_Q, HEAD, REST)
     for start in range(first, last, BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
         k = _load(k_ptr, k_row, keys, keys < last, WIDTH, HEAD, REST)
         v = _load(v_ptr, v_row, keys, keys < last, WIDTH, HEAD, REST)
-        weights = tl.exp2(_scores(q, k, (keys < last)[None, :], scale) - lse[:, None])
+        scores = _scores(q, k, (keys < last)[None, :], direction)
+        weights = tl.exp2((scores - peak[:, None]) * factor - log_total[:, None])
         dq = _add(dq, weights * (_outer(dout, v) - delta[:, None]), k)
     _store(dq_ptr, dq_row, rows, rows < end, _scaled(dq, scale), WIDTH)
 
@@ -369,7 +404,7 @@ def _lengths(q, cu_q, cu_k, max_q, max_k, scale):
     return cu_k, seqlens.longest(cu_q, max_q), seqlens.longest(cu_k, max_k), scale
 
 
-def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale, out, lse):
+def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale, out, stats):
     (rows, heads, width), batch = q.shape, cu_q.shape[0] - 1
     cu_k, max_q, max_k, scale = _lengths(q, cu_q, cu_k, max_q, max_k, scale)
     architecture = _architecture(q)
@@ -377,12 +412,12 @@ def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale, out, lse):
     tiling = _tiling("forward", architecture, width, max_q, max_k, whole)
     blocks, grid = _grid(max_q, tiling["BLOCK_Q"], heads, batch)
     _forward_kernel[grid](
-        *_strided(q), *_strided(k), *_strided(v), out, lse, cu_q, cu_k, batch, blocks, rows, scale,
+        *_strided(q), *_strided(k), *_strided(v), out, stats, cu_q, cu_k, batch, blocks, rows, scale,
         HEADS=heads, GROUPS=heads // k.shape[1], WHOLE=whole, **tiling,
     )  # fmt: skip
 
 
-def backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, dq, dk, dv):
+def backward(dout, dlse, q, k, v, out, stats, cu_q, cu_k, max_q, max_k, scale, dq, dk, dv):
     (rows, heads, width), batch = q.shape, cu_q.shape[0] - 1
     key_rows, key_heads = k.shape[:2]
     cu_k, max_q, max_k, scale = _lengths(q, cu_q, cu_k, max_q, max_k, scale)
@@ -392,17 +427,17 @@ def backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, dq,
     grouping = dict(HEADS=heads, GROUPS=heads // key_heads)
     delta = None
     if not whole:
-        delta = torch.empty_like(lse)
+        delta = torch.empty_like(stats[0])
         tiling = _tiling("queries", architecture, width, max_q, max_k)
         blocks, grid = _grid(max_q, tiling["BLOCK_Q"], heads, batch)
         _backward_queries_kernel[grid](
-            *inputs, out, *_strided(dout), lse, dlse, delta, cu_q, cu_k, *_strided(dq), batch, blocks, rows, scale,
+            *inputs, out, *_strided(dout), stats, dlse, delta, cu_q, cu_k, *_strided(dq), batch, blocks, rows, scale,
             **grouping, **tiling,
         )  # fmt: skip
     tiling = _tiling("keys", architecture, width, max_q, max_k, whole)
     blocks, grid = _grid(max_k, tiling["BLOCK_K"], key_heads, batch)
     _backward_keys_kernel[grid](
-        *inputs, *_strided(dout), lse, dlse, delta, cu_q, cu_k, *_strided(dq), dk, *_strided(dv), batch, blocks, rows,
+        *inputs, *_strided(dout), stats, dlse, delta, cu_q, cu_k, *_strided(dq), dk, *_strided(dv), batch, blocks, rows,
         key_rows, scale, WHOLE=whole, **grouping, **tiling,
     )  # fmt: skip
 
@@ -449,5 +484,5 @@ def resources():
 def _type(name, kind):
     """The type of a kernel's argument, as Triton spells it."""
     if name.endswith("_ptr"):
-        return "*i32" if name.startswith("cu_") else "*fp32" if name in ("lse_ptr", "delta_ptr") else f"*{kind}"
+        return "*i32" if name.startswith("cu_") else "*fp32" if name in ("stats_ptr", "delta_ptr") else f"*{kind}"
     return "fp32" if name == "scale" else "i32:16" if name.endswith(("_row", "_head")) else "i32"
