@@ -45,9 +45,17 @@ struct Packing {
   int64_t batch;
 };
 
-Packing packing_of(const Tensor& cu_image, const Tensor& cu_text) {
-  const int64_t batch = (cu_image ? cu_image : cu_text).size(0) - 1;
-  return {cu_image.optional_int32s("cu_image", {batch + 1}), cu_text.optional_int32s("cu_text", {batch + 1}), batch};
+// They fit the rows of the parts, and these the rows of the whole.
+Packing packing_of(const Tensor& cu_image, const Tensor& cu_text, int64_t images, int64_t texts, bool has_cls,
+                   int64_t count) {
+  const int64_t batch = sequences_of(cu_image ? "cu_image" : "cu_text", cu_image ? cu_image : cu_text);
+  const Packing p{cu_image.optional_int32s("cu_image", {batch + 1}), cu_text.optional_int32s("cu_text", {batch + 1}),
+                  batch};
+  if (p.cu_image) check_offsets("cu_image", p.cu_image, batch, images);
+  if (p.cu_text) check_offsets("cu_text", p.cu_text, batch, texts);
+  const int64_t rows = (has_cls ? batch : 0) + (p.cu_image ? p.cu_image[batch] : 0) + (p.cu_text ? p.cu_text[batch] : 0);
+  M3AE_CHECK(rows <= count, "the output must have at least ", rows, " rows, got ", count);
+  return p;
 }
 
 void forward(const Tensor& image_tokens, const Tensor& text_tokens, const Tensor& image_ids, const Tensor& text_ids,
@@ -56,9 +64,7 @@ void forward(const Tensor& image_tokens, const Tensor& text_tokens, const Tensor
              const Tensor& text_type, const Tensor& out) {
   const int64_t count = out.size(0), width = out.size(1), images = image_tokens.size(0), texts = text_tokens.size(0);
   const Dtype dtype = out.dtype();
-  const Packing packing = packing_of(cu_image, cu_text);
-  if (packing.cu_image) check_offsets("cu_image", packing.cu_image, packing.batch, images);
-  if (packing.cu_text) check_offsets("cu_text", packing.cu_text, packing.batch, texts);
+  const Packing packing = packing_of(cu_image, cu_text, images, texts, static_cast<bool>(cls_token), count);
   const Tensor& text = text_embedding ? text_embedding : text_tokens;
   const void* image_rows = image_tokens.dense("image_tokens", {images, width});
   const void* text_rows = text.dense(text_embedding ? "text_embedding" : "text_tokens", {kAny, width});
@@ -67,6 +73,8 @@ void forward(const Tensor& image_tokens, const Tensor& text_tokens, const Tensor
   const int32_t* text_slots = text_ids.optional_int32s("text_ids", {texts});
   const void* image_places = image_position.optional("image_position", {kAny, width}, dtype);
   const void* text_places = text_position.optional("text_position", {kAny, width}, dtype);
+  M3AE_CHECK(!image_position || image_ids, "image_ids must be given with image_position, got None");
+  M3AE_CHECK(!text_position || text_ids, "text_ids must be given with text_position, got None");
   const void* cls = cls_token.optional("cls_token", {width}, dtype);
   const void* of_images = image_type.optional("image_type", {width}, dtype);
   const void* of_texts = text_type.optional("text_type", {width}, dtype);
@@ -100,14 +108,19 @@ void forward(const Tensor& image_tokens, const Tensor& text_tokens, const Tensor
 
 // The gradient of a table: the sum of dout's rows by the row of the table they were read from.
 struct Lookup {
-  Lookup(const char* name, const Tensor& table, const int32_t* ids, int64_t count, int64_t width)
-      : ids(ids), dtable(table.optional(name, {kAny, width})), table_rows(table.size(0)), dtype(table.dtype()) {
+  Lookup(const char* ids_name, const char* table_name, const Tensor& table, const Tensor& of_rows, int64_t rows,
+         int64_t count, int64_t width)
+      : ids_name(ids_name), table_name(table_name), ids(table ? of_rows.int32s(ids_name, {rows}) : nullptr),
+        dtable(table.optional(table_name, {kAny, width})), table_rows(table.size(0)), dtype(table.dtype()) {
     if (dtable) index.assign(static_cast<size_t>(count), -1);
   }
   void note(int64_t t, int64_t k) {
-    if (dtable) index[static_cast<size_t>(t)] = ids[k];
+    if (!dtable) return;
+    check_id(ids_name, table_name, ids[k], k, table_rows);
+    index[static_cast<size_t>(t)] = ids[k];
   }
 
+  const char *ids_name, *table_name;
   const int32_t* ids;
   void* dtable;
   int64_t table_rows;
@@ -117,8 +130,8 @@ struct Lookup {
 
 // The gradient of rows of tokens, in the order in which they came in.
 struct TokenRows {
-  TokenRows(const char* name, const Tensor& rows, int64_t width)
-      : data(rows.optional(name, {kAny, width})), count(rows.size(0)), row_bytes(width * size_of(rows.dtype())),
+  TokenRows(const char* name, const Tensor& rows, int64_t count, int64_t width)
+      : data(rows.optional(name, {count, width})), count(count), row_bytes(width * size_of(rows.dtype())),
         bf16(rows.dtype() == Dtype::bf16) {}
   DisassembledRow at(int64_t k, int32_t part) const {
     return {data ? as<char>(data) + k * row_bytes : nullptr, part, bf16};
@@ -132,19 +145,18 @@ struct TokenRows {
   bool bf16;
 };
 
-// Indices were checked by forward. dparts: [3, width], sums of class tokens, of image rows, of text rows.
+// Indices are checked once more: they may have been written to since. dparts: [3, width], sums of class tokens, of image rows, of text rows.
 void backward(const Tensor& dout, const Tensor& text_tokens, const Tensor& image_ids, const Tensor& text_ids,
-              const Tensor& cu_image, const Tensor& cu_text, bool has_cls, const Tensor& dimage, const Tensor& dtext,
-              const Tensor& dparts, const Tensor& dembedding, const Tensor& dimage_position,
+              const Tensor& cu_image, const Tensor& cu_text, bool has_cls, int64_t images, int64_t texts,
+              const Tensor& dimage, const Tensor& dtext, const Tensor& dparts, const Tensor& dembedding, const Tensor& dimage_position,
               const Tensor& dtext_position) {
   const int64_t count = dout.size(0), width = dout.size(1);
   const Dtype dtype = dout.dtype();
-  const Packing packing = packing_of(cu_image, cu_text);
-  const TokenRows image_rows("dimage", dimage, width), text_rows("dtext", dtext, width);
-  Lookup embedding("dembedding", dembedding, text_tokens.optional_int32s("text_tokens", {kAny}), count, width);
-  Lookup image_position("dimage_position", dimage_position, image_ids.optional_int32s("image_ids", {kAny}), count,
-                        width);
-  Lookup text_position("dtext_position", dtext_position, text_ids.optional_int32s("text_ids", {kAny}), count, width);
+  const Packing packing = packing_of(cu_image, cu_text, images, texts, has_cls, count);
+  const TokenRows image_rows("dimage", dimage, images, width), text_rows("dtext", dtext, texts, width);
+  Lookup embedding("text_tokens", "dembedding", dembedding, text_tokens, texts, count, width);
+  Lookup image_position("image_ids", "dimage_position", dimage_position, image_ids, images, count, width);
+  Lookup text_position("text_ids", "dtext_position", dtext_position, text_ids, texts, count, width);
   std::vector<DisassembledRow> rows(static_cast<size_t>(count), {nullptr, -1, false});
   for_each_row(
       packing.cu_image, packing.cu_text, packing.batch, has_cls,
@@ -177,7 +189,7 @@ void bind_assemble_tokens(py::module_& module) {
   bind(module, "assemble_tokens", forward, {"image_tokens", "text_tokens", "image_ids", "text_ids", "cu_image",
        "cu_text", "cls_token", "text_embedding", "image_position", "text_position", "image_type", "text_type", "out"});
   bind(module, "assemble_tokens_backward", backward, {"dout", "text_tokens", "image_ids", "text_ids", "cu_image",
-       "cu_text", "has_cls", "dimage", "dtext", "dparts", "dembedding", "dimage_position", "dtext_position"});
+       "cu_text", "has_cls", "image_rows", "text_rows", "dimage", "dtext", "dparts", "dembedding", "dimage_position", "dtext_position"});
 }
 
 }  // namespace m3ae

@@ -31,7 +31,9 @@ void forward(const Tensor& pred, const Tensor& target, const Tensor& rows, const
              const std::string& distance, bool normalize, double eps,
              const std::string& reduction_name, const Tensor& loss, const Tensor& dpred) {
   const Reduction reduction = reduction_of(reduction_name);
-  const int64_t count = pred.size(0), width = pred.size(1), samples = cu_seqlens.size(0) - 1;
+  const int64_t count = pred.size(0), width = pred.size(1);
+  const int64_t samples = cu_seqlens ? sequences_of("cu_seqlens", cu_seqlens) : 0;
+  M3AE_CHECK(width > 0, "pred must have at least one column, got none");
   const int32_t* cu = cu_seqlens.optional_int32s("cu_seqlens", {samples + 1});
   if (cu) check_offsets("cu_seqlens", cu, samples, count);
   const int32_t* predicted = rows.optional_int32s("rows", {count});

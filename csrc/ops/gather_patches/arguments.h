@@ -8,8 +8,19 @@
 
 namespace m3ae {
 
+// Whole patches, whose numbers within an image fit an int32.
+inline void check_patches(int64_t patch, int64_t height, int64_t width) {
+  M3AE_CHECK(patch > 0, "patch_size must be at least 1, got ", patch);
+  M3AE_CHECK(height % patch == 0 && width % patch == 0, "images must be multiples of patch_size ", patch,
+             " high and wide, got ", height, " x ", width);
+  constexpr int64_t most = int64_t{1} << 31;
+  M3AE_CHECK(height / patch < most && width / patch < most && (height / patch) * (width / patch) < most,
+             "images must have less than 2^31 patches each, got ", height / patch, " x ", width / patch);
+}
+
 inline PatchSource patch_source(const Tensor& images, int64_t patch) {
   const int64_t channels = images.size(1);
+  check_patches(patch, images.size(2), images.size(3));
   const bool on_end = images.stride(3) == channels && (channels == 1 || images.stride(1) == 1);
   return {images.any("images", {kAny, kAny, kAny, kAny}), nullptr, nullptr, images.stride(0), images.stride(1),
           images.stride(2), images.stride(3), channels, patch, images.size(2) / patch, images.size(3) / patch,
@@ -26,6 +37,9 @@ class Patches {
   Patches(const Tensor& images, int64_t patch, const std::vector<double>& scale, const std::vector<double>& shift,
           Dtype accumulator)
       : source_(patch_source(images, patch)) {
+    for (const auto* each : {&scale, &shift})
+      M3AE_CHECK(static_cast<int64_t>(each->size()) == source_.channels, "scale and shift must have ",
+                 source_.channels, " numbers, one a channel, got ", each->size());
     if (accumulator == Dtype::f64) {
       fill(scale64_, scale, source_.scale);
       fill(shift64_, shift, source_.shift);

@@ -27,11 +27,15 @@ void forward(const Tensor& images, const Tensor& ids, const Tensor& cu, int64_t 
 void backward(const Tensor& dout, const Tensor& ids, const Tensor& cu, int64_t patch_size,
               const std::vector<double>& scale, const Tensor& dimages) {
   const int64_t count = dout.size(0), images = dimages.size(0), channels = dimages.size(1);
+  check_patches(patch_size, dimages.size(2), dimages.size(3));
+  M3AE_CHECK(static_cast<int64_t>(scale.size()) == channels, "scale must have ", channels,
+             " numbers, one a channel, got ", scale.size());
   const GatherPatchesBackward args{dout.dense("dout", {count, patch_size * patch_size * channels}),
                                    ids.int32s("ids", {count}), cu.int32s("seqlens", {images + 1}),
                                    dimages.dense("dimages", {kAny, kAny, kAny, kAny}), scale.data(), channels,
                                    patch_size, dimages.size(2) / patch_size, dimages.size(3) / patch_size, dout.dtype(),
                                    dimages.dtype()};
+  check_patch_ids("ids", args.ids, "seqlens", args.cu, images, count, args.rows * args.columns);
   const auto kernel = M3AE_DISPATCH(gather_patches_backward);
   parallel_for(images, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }

@@ -87,7 +87,9 @@ void forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Te
   const Reduction reduction = reduction_of(reduction_name);
   const bool each = reduction == Reduction::none;
   const int64_t count = x.size(0), width = x.size(1), vocab = weight.size(0);
-  const int64_t sequences = cu_seqlens ? cu_seqlens.size(0) - 1 : 1;
+  const int64_t sequences = cu_seqlens ? sequences_of("cu_seqlens", cu_seqlens) : 1;
+  M3AE_CHECK(count < int64_t{1} << 31 && vocab < int64_t{1} << 31, "x and weight must have less than 2^31 rows, got ",
+             count, " and ", vocab);
   const Dtype dtype = x.dtype(), parameter_dtype = weight.dtype(), accumulate = accumulator(dtype);
   const CrossEntropyBlock args{
       x.dense("x", {count, width}), weight.dense("weight", {vocab, width}),

@@ -22,6 +22,8 @@ void forward(const Tensor& pred, const Tensor& images, const Tensor& ids_mask, c
   const bool wide = images.dtype() == Dtype::f64 || pred.dtype() == Dtype::f64;
   const Patches patches(images, patch_size, scale, shift, wide ? Dtype::f64 : Dtype::f32);
   const PatchSource& source = patches.source();
+  M3AE_CHECK(!norm_pix || patches.values() > 1, "norm_pix must be False for patches of one value, which have no ",
+             "variance");
   std::vector<double> row_loss(static_cast<size_t>(rows));
   const MaskedMse args{source, ids_mask.int32s("ids_mask", {rows}), cu_mask.int32s("cu_mask", {samples + 1}),
                        pred.dense("pred", {rows, patches.values()}),
@@ -49,8 +51,9 @@ void forward(const Tensor& pred, const Tensor& images, const Tensor& ids_mask, c
 void backward(const Tensor& dloss, const Tensor& error, const Tensor& cu_mask, const std::string& reduction_name,
               const Tensor& dpred) {
   const Reduction reduction = reduction_of(reduction_name);
-  const int64_t rows = error.size(0), width = error.size(1), images = cu_mask.size(0) - 1;
+  const int64_t rows = error.size(0), width = error.size(1), images = sequences_of("cu_mask", cu_mask);
   const int32_t* cu = cu_mask.int32s("cu_mask", {images + 1});
+  check_offsets("cu_mask", cu, images, rows);
   const Dtype dtype = error.dtype(), accumulate = accumulator(dtype);
   const bool each = reduction == Reduction::none;
   const void* dlosses = each ? dloss.dense("dloss", {rows}, accumulate) : dloss.dense("dloss", {}, accumulate);

@@ -17,7 +17,7 @@ int64_t check(const int32_t* cu, const int32_t* cu_keep, const int64_t* sample_i
               int64_t total_keep, bool shared) {
   int64_t longest = 0;
   for (int64_t i = 0; i < samples; ++i) {
-    const int64_t length = cu[i + 1] - cu[i], keep = cu_keep[i + 1] - cu_keep[i];
+    const int64_t length = int64_t{cu[i + 1]} - cu[i], keep = int64_t{cu_keep[i + 1]} - cu_keep[i];
     M3AE_CHECK(keep >= 0 && keep <= length, "num_keep must be in [0, length] for every sample, got ", keep, " of ",
                length, " positions in sample ", i);
     M3AE_CHECK(sample_ids[i] >= 0 && sample_ids[i] < (int64_t{1} << 56), "sample_ids must be in [0, ",

@@ -20,6 +20,7 @@ def backward(
 ):  # fmt: skip
     _C.assemble_tokens_backward(
         dout=dout, text_tokens=text_tokens, image_ids=image_ids, text_ids=text_ids, cu_image=cu_image, cu_text=cu_text,
-        has_cls=has_cls, dimage=dimage, dtext=dtext, dparts=dparts, dembedding=dembedding,
-        dimage_position=dimage_position, dtext_position=dtext_position,
+        has_cls=has_cls, image_rows=image_rows, text_rows=text_rows if text_tokens is None else text_tokens.shape[0],
+        dimage=dimage, dtext=dtext, dparts=dparts, dembedding=dembedding, dimage_position=dimage_position,
+        dtext_position=dtext_position,
     )  # fmt: skip

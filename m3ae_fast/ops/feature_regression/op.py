@@ -118,18 +118,19 @@ class _FeatureRegression(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.dtype, ctx.inputs = inputs[1].dtype, len(inputs)
-        _, dpred, to_pred = output
-        ctx.save_for_backward(dpred, inputs[4], to_pred)
+        loss, dpred, to_pred = output
+        cu = inputs[4] if loss.dim() else None
+        ctx.save_for_backward(dpred, None if cu is None else cu[-1].clone(), to_pred)  # cu may be written to
         kept(ctx, dpred)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, saved, dloss, *_):
-        dpred, cu, _ = saved
+        dpred, named, _ = saved
         if dloss.dim() == 0:
             dpred = scaled(dpred, dloss)
         else:
-            if cu is not None:  # nothing flows into rows that count nowhere, not even NaN
-                dloss = torch.where(torch.arange(len(dloss), device=cu.device) < cu[-1], dloss, 0)
+            if named is not None:  # nothing flows into rows that count nowhere, not even NaN
+                dloss = torch.where(torch.arange(len(dloss), device=dloss.device) < named, dloss, 0)
             dpred = dpred * dloss[:, None]
         return None, dpred.to(ctx.dtype), *(None,) * (ctx.inputs - 2)

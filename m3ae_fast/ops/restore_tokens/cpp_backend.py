@@ -16,6 +16,6 @@ def backward(
     dout, rows, slots, kept_rows, kept_dtype, patches, words, need, dkept, dsums, dimage_position, dtext_position
 ):
     _C.restore_tokens_backward(
-        dout=dout, rows=rows, slots=slots, patches=patches, dkept=dkept, dsums=dsums, dimage_position=dimage_position,
-        dtext_position=dtext_position,
+        dout=dout, rows=rows, slots=slots, kept_rows=kept_rows, patches=patches, words=words, dkept=dkept, dsums=dsums,
+        dimage_position=dimage_position, dtext_position=dtext_position,
     )  # fmt: skip
