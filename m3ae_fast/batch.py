@@ -58,7 +58,11 @@ class ImageTextBatch:
         if not isinstance(text_lengths, SeqLens):
             text_lengths = SeqLens(text_lengths)
         batch = len(text_lengths)
-        text = _checks.ids("text", text, text_lengths.total)
+        text = _checks.ids("text", text)
+        if len(text) != text_lengths.total:
+            raise ValueError(
+                f"text_lengths must add up to the {len(text)} words of text, got {text_lengths.total} in {batch} samples"
+            )
         _checks.device("text", text, "images", text if images is None else images)
         if has_image is None:
             has_image = (images is not None,) * batch

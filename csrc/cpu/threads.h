@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
+#include <mutex>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -17,6 +19,28 @@ inline int max_threads() {
 #endif
 }
 
+// An exception may not leave the threads it was thrown in (memory may run out anywhere): the first is kept for whoever
+// started them.
+class FirstException {
+ public:
+  template <class Function>
+  void keep(const Function& function) noexcept {
+    try {
+      function();
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (!first_) first_ = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (first_) std::rethrow_exception(first_);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::exception_ptr first_;
+};
+
 // body(begin, end) over [0, count) in contiguous shares of at least `grain`. What body writes for an index must not
 // depend on the share it falls in: that is what makes results the same for any thread count.
 template <class Body>
@@ -27,15 +51,16 @@ void parallel_for(int64_t count, int64_t grain, const Body& body) {
   const int64_t threads = most < max_threads() ? most : max_threads();
 #ifdef _OPENMP
   if (threads > 1) {
+    FirstException exception;
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
       const int64_t team = omp_get_num_threads();
       const int64_t rank = omp_get_thread_num();
       const int64_t begin = count * rank / team;
       const int64_t end = count * (rank + 1) / team;
-      if (begin < end) body(begin, end);
+      if (begin < end) exception.keep([&] { body(begin, end); });
     }
-    return;
+    return exception.rethrow();
   }
 #endif
   body(0, count);
@@ -48,9 +73,10 @@ void parallel_for_dynamic(int64_t count, const Body& body) {
 #ifdef _OPENMP
   const int64_t threads = count < max_threads() ? count : max_threads();
   if (threads > 1) {
+    FirstException exception;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(threads))
-    for (int64_t i = 0; i < count; ++i) body(i, omp_get_thread_num());
-    return;
+    for (int64_t i = 0; i < count; ++i) exception.keep([&] { body(i, omp_get_thread_num()); });
+    return exception.rethrow();
   }
 #endif
   for (int64_t i = 0; i < count; ++i) body(i, 0);

@@ -76,7 +76,7 @@ def sample_mask(
     cu = lengths.cu.to(device)
     batch = cu.shape[0] - 1
     if isinstance(num_keep, (int, torch.SymInt)):
-        _checks.integer("num_keep", num_keep, 0)
+        _checks.integer("num_keep", num_keep, 0, 2**31)
         total_keep = num_keep * batch
         cu_keep = torch.arange(batch + 1, dtype=torch.int32, device=device) * num_keep
     else:
