@@ -61,7 +61,7 @@ class ImageTextBatch:
         text = _checks.ids("text", text)
         if len(text) != text_lengths.total:
             raise ValueError(
-                f"text_lengths must add up to the {len(text)} words of text, got {text_lengths.total} in {batch} samples"
+                f"text_lengths must add up to the {len(text)} words of text, got {text_lengths.total} of {batch}"
             )
         _checks.device("text", text, "images", text if images is None else images)
         if has_image is None:

@@ -47,7 +47,7 @@ IMAGES, TEXT = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(5)
         ((IMAGES[0],), {}, ValueError, r"images must have shape \(any, 3, any, any\), got \(3, 8, 8\)"),
         ((IMAGES.int(),), {}, TypeError, "images must be of dtype uint8"),
         ((IMAGES, TEXT), {}, ValueError, "text and text_lengths must be given together"),
-        ((IMAGES, TEXT, [2, 2]), {}, ValueError, "text_lengths must add up to the 5 words of text, got 4 in 2 samples"),
+        ((IMAGES, TEXT, [2, 2]), {}, ValueError, "text_lengths must add up to the 5 words of text, got 4 of 2"),
         ((IMAGES, TEXT.float(), [2, 3]), {}, TypeError, "text must be of dtype int32, int64"),
         ((IMAGES, TEXT, [2, 2, 1]), {}, ValueError, "images must hold the 3 images of 3 samples, got 2"),
         ((IMAGES, TEXT, [5, 0, 0]), {"has_image": [1, 1, 0]}, ValueError, "got neither in sample 2"),

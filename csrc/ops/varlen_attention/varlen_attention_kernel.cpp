@@ -67,6 +67,15 @@ void write_zeros(T* to, int64_t stride, int64_t rows, int64_t width) {
 template <class Float>
 M3AE_INLINE Float factor_of_halves(double scale) { return static_cast<Float>(2 * scale * kLog2e); }
 
+// Where the scale is negative the lowest score weighs most: queries are negated, and scores are compared as ever.
+template <class U>
+void negate(U* units, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if constexpr (Units<U>::depth == 2) units[i].low.bits ^= 0x8000u, units[i].high.bits ^= 0x8000u;
+    else units[i] = -units[i];
+  }
+}
+
 // What the softmax of each query has come to.
 template <class Float>
 struct Running {
@@ -81,13 +90,12 @@ struct Running {
 template <class Unit, class Float>
 void softmax_rows(Float* scores, int64_t ld, int64_t rows, int64_t keys, double scale, const Running<Float>& state) {
   using V = typename Units<Unit>::V;
-  const Float sign = scale < 0 ? Float(-1) : Float(1), factor_value = factor_of_halves<Float>(scale);
-  const V direction = V::set(sign), half = V::set(Float(0.5)), factor = V::set(factor_value);
+  const V half = V::set(Float(0.5)), factor = V::set(factor_of_halves<Float>(scale < 0 ? -scale : scale));
   const V lowest = V::set(-std::numeric_limits<Float>::infinity());
   for (int64_t r = 0; r < rows; ++r) {
     V most = lowest;
     for_lanes<V>(keys, [&](int64_t j, int n) {
-      const V score = V::load(scores + r * ld + j) * direction;
+      const V score = V::load(scores + r * ld + j);
       most = V::max(most, n == V::width ? score : score.first_or(n, lowest));
     });
     most.store(state.partial + r * V::width);
@@ -95,11 +103,11 @@ void softmax_rows(Float* scores, int64_t ld, int64_t rows, int64_t keys, double 
   for_lanes<V>(rows, [&](int64_t r, int n) {
     const V before = load_lanes<V>(state.largest + r, n);
     const V now = V::max(before, across<V>(state.partial + r * V::width, [](V x, V y) { return V::max(x, y); }));
-    store_lanes(exp2((before * half - now * half) * V::set(sign * factor_value)), state.rescale + r, n);
+    store_lanes(exp2((before * half - now * half) * factor), state.rescale + r, n);
     store_lanes(now, state.largest + r, n);
   });
   for (int64_t r = 0; r < rows; ++r) {
-    const V shift = V::set(Float(-0.5) * sign * state.largest[r]);
+    const V shift = V::set(Float(-0.5) * state.largest[r]);
     V sum = V::zero();
     for_lanes<V>(keys, [&](int64_t j, int n) {
       V power = V::fma(V::load(scores + r * ld + j), half, shift) * factor;
@@ -172,6 +180,7 @@ void forward(const VarlenAttention& a, const AttentionTask& t, int64_t head, Upc
       }
       Float* sum = key_blocks == 1 ? sums : sums + row * lanes;  // one block: its rows are finished at once
       pack_rows(q + row * a.q.row, a.q.row, rows, width, queries, row_units);
+      if (a.scale < 0) negate(queries, rows * row_units);
       multiply<U>({queries, row_units, 1, keys_t, ld, scores, ld, steps, false}, rows, key_lanes);
       const Running<Float> state{all.largest + row, all.total + row, all.rescale + row, all.partial};
       softmax_rows<U>(scores, ld, rows, keys, a.scale, state);

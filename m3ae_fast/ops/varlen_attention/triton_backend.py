@@ -140,12 +140,9 @@ def _scores(a, b, real, direction):
 
 
 @triton.jit
-def _load_stats(stats_ptr, at, real, direction, HEAD_ROWS):
-    """(peak, as a score; log2 of the total)."""
+def _load_log_total(stats_ptr, at, real, HEAD_ROWS):
     log_total = tl.load(stats_ptr + HEAD_ROWS + at, mask=real, other=0.0)
-    return tl.load(stats_ptr + at, mask=real, other=0.0) * direction, tl.where(
-        log_total == float("-inf"), 0.0, log_total
-    )
+    return tl.where(log_total == float("-inf"), 0.0, log_total)
 
 
 @_triton.jit(do_not_specialize=["batch", "blocks", "q_rows"])
@@ -260,7 +257,8 @@ def _backward_keys_kernel(
                 if dlse_ptr is not None:
                     delta -= tl.load(dlse_ptr + at, mask=rows < end, other=0.0)
             else:
-                peak, log_total = _load_stats(stats_ptr, at, rows < end, direction, HEADS * q_rows)
+                peak = tl.load(stats_ptr + at, mask=rows < end, other=0.0) * direction
+                log_total = _load_log_total(stats_ptr, at, rows < end, HEADS * q_rows)
                 weights = tl.exp2((scores - peak[None, :]) * factor - log_total[None, :])
                 delta = tl.load(delta_ptr + at, mask=rows < end, other=0.0)
             dscores = weights * (dweights - delta[None, :])
@@ -305,17 +303,19 @@ def _backward_queries_kernel(
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + at, mask=rows < end, other=0.0)
     tl.store(delta_ptr + at, delta, mask=rows < end)
-    direction, factor = _direction(scale)
-    peak, log_total = _load_stats(stats_ptr, at, rows < end, direction, HEADS * q_rows)
+    peak = tl.load(stats_ptr + at, mask=rows < end, other=0.0) * 0.5
+    share = tl.exp2(-_load_log_total(stats_ptr, at, rows < end, HEADS * q_rows))
     dq = _zeros(BLOCK_Q, HEAD, REST)
     for start in range(first, last, BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
         k = _load(k_ptr, k_row, keys, keys < last, WIDTH, HEAD, REST)
         v = _load(v_ptr, v_row, keys, keys < last, WIDTH, HEAD, REST)
-        scores = _scores(q, k, (keys < last)[None, :], direction)
-        weights = tl.exp2((scores - peak[:, None]) * factor - log_total[:, None])
+        powers = (_outer(q, k) * 0.5 - peak[:, None]) * (scale * (2 * LOG2E))
+        weights = tl.exp2(
+            tl.where((keys < last)[None, :], powers, float("-inf"))
+        )  # without the total, which is divided by at the end
         dq = _add(dq, weights * (_outer(dout, v) - delta[:, None]), k)
-    _store(dq_ptr, dq_row, rows, rows < end, _scaled(dq, scale), WIDTH)
+    _store(dq_ptr, dq_row, rows, rows < end, _scaled(dq, (scale * share)[:, None]), WIDTH)
 
 
 # Per kernel (largest tile width, block of queries, block of keys, warps, pipeline stages); blocks shrink to the longest
@@ -333,7 +333,13 @@ TILES = {
     },
     "sm_80": {
         "forward": ((128, 128, 64, 8, 2), (512, 32, 32, 8, 1)),
-        "queries": ((64, 64, 64, 4, 2), (80, 64, 64, 4, 2), (512, 32, 32, 8, 1)),
+        "queries": (
+            (64, 64, 64, 4, 2),
+            (80, 64, 64, 4, 2),
+            (128, 32, 32, 8, 1),
+            (256, 32, 32, 4, 1),
+            (512, 32, 32, 8, 1),
+        ),
         "keys": ((80, 32, 64, 4, 2), (128, 32, 32, 4, 1), (512, 32, 32, 8, 1)),
         "forward_whole": ((64, 128, SHORT, 8, 1),),
         "keys_whole": ((64, 16, SHORT, 8, 1),),
