@@ -41,6 +41,8 @@ IMAGES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 MAX_PIXELS = "M3AE_FAST_MAX_PIXELS"  # an environment variable, so that it reaches every command and every worker
 RAISED = f"({MAX_PIXELS} or PIL.Image.MAX_IMAGE_PIXELS raises the limit)"
 if MAX_PIXELS in os.environ:
+    if not os.environ[MAX_PIXELS].isdecimal():
+        raise ValueError(f"{MAX_PIXELS} must be a number of pixels, got {os.environ[MAX_PIXELS]!r}")
     Image.MAX_IMAGE_PIXELS = int(os.environ[MAX_PIXELS])
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, x1 and y1 just outside
 ORIENTATION = 0x0112  # the EXIF tag

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import glob
 import io
@@ -160,20 +159,17 @@ def samples_in(file: BinaryIO, take: Callable) -> Iterator[tuple[str, dict]]:
     """
     file = _Watched(file)
     key, files = None, {}
-    with _forging():
-        tar = tarfile.TarFile(fileobj=file)
-    with tar:
-        for member in _members(tar):
-            name, suffix = split_name(member.name)
-            if member.isdir() or suffix_of(suffix) not in SUFFIXES:
-                continue
-            if name != key or suffix in files:
-                if files:
-                    yield key, files
-                key, files = name, {}
-            elif suffix not in SUFFIXES:  # key.mask.png beside key.png
-                continue
-            files[suffix] = take(tar, member)
+    for tar, member in _members(file):
+        name, suffix = split_name(member.name)
+        if member.isdir() or suffix_of(suffix) not in SUFFIXES:
+            continue
+        if name != key or suffix in files:
+            if files:
+                yield key, files
+            key, files = name, {}
+        elif suffix not in SUFFIXES:  # key.mask.png beside key.png
+            continue
+        files[suffix] = take(tar, member)
     if file.last != bytes(BLOCK):  # tarfile takes a broken header for the end
         raise tarfile.ReadError("there is no end mark")
     if files:
@@ -187,25 +183,15 @@ def samples_in(file: BinaryIO, take: Callable) -> Iterator[tuple[str, dict]]:
             raise tarfile.ReadError("there is no end to the zeros behind its end mark")
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The headers, one after the other."""
-    members = iter(tar)
-    while True:
-        with _forging():
-            member = next(members, None)
-        if member is None:
-            return
-        tar.members = []  # or it would keep them all
-        if member.size < 0 or tar.offset <= member.offset:  # the same header would come again, without end
-            raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
-        yield member
-
-
-@contextlib.contextmanager
-def _forging():
-    """Whatever a forged header makes tarfile raise is a ReadError."""
+def _members(file: _Watched) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """The headers, one after the other. Whatever a forged one makes tarfile raise is a ReadError."""
     try:
-        yield
+        tar = tarfile.TarFile(fileobj=file)
+        for member in tar:
+            tar.members = []  # or it would keep them all
+            if member.size < 0 or tar.offset <= member.offset:  # the same header would come again, without end
+                raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+            yield tar, member
     except (MemoryError, OSError, tarfile.TarError):
         raise
     except Exception as error:  # ValueError of a number, OverflowError of a place, RecursionError of a chain of names

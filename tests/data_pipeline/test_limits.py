@@ -124,11 +124,18 @@ class TestPixels:
         with pytest.raises(BadSample, match=r"it has 1,600 pixels, at most 1,000 are read"):
             EncodedImage(file.getvalue(), "x.jpg")
 
-    def test_the_environment_sets_the_limit(self):
+    @pytest.mark.parametrize(
+        "most, message",
+        [
+            ("1000", b"x.png: it has 1,600 pixels, at most 1,000 are read"),
+            ("many", b"ValueError: M3AE_FAST_MAX_PIXELS must be a number of pixels, got 'many'"),
+        ],
+    )
+    def test_the_environment_sets_the_limit(self, most, message):
         code = "from m3ae_fast.data import EncodedImage; EncodedImage(open(0, 'rb').read(), 'x.png').decoded()"
-        environment = os.environ | {"M3AE_FAST_MAX_PIXELS": "1000", "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment = os.environ | {"M3AE_FAST_MAX_PIXELS": most, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run([sys.executable, "-c", code], input=png(40, 40), env=environment, capture_output=True)
-        assert done.returncode != 0 and b"x.png: it has 1,600 pixels, at most 1,000" in done.stderr
+        assert done.returncode != 0 and message in done.stderr
 
 
 def shard(path: Path, *parts: bytes) -> Path:
