@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def floating(name: str, value: Tensor, expected: Sequence[int | None], like_name
         device(name, value, like_name, like)
 
 
-def choice(name: str, value: object, allowed: Sequence[object]) -> None:
+def choice(name: str, value: object, allowed: Collection[object]) -> None:
     """One of the allowed values."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
@@ -88,6 +89,16 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> None
     if value < low or (high is not None and value >= high):
         bound = f"at least {low}" if high is None else f"in [{low}, {high})"
         raise ValueError(f"{name} must be {bound}, got {value}")
+
+
+def as_integer(name: str, value: object, low: int) -> int:
+    """An int of at least `low`, or what holds one on the host: numpy's, or a tensor without dimensions."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        raise TypeError(f"{name} must be an integer, or a tensor of one on the CPU, got one on {value.device.type}")
+    if not isinstance(value, (bool, int, float, torch.SymInt)) and hasattr(value, "__index__"):
+        value = operator.index(value)
+    integer(name, value, low)
+    return value
 
 
 def indices(name: str, value: Tensor, length: int | None = None) -> Tensor:

@@ -8,6 +8,7 @@ import functools
 import inspect
 import json
 import textwrap
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -24,7 +25,7 @@ class Setting:
     group: str | None = None  # title of the options among which it is shown; None: it has no option
     metavar: str | None = None  # of the option's value
     within: str | None = None  # the values allowed, an interval such as "[0, inf)"; an int field must have one
-    choices: tuple | None = None  # the values allowed
+    choices: Collection[str] | None = None  # the values allowed
     flag: str | None = None  # the option, where it is not the field's name
     action: Any = None  # argparse's, of a bool; default: "store_true"
     instead_of: str | None = None  # another setting: a command line may name one of the two

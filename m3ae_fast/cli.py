@@ -255,6 +255,7 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     files.add_argument("--out", type=path, metavar="DIR", help="default: runs/DATA-MODEL")
     files.add_argument(
         "--resume", nargs="?", choices=("auto",), const=True, default=False,
-        help="continue the run in --out, to the bit; auto: or start it, where there is none yet",
+        help="continue the run in --out, bitwise identical, or a finished one with more --steps; auto: or start it, "
+        "where there is none yet",
     )  # fmt: skip
     files.add_argument("--stop-after", type=positive, metavar="K", help="stop, to be resumed, when K steps are taken")

@@ -30,9 +30,11 @@ class Model(nn.Module):
     A task that needs more of a model asks by `offers` for methods that not every model has:
         reconstruct(batch, *, seed, step): predictions of all patches and words, see `M3AE`.
         fill_words(batch, *, seed): predictions of all words, see `MAMO`.
-        encode_images(images), encode_texts(text, text_lengths): an `EncodedView` each, to be compared by retrieval.
-        pair(images, texts, of_image, of_text): encoded images beside encoded texts for its fusion encoder, see `MAMO`.
+        encode_images(images), encode_texts(text, text_lengths): an `EncodedView` each, to be compared by retrieval,
+            which is fine-tuned with `config.for_retrieval()`.
         match(images, texts, of_image, of_text): how sure it is that image and text belong together, see `MAMO`.
+        pair(images, texts, of_image, of_text, every=False): encoded images beside encoded texts for a fusion encoder.
+            The tasks that ask for it, and the picture "words", also read `online` and `match_head` of a `MAMO`.
 
     Args:
         config: its sizes, an object of the class beside it in OBJECTIVES.
@@ -43,7 +45,7 @@ class Model(nn.Module):
     LABELS: ClassVar[bool] = False  # whether it trains on the classes of images; those without are left out then
     COMPARES: ClassVar[bool] = False  # whether its losses compare the samples of a batch with one another
     ALL_GRADIENTS: ClassVar[bool] = True  # whether every parameter has a gradient in every step
-    PICTURE: ClassVar[str | None] = None  # what a run draws: "reconstruction", "words" (offers fill_words), or nothing
+    PICTURE: ClassVar[str | None] = None  # a run draws: "reconstruction", "words" (of a MAMO), or no more than curves
     TINY_LR: ClassVar[float] = 1e-3  # peak learning rate at size tiny
 
     def __init__(self, config: ModelConfig):
@@ -60,7 +62,7 @@ class Model(nn.Module):
         """Raise ValueError, naming the field of `config`, if more than one process cannot train it."""
 
     def update_target(self) -> None:
-        """Move the momentum network, if there is one: called once for each step that is taken."""
+        """Move the momentum network, if there is one: called once for each step that is taken, before the next one."""
 
     def image_encoder(self) -> tuple[list[nn.Parameter], Transformer]:
         """What an image goes through: the parameters that make tokens of it, and the Transformer."""

@@ -1,4 +1,4 @@
-"""Pre-training: the trainer, its schedule, checkpoints that resume to the bit, metrics and pictures."""
+"""Pre-training: the trainer, its schedule, checkpoints that resume bitwise identical, metrics and pictures."""
 
 import importlib.util
 

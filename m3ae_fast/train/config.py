@@ -52,7 +52,7 @@ class RunConfig:
         "'x-{00..11}.tar', or a URL of shards (docs/data.md). Several, in Python a list, are mixed by weights (1), "
         "such as A.h5=3; after a command, or a URL with a ?, =WEIGHT follows a space", RUN, "SPEC[=WEIGHT]",
     )  # fmt: skip
-    objective: str = setting(next(iter(OBJECTIVES)), "what is trained", RUN, choices=tuple(OBJECTIVES))
+    objective: str = setting(next(iter(OBJECTIVES)), "what is trained", RUN, choices=OBJECTIVES)
     model: str = setting("tiny", "its size", RUN, choices=tuple(SIZES))
     steps: int | None = setting(None, f"optimizer steps; {_STEPS}", RUN, "N", "[1, inf)")
     epochs: float | None = setting(

@@ -209,7 +209,7 @@ def spread(model: nn.Module, device: torch.device, *, shard: bool, bf16: bool, u
     if not shard:
         return DistributedDataParallel(
             model,
-            broadcast_buffers=False,  # they are constant: positions (MAMO's queue is refused)
+            broadcast_buffers=False,  # they are constant: positions (a queue is refused)
             gradient_as_bucket_view=True,
             find_unused_parameters=unused,
         )

@@ -6,13 +6,14 @@ checkpoints/        step-00000500.safetensors, or step-00000500/ of a sharded mo
 metrics.jsonl       a row a step; the same numbers in tensorboard/
 pictures/           loss curves and reconstructions
 bad_steps/          the batches of steps that were not finite and were skipped, if there were any: load_bad_step
-lock                held while a process trains there
+lock                empty; locked while a process trains there
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import itertools
 import json
 import warnings
@@ -27,6 +28,7 @@ from m3ae_fast._files import naming
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data import StreamedDataset, Tokenizer, open_dataset
 from m3ae_fast.models import OBJECTIVES, Model
+from m3ae_fast.models.config import RENAMED
 from m3ae_fast.train import checkpoint, distributed
 from m3ae_fast.train.config import RunConfig
 
@@ -47,7 +49,7 @@ def load_run(
     path: str | Path,
     device: str | None = "cpu",
     *,
-    objectives: Collection[str] = tuple(OBJECTIVES),
+    objectives: Collection[str] = OBJECTIVES,
     averaged: bool = True,
 ) -> Run:
     """The model of a run's folder (its newest checkpoint), or of one checkpoint in it, ready for evaluation.
@@ -186,7 +188,7 @@ def _model_config(config: RunConfig, changes: dict):
     known = [field.name for field in dataclasses.fields(kind)]
     unknown = sorted(set(changes) - set(known))
     if unknown:
-        near = [match for name in unknown for match in difflib.get_close_matches(name, known, 1)]
+        near = [RENAMED.get(name) or match for name in unknown for match in difflib.get_close_matches(name, known, 1)]
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise ValueError(f"{', '.join(unknown)}: the configuration of {config.objective} has no such field{hint}")
     return kind.preset(config.model, **changes)
@@ -208,12 +210,17 @@ def lock(folder: Path) -> FileLock:
     """
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    held = FileLock(folder / "lock")
-    with naming(held.lock_file):
-        try:
+    held = FileLock(folder / "lock", mode=0o666)
+    try:
+        with naming(held.lock_file):
             held.acquire(blocking=False)
-        except Timeout:
-            raise BlockingIOError(f"{folder} is in use, another process trains in it: choose another --out") from None
+    except Timeout:
+        raise BlockingIOError(f"{folder} is in use, another process trains in it: choose another --out") from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        message = f"{folder} is on a file system without locks: make sure that no other process trains in it"
+        warnings.warn(message, M3AEFastWarning, stacklevel=2)
     return held
 
 

@@ -68,6 +68,7 @@ def pretrain(
         ValueError: a setting, the data or a file of the run is not as it must be. OSError: a file cannot be written.
         ChildProcessError: data workers died again and again. Whatever is raised, the newest checkpoint stays whole.
         FloatingPointError: the loss or the gradient was not finite for more than config.max_bad_steps steps in a row.
+        BlockingIOError: another process trains in `out`.
         ConnectionError: another process is gone. distributed.FailedElsewhere: the first one failed.
     """
     with distributed.process_group(config.rank_timeout) as store:
@@ -94,7 +95,9 @@ class Trainer:
     Attributes:
         config: everything resolved. folder: of the run. done: steps taken, the bad ones too.
         model, optimiser, device; average: of the weights, or None. tokenizer: None for a model of images alone.
+        spread: the model as it is called in training, by DDP for instance. loader: gives the batches.
         stopping: whether a process was asked to stop, by Ctrl-C or SIGTERM during `run`.
+        summary: of what was done since it was entered.
     """
 
     def __init__(self, config: RunConfig, out: str | Path, *, resume: bool | str = False, store: Store | None = None):
@@ -108,17 +111,20 @@ class Trainer:
         self.processes, self.is_first = distributed.world_size(), distributed.is_first()
         self.sharded = self.config.shard and self.processes > 1
         self.done, self.stopping, self.bad_steps = 0, False, BadSteps(self.folder, self.config)
-        self._request, self.loader, self.metrics = StopRequest(), None, None
+        self._request, self._opened, self.loader, self.metrics = StopRequest(), None, None, None
         self.build()
         if self.resumed:
             self.resume()
-        self.summary = Summary(self.folder, self.done, self.config.steps, self.bad_steps.total)
+        self.summary = self._new_summary()
+
+    def _new_summary(self) -> Summary:
         data = [self.config.data] if isinstance(self.config.data, str) else self.config.data
-        self.summary.streamed = data if any(is_streamed(spec) for spec in data) else []
+        streamed = data if any(map(is_streamed, data)) else []
+        return Summary(self.folder, self.done, self.config.steps, self.bad_steps.total, streamed=streamed)
 
     def _resumes(self, resume: bool | str) -> bool:
-        """torchrun --max-restarts starts again with the same words: what this launch has begun goes on, nothing older
-        does."""
+        """Whether to resume: torchrun --max-restarts starts again with the same arguments, and what this launch has
+        begun goes on, but nothing older."""
         return run.exists(self.folder) if resume == "auto" or self._store.check([self._begun]) else resume
 
     def build(self) -> None:
@@ -148,8 +154,10 @@ class Trainer:
         self.done, self.bad_steps = saved.step, BadSteps(self.folder, self.config, *saved.bad_steps)
 
     def __enter__(self) -> Trainer:
+        if self._opened is not None:
+            raise RuntimeError("the trainer is open already: call run outside of `with trainer:`")
         config, model = self.config, self.model
-        self.loader = Loader(
+        loader = Loader(
             self.dataset, self.tokenizer, image_size=model.config.image_size, seed=config.seed,
             batch_size=config.batch_size // self.processes, rank=distributed.rank(), world_size=self.processes,
             max_text_length=model.config.max_text_length, start_step=self.done * config.accumulate,
@@ -157,16 +165,18 @@ class Trainer:
             labelled_only=model.LABELS,
         )  # fmt: skip
         self._start = self._clock = time.perf_counter()
-        self._waiting = Waiting(self.loader)
         with contextlib.ExitStack() as stack:
             distributed.on_first(lambda: self._open_folder(stack))
+            stack.callback(self._close)
+            self._opened, self.loader, self._waiting = stack, loader, Waiting(loader)
+            self.summary = self._new_summary()
             if self.is_first:
                 self.metrics = stack.enter_context(Metrics(self.folder, self.done))
             if not self.resumed:
                 self.save()  # a full disk shows now, and there is always a checkpoint to resume from
                 distributed.on_first(lambda: (self._store.set(self._begun, ""), config.save(self.folder)))
                 self.resumed = True
-            self._leave = stack.pop_all()
+            self._opened = stack.pop_all()
         return self
 
     def _open_folder(self, stack: contextlib.ExitStack) -> None:
@@ -183,15 +193,23 @@ class Trainer:
             if self.config.steps > RunConfig.load(self.folder).steps:  # a finished run is given more
                 self.config.save(self.folder)
 
+    def _close(self) -> None:
+        self.loader.close()
+        self._opened = self.loader = self._waiting = self.metrics = None
+
     def __exit__(self, *error) -> None:
-        self.loader = None
-        self._leave.__exit__(*error)
+        self._opened.__exit__(*error)
+
+    def _check_open(self, method: str) -> None:
+        if self._opened is None:
+            raise RuntimeError(f"{method} must be called inside `with trainer:`, which opens the run's data and folder")
 
     def step(self) -> dict[str, float | None]:
-        """Take a step, which may turn out a bad one; returns its row of metrics.jsonl."""
-        if self.loader is None:
-            raise RuntimeError("step must be called inside `with trainer:`, which opens the data")
+        """Take a step, which may turn out a bad one; returns its row of metrics.jsonl. RuntimeError: all are taken."""
+        self._check_open("step")
         config = self.config
+        if self.done >= config.steps:
+            raise RuntimeError(f"the run has taken all of its {config.steps} steps")
         micro_batches = [next(self.loader)[1] for _ in range(config.accumulate)]
         lr = learning_rate(self.done, steps=config.steps, warmup=config.warmup, peak=config.lr)
         try:
@@ -217,6 +235,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint; the newest two are kept."""
+        self._check_open("save")
         if self.metrics is not None:
             self.metrics.flush()
         counts = (self.bad_steps.total, self.bad_steps.in_a_row)
@@ -227,6 +246,7 @@ class Trainer:
 
     def draw(self) -> None:
         """Draw the curves of the run and, where its model has one, a picture of what it has learned."""
+        self._check_open("draw")
         drawn = self.model
         if self.sharded and drawn.PICTURE is not None:  # it computes nothing without the others
             weights = distributed.gather_weights(drawn)
@@ -250,7 +270,8 @@ class Trainer:
         stop = config.steps if stop_after is None else min(stop_after, config.steps)
         if self.done >= config.steps:
             return self.summary
-        with self, self._request, Progress(self.folder, config, self.done, progress and self.is_first) as bar:
+        self._request, self.stopping = StopRequest(), False
+        with self._request, self, Progress(self.folder, config, self.done, progress and self.is_first) as bar:
             while self.done < stop and not self.stopping:
                 bar.show(self.step())
                 if self.done < stop and not self.stopping:
@@ -315,7 +336,7 @@ def train_step(
     torch.manual_seed((config.seed << 32) + step)
     own = distributed.bare(model)
     names = tuple(own.METRICS)
-    buffers = [buffer.clone() for buffer in own.buffers()]  # a forward pass fills MAMO's queue
+    buffers = [buffer.clone() for buffer in own.buffers()]  # a forward pass may fill a queue
     totals = torch.zeros(len(names), device=device)
     for number, batch in enumerate(micro_batches, 1):
         with distributed.summing_gradients(model, number == len(micro_batches)):

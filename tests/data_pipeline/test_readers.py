@@ -14,6 +14,7 @@ import pytest
 
 from m3ae_fast import M3AEFastWarning
 from m3ae_fast.data import BadSample, FolderDataset, HDF5Dataset, JSONLinesDataset, StreamedDataset, TarDataset
+from m3ae_fast.data.samples import open_classes
 from m3ae_fast.data.shards import expand_braces
 
 PHOTOS = Path(__file__).parent.parent / "data" / "photos"

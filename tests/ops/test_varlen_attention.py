@@ -1,5 +1,6 @@
 """varlen_attention: what the contract tests do not cover."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -478,12 +479,25 @@ LENS = SeqLens([3, 4])
         ),
         ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q must be at least 0, got -1"),
         ({"max_seqlen_k": 2.5, "cu_seqlens_k": LENS}, TypeError, "max_seqlen_k must be an integer, got float"),
+        ({"max_seqlen_q": True}, TypeError, "max_seqlen_q must be an integer, got bool"),
+        ({"max_seqlen_q": torch.tensor(-1)}, ValueError, "max_seqlen_q must be at least 0, got -1"),
+        (
+            {"max_seqlen_q": torch.tensor(4, device="meta")},
+            TypeError,
+            "max_seqlen_q must be an integer, or a tensor of",
+        ),
     ],
 )
 def test_errors(change, error, message):
     arguments = {"q": X, "k": X, "v": X, "cu_seqlens_q": LENS} | change
     with pytest.raises(error, match=message):
         varlen_attention(**arguments)
+
+
+@pytest.mark.parametrize("longest", [np.int64(4), np.int32(4), torch.tensor(4), torch.tensor(4, dtype=torch.int32)])
+def test_the_longest_length_is_taken_from_whatever_holds_it_on_the_host(longest):
+    x, cu = randn(7, 4, 8), torch.tensor([0, 3, 7], dtype=torch.int32)
+    assert torch.equal(varlen_attention(x, x, x, cu, None, longest), varlen_attention(x, x, x, LENS))
 
 
 @pytest.mark.parametrize("impl", [i for i in COMPILED if i == "cpp"])

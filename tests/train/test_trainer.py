@@ -1,6 +1,8 @@
 """pretrain(): the same bits after any stop, and a clear word about everything that stops it."""
 
+import errno
 import math
+import multiprocessing
 import os
 import resource
 import signal
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from m3ae_fast import M3AEFastWarning
 from m3ae_fast.data import BadSample
 from m3ae_fast.models import M3AE, OBJECTIVES, M3AEConfig
 from m3ae_fast.train import Trainer, checkpoint, load_run, metrics, pretrain, trainer
@@ -306,14 +309,81 @@ def test_driven_step_by_step_it_is_the_same_run(config, tmp_path, monkeypatch, o
     assert all(torch.equal(value, saved[1].model[name]) for name, value in saved[0].model.items())
 
 
-def test_a_step_needs_its_data_open(config, tmp_path):
+@pytest.mark.parametrize("method", ["step", "save", "draw"])
+def test_what_needs_the_folder_says_so(config, tmp_path, method):
     closed = Trainer(config(), tmp_path / "run")
     assert not (tmp_path / "run").exists(), "nothing is written before it is entered"
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="step must be called inside `with trainer:`"):
-            closed.step()
-        with closed:
-            pass
+        with pytest.raises(RuntimeError, match=f"{method} must be called inside `with trainer:`"):
+            getattr(closed, method)()
+        with closed, pytest.raises(RuntimeError, match="call run outside of `with trainer:`"):
+            closed.run(progress=False)
+
+
+def test_a_trainer_that_could_not_be_entered_takes_no_step(config, tmp_path):
+    first, second = (Trainer(config(), tmp_path / "run") for _ in range(2))
+    with first:
+        with pytest.raises(BlockingIOError):
+            second.__enter__()
+        with pytest.raises(RuntimeError, match="step must be called inside"):
+            second.step()
+
+
+def test_there_is_no_step_after_the_last(config, tmp_path):
+    with Trainer(config(steps=2), tmp_path / "run") as trained:
+        rates = [trained.step()["lr"] for _ in range(2)]
+        with pytest.raises(RuntimeError, match="the run has taken all of its 2 steps"):
+            trained.step()
+    assert rates == [trainer.learning_rate(step, steps=2, warmup=0, peak=2e-3) for step in range(2)]
+
+
+def test_leaving_ends_the_data_workers(config, tmp_path):
+    before = set(multiprocessing.active_children())
+    with Trainer(config(workers=1), tmp_path / "run") as trained:
+        trained.step()
+        assert set(multiprocessing.active_children()) - before
+    assert not set(multiprocessing.active_children()) - before
+
+
+def test_a_run_goes_on_after_a_stop_in_the_same_trainer(config, tmp_path, at_step):
+    stopped = Trainer(config(steps=6), tmp_path / "run")
+    at_step(2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    first, rest = stopped.run(progress=False), stopped.run(progress=False)
+    assert (first.step, first.interrupted) == (2, True) and (rest.step, rest.interrupted) == (6, False)
+    assert rest.images == 2 * 4 and rest.tokens < 4 / 2 * 2 * first.tokens
+
+
+def test_a_stop_before_the_first_step_leaves_a_checkpoint(config, tmp_path, monkeypatch):
+    save, asked = checkpoint.save, []
+
+    def asks(*arguments):
+        if not asked:
+            asked.append(os.kill(os.getpid(), signal.SIGTERM))
+        save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", asks)
+    summary = pretrain(config(), tmp_path / "run", progress=False)
+    assert (summary.step, summary.interrupted) == (1, True)
+    assert pretrain(config(steps=12), tmp_path / "run", resume=True, progress=False).step == 12
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(errno.ENOLCK, "No locks available")])
+def test_a_file_system_without_locks_is_a_warning(config, tmp_path, monkeypatch, error):
+    def refused(*_, **__):
+        raise error
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refused)
+    with pytest.warns(M3AEFastWarning, match="on a file system without locks: make sure that no other process trains"):
+        assert pretrain(config(steps=2), tmp_path / "run", progress=False).step == 2
+
+
+def test_an_objective_of_ones_own(config, tmp_path, monkeypatch):
+    class Mine(M3AE):
+        """One of a user's script."""
+
+    monkeypatch.setitem(OBJECTIVES, "mine", (Mine, M3AEConfig))
+    pretrain(config(objective="mine", steps=2), tmp_path / "run", progress=False)
+    assert type(load_run(tmp_path / "run").model) is Mine
 
 
 def test_a_subclass_takes_the_steps_of_a_run(config, tmp_path, monkeypatch):

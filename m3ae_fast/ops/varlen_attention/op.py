@@ -38,8 +38,9 @@ def varlen_attention(
         k, v: [Tk, Hk, D]; H is a multiple of Hk (grouped heads: query head h reads key head h * Hk // H).
         cu_seqlens_q, cu_seqlens_k: SeqLens of B sequences, or their cumulative offsets [B + 1], int32 or int64,
             ascending from 0. Keys' None: the queries' (self attention).
-        max_seqlen_q, max_seqlen_k: at least the longest length; None takes it from the SeqLens. With bare offsets
-            they must be given on a GPU (to look would be a sync); the CPU looks.
+        max_seqlen_q, max_seqlen_k: at least the longest length, an integer (numpy's, or a tensor on the CPU that holds
+            one, will do); None takes it from the SeqLens. With bare offsets they must be given on a GPU (to look would
+            be a sync); the CPU looks.
         softmax_scale: None is D ** -0.5.
         return_lse: return (out, lse).
         impl: "reference", "cpp", "triton", "cuda" (bfloat16 and float16, D up to 128); None takes the fastest for the
@@ -151,7 +152,7 @@ def _lengths(suffix: str, value: seqlens.SeqLens | Tensor, longest: int | None, 
     cu = seqlens.cu_seqlens(name, value)
     _checks.device(name, cu, "q" if suffix else "qkv", like)
     if longest is not None:
-        _checks.integer(max_name, longest, 0)
+        longest = _checks.as_integer(max_name, longest, 0)
     elif isinstance(value, seqlens.SeqLens):
         longest = value.max
     elif like.device.type != "cpu":
