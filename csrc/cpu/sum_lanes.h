@@ -30,7 +30,8 @@ M3AE_INLINE void sum_lanes(int64_t width, typename V::scalar (&sums)[count], Ter
   }
 }
 
-// Sums of finite values that pass the largest number on their way: once more, of values so much smaller.
+// Sums of finite values that pass the largest number on their way: once more, of values so much smaller. Out of line,
+// and of values captured by copy: the loops beside a call keep their registers.
 constexpr double kFar = 0x1p-80;
 
 template <class Scalar>
@@ -38,14 +39,14 @@ M3AE_INLINE bool overflows(Scalar sum) { return __builtin_expect(!(sum - sum == 
 
 // value(d, n): a vector whose lanes from n on are zero.
 template <class V, class Value>
-M3AE_INLINE double far_sum(int64_t width, Value&& value) {
+__attribute__((noinline, cold)) double far_sum(int64_t width, Value value) {
   typename V::scalar sum[1];
   const V far = V::set(static_cast<typename V::scalar>(kFar));
   sum_lanes<V>(width, sum, [&](int64_t d, int n, V* sum) { sum[0] = V::fma(value(d, n), far, sum[0]); });
   return sum[0] / kFar;
 }
 template <class V, class Value>
-M3AE_INLINE double far_sum_of_squares(int64_t width, Value&& value) {
+__attribute__((noinline, cold)) double far_sum_of_squares(int64_t width, Value value) {
   typename V::scalar sum[1];
   const V far = V::set(static_cast<typename V::scalar>(kFar));
   sum_lanes<V>(width, sum, [&](int64_t d, int n, V* sum) {

@@ -34,7 +34,7 @@ struct Target {
       sum[0] = sum[0] + off;
       sum[1] = V::fma(off, off, sum[1]);
     });
-    const auto from_mean = [&](int64_t d, int n) { return centred(d, n); };
+    const auto from_mean = [row = *this](int64_t d, int n) { return row.centred(d, n); };
     const double shift = (overflows(sums[0]) ? far_sum<V>(width, from_mean) : sums[0]) / width;
     double variance = double(sums[1]) / width - shift * shift;
     mean = V::set(static_cast<Scalar>(first + shift));

@@ -36,9 +36,9 @@ void forward(const LayerNorm& a, int64_t begin, int64_t end) {
     }
     Float mean = sum[0] / static_cast<Float>(width);
     if (overflows(sum[0]))
-      mean = static_cast<Float>(far_sum<V>(width, [&](int64_t d, int n) { return load_lanes<V>(row + d, n); }) / width);
+      mean = static_cast<Float>(far_sum<V>(width, [row](int64_t d, int n) { return load_lanes<V>(row + d, n); }) / width);
     const V center = V::set(mean);
-    const auto off_center = [&](int64_t d, int n) { return only_first(load_lanes<V>(row + d, n) - center, n); };
+    const auto off_center = [row, center](int64_t d, int n) { return only_first(load_lanes<V>(row + d, n) - center, n); };
     sum_lanes<V>(width, squares, [&](int64_t d, int n, V* sum) {
       const V off = off_center(d, n);
       sum[0] = V::fma(off, off, sum[0]);

@@ -27,7 +27,7 @@ struct Target {
     const Scalar first = values[0];
     pad(first);
     Scalar sum[1], squares[1];
-    const auto from = [&](V other) { return [=, this](int64_t d, int) { return V::load(values + d) - other; }; };
+    const auto from = [this](V other) { return [values = values, other](int64_t d, int) { return V::load(values + d) - other; }; };
     sum_lanes<V>(count, sum, [&](int64_t d, int n, V* sum) { sum[0] = sum[0] + from(V::set(first))(d, n); });
     const double total = overflows(sum[0]) ? far_sum<V>(count, from(V::set(first))) : sum[0];
     const Scalar centre = static_cast<Scalar>(first + total / count);
