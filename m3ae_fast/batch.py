@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from m3ae_fast import _checks
+from m3ae_fast import _backends, _checks
+from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.seqlens import SeqLens
 
 
@@ -15,8 +17,9 @@ class ImageTextBatch:
     """B samples, each with an image, a text, or both. Texts are packed: no padding is ever stored.
 
     Args:
-        images: [N, 3, H, W] uint8 (raw pixels) or float (already normalised), or None. Any strides: channels-last
-            memory is the fastest for uint8. N is B, or the number of true entries in `has_image`, in sample order.
+        images: [N, 3, H, W] uint8 (raw pixels) or float (already normalised: on the CPU, with a warning where they are
+            all between 0 and 1), or None. Any strides: channels-last memory is the fastest for uint8. N is B, or the
+            number of true entries in `has_image`, in sample order.
         text: [sum of text_lengths] int32 or int64 vocabulary ids, sample after sample, or None.
         text_lengths: B lengths (ints, tensor or SeqLens), 0 for a sample without a text; None: no texts.
         has_image: B bools, None: every sample has an image (or none, where images is None).
@@ -45,6 +48,12 @@ class ImageTextBatch:
         if images is not None:
             _checks.shape("images", images, (None, 3, None, None))
             _checks.dtype("images", images, (torch.uint8, *_checks.FLOATS))
+            if images.dtype != torch.uint8 and images.device.type == "cpu" and _looks_raw(images):
+                message = (
+                    "images are floats between 0 and 1, taken as they are: where they are pixels, hand them over as "
+                    "uint8, which the model normalises, or subtract each channel's mean and divide by its deviation"
+                )
+                warnings.warn(message, M3AEFastWarning, stacklevel=2)
         if text is not None:
             _checks.tensor("text", text)
         has_image = None if has_image is None else tuple(map(bool, has_image))
@@ -114,3 +123,12 @@ class ImageTextBatch:
     def pin_memory(self) -> ImageTextBatch:
         """The same batch in page-locked memory: a DataLoader with pin_memory=True calls it."""
         return self._map(lambda x: x.pin_memory())
+
+
+def _looks_raw(images: Tensor) -> bool:
+    """Whether a few pixels of a few images are all between 0 and 1, as transforms' ToTensor leaves them."""
+    if torch.compiler.is_compiling() or not _backends.plain((images,)) or not images.numel():
+        return False
+    step = max(1, min(images.shape[2:]) // 8)
+    low, high = images.detach()[:4, :, ::step, ::step].aminmax()
+    return bool(low >= 0) and 0 < float(high) <= 1

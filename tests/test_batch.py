@@ -1,10 +1,12 @@
 """SeqLens and ImageTextBatch: what they hold and what they refuse."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
-from m3ae_fast import ImageTextBatch, SeqLens
+from m3ae_fast import ImageTextBatch, M3AEFastWarning, SeqLens
 
 
 def test_seqlens_carries_both_views():
@@ -71,3 +73,30 @@ def test_a_batch_moves_whole():
 
 def test_has_image_may_be_an_iterator():
     assert len(ImageTextBatch(IMAGES, has_image=iter([True, True]))) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_pixels_that_nobody_normalised(dtype):
+    """As torchvision's ToTensor makes them, once a place in the user's code; not what is normalised, or black."""
+    pixels = torch.rand(6, 3, 32, 48).to(dtype)
+    with pytest.warns(
+        M3AEFastWarning, match="images are floats between 0 and 1, taken as they are: .* as uint8"
+    ) as caught:
+        ImageTextBatch(pixels)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            ImageTextBatch(pixels)
+    assert len(caught) == 1
+    for images in ((pixels - 0.5) / 0.25, pixels * 255, torch.zeros_like(pixels), pixels[:0], pixels.to("meta")):
+        ImageTextBatch(images, has_image=[True] * len(images))
+
+
+def test_pixels_are_not_looked_at_where_that_would_cost(monkeypatch):
+    """Where something traces or transforms, values are not there; on a GPU they would be waited for."""
+    monkeypatch.setattr(torch.Tensor, "aminmax", lambda *_: pytest.fail("it was looked at"))
+    ImageTextBatch(torch.rand(2, 3, 8, 8, device="meta"))
+    ImageTextBatch(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    torch.func.vmap(lambda image: ImageTextBatch(image[None]).images)(torch.rand(2, 3, 8, 8))
+    torch.compile(lambda images: ImageTextBatch(images).images + 1, backend="eager")(torch.rand(2, 3, 8, 8))
