@@ -34,12 +34,12 @@ struct Target {
       sum[0] = sum[0] + off;
       sum[1] = V::fma(off, off, sum[1]);
     });
-    const auto from_mean = [row = *this](int64_t d, int n) { return row.centred(d, n); };
-    const double shift = (overflows(sums[0]) ? far_sum<V>(width, from_mean) : sums[0]) / width;
+    const auto from_mean = [this] { return [row = *this](int64_t d, int n) { return row.centred(d, n); }; };
+    const double shift = (overflows(sums[0]) ? far_sum<V>(width, from_mean()) : sums[0]) / width;
     double variance = double(sums[1]) / width - shift * shift;
     mean = V::set(static_cast<Scalar>(first + shift));
     if (overflows(variance)) {
-      variance = far_sum_of_squares<V>(width, from_mean) / width;
+      variance = far_sum_of_squares<V>(width, from_mean()) / width;
     } else if (variance < shift * shift / 4) {
       sum_lanes<V>(width, squares, [&](int64_t d, int n, V* sum) {
         const V off = centred(d, n);
