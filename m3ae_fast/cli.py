@@ -1,4 +1,4 @@
-"""m3ae-fast: the command line. `m3ae-fast pretrain` alone trains a tiny model on drawn scenes.
+"""m3ae-fast: the command line. `m3ae-fast pretrain` alone trains a tiny model on synthetic scenes.
 
 Exit status: 0 done; 2 a mistake in the call, the data or a file, or another process of torchrun's lost, told in one
 line; 130 stopped by Ctrl-C.
@@ -188,7 +188,7 @@ def _parser(named: str | None = None) -> argparse.ArgumentParser:
     # SUPPRESS: what was not given is not there, so that --resume can tell it from a default
     pretrain = add(
         "pretrain", _pretrain,
-        "Train an M3AE, or another model. With no option: drawn scenes, a tiny model, two minutes on two cores.",
+        "Train an M3AE, or another model. With no option: synthetic scenes, a tiny model, three minutes on two cores.",
         argument_default=argparse.SUPPRESS,
     )  # fmt: skip
     if named == "pretrain":  # its settings need the train extra, as those of the tasks do
@@ -213,7 +213,7 @@ def _parser(named: str | None = None) -> argparse.ArgumentParser:
 
     experiments = add(
         "experiments", _experiments,
-        "Train and score the papers' tables in miniature: 42 tiny models on drawn images, under an hour on two cores.",
+        "Train and score the papers' tables in miniature: 42 tiny models on synthetic images, an hour on two cores.",
     )  # fmt: skip
     if named == "experiments":
         _add_experiments_options(experiments)

@@ -58,8 +58,8 @@ def experiments(
     Returns:
         The path of experiments.md.
     Raises:
-        ValueError: a table that is not there, or runs in `out` of other settings. RuntimeError: a run was stopped or
-            killed.
+        ValueError: a table that is not there, or runs in `out` of other settings. RuntimeError: a run was stopped.
+        ChildProcessError: one was killed.
     """
     from tqdm import tqdm
 
@@ -89,7 +89,7 @@ def experiments(
                 try:
                     future.result()
                 except BrokenProcessPool:
-                    raise RuntimeError(
+                    raise ChildProcessError(
                         f"{out / name} or a run beside it was killed; the same command goes on"
                     ) from None
                 bar.update()

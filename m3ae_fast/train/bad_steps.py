@@ -71,7 +71,7 @@ class BadSteps:
             before = f", the {limit} before it neither" if limit else ""
             raise FloatingPointError(
                 f"{bad}{before}: {kept} (m3ae_fast.train.load_bad_step reads it); a lower lr or a longer warmup may "
-                "help, or --resume with more max_bad_steps"
+                "help in a new run, or --resume --max-bad-steps N"
             )
         if distributed.is_first():  # all of them know
             warnings.warn(f"{bad}; bad steps so far: {self.total}; {kept}", M3AEFastWarning, stacklevel=2)

@@ -56,7 +56,7 @@ class RunConfig:
     model: str = setting("tiny", "its size", RUN, choices=tuple(SIZES))
     steps: int | None = setting(None, f"optimizer steps; {_STEPS}", RUN, "N", "[1, inf)")
     epochs: float | None = setting(
-        None, "passes over the data, instead of steps; steps wins where both are set", RUN, "E", "(0, inf)",
+        None, "passes over the data, instead of steps", RUN, "E", "(0, inf)",
         instead_of="steps",
     )  # fmt: skip
     batch_size: int | None = setting(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import os
 import re
 import time
@@ -28,6 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 from m3ae_fast.nn import Block
 
 Result = TypeVar("Result")
+# DDP's option for buffers to be broadcast, by its name since torch 2.13
+_options = inspect.signature(DistributedDataParallel).parameters
+BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _options else "broadcast_buffers"
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
@@ -209,7 +213,7 @@ def spread(model: nn.Module, device: torch.device, *, shard: bool, bf16: bool, u
     if not shard:
         return DistributedDataParallel(
             model,
-            broadcast_buffers=False,  # they are constant: positions (a queue is refused)
+            **{BUFFERS: False},  # they are constant: positions (a queue is refused)
             gradient_as_bucket_view=True,
             find_unused_parameters=unused,
         )

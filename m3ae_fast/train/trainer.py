@@ -104,6 +104,8 @@ class Trainer:
         _checks.choice("resume", resume, (False, True, "auto"))
         if not str(out):
             raise ValueError(f"out must name a folder, got {out!r}")
+        if Path(out).is_file():
+            raise FileExistsError(f"out must name a folder, got the file {out}")
         self.folder, self.checkpoints = Path(out), Path(out) / "checkpoints"
         self._store, self._begun = store or HashStore(), f"begun {self.folder.absolute()}"
         self.resumed = distributed.on_first(lambda: self._resumes(resume))
