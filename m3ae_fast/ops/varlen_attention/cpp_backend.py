@@ -11,17 +11,6 @@ def forward(q, k, v, cu_q, cu_k, max_q, max_k, scale, out, stats):
 
 def backward(dout, dlse, q, k, v, out, stats, cu_q, cu_k, max_q, max_k, scale, dq, dk, dv):
     _C.varlen_attention_backward(
-        dout=dout,
-        dlse=dlse,
-        q=q,
-        k=k,
-        v=v,
-        out=out,
-        stats=stats,
-        cu_q=cu_q,
-        cu_k=cu_k,
-        scale=scale,
-        dq=dq,
-        dk=dk,
+        dout=dout, dlse=dlse, q=q, k=k, v=v, out=out, stats=stats, cu_q=cu_q, cu_k=cu_k, scale=scale, dq=dq, dk=dk,
         dv=dv,
-    )
+    )  # fmt: skip
