@@ -127,6 +127,9 @@ def given_or_drawn(
     name = f"{modality}_mask"
     mask = getattr(source, name)
     if mask is not None:
+        patches = max(lengths, default=0) if modality == "image" else 0
+        if patches:  # a wider one is of another grid; words may be followed by padding
+            _checks.shape(name, mask, (len(lengths), patches))
         return from_bool(name, mask, lengths)
     if sum(lengths) == 0:
         return keep_all(lengths)

@@ -93,3 +93,10 @@ def test_masks_given_as_bool_round_trip():
         masking.from_bool("text_mask", mask[:, :8], lengths)
     with pytest.raises(ValueError, match=r"text_mask must have shape \(3, any\)"):
         masking.from_bool("text_mask", mask, lengths[:3])
+
+
+@pytest.mark.parametrize("columns", [8, 10])
+def test_an_image_mask_of_another_grid_is_refused(columns):
+    source = masking.MaskSource(image_mask=torch.zeros(3, columns, dtype=torch.bool))
+    with pytest.raises(ValueError, match=rf"image_mask must have shape \(3, 9\), got \(3, {columns}\)"):
+        masking.given_or_drawn("image", source, [9, 0, 9], 0.5, sample_ids=torch.arange(3))
