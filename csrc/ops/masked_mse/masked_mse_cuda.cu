@@ -16,7 +16,7 @@ constexpr int kRows = 4;        // of a block at a time, where a row takes one w
 constexpr int kMostWarps = 12;  // of a row
 
 // That share a multiprocessor's registers, so 96 each: with 80, as left to itself, the compiler would spill. Where rows
-// are not moved in packs it does well alone.
+// are not moved in packs it takes 128.
 constexpr int kThreads = 640;
 
 // Of the forward pass, which take rows in turn: twice what 132 multiprocessors hold, five each, where a row takes one
@@ -54,16 +54,20 @@ __device__ __forceinline__ void standardise(float origin, int width, int first, 
   const float mean = row_sum(sum) / static_cast<float>(width);
 #pragma unroll
   for (int k = 0; k < kValues; ++k) target[k] -= mean;
-  const auto squares_of = [&](float far) {
-    float squares = 0;
+  float squares, epsilon = 1e-6f;
+#pragma unroll 1
+  while (true) {
+    squares = 0;
 #pragma unroll
     for (int k = 0; k < kValues; ++k)
-      if (first + pack_at<pack>(k / pack) < width) squares += target[k] * far * (target[k] * far);
-    return row_sum(squares);
-  };
-  float squares = squares_of(1), far = 1;
-  if (isinf(squares)) squares = squares_of(far = 0x1p-80f);
-  const float scale = far / sqrtf(squares / static_cast<float>(width - 1) + 1e-6f * far * far);
+      if (first + pack_at<pack>(k / pack) < width) squares += target[k] * target[k];
+    squares = row_sum(squares);
+    if (!isinf(squares) || epsilon == 0) break;
+    epsilon = 0;  // once more, smaller: beside such a variance it is nothing
+#pragma unroll
+    for (int k = 0; k < kValues; ++k) target[k] *= 0x1p-80f;
+  }
+  const float scale = 1 / sqrtf(squares / static_cast<float>(width - 1) + epsilon);
 #pragma unroll
   for (int k = 0; k < kValues; ++k) target[k] *= scale;
 }
@@ -101,7 +105,7 @@ __device__ __forceinline__ double row_loss(const MaskedMse& a, const PatchTables
 }
 
 template <class Pred, int pack>
-__global__ void __launch_bounds__(pack == kPack ? kThreads : kMostWarps* kWarp, pack == kPack)
+__global__ void __launch_bounds__(pack == kPack ? kThreads : kMostWarps* kWarp, 1)
     masked_mse_kernel(const __grid_constant__ MaskedMse a, const __grid_constant__ PatchTables t, int rows,
                       Reduction reduction, float* losses, double* partials, unsigned* ticket) {
   __shared__ float scratch[kMostWarps];

@@ -141,14 +141,15 @@ __device__ __forceinline__ void add_queries(const Held<T, D>& held, KeySums<D>& 
   float weights[2][4], dscores[2][4];
   k.product(weights, q);
   v.product(dscores, dout);
+  const float* peak = held.peak() + query + 2 * t;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const int column = query + i / 4 * 8 + 2 * t + i % 2;
+    const int column = i / 4 * 8 + i % 2;
     float &weight = weights[i / 4][i % 4], &dscore = dscores[i / 4][i % 4];
-    const float *peak = held.peak() + column, *log_total = peak + to_other;
-    const float power = fmaf(fmaf(weight, scale.direction, -*peak), scale.factor, -*log_total);
-    weight = g + i % 4 / 2 * 8 < keys && *log_total != INFINITY ? exp2_fast(power) : 0;  // a padded query's is infinite
-    dscore = weight * (dscore - log_total[to_other]);
+    const float log_total = peak[to_other + column], delta = peak[2 * to_other + column];
+    const float power = fmaf(fmaf(weight, scale.direction, -peak[column]), scale.factor, -log_total);
+    weight = g + i % 4 / 2 * 8 < keys && log_total != INFINITY ? exp2_fast(power) : 0;  // a padded query's is infinite
+    dscore = weight * (dscore - delta);
   }
   uint32_t left[4];
   as_left<T>(left, weights);
