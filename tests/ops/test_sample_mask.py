@@ -151,7 +151,7 @@ def test_kinds_of_arguments_agree():
     [
         ([4, 4], [1, 5], {}, ValueError, r"num_keep must be in \[0, length\] for every sample, got 5 of 4 .* sample 1"),
         ([4, 2], 3, {}, ValueError, r"num_keep must be in \[0, length\] for every sample, got 3 of 2"),
-        ([4], -1, {}, ValueError, "num_keep must be at least 0, got -1"),
+        ([4], -1, {}, ValueError, r"num_keep must be in \[0, 2147483648\), got -1"),
         ([4], [-1], {}, ValueError, "lengths must be at least 0, got -1"),
         ([4], 1.5, {}, TypeError, "must be integers"),
         ([4, 4], [1], {}, ValueError, "num_keep must have 2 entries, as lengths has, got 1"),

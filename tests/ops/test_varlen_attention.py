@@ -104,6 +104,38 @@ def test_large_scores_do_not_overflow(impl, dtype, isa):
 
 
 @pytest.mark.parametrize(("impl", "dtype"), TYPED)
+@pytest.mark.parametrize("keys", [2, 9])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_score_that_is_lost_on_its_way_is_no_weight_of_zero(impl, dtype, keys, sign, isa):
+    """-1e40 + 2e40 is the largest score, and in fp32 minus infinity or NaN: NaN is right, the other keys' values are
+    not."""
+    q = torch.tensor([[1e20, 1e20]], dtype=dtype)[:, None].requires_grad_()
+    k = torch.tensor([[-1e20, 2e20], *[[1.0, 0.0]] * (keys - 1)], dtype=dtype)[:, None].mul(sign).requires_grad_()
+    v = torch.tensor([[5.0, 5.0], *[[7.0, 7.0]] * (keys - 1)], dtype=dtype)[:, None].requires_grad_()
+    of_q, of_k = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0, keys], dtype=torch.int32)
+    out = varlen_attention(q, k, v, of_q, of_k, 1, keys, softmax_scale=float(sign), impl=impl)
+    dv = torch.autograd.grad(out.sum(), v)[0]
+    right = dtype == torch.float64
+    assert torch.equal(out, torch.full_like(out, 5)) if right else out.isnan().all()
+    assert dv[:, 0, 0].tolist() == [1.0] + [0.0] * (keys - 1) if right else dv.isnan().any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_score_below_all_numbers_weighs_nothing(impl, sign, isa):
+    q = torch.tensor([[1e20, 1e20]])[:, None].requires_grad_()
+    k = torch.tensor([[-1e20, -2e20], [1.0, 0.0]])[:, None].mul(sign).requires_grad_()
+    v = torch.tensor([[5.0, 5.0], [7.0, 7.0]])[:, None].requires_grad_()
+    if torch.float32 not in testing.dtypes(impl, "varlen_attention"):
+        q, k, v = (x.detach().bfloat16().requires_grad_() for x in (q, k, v))
+    of_q, of_k = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
+    out = varlen_attention(q, k, v, of_q, of_k, 1, 2, softmax_scale=float(sign), impl=impl)
+    dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
+    assert out.flatten().tolist() == [7.0, 7.0] and dv[:, 0, 0].tolist() == [0.0, 1.0]
+    assert not dq.any() and not dk.any()
+
+
+@pytest.mark.parametrize(("impl", "dtype"), TYPED)
 @pytest.mark.parametrize("scale", [1.0, -1.0, 0.7])
 def test_weights_of_scores_of_any_size(impl, dtype, scale, isa):
     """One key has all the weight, or two that differ where queries are 0 have half of it each."""

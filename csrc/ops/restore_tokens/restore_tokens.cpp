@@ -49,7 +49,8 @@ void backward(const Tensor& dout, const Tensor& rows, const Tensor& slots, int64
               int64_t words, const Tensor& dkept, const Tensor& dsums, const Tensor& dimage_position,
               const Tensor& dtext_position) {
   const int64_t count = dout.size(0), width = dout.size(1);
-  M3AE_CHECK(kept_rows >= 0 && patches >= 0 && words >= 0 && patches + words < int64_t{1} << 31,
+  constexpr int64_t most = int64_t{1} << 31;
+  M3AE_CHECK(kept_rows >= 0 && patches >= 0 && words >= 0 && patches < most && words < most - patches,
              "kept_rows, patches and words must be sizes of tables, got ", kept_rows, ", ", patches, " and ", words);
   const Dtype dtype = dout.dtype();
   const RestoreTokensBackward args{dout.dense("dout", {count, width}), rows.int32s("rows", {count}),

@@ -23,7 +23,8 @@ struct Scale {
   float direction, factor;  // what makes a product a score; for scale 0 they are 0 and 1
 
   explicit Scale(double scale)
-      : direction(scale < 0 ? -0.5f : scale > 0 ? 0.5f : 0), factor(static_cast<float>(scale == 0 ? 1 : std::abs(scale) * 2 * kLog2e)) {}
+      : direction(scale < 0 ? -0.5f : scale > 0 ? 0.5f : 0),
+        factor(static_cast<float>(scale == 0 ? 1 : std::abs(scale) * 2 * kLog2e)) {}
   Scale() = default;
 };
 template <int D>
@@ -202,7 +203,8 @@ inline Lengths lengths(const Tensor& cu_q, const Tensor& cu_k, int64_t heads, in
   const bool equal = max_q * sequences == query_rows && max_k * sequences == key_rows;
   const bool sorted = !equal && sequences <= kMostSorted;
   const int32_t* queries = cu_q.int32s("cu_seqlens_q", {sequences + 1});
-  return {queries, cu_k ? cu_k.int32s("cu_seqlens_k", {sequences + 1}) : queries, static_cast<int>(sequences), static_cast<int>(heads), 0, 1,
+  return {queries, cu_k ? cu_k.int32s("cu_seqlens_k", {sequences + 1}) : queries, static_cast<int>(sequences),
+          static_cast<int>(heads), 0, 1,
           sorted ? static_cast<int>(sequences + 7) / 8 * 16 : 0};
 }
 

@@ -85,21 +85,48 @@ struct Running {
   Float* partial;  // [rows][a vector]: scratch
 };
 
+// A sum of products that passes the lowest number on its way stays there, whatever follows: where the whole sum is above
+// it, the key's weight is not 0 but unknown, and its score becomes NaN.
+template <class T, class Float>
+__attribute__((noinline)) void forget_lost_scores(Float* scores, int64_t ld, int64_t rows, int64_t keys, const T* q,
+                                                  int64_t q_row, const T* k, int64_t k_row, int64_t width,
+                                                  double scale) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < keys; ++j) {
+      if (scores[r * ld + j] != -std::numeric_limits<Float>::infinity()) continue;
+      double sum = 0;
+      for (int64_t d = 0; d < width; ++d)
+        sum += static_cast<double>(Vec<T>::load_first(q + r * q_row + d, 1).sum()) *
+               static_cast<double>(Vec<T>::load_first(k + j * k_row + d, 1).sum());
+      if (scale < 0) sum = -sum;
+      if (sum >= std::numeric_limits<Float>::lowest()) scores[r * ld + j] = std::numeric_limits<Float>::quiet_NaN();
+    }
+  }
+}
+
 // Rows of scores become weights, in place, as units. The reductions along a row end in one vector for each, and are
-// finished for a vector of rows at once: one row at a time would wait for its own chain.
-template <class Unit, class Float>
-void softmax_rows(Float* scores, int64_t ld, int64_t rows, int64_t keys, double scale, const Running<Float>& state) {
+// finished for a vector of rows at once: one row at a time would wait for its own chain. forget_lost() looks after
+// infinitely low scores.
+template <class Unit, class Float, class ForgetLost>
+void softmax_rows(Float* scores, int64_t ld, int64_t rows, int64_t keys, double scale, const Running<Float>& state,
+                  const ForgetLost& forget_lost) {
   using V = typename Units<Unit>::V;
   const V half = V::set(Float(0.5)), factor = V::set(factor_of_halves<Float>(scale < 0 ? -scale : scale));
   const V lowest = V::set(-std::numeric_limits<Float>::infinity());
-  for (int64_t r = 0; r < rows; ++r) {
-    V most = lowest;
-    for_lanes<V>(keys, [&](int64_t j, int n) {
-      const V score = V::load(scores + r * ld + j);
-      most = V::max(most, n == V::width ? score : score.first_or(n, lowest));
-    });
-    most.store(state.partial + r * V::width);
-  }
+  V deepest = V::zero();
+  const auto find_largest = [&] {
+    for (int64_t r = 0; r < rows; ++r) {
+      V most = lowest;
+      for_lanes<V>(keys, [&](int64_t j, int n) {
+        const V score = V::load(scores + r * ld + j);
+        most = V::max(most, n == V::width ? score : score.first_or(n, lowest));
+        deepest = V::max(deepest, V::zero() - (n == V::width ? score : score.first_or(n, V::zero())));
+      });
+      most.store(state.partial + r * V::width);
+    }
+  };
+  find_largest();
+  if (!(deepest.sum() < std::numeric_limits<Float>::infinity())) forget_lost(), find_largest();
   for_lanes<V>(rows, [&](int64_t r, int n) {
     const V before = load_lanes<V>(state.largest + r, n);
     const V now = V::max(before, across<V>(state.partial + r * V::width, [](V x, V y) { return V::max(x, y); }));
@@ -183,7 +210,10 @@ void forward(const VarlenAttention& a, const AttentionTask& t, int64_t head, Upc
       if (a.scale < 0) negate(queries, rows * row_units);
       multiply<U>({queries, row_units, 1, keys_t, ld, scores, ld, steps, false}, rows, key_lanes);
       const Running<Float> state{all.largest + row, all.total + row, all.rescale + row, all.partial};
-      softmax_rows<U>(scores, ld, rows, keys, a.scale, state);
+      softmax_rows<U>(scores, ld, rows, keys, a.scale, state, [&] {
+        forget_lost_scores(scores, ld, rows, keys, q + row * a.q.row, a.q.row, k + key * a.k.row, a.k.row, width,
+                           a.scale);
+      });
       for (int64_t i = 0; i < rows && block > 0; ++i)
         write_row<V>(sum + i * lanes, state.rescale[i], sum + i * lanes, lanes);
       const U* weights = reinterpret_cast<U*>(scores);
