@@ -155,6 +155,18 @@ def test_offsets_past_31_bits(impl, layout):
     assert torch.equal(out, (patchify(pixels(3, 16, 16)[None], 16)[0] * torch.tensor(1 / 255)).bfloat16())
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("size", [(0, 3, 4, 4), (2, 3, 0, 4), (2, 3, 4, 0), (2, 3, 0, 0)])
+def test_images_without_a_patch(impl, size, poison):
+    """The rows belong to no image: zeros, and gradients of nothing."""
+    dtype = testing.widest(impl, "gather_patches")
+    call = testing.Call(
+        (torch.zeros(size, dtype=dtype).requires_grad_(), torch.tensor([0, -1]), SeqLens([0] * size[0]))
+    )
+    (out,), (gradient,) = call.run(lambda *args, **options: gather_patches(*args, patch_size=2, **options), impl=impl)
+    assert torch.equal(out, torch.zeros(2, 12, dtype=dtype)) and gradient.shape == size
+
+
 def test_half_on_the_cpu_goes_to_the_reference():
     images, seqlens = pixels(1, 3, 4, 4), SeqLens([1])
     half = gather_patches(images, torch.tensor([0]), seqlens, patch_size=4, dtype=torch.float16)

@@ -18,8 +18,8 @@ def gather_patches(
     """out[t] = patch ids[t] of t's image, in (row, column, channel) order: pixel * scale + shift in fp32."""
     count, channels = images.shape[:2]
     rows = ids.shape[0]
-    if count == 0:  # one to index: no row is its own
-        images = torch.nn.functional.pad(images, (0, 0, 0, 0, 0, 0, 0, 1))
+    if images.numel() == 0:  # a patch to index: no row is its own
+        images = torch.nn.functional.pad(images, (0, patch_size, 0, patch_size, 0, 0, 0, 1))
     accumulate = torch.float64 if torch.float64 in (images.dtype, dtype) else torch.float32
     if images.is_floating_point():  # so that the gradients of a patch named twice add up in it
         images = images.to(accumulate)
