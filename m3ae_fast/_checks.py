@@ -60,6 +60,13 @@ def floating(name: str, value: Tensor, expected: Sequence[int | None], like_name
         device(name, value, like_name, like)
 
 
+def numbers(name: str, value: Tensor) -> list:
+    """The numbers in a tensor, which is read on the host: a sync where it is on a GPU."""
+    if value.device.type == "meta" or value.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor that holds numbers, got {value.layout} on {value.device}")
+    return value.tolist()
+
+
 def choice(name: str, value: object, allowed: Collection[object]) -> None:
     """One of the allowed values."""
     if value not in allowed:

@@ -35,7 +35,7 @@ class SeqLens:
         if isinstance(lengths, Tensor):
             _checks.shape("lengths", lengths, (None,))
             _checks.dtype("lengths", lengths, (torch.int64, torch.int32, torch.int16, torch.uint8))
-            lengths = lengths.tolist()
+            lengths = _checks.numbers("lengths", lengths)
         if not isinstance(lengths, Iterable):
             raise TypeError(f"lengths must be integers, one a sequence, got {type(lengths).__name__}")
         lengths = tuple(lengths)

@@ -31,6 +31,8 @@ def test_lengths_may_be_numpys():
         ([1.5], TypeError, "lengths must be an integer, got float"),
         (torch.tensor([1.0]), TypeError, "lengths must be of dtype"),
         (torch.ones(2, 2, dtype=torch.int32), ValueError, r"lengths must have shape \(any,\)"),
+        (torch.ones(2, dtype=torch.int32).to_sparse(), ValueError, "lengths must be a dense tensor that holds numbers"),
+        (torch.ones(2, dtype=torch.int32, device="meta"), ValueError, "lengths must be a dense tensor .* on meta"),
         ([2**30, 2**30], ValueError, r"less than 2\*\*31"),
     ],
 )

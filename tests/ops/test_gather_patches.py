@@ -221,6 +221,8 @@ IMAGES, IDS, SEQLENS = torch.zeros(2, 3, 8, 12), torch.tensor([0, 5, 1]), torch.
         ({"seqlens": SeqLens([1, 1, 1])}, ValueError, "seqlens must have 2 sequences, one an image, got 3"),
         ({"mean": (0.5,)}, ValueError, r"mean must be 3 numbers, one a channel, got \(0.5,\)"),
         ({"std": 0.5}, ValueError, "std must be 3 numbers, one a channel, got 0.5"),
+        ({"std": torch.ones(1).expand(2**40)}, ValueError, "std must be 3 numbers, one a channel, got tensor"),
+        ({"std": torch.ones(3, device="meta")}, ValueError, "std must be a dense tensor that holds numbers"),
         ({"std": (1.0, 0.0, 1.0)}, ValueError, r"std must be positive, got \(1.0, 0.0, 1.0\)"),
         ({"dtype": torch.int32}, TypeError, "dtype must be float32, bfloat16, float16 or float64, got torch.int32"),
         # what only the C++ backend looks at

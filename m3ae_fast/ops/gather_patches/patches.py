@@ -43,7 +43,8 @@ def affine(
 def _per_channel(name: str, values: Sequence[float] | Tensor | None, channels: int, default: float) -> list[float]:
     if values is None:
         return [default] * channels
-    values = values.tolist() if isinstance(values, Tensor) else values
+    if isinstance(values, Tensor) and values.shape == (channels,):
+        values = _checks.numbers(name, values)
     if not isinstance(values, (list, tuple)) or len(values) != channels:
         raise ValueError(f"{name} must be {channels} numbers, one a channel, got {values!r}")
     return [float(value) for value in values]
