@@ -200,6 +200,11 @@ DOOR = {
     "short ids": (dict(image_ids=torch.zeros(1).int()), ValueError, r"image_ids must have shape \("),
     "batches differ": (dict(cu_text=torch.tensor([0, 1])), ValueError, r"cu_text must have shape \(4,\), got \(2,\)"),
     "not a tensor": (dict(text_tokens=[1, 2]), TypeError, "text_tokens must be a tensor, got list"),
+    "a list for a table": (
+        dict(text_tokens=None, text_ids=None, text_embedding=None, text_position=[1]),
+        TypeError,
+        "text_position must be a tensor, got list",
+    ),
     "other device": (dict(image_type=torch.zeros(40, device="meta")), ValueError, "image_type must be on cpu, as"),
 }
 

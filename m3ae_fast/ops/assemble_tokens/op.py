@@ -132,7 +132,7 @@ def _companions(name, tokens, ids, cu, position):
         given, missing = ("position", "ids") if ids is None else ("ids", "position")
         raise ValueError(f"{name}_{missing} must be given with {name}_{given}, got None")
     if tokens is None and ids is None and position is not None:
-        ids = position.new_empty(0, dtype=torch.int32)
+        ids = _checks.tensor(f"{name}_position", position).new_empty(0, dtype=torch.int32)
     if ids is not None:
         ids = _checks.ids(f"{name}_ids", ids, 0 if tokens is None else tokens.shape[0])
     return ids, cu if cu is None else cu_seqlens(f"cu_{name}", cu)
