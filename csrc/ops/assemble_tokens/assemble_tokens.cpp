@@ -150,8 +150,7 @@ struct TokenRows {
 void backward(const Tensor& dout, const Tensor& text_tokens, const Tensor& image_ids, const Tensor& text_ids,
               const Tensor& cu_image, const Tensor& cu_text, bool has_cls, int64_t images, int64_t texts,
               const Tensor& dimage, const Tensor& dtext, const Tensor& dparts, const Tensor& dembedding,
-              const Tensor& dimage_position,
-              const Tensor& dtext_position) {
+              const Tensor& dimage_position, const Tensor& dtext_position) {
   const int64_t count = dout.size(0), width = dout.size(1);
   const Dtype dtype = dout.dtype();
   const Packing packing = packing_of(cu_image, cu_text, images, texts, has_cls, count);
@@ -192,7 +191,7 @@ void bind_assemble_tokens(py::module_& module) {
        "cu_text", "cls_token", "text_embedding", "image_position", "text_position", "image_type", "text_type", "out"});
   bind(module, "assemble_tokens_backward", backward, {"dout", "text_tokens", "image_ids", "text_ids", "cu_image",
        "cu_text", "has_cls", "image_rows", "text_rows", "dimage", "dtext", "dparts", "dembedding",
-        "dimage_position", "dtext_position"});
+       "dimage_position", "dtext_position"});
 }
 
 }  // namespace m3ae

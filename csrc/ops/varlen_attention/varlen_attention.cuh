@@ -204,8 +204,7 @@ inline Lengths lengths(const Tensor& cu_q, const Tensor& cu_k, int64_t heads, in
   const bool sorted = !equal && sequences <= kMostSorted;
   const int32_t* queries = cu_q.int32s("cu_seqlens_q", {sequences + 1});
   return {queries, cu_k ? cu_k.int32s("cu_seqlens_k", {sequences + 1}) : queries, static_cast<int>(sequences),
-          static_cast<int>(heads), 0, 1,
-          sorted ? static_cast<int>(sequences + 7) / 8 * 16 : 0};
+          static_cast<int>(heads), 0, 1, sorted ? static_cast<int>(sequences + 7) / 8 * 16 : 0};
 }
 
 // As many blocks as a GPU holds at a time, or as there are turns.
