@@ -104,6 +104,16 @@ def test_large_scores_do_not_overflow(impl, dtype, isa):
 
 
 @pytest.mark.parametrize(("impl", "dtype"), TYPED)
+def test_a_scale_may_be_any_integer(impl, dtype):
+    q, k, v = (randn(5, 2, 16, dtype=dtype) for _ in range(3))
+    integer, number = (
+        varlen_attention(q, k, v, SeqLens([5]), softmax_scale=scale, return_lse=True, impl=impl)
+        for scale in (2**70, 2.0**70)
+    )
+    assert all(map(torch.equal, integer, number))
+
+
+@pytest.mark.parametrize(("impl", "dtype"), TYPED)
 @pytest.mark.parametrize("keys", [2, 9])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_score_that_is_lost_on_its_way_is_no_weight_of_zero(impl, dtype, keys, sign, isa):

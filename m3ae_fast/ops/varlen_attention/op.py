@@ -164,7 +164,7 @@ def _lengths(suffix: str, value: seqlens.SeqLens | Tensor, longest: int | None, 
 
 
 def _scale(softmax_scale: float | None, width: int) -> float:
-    return width**-0.5 if softmax_scale is None else softmax_scale
+    return width**-0.5 if softmax_scale is None else float(softmax_scale)  # an integer may be larger than int64
 
 
 def _dense_rows(x: Tensor) -> Tensor:
