@@ -68,7 +68,7 @@ void backward(const Tensor& dloss, const Tensor& error, const Tensor& cu_mask, c
   const MaskedMseBackward args{error.dense("error", {rows, width}), factors.data(),
                                dpred.dense("dpred", {rows, width}, dtype), cu[images], width, dtype};
   const auto kernel = M3AE_DISPATCH(masked_mse_backward);
-  parallel_for(rows, grain_rows(width), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  parallel_for(width > 0 ? rows : 0, grain_rows(width), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 }  // namespace
