@@ -15,7 +15,7 @@ from m3ae_fast.data import Loader
 from m3ae_fast.train import checkpoint, distributed, run
 from m3ae_fast.train.config import RunConfig
 
-WAIT_STEPS, WAIT_SHARE = 100, 0.2  # waiting for data takes more than this share of so many steps: a word about it
+WAIT_STEPS, WAIT_SHARE = 100, 0.2  # warn where waiting for data takes more than this share of so many steps
 
 
 class Waiting:

@@ -25,3 +25,18 @@ def pretrained(tmp_path_factory):
         return folder
 
     return make
+
+
+@pytest.fixture
+def mistake(command, tmp_path):
+    """mistake(message, *arguments): that a command ends with one line that says so, status 2 and nothing written."""
+
+    def check(message, *arguments):
+        before = sorted(tmp_path.rglob("*"))
+        status, out, err = command(*arguments)
+        assert status == 2 and out == ""
+        line = err.splitlines()[-1]
+        assert line.startswith("m3ae-fast") and "error: " in line and message in line and "Traceback" not in err
+        assert sorted(tmp_path.rglob("*")) == before, "nothing half-written"
+
+    return check

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import m3ae_fast
 from m3ae_fast import _backends, testing
+from tests.ops.record import Record
 
 OPS = sorted(_backends.LOADED)
 PAIRS = [(op, impl, device) for device in testing.devices() for op in OPS for impl in testing.impls(op, device)]
@@ -75,23 +75,10 @@ def test_gradcheck(op, impl, device, case, isa):
     torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 
-class _Record(TorchDispatchMode):
-    """Every call of an m3ae_fast torch op, with its arguments."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "m3ae_fast":
-            self.calls.append((func, args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("op", "impl", "device", "case"), FIRST if _backends.TESTED else CASES)
 def test_opcheck(op, impl, device, case):
     call = make(op, impl, case).on(device)
-    with _Record() as record:
+    with Record() as record:
         call.run(function(op), impl=impl)
     assert record.calls, f"{op} called no registered operator"
     for func, args, kwargs in record.calls:

@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import m3ae_fast
 from m3ae_fast import SeqLens, _backends, testing
+from tests.ops.record import Record
 
 OPS = sorted(op for op in _backends.LOADED if "cpp" in testing.impls(op))
 HOSTILE = (-(2**31), -7, 10**6, 2**31 - 1)
@@ -51,19 +51,6 @@ def changed_before_backward(op):
     return tried
 
 
-class _Record(TorchDispatchMode):
-    """Every call of an m3ae_fast torch operator."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "m3ae_fast":
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
-
-
 def misfits(x):
     """(Values that fit an argument's place, but not its neighbours; whether they must be refused.)"""
     if isinstance(x, torch.Tensor):
@@ -94,9 +81,9 @@ def shapes_that_disagree(op):
     """Every registered operator of an op, an argument at a time."""
     tried = 0
     for case in testing.cases(op).SMALL:
-        with _Record() as record:
+        with Record() as record:
             testing.cases(op).make(case).run(getattr(m3ae_fast, op), impl="cpp")
-        for func, args in record.calls:
+        for func, args, _ in record.calls:
             args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
             empty = any(isinstance(x, torch.Tensor) and not x.numel() for x in args)
             for i in range(1, len(args)):
