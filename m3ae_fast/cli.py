@@ -79,7 +79,7 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    from m3ae_fast.data.specs import refuse_streamed
+    from m3ae_fast.data.specs import listed, refuse_streamed
     from m3ae_fast.train import RECIPES, RunConfig, pretrain
     from m3ae_fast.train.distributed import is_first
     from m3ae_fast.train.recipes import describe
@@ -100,7 +100,7 @@ def _pretrain(args: argparse.Namespace) -> int:
         config = dataclasses.replace(RunConfig.load(out), **values)
         if "data" not in values:
             refuse_streamed(config.data, out / "run.json", "to allow it, name them by --data, too")
-    shown = config.data if isinstance(config.data, str) else " + ".join(config.data)
+    shown = " + ".join(listed(config.data))
     doing = "going on with" if resumed else "training"
     if is_first():
         print(
@@ -115,10 +115,9 @@ def _pretrain(args: argparse.Namespace) -> int:
 
 def _name_of(data: str | list[str]) -> str:
     """A short one, for the run's folder: "cc12m" of "/data/cc12m-{00..11}.tar=3", "cc12m-texts" of two."""
-    from m3ae_fast.data.specs import absolute, split_weight
+    from m3ae_fast.data.specs import absolute, listed, split_weight
 
-    specs = [data] if isinstance(data, str) else data
-    names = (Path(split_weight(absolute(spec))[0]).name for spec in specs)
+    names = (Path(split_weight(absolute(spec))[0]).name for spec in listed(data))
     return "-".join(re.sub(r"(\.(h5|hdf5|jsonl|ndjson|tar))?([{*?:&].*)?$", "", name).strip("-_.") for name in names)
 
 

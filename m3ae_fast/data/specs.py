@@ -47,7 +47,7 @@ def open_dataset(
         FileNotFoundError, ValueError: no such data, or nothing in it; a weight that is not positive.
         ModuleNotFoundError: what a format needs is not installed.
     """
-    given = [data] if isinstance(data, str) else list(data)
+    given = listed(data)
     if not given:
         raise ValueError("data must name at least one data set, got none")
     specs, weights = zip(*map(split_weight, given), strict=True)
@@ -81,6 +81,11 @@ def open_source(spec: str, *, image_size: int, seed: int, strict: bool = False):
         "data must name shapes, cluttered, a folder, an .h5 or .jsonl file or .tar shards that are there, "
         f"there is no {spec}"
     )
+
+
+def listed(data: str | Sequence[str]) -> list[str]:
+    """The specifications, of which `data` is one or several."""
+    return [data] if isinstance(data, str) else list(data)
 
 
 def split_of(spec: str) -> tuple[str, str | None]:
@@ -121,7 +126,7 @@ def refuse_streamed(data: str | Sequence[str], named_by: str, instead: str) -> N
     Raises:
         ValueError: one of them is streamed.
     """
-    for spec in [data] if isinstance(data, str) else data:
+    for spec in listed(data):
         if is_streamed(split_weight(spec)[0]):
             raise ValueError(f"{named_by} names data that would run a command or ask a server, {spec}: {instead}")
 

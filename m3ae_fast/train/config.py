@@ -13,8 +13,8 @@ from m3ae_fast.data.specs import absolute
 from m3ae_fast.models import OBJECTIVES, Model
 from m3ae_fast.models.config import SIZES
 
-# What None stands for, by size. tiny is set to show learning within two minutes on two cores, with the learning rate of
-# `Model.TINY_LR`; the others follow arXiv:2205.14204: 1.5e-4 for every 256 samples of a step.
+# What None stands for, by size. tiny is set to show learning within three minutes on two cores, with the learning rate
+# of `Model.TINY_LR`; the others follow arXiv:2205.14204: 1.5e-4 for every 256 samples of a step.
 DEFAULTS = {size: {"steps": 100_000, "batch_size": 64} for size in SIZES}
 DEFAULTS["tiny"] = {"steps": 1200, "batch_size": 32}
 LR_PER_256 = 1.5e-4

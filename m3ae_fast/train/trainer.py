@@ -24,7 +24,7 @@ from m3ae_fast._files import remove_unfinished
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader
-from m3ae_fast.data.specs import is_streamed
+from m3ae_fast.data.specs import is_streamed, listed
 from m3ae_fast.models import OBJECTIVES
 from m3ae_fast.nn import checkpoint_blocks
 from m3ae_fast.train import checkpoint, distributed, run
@@ -120,7 +120,7 @@ class Trainer:
         self.summary = self._new_summary()
 
     def _new_summary(self) -> Summary:
-        data = [self.config.data] if isinstance(self.config.data, str) else self.config.data
+        data = listed(self.config.data)
         streamed = data if any(map(is_streamed, data)) else []
         return Summary(self.folder, self.done, self.config.steps, self.bad_steps.total, streamed=streamed)
 
