@@ -71,6 +71,7 @@ def varlen_attention(
     if k.shape[1] < 1 or heads % k.shape[1]:
         raise ValueError(f"k must have a number of heads that divides q's {heads}, got {k.shape[1]}")
 
+    softmax_scale = _no_integer(softmax_scale)
     cu_q, max_q = _lengths("q", cu_seqlens_q, max_seqlen_q, q)
     if cu_seqlens_k is None:
         if k.shape[0] != q.shape[0]:
@@ -134,6 +135,7 @@ def varlen_attention_qkvpacked(
     _checks.dtype("qkv", qkv, _checks.FLOATS)
     if qkv.shape[2] < 1 or qkv.shape[3] < 1:
         raise ValueError(f"qkv must have at least one head and one channel, got shape {tuple(qkv.shape)}")
+    softmax_scale = _no_integer(softmax_scale)
     cu, longest = _lengths("", cu_seqlens, max_seqlen, qkv)
     qkv = _dense_rows(qkv.to(_backends.product_dtype(qkv)))
     impl = _backends.pick(BACKENDS, impl, qkv)
@@ -163,8 +165,13 @@ def _lengths(suffix: str, value: seqlens.SeqLens | Tensor, longest: int | None, 
     return cu, longest
 
 
+def _no_integer(softmax_scale: float | None) -> float | None:
+    """An integer may be larger than int64, which is as large as backends take them."""
+    return float(softmax_scale) if isinstance(softmax_scale, int) else softmax_scale
+
+
 def _scale(softmax_scale: float | None, width: int) -> float:
-    return width**-0.5 if softmax_scale is None else float(softmax_scale)  # an integer may be larger than int64
+    return width**-0.5 if softmax_scale is None else softmax_scale
 
 
 def _dense_rows(x: Tensor) -> Tensor:
