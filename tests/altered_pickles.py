@@ -1,6 +1,10 @@
-"""Pickles that were altered, for tests of what reads pickles."""
+"""Pickles that were altered, for tests of what reads pickles, and the process that reads them."""
 
+import os
 import pickletools
+import subprocess
+import sys
+from pathlib import Path
 
 from hypothesis import strategies as st
 
@@ -32,3 +36,12 @@ def _edit(source: list[bytes], edits: list[tuple[int, int, bytes, int]]) -> byte
         else:
             changed[at] = b""
     return b"".join(changed)
+
+
+def counts_apart(script: str, folder: Path) -> list[int]:
+    """What a test file prints as a program that is given the folder: in a process of its own, which a crash ends."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-X", "faulthandler", script, folder]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return list(map(int, done.stdout.split()))
