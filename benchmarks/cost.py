@@ -7,9 +7,9 @@ assumed share of a GPU's peak.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -157,5 +157,7 @@ def renewed(page: str, docs: Path) -> str:
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
+    parser = argparse.ArgumentParser("python -m benchmarks.cost", description="What a pre-training run costs.")
+    parser.add_argument("page", type=Path, metavar="PAGE.md", help="its tables are written anew, such as docs/scale.md")
+    path = parser.parse_args().page
     path.write_text(renewed(path.read_text(encoding="utf-8"), ROOT / "docs"), encoding="utf-8")

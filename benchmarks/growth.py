@@ -6,10 +6,10 @@ its sequences, 4,096 tokens in all (3,200 at 1,600). Ours and the peers, interle
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import torch
@@ -96,4 +96,6 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser("python -m benchmarks.growth", description="Measure how cost grows.")
+    parser.add_argument("picture", type=Path, metavar="OUT.png", help="the numbers go into OUT.json")
+    main(parser.parse_args().picture)

@@ -1,6 +1,7 @@
 """What the benchmarks do on a GPU, as far as it shows without one."""
 
 import json
+import runpy
 
 import pytest
 import torch
@@ -95,3 +96,11 @@ def test_a_call_moves_whole():
     assert moved.leaves() == [moved.args[0]] and moved.args[0].is_leaf and moved.kwargs["size"] == 2
     copied = call.on("cpu")
     assert copied.args[0].data_ptr() != leaf.data_ptr() and torch.equal(copied.args[0], leaf)
+
+
+@pytest.mark.parametrize("name", ["cost", "growth"])
+def test_a_command_without_its_argument_says_what_it_wants(name, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [name])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        runpy.run_path(f"{measure.__file__.removesuffix('measure.py')}{name}.py", run_name="__main__")
+    assert f"usage: python -m benchmarks.{name} [-h] " in capsys.readouterr().err
