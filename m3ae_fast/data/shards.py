@@ -137,9 +137,9 @@ def _scan(path: str, size: int) -> _Shard:
     return _Shard(np.array(places, np.int64).reshape(-1, 2), largest, damage)
 
 
-def _place(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[int, int, int]:
+def _place(tar: tarfile.TarFile, member: tarfile.TarInfo, first: int) -> tuple[int, int, int]:
     """Where a file begins, header and all, where it ends, and the class that it names: -1 for none."""
-    label = _label(contents(tar, member)) if member.name.lower().endswith(".cls") else -1
+    label = _label(contents(tar, member, first)) if member.name.lower().endswith(".cls") else -1
     return member.offset, tar.offset, label
 
 
@@ -150,7 +150,8 @@ def _label(data: bytes | Refused) -> int:
 
 
 def samples_in(file: BinaryIO, take: Callable) -> Iterator[tuple[str, dict]]:
-    """The samples of a shard, read forwards: (key, what `take(tar, member)` makes of each file, by its suffix).
+    """The samples of a shard, read forwards: (key, what `take(tar, member, first)` makes of each file, by its suffix;
+    `first` is where the first of the sample's headers is).
 
     A sample is given out when it is known to be whole: the next one, or the end mark, stands behind it.
 
@@ -158,7 +159,7 @@ def samples_in(file: BinaryIO, take: Callable) -> Iterator[tuple[str, dict]]:
         tarfile.TarError, OSError: it is damaged; or goes on behind its end mark, as shards do that were concatenated.
     """
     file = _Watched(file)
-    key, files = None, {}
+    key, files, first = None, {}, 0
     for tar, member in _members(file):
         name, suffix = split_name(member.name)
         if member.isdir() or suffix_of(suffix) not in SUFFIXES:
@@ -166,10 +167,10 @@ def samples_in(file: BinaryIO, take: Callable) -> Iterator[tuple[str, dict]]:
         if name != key or suffix in files:
             if files:
                 yield key, files
-            key, files = name, {}
+            key, files, first = name, {}, member.offset
         elif suffix not in SUFFIXES:  # key.mask.png beside key.png
             continue
-        files[suffix] = take(tar, member)
+        files[suffix] = take(tar, member, first)
     if file.last != bytes(BLOCK):  # tarfile takes a broken header for the end
         raise tarfile.ReadError("there is no end mark")
     if files:
@@ -202,8 +203,8 @@ class Refused(str):
     """Why a file of a shard is not read, in place of what is in it."""
 
 
-def contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Refused:
-    """What is in a file."""
+def contents(tar: tarfile.TarFile, member: tarfile.TarInfo, first: int) -> bytes | Refused:
+    """What is in a file of the sample that begins at `first`."""
     if member.islnk():
         return Refused("it is a hard link to another file of its shard: they are not followed")
     if member.issym():
@@ -214,7 +215,7 @@ def contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Refused:
         return Refused("it is no regular file")
     if suffix_of(member.name) in OTHERS:
         return Refused(not_read(suffix_of(member.name)))
-    if member.size > MAX_BYTES:
+    if tar.offset - first > MAX_BYTES:
         return Refused(f"it has more than {MAX_BYTES:,} bytes")
     return tar.extractfile(member).read()
 

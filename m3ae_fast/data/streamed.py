@@ -19,6 +19,7 @@ from m3ae_fast.data.sample import Sample
 from m3ae_fast.data.seeds import ORDER, generator
 from m3ae_fast.data.shards import Refused, captions_of, contents, expand_braces, sample_of, samples_in
 
+MAX_HELD = 1 << 28  # bytes of samples that wait to be drawn: 1,000 of 268 kB
 FIRST_UNREACHED, MOST_UNREACHED = 3, 10  # shards in a row of which not a byte came: before any other one did, and after
 
 
@@ -30,7 +31,8 @@ class StreamedDataset:
     - In each epoch the shards are put in an order drawn from (seed, epoch) and dealt out to all workers of all ranks,
       each of which walks through epochs of its own shards. Every sample is read by one of them, once in such an epoch;
       but which batch it is in depends on how many there are, and who has less to read begins again earlier.
-    - Samples of a shard follow one another, through a buffer from which one is drawn at random.
+    - Samples of a shard follow one another, through a buffer from which one is drawn at random. It holds 256 MiB at
+      most, so fewer samples where they are large.
     - The same numbers of ranks and workers give the same batches. A run that is resumed with the same numbers goes on
       exactly, but all that it has used is read again and thrown away: fast for a short run, not for a long one.
     - Of a damaged shard what comes before the damage is used; the damage is met, and counted, in every epoch.
@@ -39,7 +41,7 @@ class StreamedDataset:
 
     Args:
         pattern: of the URLs, with braces: "https://host/cc12m-{00000..01242}.tar".
-        buffer: samples, still encoded, of which one is drawn; 1: the shards' own order.
+        buffer: samples, still encoded, of which one is drawn, or all that 256 MiB hold; 1: the shards' own order.
     Attributes:
         urls: of the shards.
         classes: (): those of a stream are not known.
@@ -107,6 +109,11 @@ class Entry(NamedTuple):
     files: dict[str, bytes | Refused]  # by their suffixes
     damage: str = ""
 
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return sum(map(len, self.files.values()))
+
     def sample(self) -> Sample:
         """The sample, its image still encoded. BadSample: there is none."""
         if self.damage:
@@ -169,15 +176,15 @@ class _Forward:
             pass
 
 
-def _shuffled(entries: Iterable[Entry], size: int, rng: np.random.Generator) -> Iterator[Entry]:
-    """In another order: what is next takes the place of one that is drawn from `size` held back."""
-    held = []
+def _shuffled(entries: Iterable[Entry], count: int, rng: np.random.Generator) -> Iterator[Entry]:
+    """In another order: one of those held is drawn as soon as they are `count`, or more than MAX_HELD bytes."""
+    held, size = [], 0
     for entry in entries:
-        if len(held) < size - 1:
-            held.append(entry)
-            continue
-        i = rng.integers(size)
-        if i < len(held):
-            held[i], entry = entry, held[i]
-        yield entry
+        held.append(entry)
+        size += entry.size
+        while len(held) == count or size > MAX_HELD:
+            i = rng.integers(len(held))
+            held[i], held[-1] = held[-1], held[i]
+            size -= held[-1].size
+            yield held.pop()
     yield from (held[i] for i in rng.permutation(len(held)))

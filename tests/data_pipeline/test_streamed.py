@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from m3ae_fast import M3AEFastWarning
-from m3ae_fast.data import BadSample, Loader, MixedDataset, Sample, StreamedDataset, Tokenizer
+from m3ae_fast.data import BadSample, Loader, MixedDataset, Sample, StreamedDataset, Tokenizer, streamed
 
 WORDS = [f"{w}{v}" for w in "bcdfghklmnprst" for v in "aeiou"]
 TOKENIZER = Tokenizer.train(WORDS, 300)
@@ -70,6 +70,26 @@ def test_an_epoch_holds_every_sample_once(shards, buffer):
     runs = sum(b == a + 1 for a, b in itertools.pairwise(two[:30]))
     assert runs == 24 if buffer == 1 else runs < 12
     assert two == entries(StreamedDataset(shards, buffer=buffer), count=60) != entries(dataset, count=60, seed=1)
+
+
+@pytest.mark.parametrize("buffer", [7, 1000])
+def test_a_buffer_is_bounded_by_bytes(shards, monkeypatch, buffer):
+    """Where they are few all waits as ever; else no more waits than fits, and each sample still comes once."""
+    dataset = StreamedDataset(shards, buffer=buffer)
+    sizes = [entry.size for entry in itertools.islice(StreamedDataset(shards, buffer=1).stream(0, 0, 1), 30)]
+    unbounded = entries(dataset)
+    monkeypatch.setattr(streamed, "MAX_HELD", sum(sizes))
+    assert entries(dataset) == unbounded
+    found, read, limit, read_all = [], [], 4 * max(sizes), streamed._read
+    monkeypatch.setattr(streamed, "MAX_HELD", limit)
+    monkeypatch.setattr(streamed, "_read", lambda *args: (read.append(entry) or entry for entry in read_all(*args)))
+    for entry in itertools.islice(dataset.stream(0, 0, 1), 30):
+        found.append(entry)
+        assert sum(e.size for e in read) - sum(e.size for e in found) <= limit and len(read) - len(found) < buffer
+    assert sorted(int(e.name[-3:]) for e in found) == list(range(30))
+    assert found != read[:30]
+    monkeypatch.setattr(streamed, "MAX_HELD", 0)
+    assert entries(dataset) == entries(StreamedDataset(shards, buffer=1)), "one at a time, in the shards' own order"
 
 
 @pytest.mark.parametrize("readers", [1, 2, 3, 6])
