@@ -194,6 +194,12 @@ class Operator:
 
     def __call__(self, impl: str, *args):
         if type(impl) is not Direct and type(direct(impl, args)) is not Direct:
+            if torch.jit.is_tracing():
+                raise RuntimeError(
+                    f"torch.jit.trace must not meet {self.name}: it would keep the sizes of its example, and no "
+                    "gradient in what is saved; use torch.export or torch.compile, or first restore(model) what was "
+                    "accelerated"
+                )
             return self.registered(impl, *args)
         outputs, backend = self.allocate(*args), self.backends.modules[impl]
         fill = getattr(backend, self.part) if type(self.part) is str else functools.partial(self.part, backend)

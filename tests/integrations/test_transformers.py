@@ -371,6 +371,19 @@ def test_exports():
     torch.testing.assert_close(output.logits, model(**inputs).logits)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("train", [True, False])
+def test_a_trace_is_refused(train):
+    """It would hold the sizes of its example, and save no gradient."""
+    model = accelerate(model_of(ViTMAEModel, return_dict=False)).train(train)
+    images = inputs_of(model)["pixel_values"]
+    message = r"^torch\.jit\.trace must not meet .*; use torch\.export or torch\.compile, or first restore\(model\)"
+    with pytest.raises(RuntimeError, match=message):
+        torch.jit.trace(model, images, check_trace=False)
+    traced = torch.jit.trace(restore(model), images, check_trace=False)
+    assert traced(images)[0].requires_grad
+
+
 def test_a_second_derivative_is_refused():
     model = accelerate(model_of())
     loss = model(**inputs_of(model)).loss
