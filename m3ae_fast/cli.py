@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import importlib
 import os
 import re
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 from m3ae_fast._explain import __version__, explain
@@ -172,15 +174,43 @@ class _Formatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=110)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A mistake is one line, which names the option or the value that is nearest to what was given."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, allow_abbrev=False, formatter_class=_Formatter, **settings)
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # said here: only the command's own parser knows its options
+            options = [each.partition("=")[0] for each in unknown if each.startswith("-")]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{_nearest(options, self._option_string_actions)}")
+        return namespace, unknown
+
+    def _check_value(self, action, value):
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += _nearest([str(value)], action.choices)
+            raise
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help)\n")
+
+
+def _nearest(given: list[str], known: Iterable[str]) -> str:
+    near = [match for name in given for match in difflib.get_close_matches(name, known, 1)]
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
 def _parser(named: str | None = None) -> argparse.ArgumentParser:
     """Of all commands; `named` is the one called."""
-    common = {"allow_abbrev": False, "formatter_class": _Formatter}
-    parser = argparse.ArgumentParser("m3ae-fast", description="Masked multimodal autoencoders, fast.", **common)
+    parser = _Parser("m3ae-fast", description="Masked multimodal autoencoders, fast.")
     parser.add_argument("--version", action="version", version=f"m3ae_fast {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(name: str, function, text: str, **settings) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text, **common, **settings)
+        command = commands.add_parser(name, help=text, description=text, **settings)
         command.set_defaults(command=function, name=name)
         return command
 

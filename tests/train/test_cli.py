@@ -115,6 +115,26 @@ def test_a_mistake_is_one_line_and_status_2(run, tmp_path, arguments, message):
     assert sorted(tmp_path.rglob("*")) == before, "nothing half-written"
 
 
+@pytest.mark.parametrize(
+    "arguments, command, said",
+    [
+        (["pretrain", "--stepz", "3"], " pretrain", "unrecognized arguments: --stepz 3; did you mean --steps?"),
+        (["pretrain", "--step=3"], " pretrain", "unrecognized arguments: --step=3; did you mean --steps?"),
+        (["reconstruct", "x", "--captoin=a"], " reconstruct", "--captoin=a; did you mean --caption?"),
+        (["attend", "x", "--laye", "1"], " attend", "--laye 1; did you mean --layer?"),
+        (["pretran"], "", "; did you mean pretrain?"),
+        (["pretrain", "--model", "bsae"], " pretrain", "; did you mean base?"),
+        (["pretrain", "--objective=m3e"], " pretrain", "; did you mean m3ae?"),
+        (["convert", "--zzzz", "a", "b"], " convert", "unrecognized arguments: --zzzz"),
+        (["reconstruct"], " reconstruct", "the following arguments are required: RUN, IMAGE"),
+    ],
+)
+def test_a_mistake_names_what_is_nearest(run, arguments, command, said):
+    status, out, err = run(*arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"m3ae-fast{command}: error: ") and err.endswith(f"{said} (m3ae-fast{command} --help)\n")
+
+
 def test_too_little_memory_is_one_line(run, monkeypatch):
     monkeypatch.setattr(trainer, "train_step", lambda *_: torch.empty(2**50))
     status, _, err = run("pretrain", *SMALL)
