@@ -118,6 +118,16 @@ def absolute(spec: str) -> str:
     return os.path.abspath(name) + spec[len(name) :]
 
 
+def without_place(spec: str) -> str:
+    """What an absolute specification says besides where its data are: its last name and its weight, of a URL without
+    what is behind the "?", and whether it is streamed. "/data/a.tar=3" -> ".../a.tar=3"."""
+    name, _ = split_weight(spec)
+    if name in DRAWN:
+        return spec
+    last = (name if name.startswith("pipe:") else name.partition("?")[0] if "://" in name else name).rpartition("/")[2]
+    return f"{'stream:' * is_streamed(name)}.../{last}{spec[len(name) :]}"
+
+
 def refuse_streamed(data: str | Sequence[str], named_by: str, instead: str) -> None:
     """Refuse data that a file names, where opening them would run a command or ask a server: a person must name those.
 

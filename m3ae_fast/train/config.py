@@ -9,7 +9,7 @@ from pathlib import Path
 
 from m3ae_fast._files import read_json, write_json
 from m3ae_fast._settings import check, documented, free, setting
-from m3ae_fast.data.specs import absolute
+from m3ae_fast.data.specs import absolute, listed, without_place
 from m3ae_fast.models import OBJECTIVES, Model
 from m3ae_fast.models.config import SIZES
 
@@ -164,8 +164,10 @@ class RunConfig:
         return dataclasses.asdict(self)
 
     def identity(self) -> dict:
-        """What two runs must share to give the same numbers."""
-        return {name: value for name, value in self.to_dict().items() if name not in free(type(self))}
+        """What two runs must share to give the same numbers; of the data not where they are."""
+        shared = {name: value for name, value in self.to_dict().items() if name not in free(type(self))}
+        names = [without_place(spec) for spec in listed(self.data)]
+        return shared | {"data": names[0] if isinstance(self.data, str) else names}
 
     def save(self, folder: Path) -> None:
         """Write `<folder>/run.json`, whole or not at all."""

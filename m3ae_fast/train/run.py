@@ -234,14 +234,14 @@ def prepare_folder(folder: Path, tokenizer: Tokenizer | None) -> None:
 
 
 def reopen(folder: Path, wanted: RunConfig | None):
-    """What `create` returned, read back. `wanted` may differ only in what does not change the numbers; its Nones
-    stand for what the run has."""
+    """What `create` returned, read back. `wanted` may differ only in what does not change the numbers, such as the
+    place of the data; its Nones stand for what the run has."""
     if not exists(folder):
         raise FileNotFoundError(
             f"{folder} holds no run to resume: there is no run.json in it; without --resume, or with --resume auto, "
             "the run starts"
         )
-    config = RunConfig.load(folder)
+    saved = config = RunConfig.load(folder)
     if wanted is not None:
         given = {name: value for name, value in wanted.to_dict().items() if value is not None}
         wanted = dataclasses.replace(config, **given).resolved()
@@ -250,7 +250,10 @@ def reopen(folder: Path, wanted: RunConfig | None):
         refuse_differences(folder / "run.json", extended(config, wanted) if finished else config, wanted)
         config = wanted
     dataset = open_data(config, config.model_config["image_size"])
-    return config, dataset, load_tokenizer(folder, config)
+    tokenizer = load_tokenizer(folder, config)
+    if config.data != saved.data and tokenizer is not None and config.text_vocab is None:
+        refuse_other_captions(dataset, config, tokenizer, folder)
+    return config, dataset, tokenizer
 
 
 def load_tokenizer(folder: Path, config: RunConfig) -> Tokenizer | None:
@@ -265,6 +268,16 @@ def load_tokenizer(folder: Path, config: RunConfig) -> Tokenizer | None:
             "it belongs to another run"
         )
     return tokenizer
+
+
+def refuse_other_captions(dataset, config: RunConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    """ValueError where data that are said to be the run's own, in another place, do not make its vocabulary."""
+    made = make_tokenizer(dataset, config)
+    if made is None or made.tokens(range(made.vocab_size)) != tokenizer.tokens(range(tokenizer.vocab_size)):
+        raise ValueError(
+            f"data must be those of {folder} in another place, got {config.data}: their captions make another "
+            "vocabulary"
+        )
 
 
 def extended(finished: RunConfig, wanted: RunConfig) -> RunConfig:

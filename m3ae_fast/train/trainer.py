@@ -54,7 +54,8 @@ def pretrain(
     Ctrl-C and SIGTERM end it after the step in hand, with a checkpoint; a second one ends it at once.
 
     Args:
-        config: the run. When resuming, what it is made of must be what run.json says.
+        config: the run. When resuming, what it is made of must be what run.json says; data may name the same data in
+            another place: the same last names and weights, and captions that make the run's vocabulary.
         out: the run's folder, made if need be.
         resume: continue from the newest checkpoint; a run that has taken all of its steps may be given more, and its
             learning rate then follows the schedule of all of them from there on. "auto": where `out` holds no run yet,
@@ -192,7 +193,8 @@ class Trainer:
         else:  # what a killed process left there takes the room of the next one
             checkpoint.keep_last(self.checkpoints)
             remove_unfinished(self.bad_steps.folder)
-            if self.config.steps > RunConfig.load(self.folder).steps:  # a finished run is given more
+            saved = RunConfig.load(self.folder)
+            if self.config.steps > saved.steps or self.config.data != saved.data:  # given more steps, or moved
                 self.config.save(self.folder)
 
     def _close(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 from m3ae_fast import data
 from m3ae_fast.cli import _name_of
 from m3ae_fast.data import open_dataset
-from m3ae_fast.data.specs import absolute, split_weight
+from m3ae_fast.data.specs import absolute, split_weight, without_place
 from m3ae_fast.train import RunConfig
 
 PHOTOS = Path(__file__).parent.parent / "data" / "photos"
@@ -113,6 +113,17 @@ def test_a_run_keeps_what_it_was_given(monkeypatch, tmp_path):
     for wrong in (3, [], [3], None):
         with pytest.raises(TypeError, match="data must be a string or a list of strings, got"):
             RunConfig(data=wrong)
+
+
+def test_what_a_specification_says_besides_the_place():
+    same = {
+        ".../a-{0..3}.tar=2": ["/x/a-{0..3}.tar=2", "/y/z/a-{0..3}.tar=2"],
+        "stream:.../a.tar": ["https://x/a.tar", "gs://y/z/a.tar?token=3", "pipe:cat /x/a.tar"],
+        "stream:.../a.tar?b=3 =2": ["pipe:curl https://x/a.tar?b=3 =2"],
+        ".../a.h5:val": ["/x/a.h5:val"], "shapes=2": ["shapes=2"], ".../shapes": ["/x/shapes"],
+    }  # fmt: skip
+    for expected, specs in same.items():
+        assert {without_place(spec) for spec in specs} == {expected}
 
 
 def test_a_run_is_named_after_its_data():

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shutil
 import tarfile
 import time
 
@@ -12,7 +14,7 @@ from PIL import Image
 
 from m3ae_fast import M3AEFastWarning
 from m3ae_fast.data import BadSample, ShapesDataset
-from m3ae_fast.train import Summary, pretrain, trainer, watch
+from m3ae_fast.train import RunConfig, Summary, load_run, pretrain, trainer, watch
 from m3ae_fast.train.summary import print_data
 
 
@@ -106,6 +108,39 @@ def test_a_mixture_is_resumed_to_the_bit(pairs, train, tmp_path, workers):
     assert train("stopped", resume=True, data=data, steps=9, workers=workers) == whole
     with pytest.raises(ValueError, match="is of another configuration: data: "):
         train("stopped", resume=True, data=data[:2], steps=9)
+
+
+@pytest.mark.parametrize("kind", ["pairs.jsonl", "mixed", "pipe"])
+def test_data_that_moved_are_named_at_resume(pairs, train, tmp_path, kind):
+    def at(folder):
+        kinds = {"mixed": [f"{folder}/pairs.tar=2", f"{folder}/pairs.h5"], "pipe": f"pipe:cat {folder}/pairs.tar"}
+        return kinds.get(kind, f"{folder}/{kind}")
+
+    (tmp_path / "old").mkdir()
+    for name in FORMATS:
+        pairs(name)
+    for path in [*tmp_path.glob("pairs.*"), *tmp_path.glob("*.jpg")]:
+        shutil.move(path, tmp_path / "old")
+    whole = train("whole", data=at(tmp_path / "old"), steps=4)
+    train("moved", data=at(tmp_path / "old"), steps=4, stop_after=2)
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    assert train("moved", data=at(tmp_path / "new"), steps=4, stop_after=3, resume=True) == whole[:3]
+    assert RunConfig.load(tmp_path / "moved").data == at(tmp_path / "new")
+    assert train("moved", data=at(tmp_path / "new"), steps=4, resume=True) == whole
+    assert load_run(tmp_path / "moved").config.data == at(tmp_path / "new")
+
+
+def test_other_data_of_the_same_name_are_refused(pairs, train, tmp_path):
+    path = pairs("pairs.tar")
+    train("run", data=path, steps=4, stop_after=2)
+    (tmp_path / "new").mkdir()
+    other = tar(tmp_path / "new" / "pairs.tar", [image(i) for i in range(8)], [b"other words"] * 8)
+    message = r"data must be those of .*run in another place, got .*new/pairs\.tar: their captions make another vocabul"
+    with pytest.raises(ValueError, match=message):
+        train("run", data=other, steps=4, resume=True)
+    for spec, shown in ((pairs("pairs.h5"), ".../pairs.h5"), ("shapes", "shapes"), (f"{path}=2", ".../pairs.tar=2")):
+        with pytest.raises(ValueError, match=re.escape(f"data: '.../pairs.tar' there, '{shown}' asked for")):
+            train("run", data=spec, steps=4, resume=True)
 
 
 @pytest.fixture

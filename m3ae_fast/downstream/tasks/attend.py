@@ -137,7 +137,8 @@ def draw_attention(model: Model, batch: ImageTextBatch, tokenizer: Tokenizer | N
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """What `m3ae-fast attend` takes."""
     add_run(command)
-    command.add_argument("images", nargs="*", type=path, metavar="IMAGE", help="none: four of the run's own data")
+    command.add_argument("images", nargs="*", type=path, metavar="IMAGE", help="none: four of --data")
+    command.add_argument("--data", metavar="shapes|DIR", help="four of these (default: of the run's own data)")
     add_captions(command)
     add_picture(command, "attention.png")
     command.add_argument("--layer", type=natural, metavar="N", help="block, from 0 (default: the last)")
@@ -152,11 +153,14 @@ def main(args: argparse.Namespace) -> int:
     if args.captions and run.model.joint_encoder() is None:
         kind = type(run.model).__name__
         raise ValueError(f"--caption must not be given: {kind} encodes no image beside its words, got {args.captions}")
+    if args.images and args.data:
+        raise ValueError("give images or --data, not both")
     if args.images:
         batch = batch_of_files(args.images, args.captions, run.model.config, run.tokenizer)
     else:
-        refuse_streamed(run.config.data, args.run, "give images")
-        batch = held_out(run.model.config, run.tokenizer, run.config, count=4)
+        if args.data is None:
+            refuse_streamed(run.config.data, args.run, "give images or --data")
+        batch = held_out(run.model.config, run.tokenizer, run.config, data=args.data, count=4)
     options = {"layer": args.layer, "rollout": args.rollout}
     draw_attention(run.model, batch.to(args.device), run.tokenizer, args.out, **options)
     print(f"{args.out}: {len(batch)} images, the model after {run.step:,} steps")

@@ -165,8 +165,9 @@ def test_attend(command, options):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_attend_without_files(command, objective):
-    status, out, _ = command("attend", objective)
-    assert status == 0 and out == "attention.png: 4 images, the model after 2 steps\n"
+    for data in ([], ["--data", "test"]):
+        status, out, _ = command("attend", objective, *data)
+        assert status == 0 and out == "attention.png: 4 images, the model after 2 steps\n"
 
 
 def test_project(command):
@@ -204,6 +205,8 @@ def test_project(command):
         (["attend", "m3ae", "test/red/0.png", "--layer", "2"], "layer must be in [0, 2), a block of the encoder"),
         (["attend", "m3ae", "--layer", "0", "--rollout"], "layer must be None with rollout"),
         (["attend", "m3ae", "x.png"], "x.png"),
+        (["attend", "m3ae", "x.png", "--data", "test"], "give images or --data, not both"),
+        (["attend", "m3ae", "--data", "nowhere"], "there is no nowhere"),
         (["attend", "m3ae", "--caption", "a"], "--caption must be given once for each image, got 1 for 0"),
         (["attend", "mae", "test/red/0.png", "--caption", "a"], "--caption must not be given: MAE encodes no image"),
         (["attend", "m3ae", "--out", "."], "argument --out: must name a .png file, got '.'"),
