@@ -7,15 +7,18 @@ The ops are here, with `SeqLens` and `ImageTextBatch`, which they and the models
 
 import warnings
 
-import torch  # noqa: F401  before _C, so that its OpenMP symbols resolve to torch's own runtime: one thread pool
+from m3ae_fast._interrupt import ends_the_command
 
-from m3ae_fast import _backends
-from m3ae_fast._explain import __version__, explain
-from m3ae_fast._warning import M3AEFastWarning
-from m3ae_fast.batch import ImageTextBatch
-from m3ae_fast.ops import *  # noqa: F403
-from m3ae_fast.ops import __all__ as _ops
-from m3ae_fast.seqlens import SeqLens
+with ends_the_command():
+    import torch  # noqa: F401  before _C, so that its OpenMP symbols resolve to torch's own runtime: one thread pool
+
+    from m3ae_fast import _backends
+    from m3ae_fast._explain import __version__, explain
+    from m3ae_fast._warning import M3AEFastWarning
+    from m3ae_fast.batch import ImageTextBatch
+    from m3ae_fast.ops import *  # noqa: F403
+    from m3ae_fast.ops import __all__ as _ops
+    from m3ae_fast.seqlens import SeqLens
 
 __all__ = [*_ops, "ImageTextBatch", "M3AEFastWarning", "SeqLens", "__version__", "explain"]
 

@@ -1,6 +1,9 @@
 """What holds for a whole process: environment variables, imports, threads."""
 
+import os
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -70,6 +73,26 @@ print(before, threads())
         pytest.skip("counts threads in /proc")
     before, after = python(code).stdout.split()
     assert before == after
+
+
+@pytest.mark.parametrize("started", ["m3ae-fast", "-m", "library"])
+def test_an_interrupted_import_of_the_command_is_silent(tmp_path, started):
+    """In the midst of torch's import; what imports the library gets its KeyboardInterrupt."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    (tmp_path / "m3ae-fast").write_text("from m3ae_fast.cli import main")
+    command = {"m3ae-fast": ["m3ae-fast"], "-m": ["-m", "m3ae_fast"], "library": ["-c", "import m3ae_fast"]}[started]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(m3ae_fast.__file__).parents[1])])}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=60)
+    assert done.returncode == -signal.SIGINT and done.stdout == ""
+    assert ("KeyboardInterrupt" in done.stderr) == (started == "library") == (done.stderr != "")
+
+
+@pytest.mark.parametrize("before", ["default_int_handler", "SIG_IGN"])
+def test_a_command_that_is_imported_handles_interrupts_as_before(python, before):
+    code = f"import signal, sys; sys.argv[0] = 'bin/m3ae-fast'; signal.signal(signal.SIGINT, signal.{before})\n"
+    code += f"import m3ae_fast; assert signal.getsignal(signal.SIGINT) is signal.{before}"
+    done = python(code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_explain_names_every_op():
