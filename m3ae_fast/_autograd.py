@@ -38,9 +38,9 @@ class Function(torch.autograd.Function):
     """An op whose gradients are made by kernels: `forward` calls them, `setup_context` keeps what `backward`, under
     `@differentiable_once`, needs.
 
-    torch.func.grad takes it as it is, vmap calls the kernels once a sample. What backward needs beyond the arguments is
-    an output, not differentiable, for which no gradient is made up (`kept`). forward names all its arguments: without
-    gradients torch.compile counts them.
+    torch.func.grad takes it as it is, vmap calls the kernels once a sample. What backward needs is an argument, a copy
+    of one that may be written to in between, or an output that is not differentiable, for which no gradient is made up
+    (`kept`). forward names all its arguments: without gradients torch.compile counts them.
     """
 
     generate_vmap_rule = True
