@@ -32,28 +32,31 @@ M3AE_INLINE void sum_lanes(int64_t width, typename V::scalar (&sums)[count], Ter
 
 // Sums of finite values that pass the largest number on their way: once more, of values so much smaller. Out of line,
 // and of values captured by copy: the loops beside a call keep their registers.
-constexpr double kFar = 0x1p-80;
+template <class Scalar>
+constexpr double kFar = sizeof(Scalar) == 8 ? 0x1p-600 : 0x1p-80;
 
 template <class Scalar>
 M3AE_INLINE bool overflows(Scalar sum) { return __builtin_expect(!(sum - sum == 0), false); }
 
-// value(d, n): a vector whose lanes from n on are zero.
+// The mean of value(d, n): a vector whose lanes from n on are zero.
 template <class V, class Value>
-__attribute__((noinline, cold)) double far_sum(int64_t width, Value value) {
+__attribute__((noinline, cold)) double far_mean(int64_t width, Value value) {
   typename V::scalar sum[1];
-  const V far = V::set(static_cast<typename V::scalar>(kFar));
+  const V far = V::set(static_cast<typename V::scalar>(kFar<typename V::scalar>));
   sum_lanes<V>(width, sum, [&](int64_t d, int n, V* sum) { sum[0] = V::fma(value(d, n), far, sum[0]); });
-  return sum[0] / kFar;
+  return double(sum[0]) / width / kFar<typename V::scalar>;
 }
+// 1 / sqrt(the sum of squares / parts + eps); NaN where a value itself has passed the largest number.
 template <class V, class Value>
-__attribute__((noinline, cold)) double far_sum_of_squares(int64_t width, Value value) {
+__attribute__((noinline, cold)) double far_scale(int64_t width, int64_t parts, double eps, Value value) {
   typename V::scalar sum[1];
-  const V far = V::set(static_cast<typename V::scalar>(kFar));
+  const V far = V::set(static_cast<typename V::scalar>(kFar<typename V::scalar>));
   sum_lanes<V>(width, sum, [&](int64_t d, int n, V* sum) {
     const V small = value(d, n) * far;
     sum[0] = V::fma(small, small, sum[0]);
   });
-  return sum[0] / (kFar * kFar);
+  const double deviation = __builtin_sqrt(double(sum[0]) / parts) / kFar<typename V::scalar>;
+  return 1 / __builtin_hypot(deviation, __builtin_sqrt(eps)) + (deviation - deviation);
 }
 
 }  // namespace m3ae::M3AE_ISA

@@ -319,3 +319,29 @@ def test_the_reference_compiles_whole(case):
         ours, gradient = call.run(feature_regression, impl="reference")
         again, gradient_again = call.run(compiled, impl="reference")
         assert torch.equal(ours[0], again[0]) and torch.equal(gradient[0], gradient_again[0])
+
+
+@pytest.mark.skipif("cpp" not in testing.impls("feature_regression"), reason="other backends take no fp64")
+@pytest.mark.parametrize(("distance", "normalize"), [("l2", True), ("l1", True), ("cosine", True), ("cosine", False)])
+def test_fp64_features_of_any_size(distance, normalize, isa, poison):
+    """Squares of 2^900 are infinite; a power of two changes no digit of what is normalised."""
+    pred, target, rows, _ = problem()
+    results = []
+    for exponent in (400, 900, 1016):
+        large = 2.0**exponent
+        of_pred = (pred.double() * (large if distance == "cosine" else 1)).requires_grad_()
+        options = {"distance": distance, "normalize": normalize, "impl": "cpp"}
+        loss = feature_regression(of_pred, target.double() * large, rows, **options)
+        dpred = torch.autograd.grad(loss, of_pred)[0]
+        results.append((loss, dpred * large if distance == "cosine" else dpred))
+    for each in results[1:]:
+        torch.testing.assert_close(each, results[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif("cpp" not in testing.impls("feature_regression"), reason="not looked after elsewhere")
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_features_wider_than_all_numbers_are_no_zeros(distance, isa):
+    target = torch.full((1, 16), 3e38)
+    target[0, :2] = torch.tensor([0, -3e38])
+    loss = feature_regression(torch.ones(1, 16), target, distance=distance, impl="cpp")
+    assert loss.isnan()

@@ -198,3 +198,29 @@ def test_refused_at_the_door(impl, what):
     arguments = {"x": torch.ones(4, 8), "weight": None, "bias": None} | changes
     with pytest.raises(error, match=message):
         layer_norm(**arguments, impl=impl)
+
+
+def test_fp64_rows_of_any_size(impl, isa):
+    """Squares of 2^900 are infinite; a power of two changes no digit of what is right."""
+    if impl != "cpp":
+        pytest.skip("PyTorch's own sums overflow, and other backends take no fp64")
+    weight = rows(40, dtype=torch.float64)
+    results = []
+    for exponent in (400, 900, 1018):
+        x = (rows(7, 40, dtype=torch.float64, seed=1).detach().abs() * 2.0**exponent).requires_grad_()
+        y = layer_norm(x, weight, None, impl=impl)
+        dx, dweight = torch.autograd.grad(y, (x, weight), testing.cotangent(y))
+        results.append((y, dx * 2.0**exponent, dweight))
+    for each in results[1:]:
+        torch.testing.assert_close(each, results[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(FP32, 3e38), (BF16, 3e38), (torch.float64, 1.5e308)])
+def test_a_row_wider_than_all_numbers_is_no_row_of_zeros(impl, dtype, most, isa):
+    if impl != "cpp":
+        pytest.skip("not looked after there")
+    x = torch.tensor([[most, -most, -most, 1.0], [1.0, 2.0, 3.0, 4.0]], dtype=dtype).requires_grad_()
+    y = layer_norm(x, None, None, impl=impl)
+    dx = torch.autograd.grad(y, x, torch.ones_like(y))[0]
+    assert y[0].isnan().all() and dx[0].isnan().all()
+    assert y[1].isfinite().all() and dx[1].isfinite().all()

@@ -247,3 +247,34 @@ def test_cuda_refuses_many_channels_and_large_patches(impl):
     ):
         run(3, 56)
     assert run(1, 96) == 1
+
+
+@pytest.mark.skipif("cpp" not in testing.impls("masked_mse"), reason="other backends take no fp64")
+def test_fp64_patches_of_any_size(isa):
+    """Squares of 2^900 are infinite; a power of two changes no digit of a normalised patch."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, 8, 8, generator=generator, dtype=torch.float64)
+    pred = torch.randn(3, 48, generator=generator, dtype=torch.float64, requires_grad=True)
+    results = []
+    for exponent in (400, 900, 1023):
+        loss = masked_mse(
+            pred,
+            images * 2.0**exponent,
+            torch.tensor([0, 3, 1]),
+            SeqLens([2, 1]),
+            patch_size=4,
+            norm_pix=True,
+            impl="cpp",
+        )
+        results.append((loss, *torch.autograd.grad(loss, pred)))
+    for each in results[1:]:
+        torch.testing.assert_close(each, results[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif("cpp" not in testing.impls("masked_mse"), reason="not looked after elsewhere")
+def test_a_patch_wider_than_all_numbers_is_no_patch_of_zeros(isa):
+    images = torch.full((1, 1, 4, 4), 3e38)
+    images[0, 0, 0, :2] = torch.tensor([0, -3e38])
+    pred = torch.zeros(1, 16, requires_grad=True)
+    loss = masked_mse(pred, images, torch.tensor([0]), SeqLens([1]), patch_size=4, norm_pix=True, impl="cpp")
+    assert loss.isnan() and torch.autograd.grad(loss, pred)[0].isnan().all()

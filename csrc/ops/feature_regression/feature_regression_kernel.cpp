@@ -35,12 +35,14 @@ struct Target {
       sum[1] = V::fma(off, off, sum[1]);
     });
     const auto from_mean = [this] { return [row = *this](int64_t d, int n) { return row.centred(d, n); }; };
-    const double shift = (overflows(sums[0]) ? far_sum<V>(width, from_mean()) : sums[0]) / width;
+    const double shift = overflows(sums[0]) ? far_mean<V>(width, from_mean()) : double(sums[0]) / width;
     double variance = double(sums[1]) / width - shift * shift;
     mean = V::set(static_cast<Scalar>(first + shift));
     if (overflows(variance)) {
-      variance = far_sum_of_squares<V>(width, from_mean()) / width;
-    } else if (variance < shift * shift / 4) {
+      scale = V::set(static_cast<Scalar>(far_scale<V>(width, width, eps, from_mean())));
+      return;
+    }
+    if (variance < shift * shift / 4) {
       sum_lanes<V>(width, squares, [&](int64_t d, int n, V* sum) {
         const V off = centred(d, n);
         sum[0] = V::fma(off, off, sum[0]);
@@ -86,8 +88,8 @@ M3AE_INLINE double cosine(const P* pred, const Target<V, T>& target, int64_t wid
   });
   double by_p = 1, by_t = 1;
   if (overflows(sums[1]) || overflows(sums[2])) {
-    if (overflows(sums[1])) by_p = kFar;
-    if (overflows(sums[2])) by_t = kFar;
+    if (overflows(sums[1])) by_p = kFar<Scalar>;
+    if (overflows(sums[2])) by_t = kFar<Scalar>;
     const V small_p = V::set(static_cast<Scalar>(by_p)), small_t = V::set(static_cast<Scalar>(by_t));
     sum_lanes<V>(width, sums, [&](int64_t d, int n, V* sum) {
       const V p = load_lanes<V>(pred + d, n) * small_p, t = target.load(d, n) * small_t;
@@ -99,7 +101,7 @@ M3AE_INLINE double cosine(const P* pred, const Target<V, T>& target, int64_t wid
   const auto at_least = [](double norm) { return norm < 1e-8 ? 1e-8 : norm; };  // NaN stays
   const double norm = __builtin_sqrt(double(sums[1])) / by_p, bounded = at_least(norm);
   const double target_norm = at_least(__builtin_sqrt(double(sums[2])) / by_t);
-  const double cos = sums[0] / by_p / by_t / (bounded * target_norm);
+  const double cos = sums[0] / (bounded * by_p) / (target_norm * by_t);
   if (dpred) {  // norms apart: a product of two may be too small for fp32
     const auto number = [](double x) { return V::set(static_cast<Scalar>(x)); };
     const V one = number(norm == 0 ? 0 : 1 / norm), a = number(weight * cos / bounded);

@@ -36,7 +36,7 @@ void forward(const LayerNorm& a, int64_t begin, int64_t end) {
     }
     Float mean = sum[0] / static_cast<Float>(width);
     if (overflows(sum[0]))
-      mean = static_cast<Float>(far_sum<V>(width, [row](int64_t d, int n) { return load_lanes<V>(row + d, n); }) / width);
+      mean = static_cast<Float>(far_mean<V>(width, [row](int64_t d, int n) { return load_lanes<V>(row + d, n); }));
     const V center = V::set(mean);
     const auto off_center = [row, center](int64_t d, int n) { return only_first(load_lanes<V>(row + d, n) - center, n); };
     sum_lanes<V>(width, squares, [&](int64_t d, int n, V* sum) {
@@ -44,8 +44,7 @@ void forward(const LayerNorm& a, int64_t begin, int64_t end) {
       sum[0] = V::fma(off, off, sum[0]);
     });
     Float rstd = Float(1) / root(squares[0] / static_cast<Float>(width) + static_cast<Float>(a.eps));
-    if (overflows(squares[0]))
-      rstd = static_cast<Float>(1 / root(far_sum_of_squares<V>(width, off_center) / width + a.eps));
+    if (overflows(squares[0])) rstd = static_cast<Float>(far_scale<V>(width, width, a.eps, off_center));
     stats[t] = mean;
     stats[a.count + t] = rstd;
     const V scale = V::set(rstd);

@@ -29,16 +29,18 @@ struct Target {
     Scalar sum[1], squares[1];
     const auto from = [this](V other) { return [values = values, other](int64_t d, int) { return V::load(values + d) - other; }; };
     sum_lanes<V>(count, sum, [&](int64_t d, int n, V* sum) { sum[0] = sum[0] + from(V::set(first))(d, n); });
-    const double total = overflows(sum[0]) ? far_sum<V>(count, from(V::set(first))) : sum[0];
-    const Scalar centre = static_cast<Scalar>(first + total / count);
+    const double shift = overflows(sum[0]) ? far_mean<V>(count, from(V::set(first))) : double(sum[0]) / count;
+    const Scalar centre = static_cast<Scalar>(first + shift);
     mean = V::set(centre);
     pad(centre);
     sum_lanes<V>(count, squares, [&](int64_t d, int n, V* sum) {
       const V difference = from(mean)(d, n);
       sum[0] = V::fma(difference, difference, sum[0]);
     });
-    const double all = overflows(squares[0]) ? far_sum_of_squares<V>(count, from(mean)) : squares[0];
-    minus_scale = V::set(static_cast<Scalar>(-1 / __builtin_sqrt(all / (count - 1) + 1e-6)));
+    constexpr double eps = 1e-6;
+    const double scale = overflows(squares[0]) ? far_scale<V>(count, count - 1, eps, from(mean))
+                                               : 1 / __builtin_sqrt(double(squares[0]) / (count - 1) + eps);
+    minus_scale = V::set(static_cast<Scalar>(-scale));
   }
 };
 
