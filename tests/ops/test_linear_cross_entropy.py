@@ -1,5 +1,6 @@
 """linear_cross_entropy: what the contract tests do not cover."""
 
+import math
 import sys
 
 import pytest
@@ -318,3 +319,43 @@ def test_autocast_leaves_the_gradient_of_an_fp32_weight_in_fp32(isa):
     for mine, exact in zip(ours, true, strict=True):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine.double(), exact, rtol=4 * eps, atol=4 * eps * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("nan", [(), (3,), (3, 5)])
+def test_accuracy_of_nan_is_argmax(impl, nan, isa):
+    x, weight, bias, _ = (t.detach() for t in tensors(vocab=37))
+    rows, classes = len(x), len(weight)
+    bias[list(nan)] = torch.nan
+    best = torch.nn.functional.linear(x, weight, bias).argmax(1)
+    for target in range(classes):
+        options = {"reduction": "none", "return_accuracy": True, "impl": impl}
+        _, hit = linear_cross_entropy(x, weight, torch.full((rows,), target), bias, **options)
+        assert torch.equal(hit, (best == target).float())
+
+
+@pytest.mark.skipif("cpp" not in testing.impls("linear_cross_entropy"), reason="other backends' products are torch's")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("target", [0, 1])
+def test_a_logit_that_is_lost_on_its_way_is_no_probability_of_zero(dtype, target, isa):
+    """-2 most + 2 most + 1 is the largest logit, and minus infinity on its way, unless tiles add up even and odd places
+    apart: the loss is right or NaN."""
+    most = 0.9 * torch.finfo(dtype).max
+    weight = torch.zeros(21, 5, dtype=dtype)
+    weight[0] = torch.tensor([-most, -most, most, most, 1])
+    weight.requires_grad_()
+    loss = linear_cross_entropy(torch.ones(1, 5, dtype=dtype), weight, torch.tensor([target]), impl="cpp")
+    lost, truth = loss.isnan().item(), math.log(20 + math.e) - (target == 0)
+    assert lost or abs(loss.item() - truth) < 1e-2
+    assert torch.autograd.grad(loss, weight)[0].isnan().any() == lost
+
+
+@pytest.mark.skipif("cpp" not in testing.impls("linear_cross_entropy"), reason="other backends' products are torch's")
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e20), (torch.bfloat16, 1e20), (torch.float64, 1e200)])
+def test_a_logit_below_all_numbers_has_no_probability(dtype, size, isa):
+    x = torch.tensor([[size, size]], dtype=dtype).requires_grad_()
+    weight = torch.tensor([[-size, -2 * size], *[[1 / size, 0.0]] * 20], dtype=dtype).requires_grad_()
+    loss = linear_cross_entropy(x, weight, torch.tensor([1]), impl="cpp")
+    torch.testing.assert_close(loss.item(), math.log(20), rtol=1e-2, atol=0)
+    dx, dweight = torch.autograd.grad(loss, (x, weight))
+    assert dx.isfinite().all() and not dweight[0].any() and dweight[1:, 0].all()

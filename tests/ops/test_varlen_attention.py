@@ -130,6 +130,25 @@ def test_a_score_that_is_lost_on_its_way_is_no_weight_of_zero(impl, dtype, keys,
     assert dv[:, 0, 0].tolist() == [1.0] + [0.0] * (keys - 1) if right else dv.isnan().any()
 
 
+@pytest.mark.skipif("cpp" not in IMPLS, reason="the compiled module is missing, or not tested here")
+def test_a_lost_score_is_found_beside_a_query_of_nan(isa):
+    q = torch.tensor([[1e20, 1e20], [torch.nan, 0.0], [1.0, 1.0]])[:, None]
+    k = torch.tensor([[-1e20, 2e20], [1.0, 0.0]])[:, None]
+    v = torch.tensor([[5.0, 5.0], [7.0, 7.0]])[:, None]
+    of_q, of_k = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
+    out = varlen_attention(q, k, v, of_q, of_k, 3, 2, softmax_scale=1.0, impl="cpp")
+    assert out[:2].isnan().all() and out[2].isfinite().all()
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason="the compiled module is missing, or not tested here")
+def test_a_lost_score_of_fp64_is_no_weight_of_zero(isa):
+    q = torch.ones(1, 1, 5, dtype=torch.float64)
+    k = torch.tensor([[-1.5e308, -1.5e308, 1.5e308, 1.5e308, 1], [0] * 5], dtype=torch.float64)[:, None]
+    v = torch.tensor([[5.0] * 5, [7.0] * 5], dtype=torch.float64)[:, None]
+    of_q, of_k = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
+    assert varlen_attention(q, k, v, of_q, of_k, 1, 2, softmax_scale=1.0, impl="cpp").isnan().all()
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_score_below_all_numbers_weighs_nothing(impl, sign, isa):

@@ -6,6 +6,7 @@
 
 #include "cpu/gemm.h"
 #include "cpu/vec_math.h"
+#include "cpu/whole_sum.h"
 
 namespace m3ae::M3AE_ISA {
 namespace {
@@ -124,7 +125,37 @@ M3AE_INLINE double sum_lanes(int64_t count, const Term& term) {
 template <class V, class T>
 M3AE_INLINE typename V::scalar at(const T* p) { return V::load_first(p, 1).sum(); }
 
-template <class T>
+// A row in which a logit is no finite number. One that passed the lowest number on its way is minus infinity: where the
+// whole sum is above that, its probability is not 0 but unknown, and the logit becomes NaN. Returns the first class whose
+// logit is NaN, or -1.
+template <class T, class P>
+__attribute__((noinline, cold)) int64_t forget_lost_logits(const CrossEntropyBlock& a, int64_t i) {
+  using V = Vec<T>;
+  using Accumulator = typename V::scalar;
+  const Block<T> b(a);
+  const T* x = b.x + a.rows[i].row * a.width;
+  const auto rounded = [](double value, auto* to) {  // as they round it, of which the logits were made
+    V::set(static_cast<Accumulator>(value)).store_first(to, 1);
+    return value_at(to);
+  };
+  int64_t first = -1;
+  for (int64_t v = 0; v < a.vocab; ++v) {
+    auto* logit = b.logits + i * b.stride + v;
+    if (at<V>(logit) == -INFINITY) {
+      const P* weight = as<P>(a.weight) + v * a.width;
+      T element;
+      typename Block<T>::Logit whole;
+      const double sum = whole_sum(a.bias ? value_at(as<P>(a.bias) + v) : 0, a.width,
+                                   [&](int64_t d) { return value_at(x + d); },
+                                   [&](int64_t d) { return rounded(value_at(weight + d), &element); });
+      if (rounded(sum, &whole) > -INFINITY) V::set(NAN).store_first(logit, 1);
+    }
+    if (first < 0 && at<V>(logit) != at<V>(logit)) first = v;
+  }
+  return first;
+}
+
+template <class T, class P>
 void softmax(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
   using V = Vec<T>;
   using Accumulator = typename V::scalar;
@@ -138,8 +169,13 @@ void softmax(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
     Logit* const target = logits + row.target;
 
     const V lowest = V::set(-INFINITY);
-    V most = lowest;
-    for_lanes<V>(vocab, [&](int64_t d, int n) { most = V::max(most, load_lanes<V>(logits + d, n).first_or(n, lowest)); });
+    V most = lowest, zeros = V::zero();  // zeros: NaN where a logit is not finite
+    for_lanes<V>(vocab, [&](int64_t d, int n) {
+      const V z = load_lanes<V>(logits + d, n);
+      most = V::max(most, z.first_or(n, lowest));
+      zeros = V::fma(z, V::zero(), zeros);
+    });
+    const int64_t first_nan = zeros.sum() == 0 ? -1 : forget_lost_logits<T, P>(a, i);
     const Accumulator largest = most.largest();
     const V shift = V::set(largest);
     const double sum = sum_lanes<V>(
@@ -152,8 +188,8 @@ void softmax(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
       loss += smoothing * (static_cast<double>(wanted) - largest - below / vocab);
     }
     row.loss = static_cast<Accumulator>(loss);
-    bool hit = wanted == largest;
-    for (const Logit* earlier = logits; hit && earlier < target; ++earlier) hit = at<V>(earlier) < largest;
+    bool hit = first_nan < 0 ? wanted == largest : first_nan == row.target;
+    for (const Logit* earlier = logits; hit && first_nan < 0 && earlier < target; ++earlier) hit = at<V>(earlier) < largest;
     row.hit = hit;
 
     if (!a.dx && !a.dweight && !a.dbias) continue;
@@ -263,7 +299,7 @@ void cross_entropy_logits(const CrossEntropyBlock& args, char* scratch, int64_t 
   M3AE_BY_DTYPES(logits, args, scratch, begin, end)
 }
 void cross_entropy_softmax(const CrossEntropyBlock& args, int64_t begin, int64_t end) {
-  M3AE_BY_DTYPE(softmax, args, begin, end)
+  M3AE_BY_DTYPES(softmax, args, begin, end)
 }
 void cross_entropy_dx(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end) {
   M3AE_BY_DTYPES(dx, args, scratch, begin, end)

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "cpu/gemm.h"
+#include "cpu/whole_sum.h"
 
 namespace m3ae::M3AE_ISA {
 namespace {
@@ -85,8 +86,8 @@ struct Running {
   Float* partial;  // [rows][a vector]: scratch
 };
 
-// A sum of products that passes the lowest number on its way stays there, whatever follows: where the whole sum is above
-// it, the key's weight is not 0 but unknown, and its score becomes NaN.
+// A score that passed the lowest number on its way is minus infinity: where the whole sum is above that, the key's weight
+// is not 0 but unknown, and the score becomes NaN.
 template <class T, class Float>
 __attribute__((noinline)) void forget_lost_scores(Float* scores, int64_t ld, int64_t rows, int64_t keys, const T* q,
                                                   int64_t q_row, const T* k, int64_t k_row, int64_t width,
@@ -94,12 +95,10 @@ __attribute__((noinline)) void forget_lost_scores(Float* scores, int64_t ld, int
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t j = 0; j < keys; ++j) {
       if (scores[r * ld + j] != -std::numeric_limits<Float>::infinity()) continue;
-      double sum = 0;
-      for (int64_t d = 0; d < width; ++d)
-        sum += static_cast<double>(Vec<T>::load_first(q + r * q_row + d, 1).sum()) *
-               static_cast<double>(Vec<T>::load_first(k + j * k_row + d, 1).sum());
-      if (scale < 0) sum = -sum;
-      if (sum >= std::numeric_limits<Float>::lowest()) scores[r * ld + j] = std::numeric_limits<Float>::quiet_NaN();
+      const double sum = whole_sum(0, width, [&](int64_t d) { return value_at(q + r * q_row + d); },
+                                   [&](int64_t d) { return value_at(k + j * k_row + d); });
+      if ((scale < 0 ? -sum : sum) >= std::numeric_limits<Float>::lowest())
+        scores[r * ld + j] = std::numeric_limits<Float>::quiet_NaN();
     }
   }
 }
@@ -120,7 +119,8 @@ void softmax_rows(Float* scores, int64_t ld, int64_t rows, int64_t keys, double 
       for_lanes<V>(keys, [&](int64_t j, int n) {
         const V score = V::load(scores + r * ld + j);
         most = V::max(most, n == V::width ? score : score.first_or(n, lowest));
-        deepest = V::max(deepest, V::zero() - (n == V::width ? score : score.first_or(n, V::zero())));
+        const V depth = V::zero() - (n == V::width ? score : score.first_or(n, V::zero()));
+        deepest = V::max(depth, deepest);  // in this order: NaN does not replace what was found before
       });
       most.store(state.partial + r * V::width);
     }

@@ -41,7 +41,8 @@ def linear_cross_entropy(
             "sample_mean", the mean over all B sequences of the mean over a sequence's rows (0 for one without).
         cu_seqlens: SeqLens or [B + 1] int32 or int64: "sample_mean" needs it; rows past its last entry are ignored.
         label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy.
-        return_accuracy: also return argmax == target (the first of equal logits counts), reduced alike, detached.
+        return_accuracy: also return argmax == target, reduced alike, detached. As in torch.argmax the first of equal
+            logits counts, and NaN is larger than any number.
         impl: "reference", "cpp", "triton"; None takes the fastest for the device.
 
     Returns:

@@ -98,6 +98,7 @@ def _softmax_kernel(
         return
     target = tl.load(target_ptr + row)
     wanted = tl.load(logits_ptr + target, mask=(target >= 0) & (target < VOCAB), other=0.0).to(tl.float32)
+    number = wanted == wanted  # NaN is larger than any, as torch.argmax has it
     most = wanted
     scaled = tl.zeros([BLOCK], tl.float32)
     plain = tl.zeros([BLOCK], tl.float32)
@@ -109,7 +110,9 @@ def _softmax_kernel(
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         scaled = scaled * tl.exp(most - shift) + tl.exp(logits - shift)
         most = higher
-        beaten |= ((logits > wanted) | ((logits == wanted) & (v < target))).to(tl.int32)
+        above = tl.where(number, 1 - (logits <= wanted).to(tl.int32), 0)
+        equal = tl.where(number, (logits == wanted).to(tl.int32), (logits != logits).to(tl.int32))
+        beaten |= above | equal & (v < target).to(tl.int32)
         if SMOOTHED:
             plain += tl.where(v < VOCAB, wanted - logits, 0.0)
     sum = tl.sum(scaled, 0)
