@@ -305,6 +305,12 @@ if INTERPRETED:
 
         return patched
 
+    def _sums_in_order(self, a, b, d, input_precision, max_num_imprecise_acc):
+        # It multiplies by BLAS, where the order of a sum depends on the place of its element, and on which factor is
+        # left. On a GPU it does not.
+        products = a.data.T[:, :, None] * b.data[:, None, :]
+        return interpreter.TensorHandle(products.sum(0) + d.data, d.dtype.scalar)
+
     def _patched_once(call):
         # For every call inside a kernel it patches triton.language again, as the kernel's launch has: milliseconds.
         seen = set()
@@ -320,4 +326,5 @@ if INTERPRETED:
 
     interpreter._patch_lang_tensor = _bounds_from_tensors(interpreter._patch_lang_tensor)
     interpreter.InterpreterBuilder.cast_impl = _bfloat16_by_rounding(interpreter.InterpreterBuilder.cast_impl)
+    interpreter.InterpreterBuilder.create_dot = _sums_in_order
     interpreter.InterpretedFunction.__call__ = _patched_once(interpreter.InterpretedFunction.__call__)

@@ -18,13 +18,15 @@ namespace m3ae::cuda {
 constexpr double kLog2e = 1.4426950408889634;
 
 // Weights are 2^((score - peak) * factor): the difference comes first, and is exact where it matters, however large the
-// scores are. Scores are halves, which no two are too far apart for, with the sign of the scale.
+// scores are. Scores are halves, which no two are too far apart for, with the sign of the scale. A row whose scores are
+// all -inf has a total of 0, which makes it NaN as in eager PyTorch: peaks start at the lowest finite number.
 struct Scale {
-  float direction, factor;  // what makes a product a score; for scale 0 they are 0 and 1
+  float direction, factor;  // what makes a product a score; 0 and 1 for a scale that is 0 in fp32
 
   explicit Scale(double scale)
-      : direction(scale < 0 ? -0.5f : scale > 0 ? 0.5f : 0),
-        factor(static_cast<float>(scale == 0 ? 1 : std::abs(scale) * 2 * kLog2e)) {}
+      : direction(scale < 0 ? -0.5f : 0.5f), factor(static_cast<float>(std::abs(scale) * 2 * kLog2e)) {
+    if (factor == 0) direction = 0, factor = 1;
+  }
   Scale() = default;
 };
 template <int D>

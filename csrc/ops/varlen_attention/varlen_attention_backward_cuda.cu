@@ -89,37 +89,47 @@ struct Held {
     return reinterpret_cast<float*>(side(4) - base * kStride<D>);
   }
 
-  // peak, log_total and delta = sum(dout * out) - dlse, four lanes a row. Rows past the last weigh nothing.
+  // peak, log_total and delta = sum(dout * out) - dlse. Rows past the last weigh nothing. delta is the diagonal of
+  // dout out^T, added up as dweights are: where one key has all the weight, out is its value, and dweights - delta is
+  // exactly 0.
   __device__ __forceinline__ void bring_sums(int head, int first, int place) const {
     const HeadRows out{const_cast<void*>(a.op.out), a.op.heads * a.op.width, a.op.width};
-    const int lane = here(lane_of_warp()), t = lane % 4;
+    const int lane = here(lane_of_warp()), g = lane / 4, t = lane % 4, count = queries.count - first - g;
+    const T* x = row_of<const T>(a.op.dout, queries.first + first + g, head);
+    const T* y = row_of<const T>(out, queries.first + first + g, head);
+    float sums[2][4] = {};
+    const auto add = [&](int k, auto&& pair) {
+      uint32_t left[4], right[4];
 #pragma unroll
-    for (int i = 0; i < kRows; i += kWarp / 4) {
-      const int r = i + lane / 4;
-      const bool real = first + r < queries.count;
-      const T* x = row_of<const T>(out, queries.first + first + r, head);
-      const T* y = row_of<const T>(a.op.dout, queries.first + first + r, head);
-      float sum = 0;
-      if (real && a.packs) {
-#pragma unroll
-        for (int i = 0; i < D / 8; i += 4) {
-          const int d = (i + t) * 8;
-          if (d >= width()) continue;
-          const auto these = load<8>(x + d), those = load<8>(y + d);
-#pragma unroll
-          for (int e = 0; e < 8; ++e) sum += widen(these.at[e]) * widen(those.at[e]);
-        }
-      } else if (real) {
-#pragma unroll 1
-        for (int d = t; d < width(); d += 4) sum += widen(x[d]) * widen(y[d]);
+      for (int i = 0; i < 4; ++i) {
+        const int row = i % 2 * 8, d = 16 * k + i / 2 * 8 + 2 * t, end = row < count ? width() : 0;
+        left[i] = pair(x + row * a.op.dout.row + d, end - d);
+        right[i] = pair(y + row * out.row + d, end - d);
       }
-      sum = warp_sum<4>(sum);
-      if (t != 0) continue;
+      mma<T>(sums[0], left, right[0], right[2]);
+      mma<T>(sums[1], left, right[1], right[3]);
+    };
+    if (a.packs) {
+#pragma unroll 2
+      for (int k = 0; k < D / 16; ++k)
+        add(k, [](const T* at, int left) { return left > 0 ? *reinterpret_cast<const uint32_t*>(at) : 0; });
+    } else {
+#pragma unroll 1
+      for (int k = 0; k < D / 16; ++k)
+        add(k, [](const T* at, int left) {
+          return (left > 0 ? at[0].bits : 0u) | static_cast<uint32_t>(left > 1 ? at[1].bits : 0) << 16;
+        });
+    }
+    if (t != g / 2) return;  // the diagonal is with others
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = g + 8 * half;
+      const bool real = 8 * half < count;
       const int64_t at = int64_t{head} * a.op.query_rows + queries.first + first + r;
       const float* stats = static_cast<const float*>(a.op.stats) + at;
-      const float total = real ? stats[a.op.heads * a.op.query_rows] : INFINITY;
+      const float sum = g % 2 == 0 ? sums[half][2 * half] : sums[half][2 * half + 1];
       peak()[place + r] = real ? stats[0] * a.weigh.direction : 0;
-      log_total()[place + r] = total == -INFINITY ? 0 : total;
+      log_total()[place + r] = real ? stats[a.op.heads * a.op.query_rows] : INFINITY;
       delta()[place + r] = real && a.op.dlse ? sum - static_cast<const float*>(a.op.dlse)[at] : sum;
     }
   }
@@ -344,7 +354,7 @@ __device__ __forceinline__ void take_chunk(const Backward& a) {
 
 template <class T, int D, bool kWhole>
 __global__ void __launch_bounds__(kWhole ? kMostWarps<D>* kWarp : kChunk / kRows * kWarp,
-                                  kWhole ? kLeastBlocks<D> : D <= 32 ? 3 : 2)
+                                  kWhole ? kLeastBlocks<D> : D <= 32 ? 4 : 2)
     varlen_attention_backward_kernel(const __grid_constant__ Backward a) {
   clear_the_rest<T>(a);
   if constexpr (kWhole) take_turns<T, D>(a);

@@ -3,6 +3,8 @@
 // in shared memory: all of a sequence's where two blocks then fit a processor, else some at a time; where there is room
 // for it, the next turn's are on their way meanwhile. Scores stay in registers; the softmax is rescaled every kStep
 // keys.
+#include <cfloat>
+
 #include "cuda/bind.h"
 #include "ops/varlen_attention/varlen_attention.cuh"
 
@@ -51,12 +53,10 @@ __device__ __forceinline__ void add_keys(Softmax<D>& state, const Own<T, D, true
       higher[i % 4 / 2] = fmaxf(higher[i % 4 / 2], score);
     }
   }
-  float shift[2];
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     higher[row] = warp_max<4>(higher[row]);
-    shift[row] = higher[row] == -INFINITY ? 0 : higher[row];
-    const float shrink = exp2_fast((state.most[row] - shift[row]) * scale.factor);
+    const float shrink = exp2_fast((state.most[row] - higher[row]) * scale.factor);
     state.most[row] = higher[row];
     state.total[row] *= shrink;
 #pragma unroll
@@ -71,7 +71,7 @@ __device__ __forceinline__ void add_keys(Softmax<D>& state, const Own<T, D, true
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float& score = scores[tile][i / 4][i % 4];
-      score = exp2_fast((score - shift[i % 4 / 2]) * scale.factor);
+      score = exp2_fast((score - higher[i % 4 / 2]) * scale.factor);
       state.total[i % 4 / 2] += score;
     }
     uint32_t weights[4];
@@ -80,25 +80,26 @@ __device__ __forceinline__ void add_keys(Softmax<D>& state, const Own<T, D, true
   }
 }
 
-// What op.py says of stats.
+// What op.py says of stats; without keys peak and total are 0.
 __device__ __forceinline__ void store_stats(const VarlenAttention& op, int64_t head, int64_t row, float peak,
                                             float total) {
   float* to = static_cast<float*>(op.stats) + head * op.query_rows + row;
-  to[0] = total == 0 ? 0 : peak;
-  to[op.heads * op.query_rows] = total == 0 ? -INFINITY : log2f(total);
+  to[0] = peak;
+  to[op.heads * op.query_rows] = log2f(total);
 }
 
 // Ends the softmax of a warp's rows, of which `rows` are real, and stores them from query row `row` on.
 template <class T, int D>
-__device__ __forceinline__ void finish(const Forward& a, Softmax<D>& state, int64_t row, int64_t head, int rows) {
+__device__ __forceinline__ void finish(const Forward& a, Softmax<D>& state, int64_t row, int64_t head, int rows,
+                                       bool keyless) {
   float factors[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float total = warp_sum<4>(state.total[half]);
-    factors[half] = total == 0 ? 0 : 1 / total;
+    factors[half] = keyless ? 0 : 1 / total;
     const int mine = lane_of_warp() / 4 + 8 * half;
     if (lane_of_warp() % 4 == 0 && mine < rows)
-      store_stats(a.op, head, row + mine, a.scale.direction < 0 ? -2 * state.most[half] : 2 * state.most[half], total);
+      store_stats(a.op, head, row + mine, keyless ? 0 : (a.scale.direction < 0 ? -2 : 2) * state.most[half], total);
   }
   const int width = static_cast<int>(a.op.width);
   const HeadRows out{a.op.out, a.op.heads * a.op.width, a.op.width};
@@ -197,7 +198,7 @@ __device__ __forceinline__ void take_turn(const Forward& a, const Tiles<T, D>& t
     }
     const bool none = tiles.queries_of(turn, start).count <= 0;
     const Own<T, D, true> own(tiles.queries(stage));
-    Softmax<D> state{{-INFINITY, -INFINITY}, {0, 0}, {}};
+    Softmax<D> state{{-FLT_MAX, -FLT_MAX}, {0, 0}, {}};
     for (int first = 0; first < keys; first += a.capacity * kRows) {
       if (!tiles.whole(turn)) {
         __syncthreads();  // the keys before are done with
@@ -215,7 +216,7 @@ __device__ __forceinline__ void take_turn(const Forward& a, const Tiles<T, D>& t
       }
     }
     const Span queries = tiles.queries_of(turn, here(start));
-    if (!none) finish<T, D>(a, state, queries.first, turn.head, min(queries.count, kRows));
+    if (!none) finish<T, D>(a, state, queries.first, turn.head, min(queries.count, kRows), keys == 0);
     __syncwarp();  // the tile of queries is done with
   }
 }

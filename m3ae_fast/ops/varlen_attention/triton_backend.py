@@ -19,6 +19,7 @@ from m3ae_fast import _triton, seqlens
 
 INTERPRETED = tl.constexpr(_triton.INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 # Below, `base` points at a head's first channel in row 0, `stride` leads to the next row, `real` masks the rows that
@@ -63,7 +64,7 @@ def _dot(a, b, sum):
 
 @triton.jit
 def _outer(a, b):
-    """a b^T of two tiles."""
+    """a b^T of two tiles. Bitwise the transpose of b a^T, where both run as the same instruction (`_tiling`)."""
     sum = _dot(a[0], tl.trans(b[0]), None)
     if len(a) == 2:
         sum = _dot(a[1], tl.trans(b[1]), sum)
@@ -101,10 +102,9 @@ def _clear(
 
 @triton.jit
 def _store_stats(stats_ptr, rows, real, peak, total, HEAD_ROWS):
-    """What op.py says of stats, of a head's rows."""
-    tl.store(stats_ptr + rows, tl.where(total == 0.0, 0.0, peak), mask=real)
-    log_total = tl.where(total == 0.0, float("-inf"), tl.log2(tl.where(total == 0.0, 1.0, total)))
-    tl.store(stats_ptr + HEAD_ROWS + rows, log_total, mask=real)
+    """What op.py says of stats, of a head's rows; without keys peak and total are 0."""
+    tl.store(stats_ptr + rows, peak, mask=real)
+    tl.store(stats_ptr + HEAD_ROWS + rows, tl.log2(total), mask=real)
 
 
 @triton.jit
@@ -123,12 +123,14 @@ def _program(blocks, HEADS: tl.constexpr):
 
 
 # Weights are 2^((score - peak) * factor): the difference comes first, and is exact where it matters, however large the
-# scores are. Scores are halves, which no two are too far apart for, with the sign of the scale.
+# scores are. Scores are halves, which no two are too far apart for, with the sign of the scale. A row whose scores are
+# all -inf has a total of 0, which makes it NaN as in eager PyTorch: peaks start at the lowest finite number.
 
 
 @triton.jit
 def _direction(scale):
     """(what makes a product a score, the factor)."""
+    scale = tl.cast(scale, tl.float32)  # of a number that fp32 has not, the interpreter makes fp64
     sign = tl.where(scale < 0, -0.5, tl.where(scale == 0, 0.0, 0.5))
     return sign, tl.where(scale == 0, 1.0, tl.abs(scale) * (2 * LOG2E))
 
@@ -137,12 +139,6 @@ def _direction(scale):
 def _scores(a, b, real, direction):
     """Scores of two tiles, -inf where not real."""
     return tl.where(real, _outer(a, b) * direction, float("-inf"))
-
-
-@triton.jit
-def _load_log_total(stats_ptr, at, real, HEAD_ROWS):
-    log_total = tl.load(stats_ptr + HEAD_ROWS + at, mask=real, other=0.0)
-    return tl.where(log_total == float("-inf"), 0.0, log_total)
 
 
 @_triton.jit(do_not_specialize=["batch", "blocks", "q_rows"])
@@ -178,12 +174,12 @@ def _forward_kernel(
         k = _load(k_ptr, k_row, keys, keys < last, WIDTH, HEAD, REST)
         v = _load(v_ptr, v_row, keys, keys < last, WIDTH, HEAD, REST)
         scores = _scores(q, k, (keys < last)[None, :], direction)
-        most = tl.max(scores, 1)
-        weights = tl.exp2((scores - tl.where(most == float("-inf"), 0.0, most)[:, None]) * factor)
+        most = tl.maximum(tl.max(scores, 1), LOWEST)
+        weights = tl.exp2((scores - most[:, None]) * factor)
         total = tl.sum(weights, 1)
         sum = _add(sum, weights, v)
     else:
-        most = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+        most = tl.full([BLOCK_Q], LOWEST, tl.float32)
         total = tl.zeros([BLOCK_Q], tl.float32)
         for start in range(first, last, BLOCK_K):
             keys = start + tl.arange(0, BLOCK_K)
@@ -191,15 +187,15 @@ def _forward_kernel(
             v = _load(v_ptr, v_row, keys, keys < last, WIDTH, HEAD, REST)
             scores = _scores(q, k, (keys < last)[None, :], direction)
             higher = tl.maximum(most, tl.max(scores, 1))
-            shift = tl.where(higher == float("-inf"), 0.0, higher)
-            weights = tl.exp2((scores - shift[:, None]) * factor)
-            shrink = tl.exp2((most - shift) * factor)
+            weights = tl.exp2((scores - higher[:, None]) * factor)
+            shrink = tl.exp2((most - higher) * factor)
             total = total * shrink + tl.sum(weights, 1)
             sum = _add(_scaled(sum, shrink[:, None]), weights, v)
             most = higher
-    sum = _scaled(sum, 1 / tl.where(total == 0.0, 1.0, total)[:, None])
+    keyless = first == last
+    sum = _scaled(sum, 1 / tl.where(keyless, 1.0, total)[:, None])
     _store(out_ptr, HEADS * WIDTH, rows, rows < end, sum, WIDTH)
-    peak = tl.where(scale < 0, -2 * most, 2 * most)
+    peak = tl.where(keyless, 0.0, tl.where(scale < 0, -2 * most, 2 * most))
     _store_stats(stats_ptr, rows, rows < end, peak, total, HEADS * q_rows)
 
 
@@ -213,7 +209,8 @@ def _backward_keys_kernel(
 ):  # fmt: skip
     """dk and dv (of the same strides) of a block of keys; where that is all keys (WHOLE), dq too, and delta made here.
 
-    delta is what a row of dscores loses to the softmax's normalisation: sum(dout * out) - dlse.
+    delta is what a row of dscores loses to the softmax's normalisation: sum(dout * out) - dlse. Where one key has all
+    the weight, out is its value, and dweights - delta is exactly 0: it is added up as dweights are.
     """
     block, key_head, sequence = _program(blocks, HEADS // GROUPS)
     dk_ptr += key_head * dk_head
@@ -249,16 +246,15 @@ def _backward_keys_kernel(
             scores = _scores(k, q, real, direction)
             dweights = _outer(v, dout)
             if WHOLE:  # the softmax itself, once more: a rounding of its total would not cancel in dweights - delta
-                most = tl.max(scores, 0)
-                weights = tl.exp2((scores - tl.where(most == float("-inf"), 0.0, most)[None, :]) * factor)
-                total = tl.sum(weights, 0)
-                weights *= (1 / tl.where(total == 0.0, 1.0, total))[None, :]
+                weights = tl.exp2((scores - tl.maximum(tl.max(scores, 0), LOWEST)[None, :]) * factor)
+                total = tl.where((first < last) & (rows < end), tl.sum(weights, 0), 1.0)
+                weights *= (1 / total)[None, :]
                 delta = tl.sum(weights * dweights, 0)
                 if dlse_ptr is not None:
                     delta -= tl.load(dlse_ptr + at, mask=rows < end, other=0.0)
             else:
                 peak = tl.load(stats_ptr + at, mask=rows < end, other=0.0) * direction
-                log_total = _load_log_total(stats_ptr, at, rows < end, HEADS * q_rows)
+                log_total = tl.load(stats_ptr + HEADS * q_rows + at, mask=rows < end, other=0.0)
                 weights = tl.exp2((scores - peak[None, :]) * factor - log_total[None, :])
                 delta = tl.load(delta_ptr + at, mask=rows < end, other=0.0)
             dscores = weights * (dweights - delta[None, :])
@@ -297,14 +293,14 @@ def _backward_queries_kernel(
     q = _load(q_ptr + head * q_head, q_row, rows, rows < end, WIDTH, HEAD, REST)
     dout = _load(dout_ptr + head * dout_head, dout_row, rows, rows < end, WIDTH, HEAD, REST)
     out = _load(out_ptr + head * WIDTH, HEADS * WIDTH, rows, rows < end, WIDTH, HEAD, REST)
-    delta = tl.sum(dout[0].to(tl.float32) * out[0].to(tl.float32), 1)
-    if REST > 0:
-        delta += tl.sum(dout[1].to(tl.float32) * out[1].to(tl.float32), 1)
+    row = tl.arange(0, BLOCK_Q)
+    delta = tl.sum(tl.where(row[:, None] == row[None, :], _outer(dout, out), 0.0), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + at, mask=rows < end, other=0.0)
     tl.store(delta_ptr + at, delta, mask=rows < end)
     peak = tl.load(stats_ptr + at, mask=rows < end, other=0.0) * 0.5
-    share = tl.exp2(-_load_log_total(stats_ptr, at, rows < end, HEADS * q_rows))
+    log_total = tl.load(stats_ptr + HEADS * q_rows + at, mask=rows < end, other=0.0)
+    share = tl.where(first == last, 0.0, tl.exp2(-log_total))
     dq = _zeros(BLOCK_Q, HEAD, REST)
     for start in range(first, last, BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
@@ -385,6 +381,8 @@ def _tiling(kernel, architecture, width, max_q, max_k, whole=False):
     block_q, block_k = min(block_q, _power_of_two(max_q)), min(block_k, _power_of_two(max_k))
     if whole and max(block_q, block_k) <= 64:
         warps = 4
+    if kernel == "keys" and not whole and block_q < 64 and architecture == "sm_90":
+        block_k = min(block_k, 32)  # too few for wgmma, as the queries were that these scores are of
     return dict(WIDTH=width, HEAD=head, REST=rest, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps, num_stages=stages)
 
 
