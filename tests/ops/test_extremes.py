@@ -277,3 +277,18 @@ def test_a_scale_that_is_0_in_fp32_weighs_all_keys_alike(impl, dtype, keys, scal
         results.append(call.run(m3ae_fast.varlen_attention, impl=impl))
     for ours, plain in zip(*(pytree.tree_leaves(each) for each in results), strict=True):
         assert torch.equal(ours, plain) and ours.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", testing.impls("feature_regression"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).removeprefix("torch."))
+def test_the_cosine_of_rows_whose_norm_is_past_the_largest_number(impl, dtype):
+    pred, target = (torch.randn(2, 4, 64, dtype=torch.float64).sign() * 2e38).to(dtype)
+    target[1] = pred[1]
+    losses = [
+        m3ae_fast.feature_regression(
+            x.requires_grad_(), y, distance="cosine", normalize=False, reduction="none", impl=each
+        )
+        for each, x, y in ((impl, pred, target), ("reference", pred.detach().double(), target.double()))
+    ]
+    torch.testing.assert_close(losses[0].double(), losses[1], rtol=0, atol=1e-5)
+    assert torch.autograd.grad(losses[0].sum(), pred)[0].isfinite().all()

@@ -40,14 +40,15 @@ def _row_weight(cu_ptr, count, samples, r, REDUCTION: tl.constexpr):
 
 
 @triton.jit
-def _norm(x):
-    """Also where the squares overflow."""
-    squares = tl.sum(x * x, 0)
-    norm = tl.sqrt(squares)
-    if squares == float("inf"):
-        small = x * FAR
-        norm = tl.sqrt(tl.sum(small * small, 0)) / FAR
-    return norm
+def _with_norm(x):
+    """(x, its norm, 1); where the squares overflow, of a row that is FAR as large, and FAR."""
+    norm = tl.sqrt(tl.sum(x * x, 0))
+    size = tl.full([], 1.0, tl.float32)
+    if norm == float("inf"):
+        x *= FAR
+        norm = tl.sqrt(tl.sum(x * x, 0))
+        size = tl.full([], FAR, tl.float32)
+    return x, norm, size
 
 
 @_triton.jit(do_not_specialize=["eps", "count", "samples"])
@@ -71,12 +72,13 @@ def _forward_kernel(
         offset = tl.where(inside, offset - tl.sum(offset, 0) / WIDTH, 0.0)
         t = offset * inverse_root(offset, WIDTH, eps)
     if DISTANCE == 2:
-        norm = _norm(p)
+        p, norm, size = _with_norm(p)
+        t, target_norm, _ = _with_norm(t)
         bounded = tl.maximum(norm, 1e-8)
-        t /= tl.maximum(_norm(t), 1e-8)  # the products of norms or of rows might overflow
+        t /= tl.maximum(target_norm, 1e-8)  # the products of norms or of rows might overflow
         cos = tl.sum(p / bounded * t, 0)
         loss = tl.where(named, 1.0 - cos, 0.0)
-        slope = (p / tl.where(norm > 0, norm, 1.0) * cos - t) / bounded
+        slope = (p / tl.where(norm > 0, norm, 1.0) * cos - t) / bounded * size
     elif DISTANCE == 1:
         loss = tl.sum(tl.abs(p - t), 0) / WIDTH
         slope = tl.where(p > t, 1.0, tl.where(p < t, -1.0, 0.0)) / WIDTH
