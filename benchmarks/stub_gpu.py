@@ -40,12 +40,19 @@ class StubDriver:
         self.utils = self
         self.calls: list[Launch] | None = None  # a list while calls are recorded
         self.functions = itertools.count(1)
+        self.device = 0  # the current one
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
+    def exchange_device(self, device: int) -> int:
+        """Make it the current one, for the one that was."""
+        self.device, before = device, self.device
+        return before
+
+    def get_current_stream(self, device: int) -> int:
+        """A number for each device, 0 for the first."""
+        return device
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32)
@@ -87,6 +94,8 @@ def install() -> StubDriver:
     triton.runtime.driver.set_active(driver)
     torch.version.cuda = torch.version.cuda or "none"
     torch.cuda.get_device_capability = lambda device=None: CAPABILITY
+    torch.cuda.current_device = driver.get_current_device
+    torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = driver.exchange_device  # of torch.cuda.device
 
     from m3ae_fast import _autograd, _backends, _checks
     from m3ae_fast.models import masking

@@ -182,7 +182,10 @@ def operator(backends: Backends, part: str | Callable) -> Callable[[Callable], O
 
 
 class Operator:
-    """A torch operator `m3ae_fast::<name>(str impl, ...)`. Called in eager mode, it does without torch's dispatcher."""
+    """A torch operator `m3ae_fast::<name>(str impl, ...)`. Called in eager mode, it does without torch's dispatcher.
+
+    Whoever calls it, autograd's threads among them, its kernels run on the device of its first argument, a tensor.
+    """
 
     def __init__(self, backends: Backends, part: str | Callable, allocate: Callable):
         self.backends, self.part, self.allocate = backends, part, allocate
@@ -201,6 +204,10 @@ class Operator:
                     "accelerated"
                 )
             return self.registered(impl, *args)
+        device = args[0].get_device()  # -1: the CPU
+        if device >= 0 and device != torch.cuda.current_device():  # which Triton, and its stream, would be
+            with torch.cuda.device(device):
+                return self(impl, *args)
         outputs, backend = self.allocate(*args), self.backends.modules[impl]
         fill = getattr(backend, self.part) if type(self.part) is str else functools.partial(self.part, backend)
         if type(outputs) is tuple:

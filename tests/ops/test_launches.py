@@ -114,6 +114,27 @@ launched(launch)
 assert not by_triton and launches[0][3] == 7
 """
 
+ELSEWHERE = """
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Dispatched(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **kwargs or {})
+
+def streams(op, device):
+    torch.Tensor.get_device = lambda self: device
+    call = testing.cases(op).make(testing.cases(op).SMALL[0])
+    called = launched(lambda: call.run(getattr(m3ae_fast, op), impl="triton"))
+    assert called and driver.device == 0, op
+    return {given[3] for given, _ in called}
+
+for op in {ops}:
+    assert streams(op, -1) == streams(op, 0) == {0}, op
+    assert streams(op, 1) == {1}, op
+    with Dispatched():
+        assert streams(op, 1) == {1}, op
+"""
+
 WATCHED = """
 kernel, x = _triton._sum_values_kernel, torch.zeros(64, dtype=torch.float64)
 
@@ -179,6 +200,11 @@ def test_every_op_launches_what_triton_would(succeeds):
 
 def test_a_kernel_serves_no_arguments_but_those_it_is_compiled_for(succeeds):
     succeeds(SPECIALIZED)
+
+
+def test_kernels_run_on_the_device_of_their_tensors(succeeds):
+    ops = [op for op, backends in _backends.LOADED.items() if "triton" in (*backends.modules, *backends.reasons)]
+    succeeds(ELSEWHERE.replace("{ops}", repr(ops)))
 
 
 def test_triton_launches_where_launches_are_watched(succeeds):
