@@ -123,6 +123,17 @@ def moved(x: Tensor, elements: int) -> Tensor:
     return torch.cat([x.new_zeros(elements), x.flatten()])[elements:].view(x.shape)
 
 
+def far_apart(x: Tensor, dimension: int) -> Tensor:
+    """The same values, the last along a dimension 2^31 elements from the first, though each step is shorter than that.
+
+    The memory between them is never touched, so the machine never gives it.
+    """
+    strides = list(x.contiguous().stride())
+    strides[dimension] = -(-(2**31) // (x.shape[dimension] - 1))
+    ends = sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True)) + 1
+    return x.new_empty(ends).as_strided(x.shape, strides).copy_(x)
+
+
 def widened(x: Tensor, width: int) -> Tensor:
     """The last dimension repeated, or cut, to `width`."""
     return x.repeat(*[1] * (x.dim() - 1), -(-width // x.shape[-1]))[..., :width]

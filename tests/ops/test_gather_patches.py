@@ -156,6 +156,17 @@ def test_offsets_past_31_bits(impl, layout):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dimension", range(4))
+def test_offsets_past_31_bits_of_shorter_strides(impl, dimension):
+    """As images permuted from [3, N, 256, 256] have them."""
+    images, ids, seqlens = pixels(3, 3, 16, 16), torch.arange(4).repeat(3), SeqLens([4, 4, 4])
+    near, far = (
+        gather_patches(x, ids, seqlens, patch_size=8, impl=impl) for x in (images, testing.far_apart(images, dimension))
+    )
+    assert torch.equal(far, near)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("size", [(0, 3, 4, 4), (2, 3, 0, 4), (2, 3, 4, 0), (2, 3, 0, 0)])
 def test_images_without_a_patch(impl, size, poison):
     """The rows belong to no image: zeros, and gradients of nothing."""

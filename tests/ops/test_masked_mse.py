@@ -157,6 +157,16 @@ def test_offsets_past_31_bits(impl):
     assert torch.equal(gradient, torch.full((1, 768), 4 / 768))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dimension", range(4))
+def test_offsets_past_31_bits_of_shorter_strides(impl, dimension):
+    """As images permuted from [3, N, 256, 256] have them."""
+    _, images, _, pred, ids, cu = problem()
+    far = testing.far_apart(images, dimension)
+    near, far = (masked_mse(pred, x, ids, cu, patch_size=4, reduction="none", impl=impl) for x in (images, far))
+    assert torch.equal(far, near)
+
+
 def test_half_on_the_cpu_goes_to_the_reference():
     _, images, _, pred, ids, cu = problem()
     loss = masked_mse(pred.half(), images, ids, cu, patch_size=4)

@@ -54,9 +54,11 @@ def load_patch(
 ):  # fmt: skip
     """fp32 values at offsets d of a patch, in (row, column, channel) order, times scale plus shift; 0 where outside."""
     channel = d % CHANNELS
-    y = patch // COLUMNS * PATCH + d // CHANNELS // PATCH
-    x = patch % COLUMNS * PATCH + d // CHANNELS % PATCH
-    at = image.to(tl.int64) * stride_n + channel * stride_c + y * stride_h + x * stride_w
+    # A stride may have 32 bits where its product has more.
+    top, left = patch // COLUMNS * PATCH, patch % COLUMNS * PATCH
+    corner = image.to(tl.int64) * stride_n + top.to(tl.int64) * stride_h + left.to(tl.int64) * stride_w
+    y, x = d // CHANNELS // PATCH, d // CHANNELS % PATCH
+    at = corner + channel.to(tl.int64) * stride_c + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
     pixel = tl.load(images_ptr + at, mask=inside, other=0).to(tl.float32)
     values = pixel * per_channel(channel, scale, CHANNELS) + per_channel(channel, shift, CHANNELS)
     return tl.where(inside, values, 0.0)
