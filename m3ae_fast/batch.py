@@ -112,16 +112,21 @@ class ImageTextBatch:
         moved.images = None if self.images is None else function(self.images)
         moved.text = function(self.text)
         moved.labels = None if self.labels is None else function(self.labels)
-        moved.text_lengths = self.text_lengths.to(moved.text.device)
+        moved.text_lengths = self.text_lengths.at(function(self.text_lengths.cu))
         moved.has_image, moved.sample_ids = self.has_image, self.sample_ids
         return moved
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> ImageTextBatch:
-        """The same batch with its tensors on `device`; what is on the host (lengths, sample ids) stays there."""
+        """The same batch with its tensors on `device`; what is on the host (lengths, sample ids) stays there.
+
+        Args:
+            device: where to.
+            non_blocking: the host does not wait where it need not: from page-locked memory to a GPU.
+        """
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> ImageTextBatch:
-        """The same batch in page-locked memory: a DataLoader with pin_memory=True calls it."""
+        """The same batch with all that `to` moves in page-locked memory: a DataLoader with pin_memory=True calls it."""
         return self._map(lambda x: x.pin_memory())
 
 

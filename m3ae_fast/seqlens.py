@@ -67,11 +67,18 @@ class SeqLens:
     def device(self) -> torch.device:
         return self.cu.device
 
-    def to(self, device: torch.device | str) -> SeqLens:
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> SeqLens:
         """The same lengths with `.cu` on `device`; host values are kept, so nothing syncs."""
+        return self.at(self.cu.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> SeqLens:
+        """The same lengths with `.cu` in page-locked memory, from which a GPU reads while the host goes on."""
+        return self.at(self.cu.pin_memory())
+
+    def at(self, cu: Tensor) -> SeqLens:
+        """The same lengths with `.cu` in other memory, which holds the same offsets: [B + 1] int32."""
         moved = object.__new__(SeqLens)
-        moved.lengths, moved.max, moved.total = self.lengths, self.max, self.total
-        moved.cu = self.cu.to(device, non_blocking=True)
+        moved.lengths, moved.max, moved.total, moved.cu = self.lengths, self.max, self.total, cu
         return moved
 
 

@@ -82,6 +82,20 @@ def poison():
 
 
 @pytest.fixture
+def pinned(monkeypatch):
+    """A stub of page-locked memory, which takes a GPU: pinned(x) says whether a tensor lies in it."""
+    pieces = {}
+
+    def pin(x):
+        copy = x.clone()
+        pieces[copy.untyped_storage().data_ptr()] = copy
+        return copy
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    return lambda x: x.untyped_storage().data_ptr() in pieces
+
+
+@pytest.fixture
 def threads():
     """torch.set_num_threads, put back afterwards."""
     before = torch.get_num_threads()

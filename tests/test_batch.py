@@ -73,6 +73,19 @@ def test_a_batch_moves_whole():
     assert repr(batch) == "ImageTextBatch(2 samples, 2 images, 5 words)"
 
 
+def test_all_that_is_moved_is_pinned(pinned, monkeypatch):
+    batch = ImageTextBatch(IMAGES, TEXT, [2, 3], labels=torch.ones(2, 4, dtype=torch.bool), sample_ids=[8, 9])
+    copy, moved = batch.pin_memory(), []
+    assert torch.equal(copy.images, IMAGES) and torch.equal(copy.text, TEXT) and torch.equal(copy.labels, batch.labels)
+    assert copy.text_lengths == batch.text_lengths and copy.sample_ids is batch.sample_ids
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *_, **options: moved.append((pinned(x), options)) or x)
+    copy.to("cuda")
+    copy.to("cuda", non_blocking=False)
+    copy.text_lengths.to("cuda", non_blocking=False)
+    assert moved == [(True, {"non_blocking": True})] * 4 + [(True, {"non_blocking": False})] * 5
+    assert pinned(SeqLens([2, 3]).pin_memory().cu) and not pinned(batch.text)
+
+
 def test_has_image_may_be_an_iterator():
     assert len(ImageTextBatch(IMAGES, has_image=iter([True, True]))) == 2
 
