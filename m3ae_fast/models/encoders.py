@@ -17,6 +17,7 @@ from m3ae_fast import nn as fast
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.models.config import EncodersConfig, ModelConfig
 from m3ae_fast.models.masking import Masked, keep_all, sample_of, within
+from m3ae_fast.models.placed import ON_HOST
 from m3ae_fast.nn.positions import FixedPositions
 from m3ae_fast.nn.rows import take_rows
 from m3ae_fast.ops import assemble_tokens
@@ -25,18 +26,15 @@ from m3ae_fast.seqlens import SeqLens
 
 @dataclasses.dataclass(frozen=True)
 class Views:
-    """Which tokens each view keeps, and where they stand: views of a sample side by side, sample after sample.
-
-    Index tensors are on the host but for `ids` and `places`.
-    """
+    """Which tokens each view keeps, and where they stand: views of a sample side by side, sample after sample."""
 
     ids: Tensor  # [K] int32, the token's number in its sample
     places: Tensor  # [K] int32, the token's number in the whole batch, + view * (tokens of the batch)
     samples: SeqLens  # tokens of each sample, all its views together
     views: SeqLens  # tokens of each view
     sequences: SeqLens  # the same, with a class token each: what comes out of an encoder
-    starts: Tensor  # [sequences] int64, where each of them begins
-    kept: tuple[Masked, ...]  # by view
+    starts: Tensor = dataclasses.field(metadata=ON_HOST)  # [sequences] int64, where each of them begins
+    kept: tuple[Masked, ...] = dataclasses.field(metadata=ON_HOST)  # by view
 
     @staticmethod
     def make(kept: Sequence[Masked], device: torch.device) -> Views:

@@ -15,6 +15,7 @@ from m3ae_fast.models.config import MAMOConfig
 from m3ae_fast.models.encoders import Views, whole
 from m3ae_fast.models.fusion import FusionLayout, Pairs
 from m3ae_fast.models.masking import BatchPlan, Masked, MaskSource, given_or_drawn, keep_all, sample_of
+from m3ae_fast.models.placed import ON_HOST
 from m3ae_fast.seqlens import SeqLens
 
 
@@ -59,8 +60,8 @@ class MAMOPlan(BatchPlan):
     hidden: Tensor  # [text.mask.total] places of the masked words among the batch's words
     cls: Tensor | None  # [2B] rows of the class tokens of every whole image and text, where ITC or ITM compares them
     layout: FusionLayout | None  # what the fusion encoder reads; None: nothing, or `passes` and ITM's pairs
-    passes: tuple[Pairs, ...]  # on the host, with ITM: what the fusion encoder reads for MRM, MIM and MLM
-    whole: Pairs | None  # on the host, with ITM: what its pairs are taken from
+    passes: tuple[Pairs, ...] = dataclasses.field(metadata=ON_HOST)  # with ITM: its pairs for MRM, MIM and MLM
+    whole: Pairs | None = dataclasses.field(metadata=ON_HOST)  # with ITM: what its pairs are taken from
     target: TargetPlan | None
     soft: float  # share of the momentum network's similarities in ITC's targets
     seed: int | None  # with `step`: keys the draw of ITM's negatives

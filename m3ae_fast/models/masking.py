@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from m3ae_fast import _checks
 from m3ae_fast.batch import ImageTextBatch
+from m3ae_fast.models.placed import ON_HOST, placed
 from m3ae_fast.ops import sample_mask
 from m3ae_fast.seqlens import SeqLens
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 STREAMS = {"image": 0, "text": 1}  # of sample_mask's random numbers, by modality
 
@@ -221,8 +226,21 @@ class BatchPlan:
     nothing, so that a CUDA graph can capture it; `copy_` then brings the next masks into the captured one.
     """
 
-    image: Masked
-    text: Masked
+    image: Masked = dataclasses.field(metadata=ON_HOST)
+    text: Masked = dataclasses.field(metadata=ON_HOST)
+
+    def pin_memory(self) -> Self:
+        """The same plan, with all that `to` moves in page-locked memory."""
+        return placed(self, Tensor.pin_memory)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Self:
+        """The same plan with its tensors on `device`; what `forward` reads on the host stays there.
+
+        Args:
+            device: where to: that of the batch.
+            non_blocking: the host does not wait where it need not: from page-locked memory to a GPU.
+        """
+        return placed(self, lambda x: x.to(device, non_blocking=non_blocking))
 
     def check(self, batch: ImageTextBatch, patches: int, source: MaskSource) -> None:
         """Raises ValueError unless it is of this batch, and nothing else says what is masked."""
