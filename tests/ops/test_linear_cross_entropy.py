@@ -185,6 +185,25 @@ def test_many_blocks_of_rows(impl, dtype, monkeypatch):
             testing.assert_error_rule(name, ours, theirs, true, 3)
 
 
+@pytest.mark.parametrize("impl", [i for i in testing.impls("linear_cross_entropy") if i == "triton"])
+def test_float16_meets_its_loss_scale_before_it_is_rounded(impl):
+    """1 / 2048 of a nearly uniform softmax over 30,522 classes is below the least float16: it is not 0 once scaled."""
+    x, weight, bias, target = tensors(4, 16, 30522, torch.float16)
+    lengths = SeqLens([1] * 4 + [0] * 2044)  # each row weighs as one of 2048 does
+    options = dict(reduction="sample_mean", cu_seqlens=lengths)
+
+    def run(impl, dtype):
+        leaves = [(each.detach() * 0.01).to(dtype).requires_grad_() for each in (x, weight, bias)]
+        loss = linear_cross_entropy(*leaves[:2], target, leaves[2], impl=impl, **options)
+        return gradients(loss * 2.0**16, *leaves)
+
+    results = run(impl, x.dtype), run("reference", x.dtype), run("reference", torch.float64)
+    for name, *each in zip(("dx", "dweight", "dbias"), *results, strict=True):
+        testing.assert_error_rule(name, *each, 3)
+    never = torch.ones(30522, dtype=torch.bool).index_fill_(0, target[target != -100], False)
+    testing.assert_error_rule("dbias of other classes", *(dbias[never] for *_, dbias in results), 3)
+
+
 @pytest.mark.parametrize("impl", [i for i in testing.impls("linear_cross_entropy") if i == "cpp"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [384, 512])

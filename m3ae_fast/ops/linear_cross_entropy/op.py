@@ -30,8 +30,9 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """cross_entropy(x W^T + b, target): ignored rows leave before the product, logits exist a block at a time.
 
-    Where gradients are wanted and the result is one number, they are made in the forward pass, from the same logits;
-    reduction="none" makes them in the backward pass, from logits computed again.
+    Where gradients are wanted and the result is one number, they are made in the forward pass, from the same logits.
+    reduction="none" makes them in the backward pass, from logits computed again, and so does float16: it cannot hold
+    softmax / T before the loss scale multiplies it.
 
     Args:
         x: [T, K] float32, bfloat16, float16 or float64.
@@ -97,7 +98,8 @@ def _linear_cross_entropy(
     ignore_index: int, reduction: str, label_smoothing: float, need: list[bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """The loss; as `need` asks for them the hits, 1 where the argmax is the target, reduced alike, and the gradients
-    dx, dweight and dbias: of the loss, or with reduction "none", [T], of sum(dloss * loss).
+    dx, dweight and dbias: of the loss, or of sum(dloss * loss) where there is a dloss. It must be there with reduction
+    "none", [T], and may be there, a number, in float16.
 
     "cpp" also takes fp32 parameters with bf16 x; their gradients are fp32 then.
     """
@@ -113,12 +115,17 @@ def _linear_cross_entropy(
     )
 
 
+def _made_at_once(x, reduction):
+    """Whether the forward pass makes the gradients, which the backward pass then scales."""
+    return reduction != "none" and x.dtype != torch.float16
+
+
 class _LinearCrossEntropy(Function):
     """One for all backends."""
 
     @staticmethod
     def forward(impl, x, weight, bias, target, cu_seqlens, ignore_index, reduction, label_smoothing, need):
-        made = need if reduction != "none" else [need[0], False, False, False]
+        made = need if _made_at_once(x, reduction) else [need[0], False, False, False]
         outputs = _linear_cross_entropy(
             impl, x, weight, bias, target, cu_seqlens, None, ignore_index, reduction, label_smoothing, made
         )
@@ -127,9 +134,9 @@ class _LinearCrossEntropy(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.impl, x, weight, bias, target, cu_seqlens, *ctx.options, need = inputs
-        ctx.need, ctx.reduced = need[1:], ctx.options[1] != "none"
+        ctx.need, ctx.made = need[1:], _made_at_once(x, ctx.options[1])
         _, hit, *gradients, to_x = output
-        if ctx.reduced:
+        if ctx.made:
             ctx.save_for_backward(*gradients, to_x)
         else:
             ctx.save_for_backward(x, weight, bias, target, cu_seqlens)
@@ -138,7 +145,7 @@ class _LinearCrossEntropy(Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, saved, dloss, *_):
-        if ctx.reduced:
+        if ctx.made:
             gradients = [scaled(g, dloss) if n else None for g, n in zip(saved[:3], ctx.need, strict=True)]
         else:
             need = [False, *ctx.need]

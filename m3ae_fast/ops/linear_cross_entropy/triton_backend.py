@@ -120,14 +120,14 @@ def _softmax_kernel(
     if SMOOTHED:
         loss += label_smoothing * (tl.sum(plain, 0) / VOCAB)
     hit = 1.0 - tl.max(beaten, 0)
-    share = 1.0
-    if REDUCTION != "none":
-        share = _share(counted_ptr, cu_ptr, total, sequences, row, REDUCTION)
+    share = _share(counted_ptr, cu_ptr, total, sequences, row, REDUCTION)
     tl.store(loss_ptr + row, loss * share)
     if hit_ptr is not None:
         tl.store(hit_ptr + row, hit * share)
     if GRADIENT:
-        dloss = tl.load(dloss_ptr + row) if REDUCTION == "none" else share.to(tl.float32)
+        dloss = share.to(tl.float32)
+        if dloss_ptr is not None:
+            dloss *= tl.load(dloss_ptr + (row if REDUCTION == "none" else 0))
         scale = dloss / sum
         spread = dloss * label_smoothing / VOCAB
         for start in range(0, VOCAB, BLOCK):
