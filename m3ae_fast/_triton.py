@@ -162,28 +162,64 @@ def row_options(block: int) -> dict[str, int]:
 # Sums over rows: chunks of rows, each summed by tiles of ROWS x COLUMNS into a partial sum, then the partial sums.
 ROWS, COLUMNS = 16, 128
 TILE_OPTIONS = {"num_warps": 4, "num_stages": 2}
+PROGRAMS = 2048  # at most, of tiles: enough loads on their way at once for the bandwidth of a large GPU
+PARTIALS = dict(ROWS=256, COLUMNS=32, num_warps=8, num_stages=1)  # all partial sums at once: one wait for memory
 
 
-def chunks(count: int) -> tuple[int, int]:
-    """(number of chunks, rows of each): the same for the same count, whatever the machine."""
-    number = min(cdiv(count, 2 * ROWS), 256)
+def chunks(count: int, tiles: int) -> tuple[int, int]:
+    """(number of chunks, rows of each) for rows of so many tiles: the same for the same shape, whatever the machine."""
+    number = min(cdiv(count, ROWS), cdiv(PROGRAMS, max(tiles, 1)))
     return number, cdiv(count, max(number, 1))
 
 
+def sum_rows(rows: torch.Tensor, out: torch.Tensor) -> None:
+    """out = rows.sum(0) of [count, width] whose columns lie side by side, added up in fp32 in a fixed order."""
+    count, width = rows.shape
+    partials = rows.new_empty(chunks(count, cdiv(width, COLUMNS))[0], width, dtype=torch.float32)
+    partial_sums(rows, partials)
+    sum_partials(partials, out)
+
+
+def partial_sums(rows: torch.Tensor, partials: torch.Tensor) -> None:
+    """partials[i] = the sum of the i-th of len(partials) chunks of rows."""
+    (count, width), number = rows.shape, partials.shape[0]
+    _partial_sums_kernel[(number, cdiv(width, COLUMNS))](
+        rows, partials, count, cdiv(count, max(number, 1)), rows.stride(0), width, ROWS, COLUMNS, **TILE_OPTIONS
+    )
+
+
 def sum_partials(partials: torch.Tensor, out: torch.Tensor) -> None:
-    """out = partials.sum(0) of a contiguous fp32 [chunks, ...], always in the same order."""
-    size = out.numel()
-    _sum_partials_kernel[(cdiv(size, COLUMNS),)](partials, out, partials.shape[0], size, ROWS, COLUMNS, **TILE_OPTIONS)
+    """out = partials.sum(0) of fp32 [chunks, ...], of each as many as out has, always in the same order."""
+    (number, *_), size = partials.shape, out.numel()
+    _sum_partials_kernel[(cdiv(size, PARTIALS["COLUMNS"]),)](
+        partials, out, number, partials.stride(0), size, **PARTIALS
+    )
+
+
+@jit(do_not_specialize=["count", "per_chunk"])
+def _partial_sums_kernel(
+    rows_ptr, partials_ptr, count, per_chunk, stride, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    chunk = tl.program_id(0)
+    d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    end = tl.minimum((chunk + 1) * per_chunk, count)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(chunk * per_chunk, end, ROWS):
+        t = start + tl.arange(0, ROWS)
+        inside = (t < end)[:, None] & (d < width)[None, :]
+        at = t.to(tl.int64)[:, None] * stride + d[None, :]
+        total += tl.load(rows_ptr + at, mask=inside, other=0).to(tl.float32)
+    tl.store(partials_ptr + chunk.to(tl.int64) * width + d, tl.sum(total, 0), mask=d < width)
 
 
 @jit(do_not_specialize=["count", "size"])
-def _sum_partials_kernel(partials_ptr, out_ptr, count, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _sum_partials_kernel(partials_ptr, out_ptr, count, stride, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, count, ROWS):
         row = start + tl.arange(0, ROWS)
         inside = (row < count)[:, None] & (d < size)[None, :]
-        total += tl.load(partials_ptr + row.to(tl.int64)[:, None] * size + d[None, :], mask=inside, other=0)
+        total += tl.load(partials_ptr + row.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0)
     tl.store(out_ptr + d, tl.sum(total, 0), mask=d < size)
 
 
@@ -239,16 +275,25 @@ def _sum_groups_kernel(
 
 
 def sum_resources(width: int, dtype: torch.dtype):
-    """The kernels above for rows of this width and dtype: sums of three partials, and sums of groups."""
+    """The kernels above for rows of this width and dtype."""
     block = min(next_power_of_2(width), GROUP_COLUMNS)
     pointers = {"rows_ptr": element(dtype), "order_ptr": "*i64", "starts_ptr": "*i32", "out_ptr": element(dtype)}
     constants = {"WIDTH": width, "ROWS": GROUP_TILE // block, "BLOCK": block}
     yield Resource(
         f"sum_groups {width} {str(dtype).removeprefix('torch.')}", _sum_groups_kernel, pointers, constants, TILE_OPTIONS
     )
-    pointers = {"partials_ptr": "*fp32", "out_ptr": "*fp32", "count": "i32", "size": "i32"}
+    pointers = {"partials_ptr": "*fp32", "out_ptr": "*fp32", "count": "i32", "stride": "i32:16", "size": "i32"}
+    constants = {"ROWS": PARTIALS["ROWS"], "COLUMNS": PARTIALS["COLUMNS"]}
+    yield Resource("sum_partials", _sum_partials_kernel, pointers, constants, {"num_warps": 8, "num_stages": 1})
+    pointers = {"rows_ptr": element(dtype), "partials_ptr": "*fp32", "stride": "i32:16", "width": "i32:16"}
     constants = {"ROWS": ROWS, "COLUMNS": COLUMNS}
-    yield Resource("sum_partials", _sum_partials_kernel, pointers, constants, TILE_OPTIONS)
+    yield Resource(
+        f"partial_sums {str(dtype).removeprefix('torch.')}",
+        _partial_sums_kernel,
+        pointers | {"count": "i32", "per_chunk": "i32"},
+        constants,
+        TILE_OPTIONS,
+    )
 
 
 @triton.jit

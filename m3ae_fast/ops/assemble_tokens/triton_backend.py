@@ -40,9 +40,10 @@ def backward(
         source, target, cu_image, cu_text, _samples(cu_image, cu_text), image_rows, has_cls, **_triton.row_options(1)
     )
     if any(need[:3]):  # image rows, text rows, sums
-        number, per_chunk = _triton.chunks(count)
+        tiles = _triton.cdiv(width, _triton.COLUMNS)
+        number, per_chunk = _triton.chunks(count, tiles)
         partials = None if dparts is None else dout.new_empty(number, 3, width, dtype=torch.float32)
-        _backward_kernel[(number, _triton.cdiv(width, _triton.COLUMNS))](
+        _backward_kernel[(number, tiles)](
             dout, source, target, dimage, dtext, partials, count, per_chunk, image_rows, width, _triton.ROWS,
             _triton.COLUMNS, **_triton.TILE_OPTIONS,
         )  # fmt: skip

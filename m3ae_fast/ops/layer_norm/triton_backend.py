@@ -19,7 +19,7 @@ def forward(x, residual, weight, bias, eps, dtype, y, s, stats):
 
 def backward(dy, ds, s, weight, stats, need_input, need_params, dx, dparams):
     count, width = s.shape
-    number, per_chunk = _triton.chunks(count)
+    number, per_chunk = _triton.chunks(count, 4)  # dy, s, ds and dx are tiles of TILE values each
     partials = s.new_empty(number, 2, width, dtype=torch.float32) if need_params else None
     block, rows, options = _backward_tile(width)
     _backward_kernel[(number,)](
@@ -33,7 +33,7 @@ def _backward_tile(width):
     """(values of a row with their padding, rows at a time, launch options)."""
     block = _triton.next_power_of_2(width)
     rows = max(TILE // block, 1)
-    return block, rows, {"num_warps": min(max(rows * block // 512, 4), 16), "num_stages": 1}
+    return block, rows, {"num_warps": min(max(rows * block // 256, 4), 16), "num_stages": 1}
 
 
 @_triton.jit(do_not_specialize=["count", "eps"])
@@ -72,7 +72,9 @@ def _backward_kernel(
     d = tl.arange(0, BLOCK)
     end = tl.minimum((chunk + 1) * per_chunk, count)
     dweight, dbias = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(chunk * per_chunk, end, ROWS):
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + d, mask=d < WIDTH, other=0)[None, :]
+    for start in tl.range(chunk * per_chunk, end, ROWS, num_stages=2):
         t = start + tl.arange(0, ROWS)
         inside = (t < end)[:, None] & (d < WIDTH)[None, :]
         at = t.to(tl.int64)[:, None] * WIDTH + d[None, :]
@@ -85,7 +87,7 @@ def _backward_kernel(
             dbias += g
         if dx_ptr is not None:
             if weight_ptr is not None:
-                g *= tl.load(weight_ptr + d, mask=d < WIDTH, other=0)[None, :]
+                g *= weight
             mean_g = (tl.sum(g, 1) / WIDTH)[:, None]
             mean_gh = (tl.sum(g * h, 1) / WIDTH)[:, None]
             dx = (g - (mean_g + h * mean_gh)) * rstd

@@ -42,22 +42,21 @@ def activate(z, activation, y):
 
 def through(dy, z, activation, dbias, dz=None):
     """dy times the slope of the activation at z, in dz, which may be dy itself; dbias: the sum of its rows."""
-    count, width = dy.shape
-    number, per_chunk = _triton.chunks(count)
-    if activation:
-        dz = torch.empty_like(dy) if dz is None else dz
+    if not activation:
+        if dbias is not None:
+            _triton.sum_rows(dy, dbias)
+        return dy
+    (count, width), dz = dy.shape, torch.empty_like(dy) if dz is None else dz
+    tiles = _triton.cdiv(width, _triton.COLUMNS)
+    number, per_chunk = _triton.chunks(count, tiles)
     partials = None if dbias is None else dy.new_empty(number, width, dtype=torch.float32)
-    if activation or dbias is not None:
-        _backward_kernel[(number, _triton.cdiv(width, _triton.COLUMNS))](
-            dy, z if activation else None, dz if activation else None, partials, count, width, per_chunk,
-            TANH.get(activation, False), _triton.ROWS, _triton.COLUMNS, **_triton.TILE_OPTIONS,
-        )  # fmt: skip
+    _backward_kernel[(number, tiles)](
+        dy, z, dz, partials, count, width, per_chunk, TANH[activation], _triton.ROWS, _triton.COLUMNS,
+        **_triton.TILE_OPTIONS,
+    )  # fmt: skip
     if dbias is not None:
-        sums = dbias if dbias.dtype == torch.float32 else dbias.new_empty(width, dtype=torch.float32)
-        _triton.sum_partials(partials, sums)
-        if sums is not dbias:
-            dbias.copy_(sums)
-    return dz if activation else dy
+        _triton.sum_partials(partials, dbias)
+    return dz
 
 
 @triton.jit
@@ -94,16 +93,14 @@ def _backward_kernel(
         t = start + tl.arange(0, ROWS)
         inside = (t < end)[:, None] & (d < width)[None, :]
         at = t.to(tl.int64)[:, None] * width + d[None, :]
-        gradient = tl.load(dy_ptr + at, mask=inside, other=0).to(tl.float32)
-        if z_ptr is not None:
-            z = tl.load(z_ptr + at, mask=inside, other=0).to(tl.float32)
-            share = _share(z, TANH)
-            if TANH:
-                slope = share + z * share * (1.0 - share) * (1.5957691216057308 * (1.0 + 0.134145 * z * z))
-            else:
-                slope = share + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
-            gradient *= slope
-            tl.store(dz_ptr + at, gradient, mask=inside)
+        z = tl.load(z_ptr + at, mask=inside, other=0).to(tl.float32)
+        share = _share(z, TANH)
+        if TANH:
+            slope = share + z * share * (1.0 - share) * (1.5957691216057308 * (1.0 + 0.134145 * z * z))
+        else:
+            slope = share + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+        gradient = tl.load(dy_ptr + at, mask=inside, other=0).to(tl.float32) * slope
+        tl.store(dz_ptr + at, gradient, mask=inside)
         total += gradient
     if partials_ptr is not None:
         tl.store(partials_ptr + chunk.to(tl.int64) * width + d, tl.sum(total, 0), mask=d < width)

@@ -27,10 +27,11 @@ def backward(
     count, width = dout.shape
     if dkept is not None:
         dkept.zero_()  # rows that are not named
-    number, per_chunk = _triton.chunks(count)
+    tiles = _triton.cdiv(width, _triton.COLUMNS)
+    number, per_chunk = _triton.chunks(count, tiles)
     partials = None if dsums is None else dout.new_empty(number, 2, 2, width, dtype=torch.float32)
     if dkept is not None or dsums is not None:
-        _backward_kernel[(number, _triton.cdiv(width, _triton.COLUMNS))](
+        _backward_kernel[(number, tiles)](
             dout, rows, slots, dkept, partials, count, patches, per_chunk, width, _triton.ROWS, _triton.COLUMNS,
             **_triton.TILE_OPTIONS,
         )  # fmt: skip
