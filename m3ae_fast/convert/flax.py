@@ -146,6 +146,8 @@ def load_flax_checkpoint(path: str | os.PathLike) -> dict[str, np.ndarray]:
         containers (the message says what), or holds no parameters.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # nobody may write into a pipe, and a device may never end
+        raise ValueError(f"{path} must be a pickle of the public JAX code: it is no regular file")
     with open(path, "rb") as file:
         start = file.read(len(_TORCH_LEGACY))
     if start.startswith(_ZIP) or start == _TORCH_LEGACY:

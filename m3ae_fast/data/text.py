@@ -12,6 +12,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from m3ae_fast import _checks
 from m3ae_fast._files import replacing
+from m3ae_fast.data.limits import check_file
 
 UNKNOWN = "[UNK]"
 SPECIALS = ("[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]")  # M3AE uses [UNK] alone; BERT's tools expect all five
@@ -39,11 +40,12 @@ class Tokenizer:
         """A vocabulary made elsewhere: `vocab.txt`, a token a line, or a `tokenizer.json` (any name ending in .json).
 
         Raises:
-            FileNotFoundError, ValueError: naming the file and what is wrong in it.
+            OSError, ValueError: naming the file and what is wrong in it.
         """
         path = Path(path)
         if path.suffix == ".json":
             return cls.load(path)
+        check_file(path)
         try:
             tokens = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
         except UnicodeDecodeError as error:
@@ -91,8 +93,9 @@ class Tokenizer:
         """What `save` wrote, or any other tokenizer.json.
 
         Raises:
-            FileNotFoundError, ValueError: naming the file.
+            OSError, ValueError: naming the file.
         """
+        check_file(path)
         try:
             return cls(_Tokenizer.from_str(Path(path).read_text(encoding="utf-8")))
         except OSError:

@@ -87,7 +87,8 @@ def pick_device(name: str | None) -> torch.device:
         if torch.empty(0, device=name).is_meta:
             raise ValueError(f"device must be one that computes, got {name!r}")
     except (RuntimeError, AssertionError) as error:  # "not compiled with CUDA" is an AssertionError
-        raise ValueError(f"device must be one that torch can use, got {name!r}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].partition(". ")[0]  # what follows lists all that torch was built with
+        raise ValueError(f"device must be one that torch can use, got {name!r}: {reason}") from None
     return torch.device(name)
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import os
 import pickle
 import sys
 import types
@@ -195,6 +196,13 @@ def test_files_that_are_no_checkpoint(tmp_path, parameters):
             load_flax_checkpoint(path)
     with pytest.raises(FileNotFoundError):
         load_flax_checkpoint(tmp_path / "missing.pkl")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_regular_file_is_not_read(tmp_path, make):
+    make(tmp_path / "model.pkl")
+    with pytest.raises(ValueError, match=r"model\.pkl must be .*: it is no regular file"):
+        load_flax_checkpoint(tmp_path / "model.pkl")
 
 
 def test_unknown_parameters_are_named():

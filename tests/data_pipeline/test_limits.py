@@ -19,7 +19,15 @@ import pytest
 from PIL import Image
 
 from m3ae_fast import M3AEFastWarning
-from m3ae_fast.data import BadSample, EncodedImage, FolderDataset, HDF5Dataset, JSONLinesDataset, TarDataset
+from m3ae_fast.data import (
+    BadSample,
+    EncodedImage,
+    FolderDataset,
+    HDF5Dataset,
+    JSONLinesDataset,
+    TarDataset,
+    Tokenizer,
+)
 from m3ae_fast.data.shards import expand_braces
 from tests.data_pipeline.test_readers import PHOTOS, all_bad, jsonl, pairs_file, streamed, tar
 
@@ -75,6 +83,12 @@ class TestNoFiles:
         dataset = FolderDataset(tmp_path)
         (bad,) = all_bad(dataset).values()
         assert bad.kind == "caption" and "x.txt is no regular file" in str(bad) and list(dataset.captions()) == []
+
+    @ODD
+    @pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json"])
+    def test_vocabularies(self, tmp_path, kind, name):
+        with pytest.raises(OSError, match=f"{name} is no regular file"):
+            Tokenizer.from_vocab(odd_file(tmp_path / name, kind))
 
     @ODD
     def test_data_sets(self, tmp_path, kind):
