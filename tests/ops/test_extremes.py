@@ -30,7 +30,7 @@ FEW = (1e7, 1e30) if _backends.TESTED else (1e-30, 1e7, 1e20, 1e37)
 MIXED = (1e5, 1e20, 1e37)
 # The backward pass knows the output as it was rounded, and what it subtracts from the gradients of weights comes of it.
 # Where one weight is nearly 1, or large keys tie, gradients of q and k in bfloat16 are differences no larger than that.
-OF_ROUNDED_OUTPUT = {("varlen_attention", torch.bfloat16): ("gradient 0", "gradient 1")}
+OF_ROUNDED_OUTPUT = {("varlen_attention", "cpp", torch.bfloat16): ("gradient 0", "gradient 1")}
 ADDING = ("assemble_tokens", "gather_patches", "restore_tokens")
 FACTORS = (4, 6)  # twice the contract's: among so many calls eager PyTorch is lucky in some
 NORMS = ("feature_regression", "layer_norm", "masked_mse")
@@ -198,7 +198,9 @@ def faults(op, impl, dtype, tried, parts):
     ("op", "impl", "case", "dtype", "magnitude"), SWEEP, ids=lambda x: str(x).removeprefix("torch.")
 )
 def test_extremes(op, impl, case, dtype, magnitude, isa):
-    found = list(faults(op, impl, dtype, variants(make(op, case, dtype), magnitude, op, case), whole))
+    left_out = OF_ROUNDED_OUTPUT.get((op, impl, dtype), ()) if case == "streamed" else ()
+    found = faults(op, impl, dtype, variants(make(op, case, dtype), magnitude, op, case), whole)
+    found = [each for each in found if each.split(": ")[1] not in left_out]
     assert not found, "\n".join(found)
 
 
@@ -210,7 +212,7 @@ def test_extremes(op, impl, case, dtype, magnitude, isa):
 )
 def test_mixed_extremes(op, impl, case, dtype, magnitude, isa):
     """A few large and small values among ordinary ones."""
-    left_out = OF_ROUNDED_OUTPUT.get((op, dtype), ())
+    left_out = OF_ROUNDED_OUTPUT.get((op, impl, dtype), ())
     tried = mixed_variants(make(op, case, dtype), magnitude, case)
     found = [each for each in faults(op, impl, dtype, tried, by_size) if each.split(": ")[1] not in left_out]
     assert not found, "\n".join(found)

@@ -47,7 +47,9 @@ def varlen_attention(
             device. float16 on the CPU: the reference.
 
     q, k and v of different dtypes meet in the widest; under autocast, in autocast's. Products are summed and the
-    softmax is taken in fp32 (fp64 for fp64). Differentiable, through lse too, and the same bits on every run.
+    softmax is taken in fp32 (fp64 for fp64). Differentiable, through lse too, and the same bits on every run. In bf16
+    and fp16 the backward pass reads out as it was rounded: where one weight is nearly 1, gradients of q and k, which
+    are nearly 0 there, are as wrong as that rounding times dout . v (as in FlashAttention).
 
     Returns:
         out [Tq, H, D]; with return_lse also lse [H, Tq] float32 (float64 for float64): the natural log of the sum of
