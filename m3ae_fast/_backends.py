@@ -47,6 +47,8 @@ class Backends:
     def __init__(self, op: str, modules: dict[str, ModuleType], reasons: dict[str, str]):
         self.op, self.modules, self.reasons = op, modules, reasons
         self.picked: dict[tuple, str] = {}  # what `pick` found for an impl, a device and dtypes
+        # How many channels rows (of a head, in attention) may have, where a backend has a limit: its module's WIDEST.
+        self.widest = {impl: module.WIDEST for impl, module in modules.items() if hasattr(module, "WIDEST")}
 
     def __getitem__(self, impl: str) -> ModuleType:
         return self.modules[impl]
@@ -68,11 +70,15 @@ class Backends:
         return None
 
     def cannot_run(self, impl: str, tensor: Tensor, *others: torch.dtype) -> str | None:
-        """Why `impl` cannot run a call with this tensor: refusal's reasons, or its module's own (its `refusal`)."""
+        """Why `impl` cannot run a call with this tensor; None where it can."""
         reason = self.refusal(impl, tensor.device.type, tensor.dtype, *others)
-        if reason is None and hasattr(self.modules[impl], "refusal"):
-            reason = self.modules[impl].refusal(tensor)
+        if reason is None and self.too_wide(impl, tensor.shape):
+            reason = f"it takes at most {self.widest[impl]} channels a head, got {tensor.shape[-1]}"
         return reason
+
+    def too_wide(self, impl: str, shape: tuple[int, ...]) -> bool:
+        """Whether rows have more channels than `impl` takes."""
+        return impl in self.widest and shape[-1] > self.widest[impl]
 
 
 def load(package: str, *impls: str) -> Backends:
@@ -101,9 +107,9 @@ def pick(backends: Backends, impl: str | None, tensor: Tensor, *others: torch.dt
         return _pick(backends, impl, tensor, *others)
     key = (impl, tensor.device.type, tensor.dtype, *others)
     picked = backends.picked.get(key)
-    if picked is None:
+    if picked is None or (picked in backends.widest and backends.too_wide(picked, tensor.shape)):
         picked = _pick(backends, impl, tensor, *others)
-        if not hasattr(backends.modules.get(picked), "refusal"):  # which looks at sizes; no preferred backend has one
+        if picked != "reference" or not backends.widest:  # else the reference perhaps runs wide rows alone
             backends.picked[key] = picked
     return picked
 
@@ -123,10 +129,12 @@ def _pick(backends: Backends, impl: str | None, tensor: Tensor, *others: torch.d
     return impl
 
 
-def has_kernels(backends: Backends, impl: str | None, device: str, *dtypes: torch.dtype) -> bool:
+def has_kernels(
+    backends: Backends, impl: str | None, device: str, shape: tuple[int, ...], *dtypes: torch.dtype
+) -> bool:
     """Whether calls with such tensors are run by kernels; impl None: by those of the fastest backend for the device."""
     names = PREFERENCE.get(device, ()) if impl is None else (impl,)
-    return any(backends.refusal(name, device, *dtypes) is None for name in names)
+    return any(backends.refusal(name, device, *dtypes) is None and not backends.too_wide(name, shape) for name in names)
 
 
 def product_dtype(*tensors: Tensor) -> torch.dtype:

@@ -40,7 +40,7 @@ def untouched(module: nn.Module, kind: type) -> bool:
     )
 
 
-def takes(x: Tensor, update: Tensor | None, seqlens: SeqLens, parameters: list[Tensor | None]) -> bool:
+def takes(x: Tensor, update: Tensor | None, seqlens: SeqLens, parameters: list[Tensor | None], heads: int) -> bool:
     """Whether the node can take these: nothing traces or wraps them, kernels run every op, no product has to cast its
     rows, and the sizes are a block's. What it does not take goes through the ops, which say what is wrong with it."""
     rows = [x] if update is None else [x, update]
@@ -59,13 +59,13 @@ def takes(x: Tensor, update: Tensor | None, seqlens: SeqLens, parameters: list[T
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     weights = tuple(p.dtype for p in parameters)
-    return _kernels_take(_backends._FORCED, device, autocast, weights, tuple(each.dtype for each in rows))
+    return _kernels_take(_backends._FORCED, device, width, heads, autocast, weights, tuple(each.dtype for each in rows))
 
 
 @functools.cache
 def _kernels_take(
-    impl: str | None, device: str, autocast: torch.dtype | None, weights: tuple[torch.dtype, ...],
-    rows: tuple[torch.dtype, ...],
+    impl: str | None, device: str, width: int, heads: int, autocast: torch.dtype | None,
+    weights: tuple[torch.dtype, ...], rows: tuple[torch.dtype, ...],
 ) -> bool:  # fmt: skip
     dtypes = {*weights, *rows} if autocast is None else {*weights, *rows, autocast}
     if torch.float64 in dtypes and len(dtypes) > 1:
@@ -74,7 +74,8 @@ def _kernels_take(
         return False
     if not all(dtype.is_floating_point for dtype in dtypes):
         return False
-    return all(_backends.has_kernels(op, impl, device, *dtypes) for op in (LAYER_NORM, LINEAR, ATTENTION))
+    shapes = ((LAYER_NORM, (width,)), (LINEAR, (width,)), (ATTENTION, (heads, width // heads)))
+    return all(_backends.has_kernels(op, impl, device, shape, *dtypes) for op, shape in shapes)
 
 
 def apply(

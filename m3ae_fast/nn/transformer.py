@@ -78,7 +78,7 @@ class Block(nn.Module):
         scales = self._scale(*asked), self._scale(*asked)
         layers = self._layers() if rows is None and not torch.compiler.is_compiling() else ()
         parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
-        if parameters and block_node.takes(x, update, seqlens, parameters):
+        if parameters and block_node.takes(x, update, seqlens, parameters, self.attn.heads):
             settings = self.attn.heads, (self.norm1.eps, self.norm2.eps), self.mlp.fc2.input_activation or ""
             x, y = block_node.apply(x, update, seqlens, parameters, scales, settings)
             return (x, y) if apart else x + y

@@ -356,3 +356,16 @@ def test_a_whole_transformer_with_checkpoints(nodes):
     assert_equal(plain, gradients())
     nodes.off()
     assert_equal(plain, gradients())
+
+
+def test_heads_too_wide_for_the_kernels_are_left_to_the_ops(nodes, monkeypatch, device):
+    """Where the reference runs the attention."""
+    block, (x, _) = stirred(device=device), inputs(device=device)
+    seqlens = SEQLENS.to(device)
+    near = block(x, seqlens)
+    made = nodes.made
+    monkeypatch.setattr(block_node, "_kernels_take", block_node._kernels_take.__wrapped__)
+    for impl in _backends.PREFERENCE[x.device.type]:
+        monkeypatch.setitem(block_node.ATTENTION.widest, impl, 4)
+    torch.testing.assert_close(block(x, seqlens), near)
+    assert nodes.made == made

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from m3ae_fast import SeqLens, _backends, testing, varlen_attention, varlen_attention_qkvpacked
 from m3ae_fast.ops.varlen_attention import cases
+from m3ae_fast.ops.varlen_attention.op import BACKENDS
 
 IMPLS = ["reference", *testing.impls("varlen_attention")]
 COMPILED = testing.impls("varlen_attention")
@@ -456,6 +457,25 @@ def test_cuda_refuses_wide_heads(impl):
     x = randn(3, 1, 129, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"impl='cuda' cannot run varlen_attention: .* at most 128 .* got 129"):
         varlen_attention(x, x, x, SeqLens([3]), impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_heads_of_any_width_run_or_are_refused_by_name(impl, isa):
+    widest, dtype = BACKENDS.widest.get(impl, 700), torch.bfloat16
+    q, k, v = (randn(40, 1, widest, dtype=dtype, seed=s, grad=True) for s in range(3))
+    assert_error_rules(testing.Call((q, k, v, SeqLens([33, 7]))), impl)
+    if impl in BACKENDS.widest:
+        x = torch.zeros(3, 1, widest + 1, dtype=dtype)
+        refused = f"impl='{impl}' cannot run varlen_attention: .* at most {widest} channels a head, got {widest + 1}"
+        with pytest.raises(ValueError, match=refused):
+            varlen_attention(x, x, x, SeqLens([3]), impl=impl)
+
+
+@pytest.mark.skipif(_backends.TESTED is not None, reason="the CPU's kernels stand for a GPU's here")
+def test_heads_too_wide_for_the_kernels_take_the_reference(monkeypatch):
+    monkeypatch.setitem(BACKENDS.widest, "cpp", 64)
+    for width, impl in (64, "cpp"), (65, "reference"), (64, "cpp"), (65, "reference"):
+        assert _backends.pick(BACKENDS, None, torch.zeros(3, 1, width)) == impl
 
 
 class far_apart:

@@ -12,10 +12,6 @@ FLOATS = (torch.bfloat16, torch.float16)
 WIDEST = 128
 
 
-def refusal(q):
-    return f"its heads are at most {WIDEST} channels wide, got {q.shape[-1]}" if q.shape[-1] > WIDEST else None
-
-
 @functools.cache
 def shared_limit(device):
     """Bytes of shared memory that a block may have; the emulator's: an H200's."""

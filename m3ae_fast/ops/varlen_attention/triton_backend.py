@@ -18,6 +18,7 @@ import triton.language as tl
 from m3ae_fast import _triton, seqlens
 
 INTERPRETED = tl.constexpr(_triton.INTERPRETED)
+WIDEST = 512  # channels of a head, as TILES has them
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
