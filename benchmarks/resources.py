@@ -1,8 +1,9 @@
 """Registers, spills, shared memory and tensor-core instructions of every GPU kernel, without a GPU.
 
 python -m benchmarks.resources [--arch sm_80,sm_90] [--op layer_norm] compiles the Triton kernels. It fails where one
-spills, where the instruction that it means is missing, or where an exact one holds a fused multiply-add. What is
-compiled is what each backend's resources() declares (m3ae_fast/_triton.py).
+spills or is a trap (its sums do not fit sm_100's tensor memory), where the instruction that it means is missing, or
+where an exact one holds a fused multiply-add. What is compiled is what each backend's resources() declares
+(m3ae_fast/_triton.py).
 
 python -m benchmarks.resources --cuda [--op layer_norm] reads the compiled module m3ae_fast._cuda. It fails where a
 kernel spills, and where one of attention runs outside the tensor cores.
@@ -21,7 +22,9 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-PRODUCTS = {"mma": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async"}
+PRODUCTS = {"mma": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma"}
+LARGE = {90: "wgmma", 100: "tcgen05"}  # the instruction for tiles of 64 rows and more; elsewhere "mma"
+ARCHS = "sm_80,sm_90,sm_100,sm_120"
 
 
 def backends(op: str | None):
@@ -140,16 +143,19 @@ def show_cuda(op: str | None) -> int:
     return failed
 
 
-def complaints(resource, capability: int, used: dict[str, int], found: set[str], fused: int) -> list[str]:
+def complaints(resource, capability: int, used: dict[str, int], ptx: str, found: set[str]) -> list[str]:
     """Why this kernel fails the check."""
     out = []
     if used["STACK"] or used["LOCAL"]:
         out.append(f"spills {used['STACK'] + used['LOCAL']} bytes")
+    if "trap;" in ptx:
+        out.append("is a trap")
     if resource.instruction == "mma" and not found:
         out.append("no tensor-core instruction")
-    meant = "wgmma" if capability >= 90 else "mma"
+    meant = LARGE.get(capability, "mma")
     if resource.instruction == "wgmma" and meant not in found:
         out.append(f"no {meant}")
+    fused = len(re.findall(r"\bfma\.rn", ptx))
     if resource.options.get("enable_fp_fusion") is False and fused:
         out.append(f"{fused} fused multiply-adds")
     return out
@@ -158,7 +164,7 @@ def complaints(resource, capability: int, used: dict[str, int], found: set[str],
 def main() -> None:
     """Print a table; exit 1 with complaints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="sm_80,sm_90", help="comma-separated; default sm_80,sm_90")
+    parser.add_argument("--arch", default=ARCHS, help=f"comma-separated; default {ARCHS}")
     parser.add_argument("--op", help="one op alone")
     parser.add_argument("--cuda", action="store_true", help="the compiled CUDA module instead")
     options = parser.parse_args()
@@ -185,7 +191,7 @@ def show_triton(only: str | None, archs: list[str]) -> int:
                 compiled = compile_for(resource, capability)
                 used, ptx = usage(compiled.asm["cubin"]), compiled.asm["ptx"]
                 found = {name for name, pattern in PRODUCTS.items() if re.search(pattern, ptx)}
-                wrong = complaints(resource, capability, used, found, len(re.findall(r"\bfma\.rn", ptx)))
+                wrong = complaints(resource, capability, used, ptx, found)
                 failed += bool(wrong)
                 print(
                     f"{arch:<7}{resource.name:<58}{compiled.metadata.num_warps:>6}{used['REG']:>6}"

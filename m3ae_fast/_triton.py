@@ -14,14 +14,14 @@ models, exactly as `forward` and `backward` would launch them (take the launch o
             {"residual_ptr": None, "WIDTH": 384, "BLOCK": 512},  # the others; a pointer that is None is one of them
             {"num_warps": 4, "num_stages": 1},       # launch options
             None,                                    # or "mma", "wgmma": the tensor-core instruction that must be there
-            None,                                    # or "sm_80", "sm_90": the only architecture that is launched so
+            None,                                    # or "sm_90", ...: the only architecture that is launched so
         )
 
-`python -m benchmarks.resources` compiles each of them for sm_80 and sm_90 on a machine without a GPU and prints
-registers, spills, shared memory and instructions. It fails on a spill, on "mma" without `mma.sync` (or, on sm_90,
-`wgmma`), on "wgmma" without `wgmma` on sm_90 (or `mma.sync` on sm_80), and where `enable_fp_fusion` is False and a
-fused multiply-add is there all the same. Pointers count as aligned to 16 bytes, as torch allocates; an integer that is
-always a multiple of 16 says so: "i32:16".
+`python -m benchmarks.resources` compiles each of them for sm_80, sm_90, sm_100 and sm_120 on a machine without a GPU
+and prints registers, spills, shared memory and instructions. It fails on a spill, on a kernel that is a trap, on "mma"
+without a tensor-core instruction, on "wgmma" without `wgmma` (on sm_100 `tcgen05.mma`, on sm_80 and sm_120
+`mma.sync`), and where `enable_fp_fusion` is False and a fused multiply-add is there all the same. Pointers count as
+aligned to 16 bytes, as torch allocates; an integer that is always a multiple of 16 says so: "i32:16".
 """
 
 from __future__ import annotations

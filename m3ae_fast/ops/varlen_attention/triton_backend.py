@@ -316,10 +316,11 @@ def _backward_queries_kernel(
 
 
 # Per kernel (largest tile width, block of queries, block of keys, warps, pipeline stages); blocks shrink to the longest
-# sequence. Found by `python -m benchmarks.resources`: no register spills, wgmma on sm_90. Untimed. "fp32": products run
-# outside the tensor cores there, and one block of all keys would spill, as it would on sm_80 at 80 channels and more.
+# sequence. Found by `python -m benchmarks.resources`: no register spills, wgmma on sm_90, tcgen05 on sm_100. Untimed.
+# "fp32": products run outside the tensor cores there, and one block of all keys would spill, as it would on sm_80 at 80
+# channels and more.
 SHORT = 128
-WHOLE_WIDTH = {"sm_90": 128, "sm_80": 64, "fp32": 0}
+WHOLE_WIDTH = {"sm_120": 64, "sm_100": 128, "sm_90": 128, "sm_80": 64, "fp32": 0}
 TILES = {
     "sm_90": {
         "forward": ((128, 64, 64, 4, 2), (512, 32, 32, 8, 1)),
@@ -347,12 +348,19 @@ TILES = {
         "keys": ((80, 32, 32, 8, 1), (512, 16, 16, 8, 1)),
     },
 }
+# On sm_100 the sums of products lie in a memory of their own, of 512 columns; 64 queries of 80 channels need 560.
+TILES["sm_100"] = TILES["sm_90"] | {
+    "keys_whole": ((64, 64, SHORT, 8, 1), (80, 32, SHORT, 4, 1), (128, 32, SHORT, 8, 1)),
+}
+# sm_120 multiplies as sm_80 does, by mma.sync alone.
+TILES["sm_120"] = TILES["sm_80"] | {"queries": ((80, 64, 64, 4, 2), (512, 32, 32, 8, 1))}
+NEWER = {9: "sm_90", 10: "sm_100", 12: "sm_120"}  # by the first digits of a GPU's compute capability
 
 
 @functools.cache
 def _generation(device):
     """The architecture whose tiles a GPU takes; the interpreter's, which takes any, is sm_90."""
-    return "sm_90" if _triton.INTERPRETED or torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
+    return "sm_90" if _triton.INTERPRETED else NEWER.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 
 
 def _architecture(x):
@@ -382,8 +390,8 @@ def _tiling(kernel, architecture, width, max_q, max_k, whole=False):
     block_q, block_k = min(block_q, _power_of_two(max_q)), min(block_k, _power_of_two(max_k))
     if whole and max(block_q, block_k) <= 64:
         warps = 4
-    if kernel == "keys" and not whole and block_q < 64 and architecture == "sm_90":
-        block_k = min(block_k, 32)  # too few for wgmma, as the queries were that these scores are of
+    if kernel == "keys" and not whole and block_q < 64 and architecture in ("sm_90", "sm_100"):
+        block_k = min(block_k, 32)  # too few for wgmma and tcgen05, as the queries were that these scores are of
     return dict(WIDTH=width, HEAD=head, REST=rest, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps, num_stages=stages)
 
 
@@ -464,7 +472,7 @@ REAL = (
 def resources():
     """What benchmarks/resources.py compiles: see m3ae_fast/_triton.py."""
     kernels = {"forward": _forward_kernel, "queries": _backward_queries_kernel, "keys": _backward_keys_kernel}
-    for architecture in ("sm_80", "sm_90", "fp32"):
+    for architecture in TILES:
         kind = "fp32" if architecture == "fp32" else "bf16"
         for name, width, max_q, max_k in REAL[:4] if architecture == "fp32" else REAL:
             whole = _is_whole(architecture, width, max_k)
