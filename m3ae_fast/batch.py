@@ -63,7 +63,7 @@ class ImageTextBatch:
         if text is None:
             batch = len(has_image) if has_image is not None else images.shape[0]
             text = torch.zeros(0, dtype=torch.int32, device=device)
-            text_lengths = [0] * batch
+            text_lengths = SeqLens([0] * batch).at(torch.zeros(batch + 1, dtype=torch.int32, device=device))
         if not isinstance(text_lengths, SeqLens):
             text_lengths = SeqLens(text_lengths)
         batch = len(text_lengths)
@@ -94,7 +94,9 @@ class ImageTextBatch:
             _checks.shape("labels", labels, (batch, None))
             _checks.dtype("labels", labels, (torch.bool,))
             _checks.device("labels", labels, "text", text)
-        self.images, self.text, self.text_lengths, self.labels = images, text, text_lengths.to(device), labels
+        if text_lengths.device != device:
+            text_lengths = text_lengths.to(device)
+        self.images, self.text, self.text_lengths, self.labels = images, text, text_lengths, labels
         self.has_image, self.sample_ids = has_image, sample_ids
 
     def __len__(self) -> int:

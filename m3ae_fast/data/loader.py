@@ -12,8 +12,8 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch.utils.data._utils import signal_handling
 from m3ae_fast import _checks
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
+from m3ae_fast.data.ahead import Ahead
 from m3ae_fast.data.bad_sample import BadSample
 from m3ae_fast.data.images import augment, center_crop, stack
 from m3ae_fast.data.mixture import MixedDataset
@@ -74,9 +75,13 @@ class Loader:
             only once, and not decoded. labelled_only: the same of what has no label, "unlabelled".
         rank, world_size: of this process, where several share the work. Each gets batches of `batch_size` of its own,
             together those of one process with world_size * batch_size samples in a batch.
+        pin_memory: batches and plans lie in page-locked memory, for a GPU. A thread of this process then pins them, and
+            makes the plans, while the caller works on the batch before.
+        plan: plan(batch, step) makes what comes with a batch, as `M3AE.plan` does. None: nothing does.
 
     Yields:
-        step, and a batch whose images are uint8 [N, 3, image_size, image_size] in channels-last memory, texts int32.
+        step, and a batch whose images are uint8 [N, 3, image_size, image_size] in channels-last memory, texts int32;
+        where `plan` is given, its plan, too.
 
     Attributes:
         counters: of the batches given out by this loader: `seen` samples, `images_skipped` (samples that could not
@@ -108,6 +113,8 @@ class Loader:
         labelled_only: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        pin_memory: bool = False,
+        plan: Callable[[ImageTextBatch, int], Any] | None = None,
     ):
         _checks.integer("image_size", image_size, 1)
         _checks.integer("batch_size", batch_size, 1)
@@ -142,8 +149,9 @@ class Loader:
             worker_init_fn=_ignore_interrupts,
             generator=torch.Generator(),  # its own, or starting to iterate would advance torch's
         )
-        self._world_size = world_size
-        self._batches: Iterator[_Loaded] | None = None
+        self._world_size, self._pin_memory, self._has_plan = world_size, pin_memory, plan is not None
+        self._finish = functools.partial(_finished, world_size, plan, pin_memory)
+        self._batches: Iterator[_Loaded | Exception] | None = None
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.images, self.wait_seconds, self.read_seconds = 0, 0.0, 0.0
         self.skipped: Counter[str] = Counter()
@@ -153,10 +161,12 @@ class Loader:
     def __iter__(self) -> Loader:
         return self
 
-    def __next__(self) -> tuple[int, ImageTextBatch]:
+    def __next__(self) -> tuple[int, ImageTextBatch] | tuple[int, ImageTextBatch, Any]:
         start = time.perf_counter()
         loaded = self._next()
         self.wait_seconds += time.perf_counter() - start
+        if not self._pin_memory:
+            loaded = self._finish(loaded)
         if isinstance(loaded, Exception):
             self.close()
             raise loaded
@@ -167,7 +177,7 @@ class Loader:
         self.read_seconds += loaded.seconds
         for bad in loaded.skipped:
             self._note(bad)
-        return loaded.number // self._world_size, loaded.batch
+        return loaded.number // self._world_size, loaded.batch, *((loaded.plan,) if self._has_plan else ())
 
     def _note(self, bad: BadSample) -> None:
         self.skipped[bad.kind] += 1
@@ -188,7 +198,8 @@ class Loader:
             try:
                 if self._batches is None:
                     with _no_alarm(), torch.device("cpu"):  # where DataLoader draws a seed
-                        self._batches = iter(self._loader)
+                        batches = iter(self._loader)
+                    self._batches = Ahead(map(self._finish, batches)) if self._pin_memory else batches
                 return next(self._batches)
             except (RuntimeError, EOFError, OSError) as error:  # the latter two: it died while sending
                 if not self._loader.num_workers or "in DataLoader worker process" in str(error):  # the data set's own
@@ -204,7 +215,9 @@ class Loader:
 
     def close(self) -> None:
         """End the worker processes; the stream ends with them."""
-        self._batches = iter(())
+        batches, self._batches = self._batches, iter(())
+        if isinstance(batches, Ahead):
+            batches.close()
 
 
 class _Loaded(NamedTuple):
@@ -215,6 +228,23 @@ class _Loaded(NamedTuple):
     counters: Counter
     skipped: list[BadSample]
     seconds: float  # that it took to make
+    plan: Any = None
+
+
+def _finished(
+    world_size: int, plan: Callable | None, pin_memory: bool, loaded: _Loaded | Exception
+) -> _Loaded | Exception:
+    """With its plan, and pinned. An error is returned: one that was raised might be taken for a worker's death."""
+    if isinstance(loaded, Exception):
+        return loaded
+    try:
+        batch = loaded.batch
+        planned = None if plan is None else plan(batch, loaded.number // world_size)
+        if pin_memory:
+            batch, planned = batch.pin_memory(), None if planned is None else planned.pin_memory()
+        return loaded._replace(batch=batch, plan=planned)
+    except Exception as error:
+        return error
 
 
 class _Prepared(NamedTuple):

@@ -116,9 +116,10 @@ def same_pairs(batch: ImageTextBatch, image_ids: Tensor | None = None) -> Tensor
     B = len(batch)
     if image_ids is None:
         image_ids = _fingerprints(batch.images.permute(0, 2, 3, 1).reshape(B, -1))
-    _checks.shape("image_ids", image_ids, (B,))
-    _checks.dtype("image_ids", image_ids, _checks.INTEGERS)
-    image_ids = image_ids.to(batch.device)
+    else:
+        _checks.shape("image_ids", image_ids, (B,))
+        _checks.dtype("image_ids", image_ids, _checks.INTEGERS)
+        image_ids = image_ids.to(batch.device)
     lengths = batch.text_lengths
     numbers = torch.arange(B, device=batch.device)
     sample = numbers.repeat_interleave(lengths.cu.diff(), output_size=lengths.total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
@@ -26,6 +27,9 @@ class Model(nn.Module):
     A subclass has `forward(batch, *, seed, step)`, whose output has all METRICS as fp32 scalars, and
     `image_encoder` and `encode_cls`, by which it is probed, fine-tuned and drawn. Whatever is random in a step is a
     function of seed, step and batch.sample_ids: then a run that was stopped resumes bitwise identical.
+
+    A model may have `plan(batch, *, seed, step)`, which makes on the host what a step needs to know of a batch, and a
+    `forward` that takes this `plan` in place of seed and step: then it is made before the step (see `M3AE`).
 
     A task that needs more of a model asks by `offers` for methods that not every model has:
         reconstruct(batch, *, seed, step): predictions of all patches and words, see `M3AE`.
@@ -56,6 +60,11 @@ class Model(nn.Module):
     def offers(cls, *methods: str) -> bool:
         """Whether it has all of these methods."""
         return all(hasattr(cls, name) for name in methods)
+
+    @classmethod
+    def plans_ahead(cls) -> bool:
+        """Whether it has a `plan`, and a `forward` that takes it."""
+        return cls.offers("plan") and "plan" in inspect.signature(cls.forward).parameters
 
     @classmethod
     def check_processes(cls, config: ModelConfig, processes: int) -> None:

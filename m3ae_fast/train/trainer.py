@@ -13,6 +13,7 @@ import math
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader
 from m3ae_fast.data.specs import is_streamed, listed
-from m3ae_fast.models import OBJECTIVES
+from m3ae_fast.models import OBJECTIVES, Model
+from m3ae_fast.models.masking import BatchPlan
 from m3ae_fast.nn import checkpoint_blocks
 from m3ae_fast.train import checkpoint, distributed, run
 from m3ae_fast.train.average import Average
@@ -165,7 +167,7 @@ class Trainer:
             batch_size=config.batch_size // self.processes, rank=distributed.rank(), world_size=self.processes,
             max_text_length=model.config.max_text_length, start_step=self.done * config.accumulate,
             workers=config.workers, strict=config.strict, pairs_only=model.CAPTIONS == "required",
-            labelled_only=model.LABELS,
+            labelled_only=model.LABELS, pin_memory=self.device.type == "cuda", plan=planner(model, config),
         )  # fmt: skip
         self._start = self._clock = time.perf_counter()
         with contextlib.ExitStack() as stack:
@@ -214,7 +216,7 @@ class Trainer:
         config = self.config
         if self.done >= config.steps:
             raise RuntimeError(f"the run has taken all of its {config.steps} steps")
-        micro_batches = [next(self.loader)[1] for _ in range(config.accumulate)]
+        micro_batches = [next(self.loader)[1:] for _ in range(config.accumulate)]
         lr = learning_rate(self.done, steps=config.steps, warmup=config.warmup, peak=config.lr)
         try:
             losses = train_step(self.spread, self.optimiser, micro_batches, config, self.done, lr, self.device)
@@ -222,10 +224,10 @@ class Trainer:
             if self.average is not None:
                 self.average.update(self.model, self.done + 1)
         except NotFinite as bad:
-            self.bad_steps.add(bad, micro_batches)
+            self.bad_steps.add(bad, [batch for batch, _ in micro_batches])
             losses = bad.values
         self.done += 1  # a step that was skipped, too: data order and masks go on
-        tokens = sum(count_tokens(batch, self.model.config.patches) for batch in micro_batches)
+        tokens = sum(count_tokens(batch, self.model.config.patches) for batch, _ in micro_batches)
         tokens, requests = distributed.total(tokens, self._request.made)
         self.stopping = requests > 0  # all processes stop at the same step, whichever was asked to
         before, self._clock = self._clock, time.perf_counter()
@@ -323,10 +325,17 @@ def _refuse_what_does_not_split(config: RunConfig, processes: int) -> None:
         )
 
 
+def planner(model: Model, config: RunConfig) -> Callable[[ImageTextBatch, int], BatchPlan | None]:
+    """plan(batch, number) of a run's micro-batches, as its loader calls it; None where the model plans in the step."""
+    if not model.plans_ahead():
+        return lambda batch, number: None
+    return lambda batch, number: model.plan(batch, seed=config.seed, step=number // config.accumulate)
+
+
 def train_step(
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
-    micro_batches: list[ImageTextBatch],
+    micro_batches: list[tuple[ImageTextBatch, BatchPlan | None]],
     config: RunConfig,
     step: int,
     lr: float,
@@ -334,6 +343,7 @@ def train_step(
 ) -> dict[str, float]:
     """One optimiser step over the mean loss of the micro-batches; returns the means of the model's METRICS.
 
+    Micro-batches lie on the host, for a GPU in page-locked memory, each with its plan where the model plans ahead.
     Both are means over all processes, too: these have the same number of samples each.
     NotFinite: one of them or the gradient is not finite; then model and optimiser are as they were, in all processes.
     """
@@ -342,10 +352,11 @@ def train_step(
     names = tuple(own.METRICS)
     buffers = [buffer.clone() for buffer in own.buffers()]  # a forward pass may fill a queue
     totals = torch.zeros(len(names), device=device)
-    for number, batch in enumerate(micro_batches, 1):
+    for number, (batch, plan) in enumerate(micro_batches, 1):
         with distributed.summing_gradients(model, number == len(micro_batches)):
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                output = model(batch.to(device), seed=config.seed, step=step)
+                masks = {"seed": config.seed, "step": step} if plan is None else {"plan": plan.to(device)}
+                output = model(batch.to(device), **masks)
             (output.loss / len(micro_batches)).backward()
         totals += torch.stack([getattr(output, name).detach().float() for name in names]) / len(micro_batches)
     norm = distributed.whole(nn.utils.clip_grad_norm_(own.parameters(), config.grad_clip or math.inf))

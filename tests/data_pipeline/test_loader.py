@@ -121,6 +121,51 @@ def test_grouping_changes_no_sample():
     assert torch.equal(texts[0], texts[1]) and torch.equal(ids[0], ids[1])
 
 
+class Planned:
+    """A plan that says what it was made of."""
+
+    def __init__(self, batch, step):
+        self.ids, self.step, self.pinned = batch.sample_ids.tolist(), step, False
+
+    def pin_memory(self):
+        self.pinned = True
+        return self
+
+
+@pytest.mark.parametrize("pin_memory", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_plans_and_pinned_batches(workers, pin_memory, pinned):
+    options = {"start_step": 3, "rank": 1, "world_size": 2}
+    expected = loader(Marked(10, bad=(4,)), **options)
+    stream = loader(Marked(10, bad=(4,)), workers=workers, pin_memory=pin_memory, plan=Planned, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", M3AEFastWarning)
+        for step in range(3, 7):
+            one, (number, batch, plan) = next(expected), next(stream)
+            assert_same([(number, batch)], [one])
+            assert (plan.ids, plan.step, plan.pinned) == (batch.sample_ids.tolist(), step, pin_memory)
+            assert all(pinned(x) == pin_memory for x in (batch.images, batch.text, batch.text_lengths.cu))
+            assert stream.counters == expected.counters and stream.skipped == expected.skipped, "of what was given out"
+    stream.close()
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+@pytest.mark.parametrize("pin_memory", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_plan_that_fails_is_no_death_of_a_worker(workers, pin_memory, pinned):
+    def plan(batch, step):
+        if step == 1:
+            raise RuntimeError("no plan")
+        return Planned(batch, step)
+
+    stream = loader(Marked(), workers=workers, pin_memory=pin_memory, plan=plan)
+    next(stream)
+    with pytest.raises(RuntimeError, match="no plan"):
+        next(stream)
+    assert stream.workers_died == 0
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ranks_share_the_batches_of_one_process(workers):
     whole = take(loader(Marked(10), batch_size=6, start_step=1), 4)

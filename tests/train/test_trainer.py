@@ -6,13 +6,14 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from m3ae_fast import M3AEFastWarning
-from m3ae_fast.data import BadSample
+from m3ae_fast.data import BadSample, Loader
 from m3ae_fast.models import M3AE, OBJECTIVES, M3AEConfig
 from m3ae_fast.train import Trainer, checkpoint, load_run, metrics, pretrain, trainer
 
@@ -407,6 +408,38 @@ def test_a_subclass_takes_the_steps_of_a_run(config, tmp_path, monkeypatch):
     summary = counting.run(progress=False)
     assert counting.seen == summary.step == 3
     assert torch.equal(counting.model.patch_embed.proj.weight, before)
+
+
+@pytest.mark.parametrize("objective", ["m3ae", "mae", "mamo"])
+def test_a_step_takes_from_pinned_memory_alone(config, tmp_path, monkeypatch, pinned, objective):
+    """What a step asks to have on its device is pinned: a GPU copies it while the host goes on."""
+    settings = {"objective": objective, "steps": 2, "accumulate": 2, "picture_every": 0}
+    monkeypatch.setattr(trainer, "draw_pictures", lambda *_: None)
+
+    def losses(out):
+        pretrain(config(**settings), tmp_path / out, progress=False)
+        return [{**row, "tokens_per_second": 0} for row in metrics.read(tmp_path / out / "metrics.jsonl")]
+
+    if objective == "mamo":  # ITM's pairs are made in the step
+        settings |= {"batch_size": 4, "options": {"itm_weight": 0.0}}
+    expected = losses("plain")
+    step, to, moved = trainer.train_step, torch.Tensor.to, []
+
+    def recorded(x, *args, **options):
+        asks = "device" in options or any(isinstance(each, str | torch.device) for each in args)
+        if asks and x.dim() and threading.current_thread() is threading.main_thread():  # scalars: norms of gradients
+            moved.append(pinned(x) or not x.numel())
+        return to(x, *args, **options)
+
+    def watched(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "to", recorded)
+            return step(*args)
+
+    monkeypatch.setattr(trainer, "train_step", watched)
+    monkeypatch.setattr(trainer, "Loader", lambda *args, **options: Loader(*args, **options | {"pin_memory": True}))
+    assert losses("pinned") == expected
+    assert moved and all(moved)
 
 
 def test_the_optimizer_is_fused_and_the_same_for_any_thread_count(threads):

@@ -118,15 +118,16 @@ def finetune(model: Classifier, samples: Sequence[Sample], *, progress: bool = T
     optimiser = layer_decayed(model, weight_decay=tuning.weight_decay, layer_decay=tuning.layer_decay)
     loader = Loader(
         samples, None, image_size=config.image_shape[0], batch_size=tuning.batch_size, seed=seed,
-        workers=tuning.workers,
+        workers=tuning.workers, pin_memory=device.type == "cuda",
     )  # fmt: skip
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
 
     def loss_at(step: int) -> Tensor:
-        batch = next(loader)[1].to(device)
-        if (batch.labels.sum(1) != 1).any():
+        batch = next(loader)[1]
+        if (batch.labels.sum(1) != 1).any():  # on the host: a GPU would be waited for
             raise ValueError(f"samples must have one label each, got none or several in batch {step}")
+        batch = batch.to(device)
         target = F.one_hot(batch.labels.int().argmax(1), classes) * (1 - smoothing) + smoothing / classes
         images, target = mix(normalised(batch.images, config), target, rng, mixup=tuning.mixup, cutmix=tuning.cutmix)
         return F.cross_entropy(model(images).float(), target)
