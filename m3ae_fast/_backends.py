@@ -154,15 +154,17 @@ def for_product(
 ) -> tuple[str, Tensor, Tensor, Tensor | None]:
     """What runs x W^T + b, and its arguments in the dtypes that it takes.
 
-    "cpp" takes fp32 parameters with bf16 rows, as autocast has them: it rounds them on their way into the product and
-    leaves their gradients in fp32, so nothing is cast in a pass of its own.
+    Beside rows of some dtypes, its module's FP32_PARAMETERS, a backend takes fp32 parameters, as autocast has them: it
+    rounds them on their way into the product and leaves their gradients in fp32, so these are cast nowhere.
     """
     dtype = product_dtype(x, weight) if bias is None else product_dtype(x, weight, bias)
     if x.dtype != dtype:
         x = x.to(dtype)
     impl = pick(backends, impl, x)
-    if weight.dtype != dtype and not (impl == "cpp" and dtype == torch.bfloat16 and weight.dtype == torch.float32):
-        weight = weight.to(dtype)
+    if weight.dtype != dtype:
+        taken = getattr(backends.modules.get(impl), "FP32_PARAMETERS", ())
+        if weight.dtype != torch.float32 or dtype not in taken:
+            weight = weight.to(dtype)
     if bias is not None and bias.dtype != weight.dtype:
         bias = bias.to(weight.dtype)
     return impl, x, weight, bias

@@ -277,6 +277,15 @@ def test_autocast(impl):
     assert all(g.dtype == torch.float32 for g in gradients(loss, x, weight, bias))
 
 
+@pytest.mark.parametrize("impl", testing.impls("linear_cross_entropy"))
+def test_autocast_does_not_round_the_gradients_of_fp32_parameters(impl):
+    x, weight, bias, target = tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(x, weight, target, bias, impl=impl)
+    for gradient in gradients(loss, weight, bias):
+        assert gradient.dtype == torch.float32 and not torch.equal(gradient, gradient.bfloat16().float())
+
+
 def test_float16_goes_to_the_reference_on_cpu():
     x, weight, bias, target = tensors(dtype=torch.float16)
     assert linear_cross_entropy(x, weight, target, bias).dtype == torch.float32

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from m3ae_fast._backends import accumulator
 from m3ae_fast._cpp import _C
 
+FP32_PARAMETERS = (torch.bfloat16,)  # see _backends.for_product
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}  # torch's names
 # _C reads a dtype from a tensor.
 OF_DTYPE = {d: torch.empty(0, dtype=d, device="cpu") for d in (torch.float32, torch.bfloat16, torch.float64)}

@@ -1,6 +1,10 @@
 """linear_cross_entropy on the CPU: csrc/ops/linear_cross_entropy."""
 
+import torch
+
 from m3ae_fast._cpp import _C
+
+FP32_PARAMETERS = (torch.bfloat16,)  # see _backends.for_product
 
 
 def forward(

@@ -30,6 +30,8 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """cross_entropy(x W^T + b, target): ignored rows leave before the product, logits exist a block at a time.
 
+    On a GPU, where the host does not know how many they are, ignored rows go through the products as zeros.
+
     Where gradients are wanted and the result is one number, they are made in the forward pass, from the same logits.
     reduction="none" makes them in the backward pass, from logits computed again, and so does float16: it cannot hold
     softmax / T before the loss scale multiplies it.
@@ -101,7 +103,7 @@ def _linear_cross_entropy(
     dx, dweight and dbias: of the loss, or of sum(dloss * loss) where there is a dloss. It must be there with reduction
     "none", [T], and may be there, a number, in float16.
 
-    "cpp" also takes fp32 parameters with bf16 x; their gradients are fp32 then.
+    Beside a backend's FP32_PARAMETERS of x, weight and bias may be fp32; their gradients are fp32 then.
     """
     need_hit, need_x, need_weight, need_bias = need
     size = x.shape[:1] if reduction == "none" else ()

@@ -1,7 +1,8 @@
 """linear_cross_entropy on a GPU: the products through torch (cuBLAS), the rest in Triton.
 
 The rows that count are packed to the front. How many they are stays on the device, or the host would wait for it: so
-products run over all T rows in chunks of a byte budget, the surplus ones zero, and the other kernels skip the surplus.
+products run over all T rows, the surplus ones zero, in as few chunks as a byte budget allows, and the softmax skips the
+surplus. Vector loads and products would trip over 30,522 classes: some with a weight of 0 and a bias of -inf are added.
 The softmax turns a chunk's logits into their gradients in place; dx takes the place of the packed x.
 """
 
@@ -12,13 +13,11 @@ import triton.language as tl
 from m3ae_fast import _triton
 from m3ae_fast._triton import Resource, jit, sequence_of
 
-LOGITS_BYTES = 128 << 20  # of a chunk: each one reads and adds to the whole of dweight, in fp32
-ALIGNMENT = (
-    64  # elements of a row of logits: a vocabulary of 30,522 has rows that vector loads and cuBLAS would trip over
-)
+FP32_PARAMETERS = (torch.bfloat16, torch.float16)  # see _backends.for_product
+LOGITS_BYTES = 512 << 20  # of a chunk: a second one reads and adds to the whole of dweight, in fp32
+ALIGNMENT = 64  # of the number of classes
 COUNT = dict(BLOCK=4096, num_warps=8)
 SOFTMAX = dict(BLOCK=4096, num_warps=8)
-COLUMNS = dict(BLOCK_ROWS=64, BLOCK=64, num_warps=4)
 
 
 @jit(do_not_specialize=["total", "sequences", "ignore_index"])
@@ -82,19 +81,19 @@ def _unpack_kernel(packed_ptr, counted_ptr, dx_ptr, WIDTH: tl.constexpr, BLOCK: 
 
 @jit(do_not_specialize=["total", "sequences"])
 def _softmax_kernel(
-    logits_ptr, rows_ptr, target_ptr, counted_ptr, cu_ptr, dloss_ptr, loss_ptr, hit_ptr, total, sequences, stride,
-    label_smoothing, VOCAB: tl.constexpr, BLOCK: tl.constexpr, REDUCTION: tl.constexpr, SMOOTHED: tl.constexpr,
-    GRADIENT: tl.constexpr, CLEAR: tl.constexpr,
+    logits_ptr, rows_ptr, target_ptr, counted_ptr, cu_ptr, dloss_ptr, loss_ptr, hit_ptr, total, sequences,
+    label_smoothing, VOCAB: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, REDUCTION: tl.constexpr,
+    SMOOTHED: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """A row's part of loss and hits; GRADIENT: its logits become dlogits. CLEAR: a surplus row's become zero."""
-    logits_ptr += tl.program_id(0).to(tl.int64) * stride
+    """A row's part of loss and hits; GRADIENT: its logits become dlogits, those of a surplus row zero."""
+    logits_ptr += tl.program_id(0).to(tl.int64) * PADDED
     row = tl.load(rows_ptr + tl.program_id(0))
     lanes = tl.arange(0, BLOCK)
     if row < 0:
-        if CLEAR:
-            for start in range(0, VOCAB, BLOCK):
+        if GRADIENT:
+            for start in range(0, PADDED, BLOCK):
                 zeros = tl.zeros([BLOCK], logits_ptr.dtype.element_ty)
-                tl.store(logits_ptr + start + lanes, zeros, mask=start + lanes < VOCAB)
+                tl.store(logits_ptr + start + lanes, zeros, mask=start + lanes < PADDED)
         return
     target = tl.load(target_ptr + row)
     wanted = tl.load(logits_ptr + target, mask=(target >= 0) & (target < VOCAB), other=0.0).to(tl.float32)
@@ -102,24 +101,23 @@ def _softmax_kernel(
     most = wanted
     scaled = tl.zeros([BLOCK], tl.float32)
     plain = tl.zeros([BLOCK], tl.float32)
-    beaten = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, VOCAB, BLOCK):
+    beaten = tl.zeros([BLOCK], tl.int1)
+    for start in range(0, PADDED, BLOCK):
         v = start + lanes
-        logits = tl.load(logits_ptr + v, mask=v < VOCAB, other=float("-inf")).to(tl.float32)
+        logits = tl.load(logits_ptr + v, mask=v < PADDED, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(most, tl.max(logits, 0))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         scaled = scaled * tl.exp(most - shift) + tl.exp(logits - shift)
         most = higher
-        above = tl.where(number, 1 - (logits <= wanted).to(tl.int32), 0)
-        equal = tl.where(number, (logits == wanted).to(tl.int32), (logits != logits).to(tl.int32))
-        beaten |= above | equal & (v < target).to(tl.int32)
+        equal = tl.where(number, logits == wanted, logits != logits)
+        beaten |= number & ~(logits <= wanted) | equal & (v < target)
         if SMOOTHED:
             plain += tl.where(v < VOCAB, wanted - logits, 0.0)
     sum = tl.sum(scaled, 0)
     loss = tl.log(sum) + (most - wanted)
     if SMOOTHED:
         loss += label_smoothing * (tl.sum(plain, 0) / VOCAB)
-    hit = 1.0 - tl.max(beaten, 0)
+    hit = 1.0 - tl.max(beaten.to(tl.int32), 0)
     share = _share(counted_ptr, cu_ptr, total, sequences, row, REDUCTION)
     tl.store(loss_ptr + row, loss * share)
     if hit_ptr is not None:
@@ -130,38 +128,32 @@ def _softmax_kernel(
             dloss *= tl.load(dloss_ptr + (row if REDUCTION == "none" else 0))
         scale = dloss / sum
         spread = dloss * label_smoothing / VOCAB
-        for start in range(0, VOCAB, BLOCK):
+        for start in range(0, PADDED, BLOCK):
             v = start + lanes
-            logits = tl.load(logits_ptr + v, mask=v < VOCAB, other=float("-inf")).to(tl.float32)
+            logits = tl.load(logits_ptr + v, mask=v < PADDED, other=float("-inf")).to(tl.float32)
             dlogits = tl.exp(logits - most) * scale - tl.where(v == target, dloss * (1 - label_smoothing), 0.0) - spread
-            tl.store(logits_ptr + v, dlogits.to(logits_ptr.dtype.element_ty), mask=v < VOCAB)
+            tl.store(logits_ptr + v, dlogits.to(logits_ptr.dtype.element_ty), mask=v < PADDED)
 
 
-@jit(do_not_specialize=["first", "rows", "total"])
-def _dbias_kernel(
-    dlogits_ptr, counted_ptr, dbias_ptr, first, rows, total, stride,
-    VOCAB: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dbias += the sums of a chunk's columns, [first, first + rows) of the packed rows."""
-    v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = tl.minimum(tl.load(counted_ptr + total) - first, rows)
-    sum = tl.zeros([BLOCK_ROWS, BLOCK], tl.float32)
-    for start in range(0, here, BLOCK_ROWS):
-        i = start + tl.arange(0, BLOCK_ROWS)
-        at = dlogits_ptr + i.to(tl.int64)[:, None] * stride + v[None, :]
-        sum += tl.load(at, mask=(i < here)[:, None] & (v < VOCAB)[None, :], other=0.0).to(tl.float32)
-    before = tl.load(dbias_ptr + v, mask=v < VOCAB)
-    tl.store(dbias_ptr + v, before + tl.sum(sum, 0), mask=v < VOCAB)
-
-
-def _add_product(sum, a, b):
-    """sum += a b, in sum's fp32."""
+def _add_product(sum, before, a, b):
+    """sum = before * sum + a b, in sum's dtype, added up in fp32."""
     if a.dtype == sum.dtype:
-        sum.addmm_(a, b)
+        sum.addmm_(a, b, beta=before)
     elif a.is_cuda:
-        torch.addmm(sum, a, b, out_dtype=sum.dtype, out=sum)
+        torch.addmm(sum, a, b, beta=before, out_dtype=sum.dtype, out=sum)
     else:  # the interpreter's tensors: PyTorch's CPU products have no out_dtype
-        sum.addmm_(a.to(sum.dtype), b.to(sum.dtype))
+        sum.addmm_(a.to(sum.dtype), b.to(sum.dtype), beta=before)
+
+
+def _pad(parameter, classes, dtype, fill):
+    """The parameter in this dtype, with as many classes: those behind its own are filled."""
+    count, *rest = parameter.shape
+    if parameter.dtype == dtype and count == classes:
+        return parameter
+    padded = parameter.new_empty(classes, *rest, dtype=dtype)
+    padded[:count] = parameter
+    padded[count:] = fill
+    return padded
 
 
 def _row_options(width):
@@ -180,53 +172,46 @@ def forward(
         row_loss = x.new_empty(total, dtype=torch.float64)
         row_hit = None if hit is None else torch.empty_like(row_loss)
     _, need_x, need_weight, need_bias = need
-    gradient = need_x or need_weight or need_bias
-    stride = _triton.cdiv(vocab, ALIGNMENT) * ALIGNMENT
-    chunks = max(1, _triton.cdiv(total * stride * x.element_size(), LOGITS_BYTES))
-    rows_each = _triton.cdiv(total, chunks)
-    # In one chunk, dweight is one product, rounded once; in many, it is added up in fp32. dbias is always.
-    sums = dbias if dbias is None else dbias.new_zeros(vocab, dtype=torch.float32)
-    added_up = None
-    if need_weight and chunks > 1:
-        added_up = dweight if dweight.dtype == torch.float32 else dweight.new_zeros(vocab, width, dtype=torch.float32)
-    if need_weight and (total == 0 or added_up is dweight):
-        dweight.zero_()
+    classes = _triton.cdiv(vocab, ALIGNMENT) * ALIGNMENT
+    chunks = max(1, _triton.cdiv(total * classes * x.element_size(), LOGITS_BYTES))
+    rows_each = max(1, _triton.cdiv(total, chunks))
+    starts = range(0, total, rows_each)
+    padded_weight = _pad(weight, classes, x.dtype, 0)
+    padded_bias = _pad(x.new_zeros(vocab) if bias is None else bias, classes, x.dtype, float("-inf"))
+    added_up = dweight  # in one chunk one product, rounded once; in many added up in fp32
+    if need_weight and len(starts) > 1 and dweight.dtype != torch.float32:
+        added_up = torch.empty_like(dweight, dtype=torch.float32)
+    if need_bias:
+        number, _ = _triton.chunks(rows_each, _triton.cdiv(classes, _triton.COLUMNS))
+        partials = x.new_empty(len(starts), number, classes, dtype=torch.float32)
     if total > 0:
         counted, rows = (x.new_empty(size, dtype=torch.int32) for size in (total + 1, total))
         _count_kernel[(1,)](target, cu_seqlens, counted, total, sequences, ignore_index, **COUNT)
         packed = torch.empty_like(x)
         _pack_kernel[(total,)](x, counted, packed, rows, row_loss, row_hit, total, **_row_options(width))
-        buffer = x.new_empty(rows_each, stride)
-        if not x.is_cuda:  # the interpreter's: oneDNN's products on AMX multiply a row's padding, NaN perhaps, by zero
-            buffer.zero_()
-    for first in range(0, total, max(rows_each, 1)):
+        buffer = x.new_empty(rows_each, classes)
+    elif need_weight:
+        dweight.zero_()
+    for chunk, first in enumerate(starts):
         some = packed[first : first + rows_each]
-        logits = buffer[: some.shape[0], :vocab]
-        if bias is None:
-            torch.mm(some, weight.t(), out=logits)
-        else:
-            torch.addmm(bias, some, weight.t(), out=logits)
+        logits = torch.addmm(padded_bias, some, padded_weight.t(), out=buffer[: some.shape[0]])
         _softmax_kernel[(some.shape[0],)](
-            logits, rows[first:], target, counted, cu_seqlens, dloss, row_loss, row_hit, total, sequences, stride,
-            label_smoothing, VOCAB=vocab, REDUCTION=reduction, SMOOTHED=label_smoothing > 0, GRADIENT=gradient,
-            CLEAR=gradient and bias is not None, **SOFTMAX,
+            logits, rows[first:], target, counted, cu_seqlens, dloss, row_loss, row_hit, total, sequences,
+            label_smoothing, VOCAB=vocab, PADDED=classes, REDUCTION=reduction, SMOOTHED=label_smoothing > 0,
+            GRADIENT=need_x or need_weight or need_bias, **SOFTMAX,
         )  # fmt: skip
         if need_bias:
-            _dbias_kernel[(_triton.cdiv(vocab, COLUMNS["BLOCK"]),)](
-                logits, counted, sums, first, some.shape[0], total, stride, VOCAB=vocab, **COLUMNS
-            )
-        if added_up is not None:
-            _add_product(added_up, logits.t(), some)
-        elif need_weight:
-            torch.mm(logits.t(), some, out=dweight)
+            _triton.partial_sums(logits, partials[chunk])
+        if need_weight:
+            _add_product(added_up, int(chunk > 0), logits[:, :vocab].t(), some)
         if need_x:
-            torch.mm(logits, weight, out=some)
+            torch.mm(logits, padded_weight, out=some)
     if need_x and total > 0:
         _unpack_kernel[(total,)](packed, counted, dx, **_row_options(width))
-    if added_up is not None and added_up is not dweight:
+    if added_up is not dweight:
         dweight.copy_(added_up)
     if need_bias:
-        dbias.copy_(sums)
+        _triton.sum_partials(partials.flatten(0, 1), dbias)
     for each, out in ((row_loss, loss), (row_hit, hit)):
         if each is not out:
             _triton.sum_values(each, out)
@@ -236,19 +221,18 @@ def resources():
     """What benchmarks/resources.py compiles: see m3ae_fast/_triton.py."""
     vocab, width = 30522, 512
     integers = dict.fromkeys(("target_ptr", "counted_ptr", "rows_ptr", "cu_ptr"), "*i32")
-    sizes = dict.fromkeys(("total", "sequences", "ignore_index", "first", "rows"), "i32") | {"stride": "i32:16"}
-    rest = {"label_smoothing": "fp32"} | {"dbias_ptr": "*fp32", "loss_ptr": "*fp64", "hit_ptr": "*fp64"}
-    flags = dict(dloss_ptr=None, VOCAB=vocab, REDUCTION="sample_mean", SMOOTHED=False, GRADIENT=True, CLEAR=False)
+    sizes = dict.fromkeys(("total", "sequences", "ignore_index"), "i32")
+    rest = {"label_smoothing": "fp32", "loss_ptr": "*fp64", "hit_ptr": "*fp64"}
+    flags = dict(dloss_ptr=None, VOCAB=vocab, PADDED=30528, REDUCTION="sample_mean", SMOOTHED=False, GRADIENT=True)
     for kind in ("bf16", "fp32"):
-        values = dict.fromkeys(("x_ptr", "packed_ptr", "dx_ptr", "logits_ptr", "dlogits_ptr"), f"*{kind}")
+        values = dict.fromkeys(("x_ptr", "packed_ptr", "dx_ptr", "logits_ptr"), f"*{kind}")
         types = integers | sizes | rest | values
         for name, kernel, launch in (
             ("count", _count_kernel, COUNT),
             ("pack", _pack_kernel, _row_options(width)),
             ("unpack", _unpack_kernel, _row_options(width)),
             ("softmax", _softmax_kernel, flags | SOFTMAX),
-            ("softmax smoothed bias", _softmax_kernel, flags | SOFTMAX | dict(SMOOTHED=True, CLEAR=True)),
-            ("dbias", _dbias_kernel, dict(VOCAB=vocab) | COLUMNS),
+            ("softmax smoothed", _softmax_kernel, flags | SOFTMAX | dict(SMOOTHED=True)),
         ):
             constexprs = {n: value for n, value in launch.items() if n != "num_warps"}
             signature = {n: types[n] for n in kernel.arg_names if n not in constexprs}
