@@ -310,23 +310,26 @@ FAR = tl.constexpr(2.0**-80)
 
 @triton.jit
 def inverse_root(x, count, eps):
-    """1 / sqrt(sum(x^2) / count + eps) of a row; where the squares overflow, of a row so much smaller."""
-    squares = tl.sum(x * x, 0)
+    """1 / sqrt(sum(x^2) / count + eps) of a row, or of each of some rows; where the squares overflow, of a row so much
+    smaller."""
+    axis: tl.constexpr = len(x.shape) - 1
+    squares = tl.sum(x * x, axis)
     root = tl.rsqrt(squares / count + eps)
-    if squares == float("inf"):
+    if (tl.max(squares, 0) if axis else squares) == float("inf"):
         small = x * FAR
-        root = tl.rsqrt(tl.sum(small * small, 0) / count) * FAR
+        root = tl.where(squares == float("inf"), tl.rsqrt(tl.sum(small * small, axis) / count) * FAR, root)
     return root
 
 
 @triton.jit
 def sequence_of(cu_ptr, count, row, BLOCK: tl.constexpr = 128):
-    """The sequence that `row` belongs to: as many as end at or before it; `count` for rows past the last."""
-    ended = tl.zeros([BLOCK], tl.int32)
+    """The sequence that a row, or each of some, belongs to: as many as end at or before it; `count` past the last."""
+    each = row[:, None] if len(row.shape) else row
+    ended = tl.zeros([BLOCK], tl.int32) + (each * 0).to(tl.int32)
     for start in range(0, count, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        ended += (tl.load(cu_ptr + 1 + at, mask=at < count, other=2147483647) <= row).to(tl.int32)
-    return tl.sum(ended, 0)
+        ended += (tl.load(cu_ptr + 1 + at, mask=at < count, other=2147483647) <= each).to(tl.int32)
+    return tl.sum(ended, len(row.shape))
 
 
 if INTERPRETED:

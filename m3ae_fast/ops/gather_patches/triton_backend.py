@@ -1,4 +1,4 @@
-"""gather_patches in Triton: a program a patch. Backward, a program a patch of the whole image, named or not."""
+"""gather_patches in Triton: a program some patches. Backward, a program a patch of the whole image, named or not."""
 
 import torch
 import triton
@@ -8,7 +8,7 @@ from m3ae_fast import _triton
 from m3ae_fast._groups import group
 from m3ae_fast._triton import Resource, element, sequence_of
 
-BLOCK = 1024  # values of a patch in one program, at most
+BLOCK, TILE = 1024, 4096  # values of a patch, and of all patches, in one program, at most
 # pixel * scale + shift is rounded twice, as the reference does; the patches lie too far apart for any pipelining
 EXACT = {"enable_fp_fusion": False}
 
@@ -17,9 +17,10 @@ def forward(images, ids, cu, patch_size, scale, shift, dtype, out):
     count, channels = images.shape[:2]
     values = patch_size * patch_size * channels
     block = min(_triton.next_power_of_2(values), BLOCK)
-    _forward_kernel[(ids.shape[0], _triton.cdiv(values, block))](
-        images, ids, cu, out, count, *images.stride(), tuple(scale), tuple(shift), images.shape[3] // patch_size,
-        patch_size, channels, block, **_triton.row_options(block), **EXACT,
+    rows = TILE // block
+    _forward_kernel[(_triton.cdiv(ids.shape[0], rows), _triton.cdiv(values, block))](
+        images, ids, cu, out, ids.shape[0], count, *images.stride(), tuple(scale), tuple(shift),
+        images.shape[3] // patch_size, patch_size, channels, rows, block, **_triton.row_options(TILE), **EXACT,
     )  # fmt: skip
 
 
@@ -52,33 +53,32 @@ def load_patch(
     images_ptr, image, patch, d, inside, stride_n, stride_c, stride_h, stride_w, scale, shift, COLUMNS: tl.constexpr,
     PATCH: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """fp32 values at offsets d of a patch, in (row, column, channel) order, times scale plus shift; 0 where outside."""
-    channel = d % CHANNELS
-    # A stride may have 32 bits where its product has more.
-    top, left = patch // COLUMNS * PATCH, patch % COLUMNS * PATCH
-    corner = image.to(tl.int64) * stride_n + top.to(tl.int64) * stride_h + left.to(tl.int64) * stride_w
+    """fp32 values at offsets d of each patch, in (row, column, channel) order, times scale plus shift; 0 if outside."""
+    patch, channel = patch.to(tl.int64), d % CHANNELS
+    first = image.to(tl.int64) * stride_n + (patch // COLUMNS * stride_h + patch % COLUMNS * stride_w) * PATCH
     y, x = d // CHANNELS // PATCH, d // CHANNELS % PATCH
-    at = corner + channel.to(tl.int64) * stride_c + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
-    pixel = tl.load(images_ptr + at, mask=inside, other=0).to(tl.float32)
-    values = pixel * per_channel(channel, scale, CHANNELS) + per_channel(channel, shift, CHANNELS)
-    return tl.where(inside, values, 0.0)
+    offset = channel.to(tl.int64) * stride_c + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+    pixel = tl.load(images_ptr + first[:, None] + offset[None, :], mask=inside, other=0).to(tl.float32)
+    scale, shift = per_channel(channel, scale, CHANNELS), per_channel(channel, shift, CHANNELS)
+    return tl.where(inside, pixel * scale[None, :] + shift[None, :], 0.0)
 
 
-@_triton.jit(do_not_specialize=["count"])
+@_triton.jit(do_not_specialize=["total", "count"])
 def _forward_kernel(
-    images_ptr, ids_ptr, cu_ptr, out_ptr, count, stride_n, stride_c, stride_h, stride_w, scale, shift,
-    COLUMNS: tl.constexpr, PATCH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    images_ptr, ids_ptr, cu_ptr, out_ptr, total, count, stride_n, stride_c, stride_h, stride_w, scale, shift,
+    COLUMNS: tl.constexpr, PATCH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = PATCH * PATCH * CHANNELS
-    t = tl.program_id(0)
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (t < total)[:, None] & (d < WIDTH)[None, :]
     image = sequence_of(cu_ptr, count, t)
-    patch = tl.load(ids_ptr + t)
+    patch = tl.load(ids_ptr + t, mask=t < total, other=0)
     values = load_patch(
-        images_ptr, image, patch, d, (d < WIDTH) & (image < count), stride_n, stride_c, stride_h, stride_w, scale,
+        images_ptr, image, patch, d, inside & (image < count)[:, None], stride_n, stride_c, stride_h, stride_w, scale,
         shift, COLUMNS, PATCH, CHANNELS,
     )  # fmt: skip
-    tl.store(out_ptr + t.to(tl.int64) * WIDTH + d, values, mask=d < WIDTH)
+    tl.store(out_ptr + t.to(tl.int64)[:, None] * WIDTH + d[None, :], values, mask=inside)
 
 
 @_triton.jit()
@@ -112,11 +112,12 @@ def resources():
     for out in (torch.bfloat16, torch.float32):
         name, out = str(out).removeprefix("torch."), element(out)
         signature, constants = source_signature("*u8")
-        signature |= {"ids_ptr": "*i32", "cu_ptr": "*i32", "out_ptr": out}
-        options = _triton.row_options(BLOCK) | EXACT
+        signature |= {"ids_ptr": "*i32", "cu_ptr": "*i32", "out_ptr": out, "total": "i32"}
+        options = _triton.row_options(TILE) | EXACT
         for layout, known in (("planes", {"stride_w": 1}), ("pixels", {"stride_c": 1})):
             types = {key: value for key, value in signature.items() if key not in known}
-            yield Resource(f"gather_patches uint8 {layout} {name}", _forward_kernel, types, constants | known, options)
+            known = known | constants | {"ROWS": TILE // BLOCK}
+            yield Resource(f"gather_patches uint8 {layout} {name}", _forward_kernel, types, known, options)
         pointers = {"dout_ptr": out, "order_ptr": "*i64", "starts_ptr": "*i32", "dimages_ptr": out}
         yield Resource(
             f"gather_patches backward {name}",
