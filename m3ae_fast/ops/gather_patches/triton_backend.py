@@ -20,7 +20,8 @@ def forward(images, ids, cu, patch_size, scale, shift, dtype, out):
     rows = TILE // block
     _forward_kernel[(_triton.cdiv(ids.shape[0], rows), _triton.cdiv(values, block))](
         images, ids, cu, out, ids.shape[0], count, *images.stride(), tuple(scale), tuple(shift),
-        images.shape[3] // patch_size, patch_size, channels, rows, block, **_triton.row_options(TILE), **EXACT,
+        images.shape[3] // patch_size, patch_size, channels, runs(images), rows, block,
+        **_triton.row_options(TILE), **EXACT,
     )  # fmt: skip
 
 
@@ -39,6 +40,11 @@ def backward(dout, ids, cu, shape, patch_size, scale, dtype, dimages):
     )  # fmt: skip
 
 
+def runs(images):
+    """Whether the pixels of a patch's row lie side by side, channels innermost: then they are loaded as vectors."""
+    return images.stride(1) == 1 and images.stride(3) == images.shape[1]
+
+
 @triton.jit
 def per_channel(channel, values, CHANNELS: tl.constexpr):
     """values[channel] of a tuple with a number a channel."""
@@ -51,13 +57,16 @@ def per_channel(channel, values, CHANNELS: tl.constexpr):
 @triton.jit
 def load_patch(
     images_ptr, image, patch, d, inside, stride_n, stride_c, stride_h, stride_w, scale, shift, COLUMNS: tl.constexpr,
-    PATCH: tl.constexpr, CHANNELS: tl.constexpr,
+    PATCH: tl.constexpr, CHANNELS: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
     """fp32 values at offsets d of each patch, in (row, column, channel) order, times scale plus shift; 0 if outside."""
     patch, channel = patch.to(tl.int64), d % CHANNELS
     first = image.to(tl.int64) * stride_n + (patch // COLUMNS * stride_h + patch % COLUMNS * stride_w) * PATCH
-    y, x = d // CHANNELS // PATCH, d // CHANNELS % PATCH
-    offset = channel.to(tl.int64) * stride_c + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+    if RUNS:
+        offset = (d // (PATCH * CHANNELS)).to(tl.int64) * stride_h + d % (PATCH * CHANNELS)
+    else:
+        y, x = d // CHANNELS // PATCH, d // CHANNELS % PATCH
+        offset = channel.to(tl.int64) * stride_c + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
     pixel = tl.load(images_ptr + first[:, None] + offset[None, :], mask=inside, other=0).to(tl.float32)
     scale, shift = per_channel(channel, scale, CHANNELS), per_channel(channel, shift, CHANNELS)
     return tl.where(inside, pixel * scale[None, :] + shift[None, :], 0.0)
@@ -66,7 +75,8 @@ def load_patch(
 @_triton.jit(do_not_specialize=["total", "count"])
 def _forward_kernel(
     images_ptr, ids_ptr, cu_ptr, out_ptr, total, count, stride_n, stride_c, stride_h, stride_w, scale, shift,
-    COLUMNS: tl.constexpr, PATCH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, PATCH: tl.constexpr, CHANNELS: tl.constexpr, RUNS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = PATCH * PATCH * CHANNELS
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -76,7 +86,7 @@ def _forward_kernel(
     patch = tl.load(ids_ptr + t, mask=t < total, other=0)
     values = load_patch(
         images_ptr, image, patch, d, inside & (image < count)[:, None], stride_n, stride_c, stride_h, stride_w, scale,
-        shift, COLUMNS, PATCH, CHANNELS,
+        shift, COLUMNS, PATCH, CHANNELS, RUNS,
     )  # fmt: skip
     tl.store(out_ptr + t.to(tl.int64)[:, None] * WIDTH + d[None, :], values, mask=inside)
 
@@ -102,9 +112,8 @@ def _backward_kernel(
 
 def source_signature(images):
     """The types of what load_patch reads, for three channels, and its constants for 256 x 256 pixels, 16 a patch."""
-    strides = ("stride_n", "stride_c", "stride_h", "stride_w")
     signature = {"images_ptr": images, "count": "i32", "scale": ("fp32",) * 3, "shift": ("fp32",) * 3}
-    signature |= dict.fromkeys(strides, "i32")
+    signature |= dict.fromkeys(("stride_n", "stride_c", "stride_h"), "i32:16") | {"stride_w": "i32"}
     return signature, {"COLUMNS": 16, "PATCH": 16, "CHANNELS": 3, "BLOCK": 1024}
 
 
@@ -116,7 +125,7 @@ def resources():
         options = _triton.row_options(TILE) | EXACT
         for layout, known in (("planes", {"stride_w": 1}), ("pixels", {"stride_c": 1})):
             types = {key: value for key, value in signature.items() if key not in known}
-            known = known | constants | {"ROWS": TILE // BLOCK}
+            known = known | constants | {"RUNS": layout == "pixels", "ROWS": TILE // BLOCK}
             yield Resource(f"gather_patches uint8 {layout} {name}", _forward_kernel, types, known, options)
         pointers = {"dout_ptr": out, "order_ptr": "*i64", "starts_ptr": "*i32", "dimages_ptr": out}
         yield Resource(

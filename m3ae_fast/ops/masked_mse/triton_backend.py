@@ -6,7 +6,7 @@ import triton.language as tl
 
 from m3ae_fast import _triton
 from m3ae_fast._triton import Resource, element, inverse_root, sequence_of
-from m3ae_fast.ops.gather_patches.triton_backend import EXACT, TILE, load_patch, source_signature
+from m3ae_fast.ops.gather_patches.triton_backend import EXACT, TILE, load_patch, runs, source_signature
 
 REDUCTIONS = {"none": 0, "sum": 0, "mean": 1, "sample_mean": 2}  # how a row is weighted: not, by all rows, by its image
 
@@ -18,8 +18,8 @@ def forward(pred, images, ids_mask, cu_mask, patch_size, norm_pix, scale, shift,
     each, block, options = _tile(width)
     _forward_kernel[(_triton.cdiv(rows, each),)](
         pred, images, ids_mask, cu_mask, row_loss, error, rows, count, *images.stride(), tuple(scale), tuple(shift),
-        images.shape[3] // patch_size, patch_size, channels, bool(norm_pix), REDUCTIONS[reduction], each, block,
-        **options, **EXACT,
+        images.shape[3] // patch_size, patch_size, channels, runs(images), bool(norm_pix), REDUCTIONS[reduction],
+        each, block, **options, **EXACT,
     )  # fmt: skip
     if reduction != "none":
         _triton.sum_values(row_loss, loss)
@@ -59,7 +59,7 @@ def _row_weight(cu_ptr, count, image, REDUCTION: tl.constexpr):
 def _forward_kernel(
     pred_ptr, images_ptr, ids_mask_ptr, cu_mask_ptr, row_loss_ptr, error_ptr, total, count, stride_n, stride_c,
     stride_h, stride_w, scale, shift, COLUMNS: tl.constexpr, PATCH: tl.constexpr, CHANNELS: tl.constexpr,
-    NORM_PIX: tl.constexpr, REDUCTION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    RUNS: tl.constexpr, NORM_PIX: tl.constexpr, REDUCTION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = PATCH * PATCH * CHANNELS
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -70,7 +70,7 @@ def _forward_kernel(
     patch = tl.load(ids_mask_ptr + t, mask=t < total, other=0)
     target = load_patch(
         images_ptr, image, patch, d, inside, stride_n, stride_c, stride_h, stride_w, scale, shift, COLUMNS, PATCH,
-        CHANNELS,
+        CHANNELS, RUNS,
     )  # fmt: skip
     if NORM_PIX:  # of differences from the first value, so that flat patches come out flat
         first = tl.sum(tl.where((d == 0)[None, :], target, 0.0), 1)[:, None]
@@ -116,7 +116,7 @@ def resources():
                 f"masked_mse {'norm_pix ' if norm_pix else ''}{name}",
                 _forward_kernel,
                 types,
-                constants | {"stride_c": 1, "NORM_PIX": norm_pix, "REDUCTION": 2},
+                constants | {"stride_c": 1, "RUNS": True, "NORM_PIX": norm_pix, "REDUCTION": 2},
                 options | EXACT,
             )
         yield Resource(
