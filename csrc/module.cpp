@@ -19,8 +19,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("unavailable_isas", &unavailable_isas, "the other instruction sets, each with the reason");
   module.def("active_isa", [] { return isa_name(active_isa()); });
   module.def("set_isa", &set_isa, pybind11::arg("name"), "'' takes the best this machine has");
-  module.def("own_products", [](const Tensor& like) { return own_products(like.dtype()); }, pybind11::arg("like"),
-             "whether products of its dtype are made here, not by torch: csrc/cpu/isa.h");
+  module.def("products_of", [](const Tensor& like, const std::string& precision) {
+    return static_cast<int>(products_of(like.dtype(), precision));
+  }, pybind11::arg("like"), pybind11::arg("precision"), "who multiplies, and what: Products of csrc/cpu/isa.h");
   module.def("num_threads", &max_threads, "threads a kernel may use: torch.set_num_threads rules it");
 #ifdef _OPENMP
   module.attr("openmp") = true;

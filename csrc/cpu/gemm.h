@@ -8,6 +8,8 @@
 // fp64). Elsewhere bf16 is widened to fp32 when it is packed. On amx pairs are contracted by tiles: gemm_amx.h.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/units.h"
 #include M3AE_FILE(gemm, M3AE_ISA)
 
@@ -103,6 +105,13 @@ M3AE_INLINE void store_rounded(V x, T* p, int n) { store_lanes(x, p, n); }
 M3AE_INLINE void store_unit_elements(VecF32 x, float* p) { x.store(p); }
 M3AE_INLINE void store_unit_elements(Lane<double> x, double* p) { x.store(p); }
 
+// What is stored as the first or second of two T whose sum is x: x itself, which a store rounds, or what that leaves.
+template <class T, class V>
+M3AE_INLINE V part_of(V x, int part) {
+  if constexpr (std::is_same_v<T, bfloat16> && Units<Unit<T>>::depth == 2) return part == 0 ? x : rest_of_bf16(x);
+  return x;
+}
+
 // ---- packing: from rows of elements ([count][width], `stride` apart) to units, holes filled with zeros ----
 
 // A vector of units from a row, of which `elements` are left; zeros behind them. Pairs are moved as 32 bits.
@@ -181,6 +190,25 @@ M3AE_INLINE V across(const typename V::scalar* rows, const Combine& combine) {
   for (int half = V::width / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) block[i] = combine(block[i], block[i + half]);
   return block[0];
+}
+
+// ---- the element types of an op's arguments ----
+
+// body(a T) for the dtype.
+template <class Body>
+M3AE_INLINE auto with_element(Dtype dtype, const Body& body) {
+  if (dtype == Dtype::f64) return body(double{});
+  if (dtype == Dtype::bf16) return body(bfloat16{});
+  return body(float{});
+}
+
+// body(a T, an R, a P): what is multiplied, and the types of rows and of parameters.
+template <class Arguments, class Body>
+M3AE_INLINE auto with_elements(const Arguments& args, const Body& body) {
+  if constexpr (Units<Unit<bfloat16>>::depth == 2)
+    if (args.parts > 0) return body(bfloat16{}, float{}, float{});
+  if (args.dtype == Dtype::bf16 && args.parameter_dtype == Dtype::f32) return body(bfloat16{}, bfloat16{}, float{});
+  return with_element(args.dtype, [&](auto element) { return body(element, element, element); });
 }
 
 }  // namespace m3ae::M3AE_ISA

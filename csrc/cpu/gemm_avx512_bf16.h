@@ -29,6 +29,7 @@ struct Units<Pair> {
 };
 
 M3AE_INLINE __m256i rounded_bf16(VecF32 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)); }
+M3AE_INLINE VecF32 rest_of_bf16(VecF32 x) { return x - VecF32{VecF32::widened(rounded_bf16(x))}; }
 M3AE_INLINE void store_unit_elements(VecF32 x, Pair* p) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded_bf16(x));
 }

@@ -105,10 +105,14 @@ std::map<std::string, std::string> unavailable_isas() {
   return reasons;
 }
 
-bool own_products(Dtype dtype) {
+Products products_of(Dtype dtype, const std::string& precision) {
   const std::string isa = isa_name(active);
-  if (dtype == Dtype::f64 || isa == "scalar") return false;
-  return dtype != Dtype::bf16 || isa == "amx" || isa == "amx_emulated" || no_amx();
+  const bool tiles = isa == "amx" || isa == "amx_emulated", pairs = tiles || isa == "avx512_bf16";
+  const bool fp32 = dtype == Dtype::f32, to_bf16 = fp32 && precision == "bf16", to_tf32 = fp32 && precision == "tf32";
+  if (dtype == Dtype::f64 || isa == "scalar") return Products::torch;
+  if ((dtype == Dtype::bf16 || to_bf16) && !tiles && !no_amx()) return Products::torch;
+  if (to_bf16 && pairs) return Products::bf16;
+  return to_tf32 && tiles ? Products::two_bf16 : Products::own;  // by pairs, three products take longer than one of fp32
 }
 
 void set_isa(const std::string& name) {

@@ -14,9 +14,18 @@ const char* isa_name(int isa);
 std::vector<std::string> available_isas();  // built and supported by this machine, slowest first
 std::map<std::string, std::string> unavailable_isas();  // the others, each with its reason
 
-// Whether matrix products of this dtype are faster by the kernels of the set in use than by torch's own libraries, which
-// use the best set of the machine. The one place that decides: by machine and dtype, never by size.
-bool own_products(Dtype dtype);
+// Who multiplies matrices, and what: torch's own libraries, which use the best set of the machine, or the kernels of the
+// set in use: elements as they are, fp32 ones rounded to bf16, or as the sum of two bf16, which takes three products.
+enum class Products : int { torch, own, bf16, two_bf16 };
+
+// How many bf16 numbers stand for an fp32 one; 0: it is multiplied as it is.
+constexpr int bf16_parts(Products products) {
+  return products == Products::bf16 ? 1 : products == Products::two_bf16 ? 2 : 0;
+}
+
+// The fastest that the dtype and, for fp32, the precision allow. The one place that decides: never by size. precision:
+// torch.backends.mkldnn.matmul.fp32_precision.
+Products products_of(Dtype dtype, const std::string& precision);
 void set_isa(const std::string& name);      // "" takes the best; throws ValueError text for one that cannot run here
 
 }  // namespace m3ae

@@ -82,7 +82,7 @@ def test_thread_counts_give_the_same_bits_at_real_sizes(impl, case, dtype, threa
         outputs, gradients = call.run(linear, impl=impl)
         results.append(outputs + gradients)
         have, expected = results[-1], results[0]
-        if not linear_op.BACKENDS[impl].ours(dtype):
+        if not linear_op.BACKENDS[impl].products(dtype):
             outputs, gradients = call.run(linear, impl="reference")
             expected = outputs + gradients
             if call.kwargs.get("activation"):  # our own derivative of GELU, where the gradients begin, rounds elsewhere
@@ -126,7 +126,7 @@ def test_autocast_rounds_the_weight_on_its_way_and_its_gradient_not_at_all(isa, 
     """Where the products are ours; where torch multiplies, the same numbers, rounded."""
     backend = linear_op.BACKENDS["cpp"]
     if by_torch:
-        monkeypatch.setattr(backend, "ours", lambda dtype: False)
+        monkeypatch.setattr(backend, "products", lambda dtype: 0)
     activation, input_activation = activations
     options = {"activation": activation, "input_activation": input_activation}
     values = [t.requires_grad_() for t in tensors(rows=50, inner=70, outer=67)]
@@ -142,7 +142,7 @@ def test_autocast_rounds_the_weight_on_its_way_and_its_gradient_not_at_all(isa, 
     assert [t.dtype for t in ours] == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
     for name, factor, *results in zip(("y", "dx", "dweight", "dbias"), (2, 3, 3, 3), ours, eager, truth, strict=True):
         testing.assert_error_rule(name, *results, factor)
-    if activations == (None, None) and backend.ours(torch.bfloat16):
+    if activations == (None, None) and backend.products(torch.bfloat16):
         x, dz = values[0].detach().bfloat16().double(), dy.bfloat16().double()
         torch.testing.assert_close(ours[2].double(), dz.t() @ x, rtol=1e-5, atol=1e-4)
 

@@ -62,20 +62,22 @@ Activation activation_of(const std::string& name) {
 
 // out [m][n] of a contraction over k.
 LinearProduct product(const void* left, const void* right, void* out, int64_t m, int64_t n, int64_t k, Dtype dtype,
-                      Dtype parameter_dtype) {
+                      Dtype parameter_dtype, int products) {
   LinearProduct args;
   args.left = left, args.right = right, args.out = out;
   args.m = m, args.n = n, args.k = k;
   args.dtype = dtype, args.parameter_dtype = parameter_dtype;
+  args.parts = bf16_parts(static_cast<Products>(products));
   return args;
 }
 
 // y = act(f(x) W^T + b), and z, what act was applied to.
 void forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::string& activation,
-             const std::string& input_activation, const Tensor& y, const Tensor& z) {
+             const std::string& input_activation, int products, const Tensor& y, const Tensor& z) {
   const int64_t rows = x.size(0), inner = x.size(1), outer = weight.size(0);
   LinearProduct args = product(x.dense("x", {rows, inner}), weight.dense("weight", {outer, inner}),
-                               y.dense("y", {rows, outer}, x.dtype()), rows, outer, inner, x.dtype(), weight.dtype());
+                               y.dense("y", {rows, outer}, x.dtype()), rows, outer, inner, x.dtype(), weight.dtype(),
+                               products);
   args.right_by_rows = true;
   args.bias = bias.optional("bias", {outer}, weight.dtype());
   args.before = z.optional("z", {rows, outer}, x.dtype());
@@ -86,8 +88,8 @@ void forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const st
 // dz = act'(z) dy, its column sums, dx = f'(x) (dz W) and dW = dz^T f(x), as far as they are wanted. dz: without an
 // activation dy itself.
 void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& z, const std::string& activation,
-              const std::string& input_activation, const Tensor& dz, const Tensor& dx, const Tensor& dweight,
-              const Tensor& dbias) {
+              const std::string& input_activation, int products, const Tensor& dz, const Tensor& dx,
+              const Tensor& dweight, const Tensor& dbias) {
   const int64_t rows = x.size(0), inner = x.size(1), outer = weight.size(0);
   const Dtype dtype = dy.dtype(), parameter_dtype = weight.dtype();
   const Activation act = activation_of(activation), input = activation_of(input_activation);
@@ -105,13 +107,13 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Ten
   }
   if (dx) {
     LinearProduct args = product(gradient, weight.dense("weight", {outer, inner}), dx.dense("dx", {rows, inner}, dtype),
-                                 rows, inner, outer, dtype, parameter_dtype);
+                                 rows, inner, outer, dtype, parameter_dtype, products);
     if (input != Activation::none) args.slope_at = in, args.slope = input;
     multiply(args);
   }
   if (dweight) {
     LinearProduct args = product(gradient, in, dweight.dense("dweight", {outer, inner}, parameter_dtype), outer, inner,
-                                 rows, dtype, parameter_dtype);
+                                 rows, dtype, parameter_dtype, products);
     args.left_by_columns = true;
     args.right_activation = input;
     multiply(args);
@@ -121,9 +123,9 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Ten
 }  // namespace
 
 void bind_linear(py::module_& module) {
-  bind(module, "linear", forward, {"x", "weight", "bias", "activation", "input_activation", "y", "z"});
-  bind(module, "linear_backward", backward, {"dy", "x", "weight", "z", "activation", "input_activation", "dz", "dx",
-       "dweight", "dbias"});
+  bind(module, "linear", forward, {"x", "weight", "bias", "activation", "input_activation", "products", "y", "z"});
+  bind(module, "linear_backward", backward, {"dy", "x", "weight", "z", "activation", "input_activation", "products",
+       "dz", "dx", "dweight", "dbias"});
 }
 
 }  // namespace m3ae

@@ -11,7 +11,8 @@ enum class Activation : int { none, gelu, gelu_tanh };
 //   forward  left x, right W by rows, bias, activation          dx  left dz, right W, slope_at x
 //   dweight  left dz by columns, right x, right_activation f
 // An activation of an operand is applied while it is packed, one of the result while it is stored. Parameters (W, b, dW)
-// may be fp32 where rows are bf16: they are rounded while they are packed, and their gradient is not rounded at all.
+// may be fp32 where rows are bf16: they are rounded while they are packed, and their gradient is not rounded at all. So
+// are all operands where fp32 is multiplied as bf16 (`parts`).
 struct LinearProduct {
   const void* left = nullptr;      // [m][k]; by columns: [k][m]
   const void* right = nullptr;     // [k][n]; by rows: [n][k]
@@ -24,13 +25,14 @@ struct LinearProduct {
   Activation left_activation = Activation::none, right_activation = Activation::none;
   Activation activation = Activation::none, slope = Activation::none;
   Dtype dtype = Dtype::f32, parameter_dtype = Dtype::f32;
+  int parts = 0;  // how many bf16 numbers stand for an fp32 one: csrc/cpu/isa.h
 
   int64_t first_panel = 0, panels = 0;  // the group of columns that is being computed
   char* packed = nullptr;               // right(:, group), packed: LinearSizes::panel bytes each
 };
 
 struct LinearSizes {
-  int64_t panel;    // bytes of a packed panel
+  int64_t panel;    // bytes of a packed panel, all parts
   int64_t scratch;  // bytes, for a thread
   int64_t blocks;   // of kProductSteps at most, along k
 };

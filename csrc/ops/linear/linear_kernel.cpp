@@ -80,30 +80,16 @@ M3AE_INLINE void with_function(Activation activation, const Body& body) {
   body(Identity{});
 }
 
-// body(a T) for the dtype.
-template <class Body>
-M3AE_INLINE auto with_element(Dtype dtype, const Body& body) {
-  if (dtype == Dtype::f64) return body(double{});
-  if (dtype == Dtype::bf16) return body(bfloat16{});
-  return body(float{});
-}
-
-// body(a T, a P): the types of rows and of parameters.
-template <class Body>
-M3AE_INLINE void with_elements(const LinearProduct& args, const Body& body) {
-  if (args.dtype == Dtype::bf16 && args.parameter_dtype == Dtype::f32) return body(bfloat16{}, float{});
-  with_element(args.dtype, [&](auto element) { body(element, element); });
-}
-
-// out[r][d] = act(in[r][d]).
+// out[r][d] = act(in[r][d]), or that part of it (gemm.h).
 template <class T, class Source>
-void activate(Activation activation, const Source* in, int64_t stride, int64_t count, int64_t width, T* out, int64_t ld) {
+void activate(Activation activation, int part, const Source* in, int64_t stride, int64_t count, int64_t width, T* out,
+              int64_t ld) {
   with_function(activation, [&](auto function) {
-    map_rows(in, stride, count, width, out, ld, [&](Vec<T> x) { return function.value(x); });
+    map_rows(in, stride, count, width, out, ld, [&](Vec<T> x) { return part_of<T>(function.value(x), part); });
   });
 }
 
-// A product of rows of type T: sizes in units (csrc/cpu/gemm.h).
+// A product of elements of type T: sizes in units (csrc/cpu/gemm.h).
 template <class T>
 struct Block {
   using V = Vec<T>;
@@ -111,16 +97,19 @@ struct Block {
   using U = Unit<T>;
   static constexpr int64_t depth = Units<U>::depth;
   static constexpr int64_t most = kProductSteps * depth;  // elements along k
-  // Bytes of a thread's scratch: the left operand packed, its values, the sums. The right operand is packed before them.
+  // Bytes of a thread's scratch: the left operand packed, its values, its steps, the sums. The right operand is packed
+  // before them.
   static constexpr int64_t packed_bytes = sizeof(U) * (kBlockRows + V::width) * kProductSteps;
   static constexpr int64_t value_bytes = sizeof(T) * most * (kBlockRows > kPanel ? kBlockRows : kPanel);
-  static_assert(!kDenseLeft<U> || value_bytes >= int64_t{sizeof(U)} * kBlockRows * kProductSteps, "rows to transpose");
+  static constexpr int64_t step_bytes = kDenseLeft<U> ? sizeof(U) * kBlockRows * kProductSteps : 0;  // to be transposed
   static constexpr int64_t sum_bytes = sizeof(Sum) * kBlockRows * kPanel * kGroupPanels;
 
   explicit Block(const LinearProduct& a)
-      : a(a), steps((a.k + depth - 1) / depth), blocks(steps > kProductSteps ? (steps + kProductSteps - 1) / kProductSteps : 1) {}
+      : a(a), parts(a.parts > 1 ? a.parts : 1), steps((a.k + depth - 1) / depth),
+        blocks(steps > kProductSteps ? (steps + kProductSteps - 1) / kProductSteps : 1) {}
 
   const LinearProduct& a;
+  int parts;  // operands of which the product is made
   int64_t steps, blocks;
 
   struct Steps {
@@ -131,8 +120,9 @@ struct Block {
     const int64_t first = steps * b / blocks, count = steps * (b + 1) / blocks - first, k = first * depth;
     return {first, count, k, a.k - k < count * depth ? a.k - k : count * depth};
   }
-  U* packed(int64_t panel, const Steps& s) const {
-    return reinterpret_cast<U*>(a.packed) + ((panel - a.first_panel) * steps + s.first) * kPanel;
+  U* packed(int64_t panel, const Steps& s, int part) const {
+    const int64_t before = (panel - a.first_panel) * steps + s.first;
+    return reinterpret_cast<U*>(a.packed) + (before * parts + part * s.count) * kPanel;
   }
   int64_t columns(int64_t panel) const { return a.n - panel * kPanel < kPanel ? a.n - panel * kPanel : kPanel; }
 };
@@ -144,50 +134,58 @@ void pack(const LinearProduct& a, char* scratch, int64_t panel, int64_t block) {
   const int64_t first = panel * kPanel, here = b.columns(panel);
   const int64_t count = a.right_by_rows ? here : s.elements, width = a.right_by_rows ? s.elements : here;
   const Right* right = as<Right>(a.right) + (a.right_by_rows ? first * a.k + s.k : s.k * a.n + first);
-  int64_t stride = a.right_by_rows ? a.k : a.n;
-  const auto pack_from = [&](const T* rows) {
-    if (a.right_by_rows) pack_columns(rows, stride, count, width, b.packed(panel, s), kPanel);
-    else pack_steps(rows, stride, count, width, b.packed(panel, s), kPanel);
+  const int64_t stride = a.right_by_rows ? a.k : a.n;
+  const auto pack_from = [&](const T* rows, int64_t stride, int part) {
+    if (a.right_by_rows) pack_columns(rows, stride, count, width, b.packed(panel, s, part), kPanel);
+    else pack_steps(rows, stride, count, width, b.packed(panel, s, part), kPanel);
   };
   if constexpr (std::is_same_v<T, Right>)
-    if (a.right_activation == Activation::none) return pack_from(right);
+    if (a.right_activation == Activation::none) return pack_from(right, stride, 0);
   T* values = reinterpret_cast<T*>(scratch);
   const int64_t ld = a.right_by_rows ? b.most : kPanel;
-  activate(a.right_activation, right, stride, count, width, values, ld);
-  stride = ld;
-  pack_from(values);
+  for (int part = 0; part < b.parts; ++part) {
+    activate(a.right_activation, part, right, stride, count, width, values, ld);
+    pack_from(values, ld, part);
+  }
 }
 
-// The left operand of a block: where products read it.
+// The left operand of a block, or that part of it: where products read it.
 template <class T>
 struct Left {
   const Unit<T>* units;
   int64_t row, step;
 };
 
-template <class T>
-Left<T> left_of(const Block<T>& b, const typename Block<T>::Steps& s, int64_t row, int64_t rows, char* scratch) {
+template <class T, class R>
+Left<T> left_of(const Block<T>& b, const typename Block<T>::Steps& s, int part, int64_t row, int64_t rows,
+                char* scratch) {
   using B = Block<T>;
   using U = typename B::U;
   const LinearProduct& a = b.a;
+  const bool by_columns = a.left_by_columns;
+  const int64_t count = by_columns ? s.elements : rows, width = by_columns ? rows : s.elements;
+  int64_t stride = by_columns ? a.m : a.k;
+  const R* from = as<R>(a.left) + (by_columns ? s.k * a.m + row : row * a.k + s.k);
+  const T* left;
+  if (!std::is_same_v<R, T> || a.left_activation != Activation::none) {
+    T* values = reinterpret_cast<T*>(scratch + B::packed_bytes);
+    const int64_t ld = by_columns ? kBlockRows : B::most;
+    activate(a.left_activation, part, from, stride, count, width, values, ld);
+    left = values;
+    stride = ld;
+  } else {
+    left = reinterpret_cast<const T*>(from);
+  }
   U* packed = reinterpret_cast<U*>(scratch);
-  if (a.left_by_columns) {
+  if (by_columns) {
     const int64_t ld = round_up(rows, B::V::width);
-    U* steps = kDenseLeft<U> ? reinterpret_cast<U*>(scratch + B::packed_bytes) : packed;
-    pack_steps(as<T>(a.left) + s.k * a.m + row, a.m, s.elements, rows, steps, ld);
+    U* steps = kDenseLeft<U> ? reinterpret_cast<U*>(scratch + B::packed_bytes + B::value_bytes) : packed;
+    pack_steps(left, stride, s.elements, rows, steps, ld);
     if constexpr (kDenseLeft<U>) {
       transpose_rows(steps, ld, rows, s.count, packed, kProductSteps);
       return {packed, kProductSteps, 1};
     }
     return {packed, 1, ld};
-  }
-  const T* left = as<T>(a.left) + row * a.k + s.k;
-  int64_t stride = a.k;
-  if (a.left_activation != Activation::none) {
-    T* values = reinterpret_cast<T*>(scratch + B::packed_bytes);
-    activate(a.left_activation, left, stride, rows, s.elements, values, B::most);
-    left = values;
-    stride = B::most;
   }
   if ((std::is_same_v<T, U> || B::depth == 2) && a.k % B::depth == 0)  // rows of units as they stand
     return {reinterpret_cast<const U*>(left), stride / B::depth, 1};
@@ -195,69 +193,73 @@ Left<T> left_of(const Block<T>& b, const typename Block<T>::Steps& s, int64_t ro
   return {packed, kProductSteps, 1};
 }
 
-template <class T, class Bias, class Out, class Function, class Slope>
-void finish(const LinearProduct& a, const typename Vec<T>::scalar* sums, int64_t row, int64_t rows, int64_t first,
+template <class R, class Bias, class Out, class Function, class Slope>
+void finish(const LinearProduct& a, const typename Vec<R>::scalar* sums, int64_t row, int64_t rows, int64_t first,
             int64_t columns, Function function, Slope slope) {
-  using V = Vec<T>;
+  using V = Vec<R>;
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t at = (row + i) * a.n + first;
     for_lanes<V>(columns, [&](int64_t d, int n) {
       V z = load_lanes<V>(sums + i * kPanel + d, n);
       if (a.bias) z = z + load_lanes<V>(as<Bias>(a.bias) + first + d, n);
-      if constexpr (!std::is_same_v<Slope, Identity>) z = z * slope.slope(load_lanes<V>(as<T>(a.slope_at) + at + d, n));
-      if (a.before) store_rounded(z, as<T>(a.before) + at + d, n);
+      if constexpr (!std::is_same_v<Slope, Identity>) z = z * slope.slope(load_lanes<V>(as<R>(a.slope_at) + at + d, n));
+      if (a.before) store_rounded(z, as<R>(a.before) + at + d, n);
       store_rounded(function.value(z), as<Out>(a.out) + at + d, n);
     });
   }
 }
 
-template <class T, class P>
+template <class T, class R, class P>
 void product(const LinearProduct& a, char* scratch, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
   using B = Block<T>;
   using U = typename B::U;
   const B b(a);
-  auto* sums = reinterpret_cast<typename B::Sum*>(scratch + B::packed_bytes + B::value_bytes);  // [panels][rows][kPanel]
+  // [panels][rows][kPanel]
+  auto* sums = reinterpret_cast<typename B::Sum*>(scratch + B::packed_bytes + B::value_bytes + B::step_bytes);
   for (int64_t block = 0; block < b.blocks; ++block) {
     const auto s = b.block(block);
-    const Left<T> left = left_of(b, s, row, rows, scratch);
-    for (int64_t p = 0; p < panels; ++p)
-      multiply(Product<U>{left.units, left.row, left.step, b.packed(panel + p, s), kPanel, sums + p * rows * kPanel,
-                          kPanel, s.count, block > 0},
-               rows, round_up(b.columns(panel + p), B::V::width));
+    for (int part = 0; part < b.parts; ++part) {
+      const Left<T> left = left_of<T, R>(b, s, part, row, rows, scratch);
+      for (int64_t p = 0; p < panels; ++p)
+        for (int other = 0; part + other < b.parts; ++other)  // not the product of the rests
+          multiply(Product<U>{left.units, left.row, left.step, b.packed(panel + p, s, other), kPanel,
+                              sums + p * rows * kPanel, kPanel, s.count, block + part + other > 0},
+                   rows, round_up(b.columns(panel + p), B::V::width));
+    }
   }
   for (int64_t p = 0; p < panels; ++p) {
     const auto finish_with = [&](auto out, auto function, auto slope) {
-      finish<T, P, decltype(out)>(a, sums + p * rows * kPanel, row, rows, (panel + p) * kPanel, b.columns(panel + p),
+      finish<R, P, decltype(out)>(a, sums + p * rows * kPanel, row, rows, (panel + p) * kPanel, b.columns(panel + p),
                                   function, slope);
     };
     if (a.left_by_columns) finish_with(P{}, Identity{}, Identity{});  // dweight
-    else if (a.slope_at) with_function(a.slope, [&](auto slope) { finish_with(T{}, Identity{}, slope); });
-    else with_function(a.activation, [&](auto function) { finish_with(T{}, function, Identity{}); });
+    else if (a.slope_at) with_function(a.slope, [&](auto slope) { finish_with(R{}, Identity{}, slope); });
+    else with_function(a.activation, [&](auto function) { finish_with(R{}, function, Identity{}); });
   }
 }
 
 }  // namespace
 
 LinearSizes linear_sizes(const LinearProduct& args) {
-  return with_element(args.dtype, [&](auto element) {
+  return with_elements(args, [&](auto element, auto, auto) {
     using B = Block<decltype(element)>;
     const B b(args);
-    return LinearSizes{static_cast<int64_t>(sizeof(typename B::U)) * b.steps * kPanel,
-                       B::packed_bytes + B::value_bytes + B::sum_bytes, b.blocks};
+    return LinearSizes{static_cast<int64_t>(sizeof(typename B::U)) * b.steps * b.parts * kPanel,
+                       B::packed_bytes + B::value_bytes + B::step_bytes + B::sum_bytes, b.blocks};
   });
 }
 
 void linear_pack(const LinearProduct& args, char* scratch, int64_t panel, int64_t block) {
-  with_elements(args, [&](auto element, auto parameter) {
+  with_elements(args, [&](auto element, auto row, auto parameter) {
     using T = decltype(element);
-    if (args.left_by_columns) pack<T, T>(args, scratch, panel, block);  // dweight: x
+    if (args.left_by_columns) pack<T, decltype(row)>(args, scratch, panel, block);  // dweight: x
     else pack<T, decltype(parameter)>(args, scratch, panel, block);
   });
 }
 
 void linear_multiply(const LinearProduct& args, char* scratch, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
-  with_elements(args, [&](auto element, auto parameter) {
-    product<decltype(element), decltype(parameter)>(args, scratch, row, rows, panel, panels);
+  with_elements(args, [&](auto element, auto in, auto parameter) {
+    product<decltype(element), decltype(in), decltype(parameter)>(args, scratch, row, rows, panel, panels);
   });
 }
 

@@ -49,9 +49,9 @@ void zero(void* data, int64_t bytes) {
 void run_blocks(CrossEntropyBlock args, std::vector<CrossEntropyRow>* rows) {
   const int64_t count = static_cast<int64_t>(rows->size()), width = args.width, vocab = args.vocab;
   const auto sizes_of = M3AE_DISPATCH_PRODUCT(cross_entropy_sizes);
-  const int64_t most = kLogitsBytes / sizes_of(1, width, vocab, args.dtype).logits_row;
+  const int64_t most = kLogitsBytes / sizes_of(args, 1).logits_row;
   const int64_t blocks = most > 0 ? (count + most - 1) / most : count, high = (count + blocks - 1) / blocks;
-  const CrossEntropySizes sizes = sizes_of(high, width, vocab, args.dtype);
+  const CrossEntropySizes sizes = sizes_of(args, high);
   const Scratch logits(high * sizes.logits_row), x_rows(high * sizes.x_rows_row), x_steps(high * sizes.x_steps_row);
   prefer_huge_pages(logits.get(), high * sizes.logits_row);
   if (args.dweight) prefer_huge_pages(args.dweight, vocab * width * size_of(args.parameter_dtype));
@@ -83,7 +83,7 @@ void run_blocks(CrossEntropyBlock args, std::vector<CrossEntropyRow>* rows) {
 // of sum(dloss * loss).
 void forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& target, const Tensor& cu_seqlens,
              const Tensor& dloss, int64_t ignore_index, const std::string& reduction_name, double label_smoothing,
-             const Tensor& loss, const Tensor& hit, const Tensor& dx, const Tensor& dweight, const Tensor& dbias) {
+             int products, const Tensor& loss, const Tensor& hit, const Tensor& dx, const Tensor& dweight, const Tensor& dbias) {
   const Reduction reduction = reduction_of(reduction_name);
   const bool each = reduction == Reduction::none;
   const int64_t count = x.size(0), width = x.size(1), vocab = weight.size(0);
@@ -95,7 +95,7 @@ void forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Te
       x.dense("x", {count, width}), weight.dense("weight", {vocab, width}),
       bias.optional("bias", {vocab}, parameter_dtype), dx.optional("dx", {count, width}, dtype),
       dweight.optional("dweight", {vocab, width}, parameter_dtype), dbias.optional("dbias", {vocab}, accumulate), width,
-      vocab, label_smoothing, dtype, parameter_dtype, nullptr, 0, false, nullptr, nullptr, nullptr};
+      vocab, label_smoothing, dtype, parameter_dtype, bf16_parts(static_cast<Products>(products)), nullptr, 0, false, nullptr, nullptr, nullptr};
   const void* dlosses = each && (dx || dweight || dbias) ? dloss.dense("dloss", {count}, accumulate) : nullptr;
   const Reduced losses("loss", loss, reduction, count, accumulate), hits("hit", hit, reduction, count, accumulate);
   const int32_t* cu = cu_seqlens.optional_int32s("cu_seqlens", {sequences + 1});
@@ -133,7 +133,7 @@ void forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Te
 
 void bind_linear_cross_entropy(py::module_& module) {
   bind(module, "linear_cross_entropy", forward, {"x", "weight", "bias", "target", "cu_seqlens", "dloss",
-       "ignore_index", "reduction", "label_smoothing", "loss", "hit", "dx", "dweight", "dbias"});
+       "ignore_index", "reduction", "label_smoothing", "products", "loss", "hit", "dx", "dweight", "dbias"});
 }
 
 }  // namespace m3ae

@@ -32,6 +32,7 @@ struct CrossEntropyBlock {
   double label_smoothing;
   Dtype dtype;            // of x and dx
   Dtype parameter_dtype;  // of weight, bias and dweight: dtype, or fp32 where that is bf16
+  int parts;              // how many bf16 numbers stand for an fp32 one in a product: csrc/cpu/isa.h
 
   CrossEntropyRow* rows;            // of this block
   int64_t count;                    // how many
@@ -50,7 +51,7 @@ constexpr int64_t kClassPanel = 64, kDxRows = 192, kDxColumns = 64;
 
 }  // namespace m3ae
 
-M3AE_PRODUCT_KERNEL(CrossEntropySizes cross_entropy_sizes(int64_t rows, int64_t width, int64_t vocab, Dtype dtype))
+M3AE_PRODUCT_KERNEL(CrossEntropySizes cross_entropy_sizes(const CrossEntropyBlock& args, int64_t rows))
 M3AE_PRODUCT_KERNEL(void cross_entropy_pack(const CrossEntropyBlock& args, int64_t begin, int64_t end))
 M3AE_PRODUCT_KERNEL(void cross_entropy_logits(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end))
 M3AE_PRODUCT_KERNEL(void cross_entropy_softmax(const CrossEntropyBlock& args, int64_t begin, int64_t end))

@@ -14,87 +14,125 @@ namespace {
 constexpr int64_t kSteps = 256;  // units that a product adds up before the sum joins its total
 constexpr int64_t kSpan = 1024;  // logits summed in vector lanes before they join a fp64 sum
 
-// Sizes and pointers of a block whose x is of type T.
-template <class T>
+// Sizes and pointers of a block whose x is of type R and is multiplied as T. A row of logits becomes that of their
+// gradients, which products read without packing: R of which these are made are then `parts` rows of T, one after the
+// other in every chunk.
+template <class T, class R>
 struct Block {
   using V = Vec<T>;
   using Accumulator = typename V::scalar;
   using U = Unit<T>;
   static constexpr int64_t depth = Units<U>::depth;
-  using Logit = std::conditional_t<depth == 2, bfloat16, Accumulator>;  // what products read without packing
+  static constexpr int64_t chunk = kSteps * depth;  // classes
+  using Logit = std::conditional_t<depth == 2, R, Accumulator>;
+  using Gradient = std::conditional_t<depth == 2, T, Accumulator>;
 
-  static int64_t logits_stride(int64_t vocab) { return round_up(vocab, kClassPanel); }  // zeros behind the vocabulary
-  static int64_t row_units(int64_t width) { return round_up((width + depth - 1) / depth, V::width); }
-  static int64_t step_units(int64_t width) { return round_up(width, V::width); }
   static int64_t steps(int64_t elements) { return (elements + depth - 1) / depth; }
 
   explicit Block(const CrossEntropyBlock& a)
-      : x(as<T>(a.x)), logits(reinterpret_cast<Logit*>(a.logits)),
-        x_rows(reinterpret_cast<U*>(a.x_rows)), x_steps(reinterpret_cast<U*>(a.x_steps)),
-        stride(logits_stride(a.vocab)), row_ld(row_units(a.width)), step_ld(step_units(a.width)) {}
+      : x(as<R>(a.x)), logits(reinterpret_cast<Logit*>(a.logits)),
+        x_rows(reinterpret_cast<U*>(a.x_rows)), x_steps(reinterpret_cast<U*>(a.x_steps)), count(a.count),
+        parts(a.parts > 1 ? a.parts : 1), stride(round_up(a.vocab, kClassPanel)),
+        gradient_stride(stride * int64_t{sizeof(Logit)} / int64_t{sizeof(Gradient)}),
+        row_ld(round_up(steps(a.width), V::width)), step_ld(round_up(a.width, V::width)) {}
 
-  const T* x;
-  Logit* logits;          // [count, stride]
-  U *x_rows, *x_steps;    // [count, row_ld], [steps(count), step_ld]
-  int64_t stride, row_ld, step_ld;
+  U* rows(int64_t row, int part) const { return x_rows + (part * count + row) * row_ld; }
+  U* rows_as_steps(int64_t step, int part) const { return x_steps + (part * steps(count) + step) * step_ld; }
+  Gradient* gradients(int64_t row, int64_t v, int part) const {
+    const int64_t first = v / chunk * chunk, classes = stride - first < chunk ? stride - first : chunk;
+    return reinterpret_cast<Gradient*>(logits + row * stride + first) + part * classes + (v - first);
+  }
+
+  const R* x;
+  Logit* logits;  // [count, stride]; zeros behind the vocabulary
+  U *x_rows, *x_steps;  // [parts, count, row_ld], [parts, steps(count), step_ld]
+  int64_t count;
+  int parts;  // operands of which a product is made
+  int64_t stride, gradient_stride, row_ld, step_ld;
 };
 
-// The rows themselves, or as rows of T in `rounded` (`ld` apart).
-template <class T, class P>
-const T* rows_of(const P* rows, int64_t stride, int64_t count, int64_t width, T* rounded, int64_t ld) {
-  if constexpr (std::is_same_v<T, P>) {
+// The rows themselves, or that part of them (gemm.h) in `rounded`, `ld` apart; and how far they are apart.
+template <class T, class Source>
+const T* rows_of(const Source* rows, int64_t* stride, int64_t count, int64_t width, int part, T* rounded, int64_t ld) {
+  if constexpr (std::is_same_v<T, Source>) {
     return rows;
   } else {
-    map_rows(rows, stride, count, width, rounded, ld, [](Vec<T> x) { return x; });
+    map_rows(rows, *stride, count, width, rounded, ld, [&](Vec<T> x) { return part_of<T>(x, part); });
+    *stride = ld;
     return rounded;
   }
 }
 
-template <class T>
-CrossEntropySizes sizes(int64_t rows, int64_t width, int64_t vocab) {
-  using B = Block<T>;
-  constexpr int64_t unit = sizeof(typename B::U), sum = sizeof(typename B::Accumulator);
-  const int64_t logits = unit * B::steps(width) * kClassPanel + sum * rows * kClassPanel + sizeof(T) * kClassPanel * width;
-  const int64_t dx = unit * kSteps * kDxColumns + sum * kDxRows * kDxColumns + sizeof(T) * kSteps * B::depth * kDxColumns;
-  const int64_t dweight = unit * B::steps(rows) * kClassPanel + sum * kClassPanel * B::step_units(width);
-  const int64_t most = logits > dx ? logits : dx;
-  return {static_cast<int64_t>(sizeof(typename B::Logit)) * B::logits_stride(vocab), unit * B::row_units(width),
-          unit * B::step_units(width), most > dweight ? most : dweight};
+// body(part of the left operand, part of the right one, whether it is the first): the product of the rests is left out.
+template <class Body>
+M3AE_INLINE void each_product(int parts, const Body& body) {
+  for (int left = 0; left < parts; ++left)
+    for (int right = 0; left + right < parts; ++right) body(left, right, left + right == 0);
 }
 
-// Rows; with units of two, the even one packs its neighbour along.
-template <class T>
+template <class T, class R>
+CrossEntropySizes sizes(const CrossEntropyBlock& a, int64_t rows) {
+  using B = Block<T, R>;
+  const B b(a);
+  constexpr int64_t unit = sizeof(typename B::U), sum = sizeof(typename B::Accumulator), element = sizeof(T);
+  const int64_t logits = b.parts * unit * B::steps(a.width) * kClassPanel + sum * rows * kClassPanel +
+                         element * kClassPanel * a.width;
+  const int64_t dx = b.parts * unit * kSteps * kDxColumns + sum * kDxRows * kDxColumns + element * B::chunk * kDxColumns;
+  const int64_t dweight = b.parts * unit * B::steps(rows) * kClassPanel + sum * kClassPanel * b.step_ld;
+  const int64_t most = logits > dx ? logits : dx;
+  return {int64_t{sizeof(typename B::Logit)} * b.stride, b.parts * unit * b.row_ld, b.parts * unit * b.step_ld,
+          most > dweight ? most : dweight};
+}
+
+// Rows; with units of two, the even one packs its neighbour along. Rows of pairs are rows of T as they stand.
+template <class T, class R>
 void pack(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
-  const Block<T> b(a);
+  const Block<T, R> b(a);
   for (int64_t s = (begin + b.depth - 1) / b.depth; s * b.depth < end; ++s) {
     const int64_t i = s * b.depth, here = a.count - i < b.depth ? a.count - i : b.depth;
-    const T* row = b.x + a.rows[i].row * a.width;
+    const R* row = b.x + a.rows[i].row * a.width;
     const int64_t next = here > 1 ? (a.rows[i + 1].row - a.rows[i].row) * a.width : 0;
-    pack_rows(row, next, here, a.width, b.x_rows + i * b.row_ld, b.row_ld);
-    pack_steps(row, next, here, a.width, b.x_steps + s * b.step_ld, b.step_ld);
+    if constexpr (std::is_same_v<T, R>) {
+      pack_rows(row, next, here, a.width, b.rows(i, 0), b.row_ld);
+      pack_steps(row, next, here, a.width, b.rows_as_steps(s, 0), b.step_ld);
+    } else {
+      for (int part = 0; part < b.parts; ++part) {
+        T* packed = reinterpret_cast<T*>(b.rows(i, part));
+        const int64_t ld = b.row_ld * b.depth;
+        std::memset(static_cast<void*>(packed), 0, sizeof(T) * static_cast<size_t>(here * ld));
+        map_rows(row, next, here, a.width, packed, ld, [&](Vec<T> x) { return part_of<T>(x, part); });
+        pack_steps(packed, ld, here, a.width, b.rows_as_steps(s, part), b.step_ld);
+      }
+    }
   }
 }
 
-template <class T, class P>
+template <class T, class R, class P>
 void logits(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t end) {
-  using B = Block<T>;
+  using B = Block<T, R>;
   using V = typename B::V;
   using U = typename B::U;
   using Accumulator = typename B::Accumulator;
   const B b(a);
   const int64_t steps = B::steps(a.width);
-  U* classes = reinterpret_cast<U*>(scratch);  // [steps, kClassPanel]
-  Accumulator* sums = reinterpret_cast<Accumulator*>(classes + steps * kClassPanel);  // [count, kClassPanel]
-  T* rounded = reinterpret_cast<T*>(sums + a.count * kClassPanel);                    // [kClassPanel, width]
+  U* classes = reinterpret_cast<U*>(scratch);  // [parts, steps, kClassPanel]
+  Accumulator* sums = reinterpret_cast<Accumulator*>(classes + b.parts * steps * kClassPanel);  // [count, kClassPanel]
+  T* rounded = reinterpret_cast<T*>(sums + a.count * kClassPanel);                              // [kClassPanel, width]
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t v = panel * kClassPanel, here = a.vocab - v < kClassPanel ? a.vocab - v : kClassPanel;
-    const T* weight = rows_of<T, P>(as<P>(a.weight) + v * a.width, a.width, here, a.width, rounded, a.width);
-    pack_columns(weight, a.width, here, a.width, classes, kClassPanel);
+    for (int part = 0; part < b.parts; ++part) {
+      int64_t stride = a.width;
+      const T* weight = rows_of(as<P>(a.weight) + v * a.width, &stride, here, a.width, part, rounded, a.width);
+      pack_columns(weight, stride, here, a.width, classes + part * steps * kClassPanel, kClassPanel);
+    }
     int64_t s = 0;
     do {  // once also where width is 0: the sums are then zero
       const int64_t some = steps - s < kSteps ? steps - s : kSteps;
-      multiply(Product<U>{b.x_rows + s, b.row_ld, 1, classes + s * kClassPanel, kClassPanel, sums, kClassPanel, some, s > 0},
-               a.count, round_up(here, V::width));
+      each_product(b.parts, [&](int left, int right, bool first) {
+        multiply(Product<U>{b.rows(0, left) + s, b.row_ld, 1, classes + (right * steps + s) * kClassPanel, kClassPanel,
+                            sums, kClassPanel, some, s > 0 || !first},
+                 a.count, round_up(here, V::width));
+      });
       s += kSteps;
     } while (s < steps);
     for (int64_t i = 0; i < a.count; ++i) {
@@ -128,12 +166,12 @@ M3AE_INLINE typename V::scalar at(const T* p) { return V::load_first(p, 1).sum()
 // A row in which a logit is no finite number. One that passed the lowest number on its way is minus infinity: where the
 // whole sum is above that, its probability is not 0 but unknown, and the logit becomes NaN. Returns the first class whose
 // logit is NaN, or -1.
-template <class T, class P>
+template <class T, class R, class P>
 __attribute__((noinline, cold)) int64_t forget_lost_logits(const CrossEntropyBlock& a, int64_t i) {
   using V = Vec<T>;
   using Accumulator = typename V::scalar;
-  const Block<T> b(a);
-  const T* x = b.x + a.rows[i].row * a.width;
+  const Block<T, R> b(a);
+  const R* x = b.x + a.rows[i].row * a.width;
   const auto rounded = [](double value, auto* to) {  // as they round it, of which the logits were made
     V::set(static_cast<Accumulator>(value)).store_first(to, 1);
     return value_at(to);
@@ -143,8 +181,8 @@ __attribute__((noinline, cold)) int64_t forget_lost_logits(const CrossEntropyBlo
     auto* logit = b.logits + i * b.stride + v;
     if (at<V>(logit) == -INFINITY) {
       const P* weight = as<P>(a.weight) + v * a.width;
-      T element;
-      typename Block<T>::Logit whole;
+      R element;
+      typename Block<T, R>::Logit whole;
       const double sum = whole_sum(a.bias ? value_at(as<P>(a.bias) + v) : 0, a.width,
                                    [&](int64_t d) { return value_at(x + d); },
                                    [&](int64_t d) { return rounded(value_at(weight + d), &element); });
@@ -155,12 +193,12 @@ __attribute__((noinline, cold)) int64_t forget_lost_logits(const CrossEntropyBlo
   return first;
 }
 
-template <class T, class P>
+template <class T, class R, class P>
 void softmax(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
   using V = Vec<T>;
   using Accumulator = typename V::scalar;
-  using Logit = typename Block<T>::Logit;
-  const Block<T> b(a);
+  using Logit = typename Block<T, R>::Logit;
+  const Block<T, R> b(a);
   const int64_t vocab = a.vocab;
   const double smoothing = a.label_smoothing;
   for (int64_t i = begin; i < end; ++i) {
@@ -175,7 +213,7 @@ void softmax(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
       most = V::max(most, z.first_or(n, lowest));
       zeros = V::fma(z, V::zero(), zeros);
     });
-    const int64_t first_nan = zeros.sum() == 0 ? -1 : forget_lost_logits<T, P>(a, i);
+    const int64_t first_nan = zeros.sum() == 0 ? -1 : forget_lost_logits<T, R, P>(a, i);
     const Accumulator largest = most.largest();
     const V shift = V::set(largest);
     const double sum = sum_lanes<V>(
@@ -197,44 +235,64 @@ void softmax(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
     const V scale = V::set(static_cast<Accumulator>(dloss / sum));
     const V spread = V::set(static_cast<Accumulator>(-dloss * smoothing / vocab));
     const double p = std::exp(static_cast<double>(wanted) - largest) / sum;
+    const Accumulator of_target = static_cast<Accumulator>(dloss * (p - smoothing / vocab - (1 - smoothing)));
+    if constexpr (!std::is_same_v<T, R>) {
+      alignas(64) Accumulator values[b.chunk];
+      for (int64_t v = 0; v < b.stride; v += b.chunk) {
+        const int64_t here = b.stride - v < b.chunk ? b.stride - v : b.chunk;
+        const int64_t classes = vocab - v < here ? vocab - v : here;
+        std::memset(values + classes, 0, sizeof(Accumulator) * static_cast<size_t>(here - classes));
+        for_lanes<V>(classes, [&](int64_t d, int n) {
+          store_lanes(V::fma(exp(load_lanes<V>(logits + v + d, n) - shift), scale, spread), values + d, n);
+        });
+        if (row.target >= v && row.target < v + here) values[row.target - v] = of_target;
+        for (int part = 0; part < b.parts; ++part)
+          map_rows(values, 0, 1, here, b.gradients(i, v, part), 0, [&](V x) { return part_of<T>(x, part); });
+      }
+      continue;
+    }
     for_lanes<V>(vocab, [&](int64_t d, int n) {
       store_lanes(V::fma(exp(load_lanes<V>(logits + d, n) - shift), scale, spread), logits + d, n);
     });
-    V::set(static_cast<Accumulator>(dloss * (p - smoothing / vocab - (1 - smoothing)))).store_first(target, 1);
+    V::set(of_target).store_first(target, 1);
   }
 }
 
 // Tasks are bands of rows x bands of columns.
-template <class T, class P>
+template <class T, class R, class P>
 void dx(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t end) {
-  using B = Block<T>;
+  using B = Block<T, R>;
   using V = typename B::V;
   using U = typename B::U;
   using Accumulator = typename B::Accumulator;
   const B b(a);
-  U* classes = reinterpret_cast<U*>(scratch);  // [kSteps, kDxColumns]
-  Accumulator* sums = reinterpret_cast<Accumulator*>(classes + kSteps * kDxColumns);  // [kDxRows, kDxColumns]
-  T* rounded = reinterpret_cast<T*>(sums + kDxRows * kDxColumns);                     // [kSteps * depth, kDxColumns]
+  U* classes = reinterpret_cast<U*>(scratch);  // [parts, kSteps, kDxColumns]
+  Accumulator* sums = reinterpret_cast<Accumulator*>(classes + b.parts * kSteps * kDxColumns);  // [kDxRows, kDxColumns]
+  T* rounded = reinterpret_cast<T*>(sums + kDxRows * kDxColumns);                               // [chunk, kDxColumns]
   const int64_t bands = (a.count + kDxRows - 1) / kDxRows, column_bands = (a.width + kDxColumns - 1) / kDxColumns;
   const bool packed = !std::is_same_v<T, U> || a.width % V::width != 0;  // whole vectors of the weight itself will do
   for (int64_t task = begin; task < end; ++task) {
     const int64_t band = task / column_bands, first = a.count * band / bands, rows = a.count * (band + 1) / bands - first;
     const int64_t d0 = task % column_bands * kDxColumns;
     const int64_t columns = a.width - d0 < kDxColumns ? a.width - d0 : kDxColumns;
-    for (int64_t v = 0; v < a.vocab; v += kSteps * B::depth) {
-      const int64_t some = a.vocab - v < kSteps * B::depth ? a.vocab - v : kSteps * B::depth;
-      const P* rows_here = as<P>(a.weight) + v * a.width + d0;
-      const T* weight = rows_of<T, P>(rows_here, a.width, some, columns, rounded, kDxColumns);
-      const int64_t stride = std::is_same_v<T, P> ? a.width : kDxColumns;
-      if (packed) pack_steps(weight, stride, some, columns, classes, kDxColumns);
-      const U* right = packed ? classes : reinterpret_cast<const U*>(weight);
-      const U* left = reinterpret_cast<const U*>(b.logits + first * b.stride + v);
-      multiply(Product<U>{left, b.stride / B::depth, 1, right, packed ? kDxColumns : a.width, sums, kDxColumns,
-                          B::steps(some), v > 0},
-               rows, round_up(columns, V::width));
+    for (int64_t v = 0; v < a.vocab; v += B::chunk) {
+      const int64_t some = a.vocab - v < B::chunk ? a.vocab - v : B::chunk;
+      const T* weight = nullptr;
+      for (int part = 0; part < b.parts; ++part) {
+        int64_t stride = a.width;
+        weight = rows_of(as<P>(a.weight) + v * a.width + d0, &stride, some, columns, part, rounded, kDxColumns);
+        if (packed) pack_steps(weight, stride, some, columns, classes + part * kSteps * kDxColumns, kDxColumns);
+      }
+      each_product(b.parts, [&](int left, int right, bool begins) {
+        const U* gradients = reinterpret_cast<const U*>(b.gradients(first, v, left));
+        const U* units = packed ? classes + right * kSteps * kDxColumns : reinterpret_cast<const U*>(weight);
+        multiply(Product<U>{gradients, b.gradient_stride / B::depth, 1, units, packed ? kDxColumns : a.width, sums,
+                            kDxColumns, B::steps(some), v > 0 || !begins},
+                 rows, round_up(columns, V::width));
+      });
     }
     for (int64_t i = 0; i < rows; ++i) {
-      T* out = as<T>(a.dx) + a.rows[first + i].row * a.width + d0;
+      R* out = as<R>(a.dx) + a.rows[first + i].row * a.width + d0;
       for_lanes<V>(columns, [&](int64_t d, int n) {
         store_lanes(load_lanes<V>(sums + i * kDxColumns + d, n), out + d, n);
       });
@@ -242,30 +300,36 @@ void dx(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t end) {
   }
 }
 
-template <class T, class P>
+template <class T, class R, class P>
 void dweight(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t end) {
-  using B = Block<T>;
+  using B = Block<T, R>;
   using V = typename B::V;
   using U = typename B::U;
   using Accumulator = typename B::Accumulator;
   const B b(a);
   const int64_t steps = B::steps(a.count);
-  U* left = reinterpret_cast<U*>(scratch);  // [steps, kClassPanel]
-  Accumulator* sums = reinterpret_cast<Accumulator*>(left + steps * kClassPanel);  // [kClassPanel, step_ld]
+  U* left = reinterpret_cast<U*>(scratch);  // [parts, steps, kClassPanel]
+  Accumulator* sums = reinterpret_cast<Accumulator*>(left + b.parts * steps * kClassPanel);  // [kClassPanel, step_ld]
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t v = panel * kClassPanel, here = a.vocab - v < kClassPanel ? a.vocab - v : kClassPanel;
-    const typename B::Logit* dlogits = b.logits + v;
     if (a.dbias) {
       Accumulator* sum = as<Accumulator>(a.dbias) + v;
       for_lanes<V>(here, [&](int64_t d, int n) {
         V total = a.first ? V::zero() : load_lanes<V>(sum + d, n);
-        for (int64_t i = 0; i < a.count; ++i) total = total + load_lanes<V>(dlogits + i * b.stride + d, n);
+        for (int64_t i = 0; i < a.count; ++i)
+          for (int part = 0; part < b.parts; ++part) total = total + load_lanes<V>(b.gradients(i, v, part) + d, n);
         store_lanes(total, sum + d, n);
       });
     }
     if (!a.dweight) continue;
-    pack_steps(dlogits, b.stride, a.count, here, left, kClassPanel);
-    multiply(Product<U>{left, 1, kClassPanel, b.x_steps, b.step_ld, sums, b.step_ld, steps, false}, here, b.step_ld);
+    const auto packed = [&](int part) { return left + part * steps * kClassPanel; };
+    for (int part = 0; part < b.parts; ++part)
+      pack_steps(b.gradients(0, v, part), b.gradient_stride, a.count, here, packed(part), kClassPanel);
+    each_product(b.parts, [&](int of_left, int of_right, bool begins) {
+      multiply(Product<U>{packed(of_left), 1, kClassPanel, b.rows_as_steps(0, of_right), b.step_ld, sums, b.step_ld,
+                          steps, !begins},
+               here, b.step_ld);
+    });
     for (int64_t c = 0; c < here; ++c) {
       P* out = as<P>(a.dweight) + (v + c) * a.width;
       for_lanes<V>(a.width, [&](int64_t d, int n) {
@@ -278,34 +342,31 @@ void dweight(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t e
 
 }  // namespace
 
-#define M3AE_BY_DTYPE(function, ...)                                            \
-  if (args.dtype == Dtype::f64) return function<double>(__VA_ARGS__);           \
-  if (args.dtype == Dtype::bf16) return function<bfloat16>(__VA_ARGS__);        \
-  return function<float>(__VA_ARGS__);
-#define M3AE_BY_DTYPES(function, ...)                                                         \
-  if (args.dtype == Dtype::f64) return function<double, double>(__VA_ARGS__);                 \
-  if (args.dtype == Dtype::f32) return function<float, float>(__VA_ARGS__);                   \
-  if (args.parameter_dtype == Dtype::f32) return function<bfloat16, float>(__VA_ARGS__);      \
-  return function<bfloat16, bfloat16>(__VA_ARGS__);
-
-CrossEntropySizes cross_entropy_sizes(int64_t rows, int64_t width, int64_t vocab, Dtype dtype) {
-  const struct { Dtype dtype; } args{dtype};
-  M3AE_BY_DTYPE(sizes, rows, width, vocab)
+CrossEntropySizes cross_entropy_sizes(const CrossEntropyBlock& args, int64_t rows) {
+  return with_elements(args, [&](auto t, auto r, auto) { return sizes<decltype(t), decltype(r)>(args, rows); });
 }
 void cross_entropy_pack(const CrossEntropyBlock& args, int64_t begin, int64_t end) {
-  M3AE_BY_DTYPE(pack, args, begin, end)
+  with_elements(args, [&](auto t, auto r, auto) { pack<decltype(t), decltype(r)>(args, begin, end); });
 }
 void cross_entropy_logits(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end) {
-  M3AE_BY_DTYPES(logits, args, scratch, begin, end)
+  with_elements(args, [&](auto t, auto r, auto p) {
+    logits<decltype(t), decltype(r), decltype(p)>(args, scratch, begin, end);
+  });
 }
 void cross_entropy_softmax(const CrossEntropyBlock& args, int64_t begin, int64_t end) {
-  M3AE_BY_DTYPES(softmax, args, begin, end)
+  with_elements(args, [&](auto t, auto r, auto p) {
+    softmax<decltype(t), decltype(r), decltype(p)>(args, begin, end);
+  });
 }
 void cross_entropy_dx(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end) {
-  M3AE_BY_DTYPES(dx, args, scratch, begin, end)
+  with_elements(args, [&](auto t, auto r, auto p) {
+    dx<decltype(t), decltype(r), decltype(p)>(args, scratch, begin, end);
+  });
 }
 void cross_entropy_dweight(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end) {
-  M3AE_BY_DTYPES(dweight, args, scratch, begin, end)
+  with_elements(args, [&](auto t, auto r, auto p) {
+    dweight<decltype(t), decltype(r), decltype(p)>(args, scratch, begin, end);
+  });
 }
 
 }  // namespace m3ae::M3AE_ISA

@@ -4,34 +4,32 @@ import torch
 import torch.nn.functional as F
 
 from m3ae_fast._backends import accumulator
-from m3ae_fast._cpp import _C
+from m3ae_fast._cpp import _C, products
 
 FP32_PARAMETERS = (torch.bfloat16,)  # see _backends.for_product
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}  # torch's names
-# _C reads a dtype from a tensor.
-OF_DTYPE = {d: torch.empty(0, dtype=d, device="cpu") for d in (torch.float32, torch.bfloat16, torch.float64)}
-
-
-def ours(dtype):
-    """Whether products of this dtype are ours on this machine, or torch's."""
-    return _C.own_products(OF_DTYPE[dtype])
+WHO = (  # by Products of csrc/cpu/isa.h
+    "torch's F.linear",
+    "m3ae_fast, the same bits for any thread count",
+    "m3ae_fast rounded to bf16, the same bits for any thread count",
+    "m3ae_fast as sums of two bf16, the same bits for any thread count",
+)
 
 
 def library():
-    """For explain(): who multiplies."""
-    ours_are = [name for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)) if ours(dtype)]
-    theirs = [name for name in ("fp32", "bf16", "fp64") if name not in ours_are]
-    return "; ".join(
-        f"{' and '.join(names)} by {who}"
-        for names, who in ((ours_are, "m3ae_fast, the same bits for any thread count"), (theirs, "torch's F.linear"))
-        if names
-    )
+    """For explain(): who multiplies, with the precision that torch's settings ask for now."""
+    names = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp64", torch.float64)):
+        names.setdefault(products(dtype), []).append(name)
+    return "; ".join(f"{' and '.join(names[kind])} by {WHO[kind]}" for kind in sorted(names, reverse=True))
 
 
 def forward(x, weight, bias, activation, input_activation, training, y, z):
-    if ours(x.dtype):
+    ours = products(x.dtype)
+    if ours:
         _C.linear(
-            x=x, weight=weight, bias=bias, activation=activation, input_activation=input_activation, y=y, z=z
+            x=x, weight=weight, bias=bias, activation=activation, input_activation=input_activation, products=ours, y=y,
+            z=z,
         )  # fmt: skip
         return
     before = y if z is None else z
@@ -47,20 +45,22 @@ def backward(dy, x, weight, z, activation, input_activation, need_x, need_weight
     dz = torch.empty_like(dy) if activation else dy
     accumulate = accumulator(dy.dtype)
     sums = dbias if dbias is None or dbias.dtype == accumulate else dbias.new_empty(dbias.shape[0], dtype=accumulate)
-    products = dict(dx=dx, dweight=dweight) if ours(dy.dtype) else dict(dx=None, dweight=None)
+    ours = products(dy.dtype)
     _C.linear_backward(
-        dy=dy, x=x, weight=weight, z=z, activation=activation, input_activation=input_activation, dz=dz, **products,
-        dbias=sums,
+        dy=dy, x=x, weight=weight, z=z, activation=activation, input_activation=input_activation, products=ours, dz=dz,
+        dx=dx if ours else None, dweight=dweight if ours else None, dbias=sums,
     )  # fmt: skip
     if sums is not dbias:
         dbias.copy_(sums)
-    if products["dx"] is not dx:
+    if ours:
+        return
+    if need_x:
         torch.mm(dz, weight.to(dz.dtype), out=dx)
         if input_activation:
             torch.ops.aten.gelu_backward.grad_input(
                 dx, x, approximate=APPROXIMATE[input_activation], grad_input=dx
             )  # fmt: skip
-    if products["dweight"] is not dweight:
+    if need_weight:
         dweight.copy_(dz.t() @ activate(x, input_activation))
 
 

@@ -36,9 +36,10 @@ def linear(
         impl: "reference", "cpp", "triton"; None takes the fastest for the device.
 
     Returns:
-        [..., N] in the widest of the dtypes given, under autocast in the autocast dtype (float64 stays float64). On the
-        CPU the same bits for any number of threads where the products of the dtype are m3ae_fast's: `m3ae-fast info`
-        says for this machine which are torch's, which may differ from one number of threads to another.
+        [..., N] in the widest of the dtypes given, under autocast in the autocast dtype (float64 stays float64).
+        Products of float32 obey torch.set_float32_matmul_precision (docs/trainers.md). On the CPU the same bits for any
+        number of threads where the products of the dtype are m3ae_fast's: `m3ae-fast info` says for this machine which
+        are torch's, which may differ from one number of threads to another.
 
     Raises:
         ValueError: shapes or devices disagree. TypeError: dtypes.

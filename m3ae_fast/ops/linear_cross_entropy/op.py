@@ -51,6 +51,7 @@ def linear_cross_entropy(
     Returns:
         The loss, or (loss, accuracy): scalars, [T] for "none"; float32 (float64 for float64). No row that counts
         gives 0, with zero gradients. Under autocast the product runs in the autocast dtype, the loss in float32.
+        Products of float32 obey torch.set_float32_matmul_precision (docs/trainers.md).
 
     Raises:
         ValueError: shapes or devices disagree, an option is out of range, a target names no class or offsets decrease
