@@ -20,6 +20,8 @@ PREFERENCE = {"cpu": ("cpp",), "cuda": ("triton",)}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs on CPU tensors, slowly, to be tested
 EMULATED = os.environ.get("M3AE_FAST_EMULATE") == "1"  # so do then the CUDA kernels: csrc/cuda/emulator.h
 TESTED = "triton" if INTERPRETED else "cuda" if EMULATED else None  # the one backend that such a run is for
+# Ops at which PyTorch beats our scalar loops, which is all that arm64 has for now: docs/cpu_scalar.md.
+SLOW_WITHOUT_VECTORS = frozenset({"linear", "linear_cross_entropy"})
 RUNS_ON = {  # devices, floating dtypes
     "cpp": (("cpu",), (torch.float32, torch.bfloat16, torch.float64)),
     "triton": (("cpu", "cuda") if INTERPRETED else ("cuda",), (torch.float32, torch.bfloat16, torch.float16)),
@@ -42,16 +44,22 @@ LOADED: dict[str, Backends] = {}  # op name -> its backends, for explain() and t
 
 
 class Backends:
-    """The implementations of one op: `modules` that loaded, `reasons` for those that did not."""
+    """The implementations of one op: `modules` that loaded, `reasons` for those that did not; whether "cpp" is `slow`:
+    then PyTorch is preferred to it."""
 
     def __init__(self, op: str, modules: dict[str, ModuleType], reasons: dict[str, str]):
         self.op, self.modules, self.reasons = op, modules, reasons
+        self.slow = op in SLOW_WITHOUT_VECTORS and "cpp" in modules and modules["cpp"]._C.active_isa() == "scalar"
         self.picked: dict[tuple, str] = {}  # what `pick` found for an impl, a device and dtypes
         # How many channels rows (of a head, in attention) may have, where a backend has a limit: its module's WIDEST.
         self.widest = {impl: module.WIDEST for impl, module in modules.items() if hasattr(module, "WIDEST")}
 
     def __getitem__(self, impl: str) -> ModuleType:
         return self.modules[impl]
+
+    def preferred(self, device: str) -> tuple[str, ...]:
+        """Best first; the reference closes the list."""
+        return tuple(name for name in PREFERENCE.get(device, ()) if not (self.slow and name == "cpp"))
 
     def floats(self, impl: str) -> tuple[torch.dtype, ...]:
         """The floating dtypes that `impl` takes: RUNS_ON's, or fewer where its module says so (FLOATS)."""
@@ -116,7 +124,7 @@ def pick(backends: Backends, impl: str | None, tensor: Tensor, *others: torch.dt
 
 def _pick(backends: Backends, impl: str | None, tensor: Tensor, *others: torch.dtype) -> str:
     if impl is None:
-        for name in PREFERENCE.get(tensor.device.type, ()):
+        for name in backends.preferred(tensor.device.type):
             if backends.cannot_run(name, tensor, *others) is None:
                 return name
         return "reference"
@@ -133,7 +141,7 @@ def has_kernels(
     backends: Backends, impl: str | None, device: str, shape: tuple[int, ...], *dtypes: torch.dtype
 ) -> bool:
     """Whether calls with such tensors are run by kernels; impl None: by those of the fastest backend for the device."""
-    names = PREFERENCE.get(device, ()) if impl is None else (impl,)
+    names = backends.preferred(device) if impl is None else (impl,)
     return any(backends.refusal(name, device, *dtypes) is None and not backends.too_wide(name, shape) for name in names)
 
 

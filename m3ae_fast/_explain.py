@@ -62,12 +62,13 @@ def explain() -> str:
     ]
     for op, backends in sorted(_backends.LOADED.items()):
         runs = {}
-        for device, names in _backends.PREFERENCE.items():
-            can = [n for n in names if backends.refusal(n, device, torch.float32) is None]
+        for device in _backends.PREFERENCE:
+            can = [n for n in backends.preferred(device) if backends.refusal(n, device, torch.float32) is None]
             runs[device] = _backends._FORCED or (can[0] if can else "reference")
             if runs[device] != "reference" and backends.refusal(runs[device], device, torch.float32):
                 runs[device] = "refused"
         have = ["reference", *backends.modules]
+        have += ["cpp is slower than PyTorch without vector instructions"] if backends.slow else []
         have += [f"{impl} unavailable: {reason}" for impl, reason in backends.reasons.items()]
         lines.append(f"{op:<24}{runs['cpu']:<12}{runs['cuda']:<12}{'; '.join(have)}")
     return "\n".join(lines)

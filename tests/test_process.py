@@ -33,6 +33,26 @@ def test_an_instruction_set_that_is_not_there_is_refused(python):
     assert re.search(f"M3AE_FAST_ISA must be one of .*{names}, got 'avx1024'", done.stderr)
 
 
+@needs_cpp
+@pytest.mark.parametrize("isa", testing.isas())
+def test_loops_that_are_slower_than_torch_are_not_preferred(isa, python):
+    """Without vector instructions of ours None takes PyTorch at some ops, and explain() says so; "cpp" is obeyed."""
+    code = """
+import torch, m3ae_fast
+from m3ae_fast import _backends
+for op, backends in _backends.LOADED.items():
+    x = torch.ones(2, 4)
+    print(op, *(_backends.pick(backends, impl, x) for impl in (None, "cpp")))
+print(m3ae_fast.explain())
+"""
+    done = python(code, M3AE_FAST_ISA=isa)
+    for op in m3ae_fast._backends.LOADED:
+        slow = isa == "scalar" and op in m3ae_fast._backends.SLOW_WITHOUT_VECTORS
+        runs = "reference" if slow else "cpp"
+        assert f"{op} {runs} cpp\n" in done.stdout, done.stderr
+        assert re.search(rf"^{op} +{runs} .*{'slower' if slow else ''}", done.stdout, re.M)
+
+
 def test_a_backend_can_be_forced_for_a_process(python):
     code = "import m3ae_fast, torch; print(m3ae_fast.restore_tokens(torch.ones(1, 4), *[torch.zeros(1).int() - 1] * 2))"
     assert python(code, M3AE_FAST_IMPL="reference").returncode == 0
