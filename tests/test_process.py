@@ -132,3 +132,36 @@ m3ae_fast.explain()
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
+
+
+@needs_cpp
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are counted as Linux counts them")
+def test_kernels_keep_their_working_memory_and_not_too_much_of_it(python):
+    code = """
+import resource, torch
+from m3ae_fast import varlen_attention
+from m3ae_fast._cpp import _C
+
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
+
+torch.set_num_threads(1)
+x, weight, y = torch.randn(64, 512), torch.randn(1024, 512), torch.empty(64, 1024)
+def product():
+    _C.linear(x=x, weight=weight, bias=None, activation="", input_activation="", y=y, z=None)
+product()
+before = faults()
+product()
+print(faults() - before)  # pages; packed, the weight has 512 of them
+
+before = resident()
+q, k = torch.randn(1, 1, 64, requires_grad=True), torch.randn(150_000, 1, 64)
+cu = [torch.tensor([0, n], dtype=torch.int32) for n in (1, 150_000)]
+varlen_attention(q, k, k, *cu).sum().backward()  # in 73 MiB, for the gradients of as many keys
+del q, k
+print(resident() - before)  # MiB
+"""
+    done = python(code, MALLOC_MMAP_THRESHOLD_="65536")  # what is freed is gone
+    pages, grown = map(float, done.stdout.split())
+    assert pages < 64, done.stderr
+    assert grown < 48

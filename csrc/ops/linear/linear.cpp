@@ -27,11 +27,14 @@ void multiply(LinearProduct& args) {
   const int64_t groups = (panels + most - 1) / most;
   const bool serial = args.m * args.n * (args.k + 1) <= kSerialProducts;
   const int64_t threads = serial ? 1 : max_threads();
-  const Scratch packed(sizes.panel * std::min(panels, most)), scratch(sizes.scratch * threads);
-  args.packed = packed.get();
+  const int64_t packed_bytes = sizes.panel * std::min(panels, most);
+  const Scratch scratch(packed_bytes + sizes.scratch * threads);
+  args.packed = scratch.get();
+  char* const of_threads = scratch.get() + packed_bytes;
   const auto each = [&](int64_t tasks, const auto& body) {
-    if (!serial) return parallel_for_dynamic(tasks, [&](int64_t i, int thread) { body(i, scratch.get() + thread * sizes.scratch); });
-    for (int64_t i = 0; i < tasks; ++i) body(i, scratch.get());
+    if (!serial)
+      return parallel_for_dynamic(tasks, [&](int64_t i, int thread) { body(i, of_threads + thread * sizes.scratch); });
+    for (int64_t i = 0; i < tasks; ++i) body(i, of_threads);
   };
   for (int64_t group = 0; group < groups; ++group) {
     const Range range = chunk_range(panels, groups, group);

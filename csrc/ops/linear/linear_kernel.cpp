@@ -102,7 +102,8 @@ struct Block {
   static constexpr int64_t packed_bytes = sizeof(U) * (kBlockRows + V::width) * kProductSteps;
   static constexpr int64_t value_bytes = sizeof(T) * most * (kBlockRows > kPanel ? kBlockRows : kPanel);
   static constexpr int64_t step_bytes = kDenseLeft<U> ? sizeof(U) * kBlockRows * kProductSteps : 0;  // to be transposed
-  static constexpr int64_t sum_bytes = sizeof(Sum) * kBlockRows * kPanel * kGroupPanels;
+  // Sums of type Sum are added up where they are wanted, but for a last panel that ends within a vector.
+  static constexpr int64_t sum_bytes = sizeof(Sum) * kBlockRows * kPanel * (std::is_same_v<T, Sum> ? 1 : kGroupPanels);
 
   explicit Block(const LinearProduct& a)
       : a(a), parts(a.parts > 1 ? a.parts : 1), steps((a.k + depth - 1) / depth),
@@ -193,14 +194,15 @@ Left<T> left_of(const Block<T>& b, const typename Block<T>::Steps& s, int part, 
   return {packed, kProductSteps, 1};
 }
 
+// The sums of a panel, `stride` apart, become results: `sums` may be where these go.
 template <class R, class Bias, class Out, class Function, class Slope>
-void finish(const LinearProduct& a, const typename Vec<R>::scalar* sums, int64_t row, int64_t rows, int64_t first,
-            int64_t columns, Function function, Slope slope) {
+void finish(const LinearProduct& a, const typename Vec<R>::scalar* sums, int64_t stride, int64_t row, int64_t rows,
+            int64_t first, int64_t columns, Function function, Slope slope) {
   using V = Vec<R>;
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t at = (row + i) * a.n + first;
     for_lanes<V>(columns, [&](int64_t d, int n) {
-      V z = load_lanes<V>(sums + i * kPanel + d, n);
+      V z = load_lanes<V>(sums + i * stride + d, n);
       if (a.bias) z = z + load_lanes<V>(as<Bias>(a.bias) + first + d, n);
       if constexpr (!std::is_same_v<Slope, Identity>) z = z * slope.slope(load_lanes<V>(as<R>(a.slope_at) + at + d, n));
       if (a.before) store_rounded(z, as<R>(a.before) + at + d, n);
@@ -209,32 +211,39 @@ void finish(const LinearProduct& a, const typename Vec<R>::scalar* sums, int64_t
   }
 }
 
-template <class T, class R, class P>
+// Out: the type of the results, R or for dweight P.
+template <class T, class R, class P, class Out>
 void product(const LinearProduct& a, char* scratch, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
   using B = Block<T>;
   using U = typename B::U;
+  using Sum = typename B::Sum;
   const B b(a);
   // [panels][rows][kPanel]
-  auto* sums = reinterpret_cast<typename B::Sum*>(scratch + B::packed_bytes + B::value_bytes + B::step_bytes);
+  Sum* sums = reinterpret_cast<Sum*>(scratch + B::packed_bytes + B::value_bytes + B::step_bytes);
   for (int64_t block = 0; block < b.blocks; ++block) {
     const auto s = b.block(block);
     for (int part = 0; part < b.parts; ++part) {
       const Left<T> left = left_of<T, R>(b, s, part, row, rows, scratch);
-      for (int64_t p = 0; p < panels; ++p)
+      for (int64_t p = 0; p < panels; ++p) {
+        const int64_t first = (panel + p) * kPanel, columns = b.columns(panel + p);
+        const int64_t lanes = round_up(columns, B::V::width);
+        Sum* c = sums + (std::is_same_v<T, Sum> ? 0 : p * rows * kPanel);
+        int64_t stride = kPanel;
+        const bool in_place = std::is_same_v<Out, Sum> && columns == lanes;
+        if (in_place) c = as<Sum>(a.out) + row * a.n + first, stride = a.n;
         for (int other = 0; part + other < b.parts; ++other)  // not the product of the rests
-          multiply(Product<U>{left.units, left.row, left.step, b.packed(panel + p, s, other), kPanel,
-                              sums + p * rows * kPanel, kPanel, s.count, block + part + other > 0},
-                   rows, round_up(b.columns(panel + p), B::V::width));
+          multiply(Product<U>{left.units, left.row, left.step, b.packed(panel + p, s, other), kPanel, c, stride,
+                              s.count, block + part + other > 0},
+                   rows, lanes);
+        const bool finished = in_place && !a.bias && !a.slope_at && a.activation == Activation::none;
+        if (block + 1 < b.blocks || part + 1 < b.parts || finished) continue;
+        const auto finish_with = [&](auto function, auto slope) {
+          finish<R, P, Out>(a, c, stride, row, rows, first, columns, function, slope);
+        };
+        if (a.slope_at) with_function(a.slope, [&](auto slope) { finish_with(Identity{}, slope); });
+        else with_function(a.activation, [&](auto function) { finish_with(function, Identity{}); });
+      }
     }
-  }
-  for (int64_t p = 0; p < panels; ++p) {
-    const auto finish_with = [&](auto out, auto function, auto slope) {
-      finish<R, P, decltype(out)>(a, sums + p * rows * kPanel, row, rows, (panel + p) * kPanel, b.columns(panel + p),
-                                  function, slope);
-    };
-    if (a.left_by_columns) finish_with(P{}, Identity{}, Identity{});  // dweight
-    else if (a.slope_at) with_function(a.slope, [&](auto slope) { finish_with(R{}, Identity{}, slope); });
-    else with_function(a.activation, [&](auto function) { finish_with(R{}, function, Identity{}); });
   }
 }
 
@@ -259,7 +268,11 @@ void linear_pack(const LinearProduct& args, char* scratch, int64_t panel, int64_
 
 void linear_multiply(const LinearProduct& args, char* scratch, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
   with_elements(args, [&](auto element, auto in, auto parameter) {
-    product<decltype(element), decltype(in), decltype(parameter)>(args, scratch, row, rows, panel, panels);
+    using T = decltype(element);
+    using R = decltype(in);
+    using P = decltype(parameter);
+    if (args.left_by_columns) product<T, R, P, P>(args, scratch, row, rows, panel, panels);  // dweight
+    else product<T, R, P, R>(args, scratch, row, rows, panel, panels);
   });
 }
 

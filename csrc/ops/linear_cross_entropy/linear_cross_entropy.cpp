@@ -52,17 +52,18 @@ void run_blocks(CrossEntropyBlock args, std::vector<CrossEntropyRow>* rows) {
   const int64_t most = kLogitsBytes / sizes_of(args, 1).logits_row;
   const int64_t blocks = most > 0 ? (count + most - 1) / most : count, high = (count + blocks - 1) / blocks;
   const CrossEntropySizes sizes = sizes_of(args, high);
-  const Scratch logits(high * sizes.logits_row), x_rows(high * sizes.x_rows_row), x_steps(high * sizes.x_steps_row);
-  prefer_huge_pages(logits.get(), high * sizes.logits_row);
+  const int64_t bytes[] = {high * sizes.logits_row, high * sizes.x_rows_row, high * sizes.x_steps_row};
+  const Scratch scratch(bytes[0] + bytes[1] + bytes[2] + sizes.scratch * max_threads());
+  args.logits = scratch.get(), args.x_rows = args.logits + bytes[0], args.x_steps = args.x_rows + bytes[1];
+  char* const of_threads = args.x_steps + bytes[2];
+  prefer_huge_pages(args.logits, bytes[0]);
   if (args.dweight) prefer_huge_pages(args.dweight, vocab * width * size_of(args.parameter_dtype));
-  args.logits = logits.get(), args.x_rows = x_rows.get(), args.x_steps = x_steps.get();
   const auto stage = [&](int64_t tasks, auto kernel) {
     parallel_for(tasks, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   };
   const auto stage_with_scratch = [&](int64_t tasks, auto kernel) {
-    parallel_for(tasks, 1, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(sizes.scratch);
-      kernel(args, scratch.get(), begin, end);
+    parallel_for_dynamic(tasks, [&](int64_t i, int thread) {
+      kernel(args, of_threads + thread * sizes.scratch, i, i + 1);
     });
   };
   const int64_t panels = (vocab + kClassPanel - 1) / kClassPanel, columns = (width + kDxColumns - 1) / kDxColumns;

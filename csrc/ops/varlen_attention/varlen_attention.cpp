@@ -3,10 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "cpu/scratch.h"
 #include "cpu/threads.h"
 #include "ops/varlen_attention/arguments.h"
 
@@ -42,22 +41,6 @@ int64_t backward_workspace_bytes(int64_t width, int64_t longest_key, Dtype dtype
 }
 
 namespace {
-
-// Memory of the calling thread, kept between calls: fresh pages would cost more than the work on them.
-char* workspace(size_t bytes) {
-  struct Free {
-    void operator()(char* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  thread_local std::unique_ptr<char, Free> memory;
-  thread_local size_t size = 0;
-  if (size < bytes) {
-    memory.reset();
-    size = 0;
-    memory.reset(static_cast<char*>(::operator new(bytes, std::align_val_t(64))));
-    size = bytes;
-  }
-  return memory.get();
-}
 
 // The offsets of one side; `other` where they are None. most: no length is beyond it.
 struct Offsets {
@@ -105,10 +88,10 @@ template <class Kernel>
 void run(const std::vector<AttentionTask>& list, int64_t bytes, const Kernel& kernel) {
   bytes = (bytes + 63) / 64 * 64;
   const int64_t count = static_cast<int64_t>(list.size()), threads = max_threads();
-  char* memory = workspace(static_cast<size_t>(bytes * threads));
+  const Scratch scratch(bytes * threads);
   parallel_for_dynamic(count, [&](int64_t i, int thread) {
     const AttentionTask* task = list.data() + i;
-    kernel(*task, i + threads < count ? task + threads : nullptr, memory + thread * bytes);
+    kernel(*task, i + threads < count ? task + threads : nullptr, scratch.get() + thread * bytes);
   });
 }
 
