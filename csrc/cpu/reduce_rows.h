@@ -22,16 +22,18 @@ void sum_partials(const void* partials, int64_t chunks, int64_t size, void* out)
 // (fp32; fp64 for Dtype::f64) that start at zero; their sum over the chunks is written to `out`. out null: partial null.
 template <class Body>
 void reduce_rows(int64_t count, int64_t size, Dtype dtype, void* out, const Body& body) {
-  // 128 rows make a chunk's own zeroing and summing cheap; 64 chunks feed as many threads.
-  const int64_t chunks = count < 128 ? 1 : count < 64 * 128 ? count / 128 : 64;
+  // 128 rows make a chunk's own zeroing and summing cheap; 64 to 128 chunks feed as many threads. Where chunks end does
+  // not depend on the count, within a power of two: rows of zeros at the end change no bit.
+  int64_t rows = 128;
+  while (128 * rows < count) rows *= 2;
+  const int64_t chunks = count > rows ? (count + rows - 1) / rows : 1;
   const int64_t bytes = size * (dtype == Dtype::f64 ? 8 : 4);
   const Scratch partials(out ? chunks * bytes : 0);
   parallel_for(chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       char* partial = out ? partials.get() + c * bytes : nullptr;
       if (out) std::memset(partial, 0, static_cast<size_t>(bytes));
-      const Range range = chunk_range(count, chunks, c);
-      body(range.begin, range.end, partial);
+      body(c * rows, c + 1 < chunks ? (c + 1) * rows : count, partial);
     }
   });
   if (out && dtype == Dtype::f64) sum_partials<double>(partials.get(), chunks, size, out);

@@ -82,7 +82,7 @@ void parallel_for_dynamic(int64_t count, const Body& body) {
   for (int64_t i = 0; i < count; ++i) body(i, 0);
 }
 
-// Rows [begin, end) of chunk `c` out of `chunks`: the fixed partials of a reduction, the same for any thread count.
+// Rows [begin, end) of chunk `c` out of `chunks`, the same for any thread count.
 struct Range {
   int64_t begin, end;
 };

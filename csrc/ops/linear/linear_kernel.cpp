@@ -118,7 +118,9 @@ struct Block {
     int64_t k, elements;
   };
   Steps block(int64_t b) const {
-    const int64_t first = steps * b / blocks, count = steps * (b + 1) / blocks - first, k = first * depth;
+    // Whole blocks, the last one aside: zeros at the end of k change no bit.
+    const int64_t first = kProductSteps * b, left = steps - first, k = first * depth;
+    const int64_t count = left < kProductSteps ? left : kProductSteps;
     return {first, count, k, a.k - k < count * depth ? a.k - k : count * depth};
   }
   U* packed(int64_t panel, const Steps& s, int part) const {
