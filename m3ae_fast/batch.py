@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from m3ae_fast import _backends, _checks
@@ -130,6 +131,43 @@ class ImageTextBatch:
     def pin_memory(self) -> ImageTextBatch:
         """The same batch with all that `to` moves in page-locked memory: a DataLoader with pin_memory=True calls it."""
         return self._map(lambda x: x.pin_memory())
+
+    def with_room(self, images: int, words: int) -> ImageTextBatch:
+        """A copy, without labels, with room for other batches: see `copy_`.
+
+        Args:
+            images, words: how many, at least those there are. What is past the batch's own belongs to no sample.
+
+        Raises:
+            ValueError: there are more.
+        """
+        for name, given, stored in (("images", images, self.images), ("words", words, self.text)):
+            if stored is not None and given < len(stored):
+                raise ValueError(f"{name} must be at least the {len(stored)} that the batch has, got {given}")
+        roomy = self._map(Tensor.clone)
+        roomy.labels = None
+        if self.images is not None:
+            roomy.images = F.pad(self.images, (0,) * 7 + (images - len(self.images),))
+        roomy.text = F.pad(self.text, (0, words - len(self.text)))
+        return roomy
+
+    def copy_(self, other: ImageTextBatch) -> None:
+        """Take over another batch for which there is room, in place on the device.
+
+        Raises:
+            ValueError: not as many samples, images where there were none, more than there is room for.
+        """
+        counts = [(len(x), 0 if x.images is None else len(x.images), len(x.text)) for x in (self, other)]
+        if counts[0][0] != counts[1][0] or any(ours < theirs for ours, theirs in zip(*counts, strict=True)):
+            raise ValueError(
+                "other must be a batch of {} samples, at most {} images and {} words".format(*counts[0])
+                + ", got {}, {} and {}".format(*counts[1])
+            )
+        for ours, theirs in ((self.images, other.images), (self.text, other.text)):
+            if theirs is not None:
+                ours[: len(theirs)].copy_(theirs, non_blocking=True)
+        self.text_lengths = other.text_lengths.to(self.device)
+        self.has_image, self.sample_ids = other.has_image, other.sample_ids
 
 
 def _looks_raw(images: Tensor) -> bool:

@@ -22,7 +22,7 @@ class SeqLens:
     Attributes:
         cu: [B + 1] int32 on the device, cumulative offsets, cu[0] = 0.
         lengths: tuple of B ints, on the host.
-        max: the longest length, 0 for an empty batch.
+        max: the longest length, 0 for an empty batch; more where `at` was told so.
         total: the sum of the lengths.
 
     Raises:
@@ -75,10 +75,16 @@ class SeqLens:
         """The same lengths with `.cu` in page-locked memory, from which a GPU reads while the host goes on."""
         return self.at(self.cu.pin_memory())
 
-    def at(self, cu: Tensor) -> SeqLens:
-        """The same lengths with `.cu` in other memory, which holds the same offsets: [B + 1] int32."""
+    def at(self, cu: Tensor, max: int | None = None) -> SeqLens:
+        """The same lengths with `.cu` in other memory, which holds the same offsets or is about to.
+
+        Args:
+            cu: [B + 1] int32.
+            max: at least the longest length, for kernels that are to expect longer ones; None: as it is.
+        """
         moved = object.__new__(SeqLens)
-        moved.lengths, moved.max, moved.total, moved.cu = self.lengths, self.max, self.total, cu
+        moved.lengths, moved.total, moved.cu = self.lengths, self.total, cu
+        moved.max = self.max if max is None else max
         return moved
 
 

@@ -115,3 +115,30 @@ def test_pixels_are_not_looked_at_where_that_would_cost(monkeypatch):
     ImageTextBatch(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
     torch.func.vmap(lambda image: ImageTextBatch(image[None]).images)(torch.rand(2, 3, 8, 8))
     torch.compile(lambda images: ImageTextBatch(images).images + 1, backend="eager")(torch.rand(2, 3, 8, 8))
+
+
+def test_a_batch_with_room_takes_over_others_in_place():
+    images, text = torch.randint(0, 256, (3, 8, 8, 3), dtype=torch.uint8).permute(0, 3, 1, 2), torch.arange(9)
+    roomy = ImageTextBatch(images[:2], text[:4], [1, 3], labels=torch.zeros(2, 5).bool()).with_room(2, 9)
+    memory = roomy.images.data_ptr(), roomy.text.data_ptr()
+    assert roomy.images.stride() == images.stride() and roomy.text.tolist() == [0, 1, 2, 3, 0, 0, 0, 0, 0]
+    roomy.copy_(ImageTextBatch(images[2:], text, [2, 7], has_image=[False, True], sample_ids=[4, 5]))
+    assert torch.equal(roomy.images[0], images[2]) and torch.equal(roomy.images[1], images[1])
+    assert roomy.text.tolist() == text.tolist() and roomy.text_lengths.lengths == (2, 7)
+    assert roomy.has_image == (False, True) and roomy.sample_ids.tolist() == [4, 5]
+    assert memory == (roomy.images.data_ptr(), roomy.text.data_ptr())
+
+
+def test_a_batch_without_room_refuses():
+    batch = ImageTextBatch(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(4), [1, 3])
+    with pytest.raises(ValueError, match="images must be at least the 2 that the batch has, got 1"):
+        batch.with_room(1, 9)
+    with pytest.raises(ValueError, match="words must be at least the 4 that the batch has, got 3"):
+        batch.with_room(2, 3)
+    longer = ImageTextBatch(batch.images, torch.arange(5), [1, 4])
+    with pytest.raises(ValueError, match="of 2 samples, at most 2 images and 4 words, got 2, 2 and 5"):
+        batch.copy_(longer)
+    with pytest.raises(ValueError, match="at most 0 images"):
+        ImageTextBatch(text=torch.arange(4), text_lengths=[1, 3]).copy_(batch)
+    with pytest.raises(ValueError, match="of 2 samples"):
+        batch.copy_(ImageTextBatch(batch.images[:1]))

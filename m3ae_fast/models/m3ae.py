@@ -67,7 +67,7 @@ class M3AE(Model, FixedPositions):
         "text_loss": Metric("text loss", "cross-entropy of masked words", "text"),
         "text_accuracy": Metric("text accuracy", "share of masked words guessed", "share"),
     }
-    CAPTIONS = "optional"
+    CAPTIONS, BUCKETS = "optional", True
     PICTURE = "reconstruction"
     TINY_LR = 2e-3
 
@@ -148,7 +148,7 @@ class M3AE(Model, FixedPositions):
         decoded = self._decode(encoded, layout, layout.masked_rows, layout.masked)
 
         rows = torch.cat([layout.image_rows, layout.text_rows])
-        for_image, for_text = take_rows(decoded, rows).split([image.mask.total, text.mask.total])
+        for_image, for_text = take_rows(decoded, rows).split([len(layout.image_rows), len(layout.text_rows)])
         text_loss = text_accuracy = decoded.new_zeros((), dtype=torch.float32)
         images = self._images(batch)
         image_loss = masked_mse(
@@ -175,13 +175,18 @@ class M3AE(Model, FixedPositions):
         step: int = 0,
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
+        bucket: bool = False,
     ) -> Plan:
-        """Everything that `forward` makes on the host before it computes; arguments and errors as `forward`'s.
+        """Everything that `forward` makes on the host before it computes; other arguments and errors as `forward`'s.
 
         Making it ahead, in a loader for instance, takes it off the step's path; a step to be captured in a CUDA graph
         must be given one.
+
+        Args:
+            bucket: round the sizes of its tensors up, so that batches of any lengths have one of few `Plan.bucket`: the
+                same losses and gradients, a captured step for each bucket (`m3ae_fast.train.GraphedStep`).
         """
-        return self._plan(batch, MaskSource(seed, step, image_mask, text_mask))
+        return self._plan(batch, MaskSource(seed, step, image_mask, text_mask), bucket=bucket)
 
     def reconstruct(
         self,
@@ -230,7 +235,7 @@ class M3AE(Model, FixedPositions):
 
     # -- the two halves ----------------------------------------------------------------------------------------------
 
-    def _plan(self, batch: ImageTextBatch, source: MaskSource, plan: Plan | None = None) -> Plan:
+    def _plan(self, batch: ImageTextBatch, source: MaskSource, plan: Plan | None = None, bucket: bool = False) -> Plan:
         """The plan that a caller gave, checked, or else a new one."""
         self._check(batch)
         c, ids = self.config, batch.sample_ids
@@ -241,7 +246,7 @@ class M3AE(Model, FixedPositions):
         patches, words = [c.patches if has else 0 for has in batch.has_image], batch.text_lengths.lengths
         image = given_or_drawn("image", source, patches, c.image_mask_ratio, sample_ids=ids, shared=slots[0])
         text = given_or_drawn("text", source, words, c.text_mask_ratio, sample_ids=ids, shared=slots[1])
-        return Plan.make(image, text, c.patches, batch.has_image, batch.device)
+        return Plan.make(image, text, c.patches, batch.has_image, batch.device, bucket)
 
     def _encode(self, batch: ImageTextBatch, layout: TokenLayout) -> Tensor:
         """Kept patches and kept words -> [layout.kept.total, D]."""

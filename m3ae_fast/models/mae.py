@@ -66,5 +66,7 @@ def _images(batch: ImageTextBatch | Tensor) -> ImageTextBatch:
         return ImageTextBatch(batch)
     if batch.images is None:
         raise ValueError("batch.images must not be None: MAE is a model of images")
+    if all(batch.has_image) and not batch.text_lengths.total:
+        return batch
     ids = batch.sample_ids[[i for i, has in enumerate(batch.has_image) if has]]
     return ImageTextBatch(batch.images, sample_ids=ids)

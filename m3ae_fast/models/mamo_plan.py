@@ -47,7 +47,7 @@ class TargetPlan:
         return TargetPlan(images, texts, _cls(images, texts) if contrast else None, layout, patches)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class MAMOPlan(BatchPlan):
     """All that MAMO's forward pass needs to know of a batch beyond its pixels and words, but for ITM's negatives.
 

@@ -6,8 +6,8 @@ Sequences are [CLS; image patches; words] throughout: the kept ones in the encod
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 STREAMS = {"image": 0, "text": 1}  # of sample_mask's random numbers, by modality
+ALIGNED = 4  # int32 numbers, 16 bytes: Triton compiles a kernel again for an address that is not a multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +145,48 @@ def given_or_drawn(
     return draw(lengths, ratio, sample_ids=sample_ids, shared=shared, **keys)
 
 
+def rounded(count: int, parts: int) -> int:
+    """`count` rounded up to a multiple of 8, and of the power of two above it divided by `parts`: to few sizes, and not
+    past that power, by which kernels choose their tiles and split their sums."""
+    step = max((1 << max(count - 1, 0).bit_length()) // parts, 8)
+    return -(-count // step) * step
+
+
+class Room(NamedTuple):
+    """The sizes of a layout's tensors: those of a batch, or those of a bucket that many batches fall into."""
+
+    images: int
+    image_keep: int  # rows for kept patches, of all samples together; likewise
+    image_mask: int
+    text_keep: int
+    text_mask: int
+    longest: tuple[int, int, int]  # sequence that kernels expect: of kept, of all, of masked tokens
+
+    @staticmethod
+    def of(image: Masked, text: Masked, images: int, longest: tuple[int, int, int], bucket: bool) -> Room:
+        """For `images` images. A bucket rounds up what differs from batch to batch: the number of images to an eighth
+        of a power of two, the encoder's and the decoder's rows to a 64th, the longest sequences to an eighth."""
+        tokens = image.keep.total, image.mask.total, text.keep.total, text.mask.total
+        if not bucket:
+            return Room(images, *tokens, longest)
+        samples = len(image.keep)
+        images = min(rounded(images, 8), samples)
+        image_keep, image_mask, text_keep, text_mask = images * image.keep.max, images * image.mask.max, *tokens[2:]
+        if text_keep + text_mask:
+            patches = samples + image_keep
+            kept = rounded(patches + text_keep, 64)
+            text_keep = kept - patches
+            text_mask = rounded(kept + image_mask + text_mask, 64) - kept - image_mask
+        return Room(images, image_keep, image_mask, text_keep, text_mask, tuple(rounded(n, 8) for n in longest))
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenLayout:
-    """Where every token of a batch stands in the encoder's and the decoder's packed sequences, on one device."""
+    """Where every token of a batch stands in the encoder's and the decoder's packed sequences, on one device.
+
+    In a bucket there is room for more tokens than the batch has. What is past them comes after the last sequence, where
+    every op leaves rows out, and is named by -1, or by 0 among ids and words.
+    """
 
     kept: SeqLens  # the encoder's sequences
     full: SeqLens  # the decoder's sequences
@@ -156,7 +196,7 @@ class TokenLayout:
     text_mask: SeqLens  # masked words of each sample
     images_keep: SeqLens  # kept patches of each image
     images_mask: SeqLens  # masked patches of each image
-    index: Tensor  # all that follows, in one piece
+    index: Tensor  # the offsets of these and all that follows, in one piece
     rows: Tensor  # [full.total] for restore_tokens: the encoder row that stands there, -1 where masked
     slots: Tensor  # [full.total] for restore_tokens: patch number, or patches + word number, or -1 (CLS)
     cls_rows: Tensor  # [B] of the encoder's rows
@@ -172,7 +212,10 @@ class TokenLayout:
     words_mask: Tensor  # places of the masked words in the batch's packed text
 
     @staticmethod
-    def make(image: Masked, text: Masked, patches: int, has_image: Sequence[bool], device: torch.device) -> TokenLayout:
+    def make(
+        image: Masked, text: Masked, patches: int, has_image: Sequence[bool], device: torch.device, bucket: bool = False
+    ) -> TokenLayout:
+        """bucket: with room for more, see `Room`."""
         image_lengths, text_lengths = SeqLens(image.lengths), SeqLens(text.lengths)
         batch = range(len(image.keep))
         kept = SeqLens([1 + image.keep.lengths[b] + text.keep.lengths[b] for b in batch])
@@ -202,23 +245,79 @@ class TokenLayout:
             for start, lengths in ((image_start, image_lengths), (text_start, text_lengths))
         ]
         words = text_lengths.cu[:-1]
-        index = (
-            rows, slots, cls_rows, masked_rows, *places, *all_rows, image.ids_keep, image.ids_mask, text.ids_keep,
-            words[sample_of(text.keep)] + text.ids_keep, words[sample_of(text.mask)] + text.ids_mask,
+        words_keep = words[sample_of(text.keep)] + text.ids_keep
+        words_mask = words[sample_of(text.mask)] + text.ids_mask
+        room = Room.of(image, text, sum(has_image), (kept.max, full.max, masked.max), bucket)
+        of_images = (_of_images(counts, has_image, room.images) for counts in (image.keep, image.mask))
+        sequences = kept, full, masked, image.keep, text.keep, text.mask, *of_images
+        patches, words = room.image_keep + room.image_mask, room.text_keep + room.text_mask
+        masks, tokens = room.image_mask + room.text_mask, len(kept) + patches + words
+        longest = *room.longest, *(x.max for x in sequences[3:])
+        contents = (  # each with its room, and what is written where it has none itself
+            (rows, tokens, -1), (slots, tokens, -1), (cls_rows, len(kept), -1), (masked_rows, masks, -1),
+            (places[0], room.image_mask, -1), (places[1], room.text_mask, -1),
+            (all_rows[0], patches, -1), (all_rows[1], words, -1),
+            (image.ids_keep, room.image_keep, 0), (image.ids_mask, room.image_mask, 0),
+            (text.ids_keep, room.text_keep, 0), (words_keep, room.text_keep, 0), (words_mask, room.text_mask, 0),
         )  # fmt: skip
-        on_device = torch.cat(index).to(device, non_blocking=True)  # one transfer
-        of_images = (_of_images(counts, has_image) for counts in (image.keep, image.mask))
-        sequences = (x.to(device) for x in (kept, full, masked, image.keep, text.keep, text.mask, *of_images))
-        return TokenLayout(*sequences, on_device, *on_device.split([x.numel() for x in index]))
+        return TokenLayout._on_host(sequences, longest, contents).to(device)
+
+    @staticmethod
+    def _on_host(
+        sequences: Sequence[SeqLens], longest: Sequence[int], contents: Sequence[tuple[Tensor, int, int]]
+    ) -> TokenLayout:
+        contents = [*((x.cu, len(x.cu), 0) for x in sequences), *contents]
+        index, parts = _parts([room for _, room, _ in contents])
+        for part, (values, room, rest) in zip(parts, contents, strict=True):
+            if len(values) < room:
+                part[len(values) :].fill_(rest)
+                part = part[: len(values)]
+            part.copy_(values)
+        sequences = [x.at(cu, most) for x, cu, most in zip(sequences, parts, longest, strict=False)]
+        return TokenLayout(*sequences, index, *parts[len(sequences) :])
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        """All that is in `index`, in order."""
+        return [x.cu if isinstance(x, SeqLens) else x for x in vars(self).values() if x is not self.index]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What a captured pass has built in: the length of every tensor, and the longest sequences."""
+        return *map(len, self._tensors), self.kept.max, self.full.max, self.masked.max
+
+    def to(self, device: torch.device | str) -> TokenLayout:
+        """The same on a device; one transfer."""
+        index = self.index.to(device, non_blocking=True)
+        return self if index is self.index else self.at(index)
+
+    def at(self, index: Tensor) -> TokenLayout:
+        """The same in other memory, which holds what `index` holds or is about to."""
+        parts = iter(_parts(map(len, self._tensors), index)[1])
+        values = {
+            name: index if x is self.index else x.at(next(parts)) if isinstance(x, SeqLens) else next(parts)
+            for name, x in vars(self).items()
+        }
+        return TokenLayout(**values)
 
 
-def _of_images(counts: SeqLens, has_image: Sequence[bool]) -> SeqLens:
-    if all(has_image):
-        return counts
-    return SeqLens([n for n, has in zip(counts.lengths, has_image, strict=True) if has])
+def _parts(sizes: Iterable[int], index: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    """(index, its parts of these sizes); None: a new one on the host. Each begins where kernels like addresses best."""
+    sizes = list(sizes)
+    aligned = [-(-size // ALIGNED) * ALIGNED for size in sizes]
+    if index is None:
+        index = torch.zeros(sum(aligned), dtype=torch.int32, device="cpu")
+    parts = index.split(aligned)
+    return index, [x if len(x) == size else x[:size] for x, size in zip(parts, sizes, strict=True)]
 
 
-@dataclasses.dataclass(frozen=True)
+def _of_images(counts: SeqLens, has_image: Sequence[bool], images: int) -> SeqLens:
+    """Of the samples with an image, and none of those for which there is room besides."""
+    found = [n for n, has in zip(counts.lengths, has_image, strict=True) if has]
+    return SeqLens([*found, *[0] * (images - len(found))])
+
+
+@dataclasses.dataclass(eq=False)
 class BatchPlan:
     """All that a forward pass needs to know of a batch beyond its pixels and words; each model adds its layout.
 
@@ -263,21 +362,48 @@ class BatchPlan:
             ours.ids_mask.copy_(theirs.ids_mask)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Plan(BatchPlan):
     """M3AE's."""
 
     layout: TokenLayout
 
     @staticmethod
-    def make(image: Masked, text: Masked, patches: int, has_image: Sequence[bool], device: torch.device) -> Plan:
-        return Plan(image, text, TokenLayout.make(image, text, patches, has_image, device))
+    def make(
+        image: Masked, text: Masked, patches: int, has_image: Sequence[bool], device: torch.device, bucket: bool = False
+    ) -> Plan:
+        return Plan(image, text, TokenLayout.make(image, text, patches, has_image, device, bucket))
+
+    @property
+    def bucket(self) -> tuple[int, ...]:
+        """The sizes of its tensors, the same for many batches of plans that were made with bucket=True."""
+        return self.layout.sizes
+
+    @property
+    def images(self) -> int:
+        """How many images there is room for."""
+        return len(self.layout.images_keep)
+
+    @property
+    def words(self) -> int:
+        """How many words there is room for."""
+        return len(self.layout.all_text_rows)
+
+    def clone_to(self, device: torch.device | str) -> Plan:
+        """The same on a device, in memory of its own."""
+        index = torch.empty_like(self.layout.index, device=device)
+        return Plan(self.image, self.text, self.layout.at(index.copy_(self.layout.index, non_blocking=True)))
 
     def copy_(self, other: Plan) -> None:
-        """Take over another plan's masks, in place on the device and on the host.
+        """Take over another plan of the same bucket, whatever its batch, in place on the device.
 
         Raises:
-            ValueError: other counts of kept or masked tokens in some sample: a captured graph has its sizes built in.
+            ValueError: another bucket: a captured graph has its sizes built in.
         """
-        self._copy_masks(other)
+        if self.bucket != other.bucket:
+            raise ValueError(
+                "other must be a plan of the same bucket (made with bucket=True, else of the same numbers of kept and "
+                f"masked tokens), {self.bucket}, got {other.bucket}"
+            )
         self.layout.index.copy_(other.layout.index, non_blocking=True)
+        self.image, self.text, self.layout = other.image, other.text, other.layout.at(self.layout.index)

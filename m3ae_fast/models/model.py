@@ -49,6 +49,7 @@ class Model(nn.Module):
     LABELS: ClassVar[bool] = False  # whether it trains on the classes of images; those without are left out then
     COMPARES: ClassVar[bool] = False  # whether its losses compare the samples of a batch with one another
     ALL_GRADIENTS: ClassVar[bool] = True  # whether every parameter has a gradient in every step
+    BUCKETS: ClassVar[bool] = False  # whether plan(batch, ..., bucket=True) makes plans of few sizes: for CUDA graphs
     PICTURE: ClassVar[str | None] = None  # a run draws: "reconstruction", "words" (of a MAMO), or no more than curves
     TINY_LR: ClassVar[float] = 1e-3  # peak learning rate at size tiny
 

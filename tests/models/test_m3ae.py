@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from m3ae_fast import ImageTextBatch
+from m3ae_fast import ImageTextBatch, _backends
 from m3ae_fast.models import M3AE, MAE, M3AEConfig
 
 CONFIG = M3AEConfig(
@@ -78,6 +78,66 @@ def test_a_plan_takes_over_the_masks_of_another(model):
     assert torch.equal(out.loss, wanted.loss) and torch.equal(out.text_mask, wanted.text_mask)
     with pytest.raises(ValueError, match="same numbers of kept and masked tokens"):
         plan.copy_(model.plan(make_batch(), seed=5))
+
+
+def assert_same_pass(model, batch, plan, other_batch, other_plan, bitwise=True):
+    """Losses and gradients of two passes."""
+    outputs, gradients = [], []
+    for out in (model(batch, plan=plan), model(other_batch, plan=other_plan)):
+        outputs.append([getattr(out, name) for name in ("loss", "image_loss", "text_loss", "text_accuracy")])
+        gradients.append(torch.autograd.grad(out.loss, list(model.parameters())))
+    assert outputs[0] == outputs[1]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.equal(ours, theirs) or not bitwise
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
+@pytest.mark.parametrize("lengths", [(5, 3, 8, 2), (0, 0, 1, 0), (8,) * 60])
+def test_a_plan_of_a_bucket_gives_the_same_bits(model, monkeypatch, threads, lengths, impl, precision):
+    """Gradients, too, where sums over rows are of our kernels on the CPU; elsewhere how they are split follows the
+    number of rows."""
+    if any(impl not in ("reference", *backends.modules) for backends in _backends.LOADED.values()):
+        pytest.skip(f"not all ops have {impl} here")
+    if impl == "triton":
+        lengths = lengths[:4]  # the interpreter takes its time
+    monkeypatch.setattr(_backends, "_FORCED", impl)
+    threads(1)
+    batch = make_batch(lengths=lengths)
+    exact, roomy = (model.plan(batch, seed=5, bucket=bucket) for bucket in (False, True))
+    assert roomy.bucket != exact.bucket
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        padded = batch.with_room(roomy.images, roomy.words)
+        assert_same_pass(model, padded, roomy, batch, exact, bitwise=impl == "cpp")
+
+
+def test_a_plan_of_a_bucket_with_room_for_images(model):
+    """The mean over the images is another fraction, so losses are the same but for rounding."""
+    batch = make_batch(**MIXED)
+    exact, roomy = (model.plan(batch, seed=5, bucket=bucket) for bucket in (False, True))
+    assert roomy.images == 5 > exact.images == 3
+    ours, theirs = model(batch.with_room(roomy.images, roomy.words), plan=roomy), model(batch, plan=exact)
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-6, atol=0)
+    for a, b in zip(*(torch.autograd.grad(x.loss, list(model.parameters())) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * b.abs().max().item())
+
+
+def test_a_plan_of_a_bucket_takes_over_any_other(model):
+    """Other lengths, other masks: what is captured with a plan and a batch fits them all."""
+    batches = [make_batch(lengths=x, seed=seed) for seed, x in enumerate([(8, 8, 1), (5, 5, 8), (6, 8, 3)])]
+    plans = [model.plan(batch, seed=5, step=step, bucket=True) for step, batch in enumerate(batches)]
+    assert len({plan.bucket for plan in plans}) == 1
+    static = batches[0].with_room(plans[0].images, plans[0].words), model.plan(batches[0], seed=5, bucket=True)
+    memory = static[0].text.data_ptr(), static[1].layout.rows.data_ptr(), static[1].layout.kept.cu.data_ptr()
+    for step, (batch, plan) in enumerate(zip(batches, plans, strict=True)):
+        for ours, theirs in zip(static, (batch, plan), strict=True):
+            ours.copy_(theirs)
+        out, wanted = model(static[0], plan=static[1]), model(batch, seed=5, step=step)
+        assert torch.equal(out.loss, wanted.loss) and torch.equal(out.text_mask, wanted.text_mask)
+    assert memory == (static[0].text.data_ptr(), static[1].layout.rows.data_ptr(), static[1].layout.kept.cu.data_ptr())
+    with pytest.raises(ValueError, match="other must be a plan of the same bucket"):
+        static[1].copy_(model.plan(batches[0], seed=5))
 
 
 def test_a_plan_is_of_its_batch_and_stands_alone(model):

@@ -1,4 +1,4 @@
-"""Masks and layouts of mixed batches, against loops."""
+"""Masks and layouts of mixed batches, against loops; the buckets that ragged batches fall into."""
 
 import pytest
 import torch
@@ -100,3 +100,66 @@ def test_an_image_mask_of_another_grid_is_refused(columns):
     source = masking.MaskSource(image_mask=torch.zeros(3, columns, dtype=torch.bool))
     with pytest.raises(ValueError, match=rf"image_mask must have shape \(3, 9\), got \(3, {columns}\)"):
         masking.given_or_drawn("image", source, [9, 0, 9], 0.5, sample_ids=torch.arange(3))
+
+
+def drawn(lengths, images, patches=16, seed=3):
+    """(image, text) masks."""
+    keys = {"seed": seed, "step": 0, "sample_ids": torch.arange(len(lengths)), "shared": None}
+    image = masking.draw([patches if has else 0 for has in images], 0.75, stream=0, **keys)
+    return image, masking.draw(lengths, 0.5, stream=1, **keys)
+
+
+@pytest.mark.parametrize("images", [[True] * 5, [True, True, False, True, False]])
+def test_a_bucket_has_the_layout_and_room_behind_it(images):
+    image, text = drawn([3, 0, 9, 2, 1], images)
+    exact, roomy = (
+        masking.TokenLayout.make(image, text, 16, images, torch.device("cpu"), bucket) for bucket in (False, True)
+    )
+    assert sum(roomy.sizes) > sum(exact.sizes)
+    for name, value in vars(exact).items():
+        ours = getattr(roomy, name)
+        if isinstance(value, SeqLens):
+            assert ours.max >= value.max and ours.lengths[: len(value)] == value.lengths and ours.total == value.total
+            assert ours.cu[: len(value) + 1].tolist() == value.cu.tolist()
+        elif name != "index":
+            rest = 0 if "ids" in name or "words" in name else -1
+            assert ours.tolist() == value.tolist() + [rest] * (len(ours) - len(value)), name
+        assert name == "index" or (ours.cu if isinstance(value, SeqLens) else ours).data_ptr() % 16 == 0
+
+
+def test_a_layout_is_of_the_memory_it_is_put_into():
+    image, text = drawn([3, 0, 9, 2, 1], [True] * 5)
+    layout = masking.TokenLayout.make(image, text, 16, [True] * 5, torch.device("cpu"))
+    index = torch.zeros_like(layout.index)
+    moved = layout.at(index)
+    index.copy_(layout.index)
+    assert moved.index is index and moved.sizes == layout.sizes
+    assert torch.equal(moved.rows, layout.rows) and torch.equal(moved.full.cu, layout.full.cu)
+    assert index.data_ptr() <= moved.rows.data_ptr() < index.data_ptr() + index.nbytes
+
+
+def test_sizes_are_rounded_to_few_that_pass_no_power_of_two():
+    for parts in (8, 64):
+        for count in range(3000):
+            size = masking.rounded(count, parts)
+            power = max(1 << max(count - 1, 0).bit_length(), 8)
+            assert count <= size <= power and size - count < max(power // parts, 8) and size % 8 == 0
+    assert len({masking.rounded(count, 64) for count in range(8193, 16385)}) == 32
+
+
+def test_ragged_batches_fall_into_few_buckets():
+    """10,000 batches of 64 pairs, captions of any lengths: nothing is drawn, the lengths say the sizes."""
+    generator, samples, patches = torch.Generator().manual_seed(0), 64, 256
+    found, rows, room = set(), 0, 0
+    image = masking.Masked(None, None, SeqLens([64] * samples), SeqLens([192] * samples))
+    for _ in range(10_000):
+        lengths = torch.randint(3, 65, (samples,), generator=generator)
+        keep = (lengths // 4).clamp(min=1)
+        text = masking.Masked(None, None, SeqLens(keep), SeqLens(lengths - keep))
+        longest = 65 + text.keep.max, 1 + patches + int(lengths.max()), 192 + text.mask.max
+        size = masking.Room.of(image, text, samples, longest, True)
+        found.add(size)
+        rows += samples * (1 + patches) + int(lengths.sum())
+        room += samples + size.image_keep + size.image_mask + size.text_keep + size.text_mask
+    assert len(found) <= 8
+    assert rows <= room <= 1.03 * rows
