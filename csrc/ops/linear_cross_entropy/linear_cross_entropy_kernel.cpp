@@ -167,7 +167,7 @@ M3AE_INLINE typename V::scalar at(const T* p) { return V::load_first(p, 1).sum()
 // whole sum is above that, its probability is not 0 but unknown, and the logit becomes NaN. Returns the first class whose
 // logit is NaN, or -1.
 template <class T, class R, class P>
-__attribute__((noinline, cold)) int64_t forget_lost_logits(const CrossEntropyBlock& a, int64_t i) {
+__attribute__((noinline)) int64_t forget_lost_logits(const CrossEntropyBlock& a, int64_t i) {
   using V = Vec<T>;
   using Accumulator = typename V::scalar;
   const Block<T, R> b(a);
