@@ -1,8 +1,8 @@
 """Every launch of every Triton backend compiles as the runtime would compile it: no GPU needed, nothing is run.
 
 The interpreter accepts what the compiler refuses, and knows nothing of the types that a launch makes of its arguments.
-It also has room for every tile: a kernel must not spill registers, nor need more tensor memory than there is, of which
-the compiler makes a kernel that is one trap.
+It also has room for every tile: a kernel must not need more tensor memory than there is, of which the compiler makes
+one that is a trap. Attention's of real sizes must not spill registers; `benchmarks.resources` looks at the other ops'.
 """
 
 import importlib.util
@@ -40,13 +40,14 @@ for op in {ops}:
     for case in testing.cases(op).SMALL:
         for dtype in (torch.float32, torch.bfloat16):
             testing.cases(op).make(case, dtype).run(getattr(m3ae_fast, op), impl="triton")
-for length, width in ((81, 64), (81, 80), (81, 96), (81, 128), (150, 80), (150, 128), (20, 512)):
+small = set(compiled)
+for length, width in ((81, 64), (81, 80), (81, 96), (81, 128), (150, 80), (150, 128)):
     q, k, v = (torch.zeros(length, 1, width, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     testing.Call((q, k, v, m3ae_fast.SeqLens([length]))).run(m3ae_fast.varlen_attention, impl="triton")
 from benchmarks.resources import usage
-for kernel, options in compiled.values():
+for hash, (kernel, options) in compiled.items():
     used = usage(kernel.asm["cubin"])
-    if used["STACK"] or used["LOCAL"] or "trap;" in kernel.asm["ptx"]:
+    if "trap;" in kernel.asm["ptx"] or hash not in small and (used["STACK"] or used["LOCAL"]):
         raise SystemExit(f"{kernel.name} {options} spills {used} or is a trap")
 print(len(compiled))
 """

@@ -101,7 +101,7 @@ def _softmax_kernel(
     most = wanted
     scaled = tl.zeros([BLOCK], tl.float32)
     plain = tl.zeros([BLOCK], tl.float32)
-    beaten = tl.zeros([BLOCK], tl.int1)
+    beaten = tl.zeros([BLOCK], tl.int32)
     for start in range(0, PADDED, BLOCK):
         v = start + lanes
         logits = tl.load(logits_ptr + v, mask=v < PADDED, other=float("-inf")).to(tl.float32)
@@ -109,15 +109,16 @@ def _softmax_kernel(
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         scaled = scaled * tl.exp(most - shift) + tl.exp(logits - shift)
         most = higher
-        equal = tl.where(number, logits == wanted, logits != logits)
-        beaten |= number & ~(logits <= wanted) | equal & (v < target)
+        before = (v < target).to(tl.int32)
+        above = 1 - (logits <= wanted).to(tl.int32) | (logits == wanted).to(tl.int32) & before
+        beaten |= tl.where(number, above, (logits != logits).to(tl.int32) & before)
         if SMOOTHED:
             plain += tl.where(v < VOCAB, wanted - logits, 0.0)
     sum = tl.sum(scaled, 0)
     loss = tl.log(sum) + (most - wanted)
     if SMOOTHED:
         loss += label_smoothing * (tl.sum(plain, 0) / VOCAB)
-    hit = 1.0 - tl.max(beaten.to(tl.int32), 0)
+    hit = 1.0 - tl.max(beaten, 0)
     share = _share(counted_ptr, cu_ptr, total, sequences, row, REDUCTION)
     tl.store(loss_ptr + row, loss * share)
     if hit_ptr is not None:

@@ -94,8 +94,9 @@ def _backward_kernel(
     d = tl.arange(0, BLOCK)
     image = sequence_of(cu_mask_ptr, count, t)
     named = (t < total) & (image < count)  # an error of no image is 0, but its dloss may be NaN
-    dloss = tl.load(dloss_ptr + (t if A_LOSS_EACH else t * 0), mask=named, other=0).to(tl.float64)
-    factor = (dloss * _row_weight(cu_mask_ptr, count, image, REDUCTION) * 2 / WIDTH).to(tl.float32)
+    dloss = tl.load(dloss_ptr + t, mask=named, other=0) if A_LOSS_EACH else tl.load(dloss_ptr)
+    factor = (dloss.to(tl.float64) * _row_weight(cu_mask_ptr, count, image, REDUCTION) * 2 / WIDTH).to(tl.float32)
+    factor = tl.where(named, factor, 0.0)
     at = t.to(tl.int64)[:, None] * WIDTH + d[None, :]
     in_row = (d < WIDTH)[None, :]
     error = tl.load(error_ptr + at, mask=named[:, None] & in_row, other=0).to(tl.float32)
