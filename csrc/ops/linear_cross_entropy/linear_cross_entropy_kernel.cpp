@@ -316,8 +316,10 @@ void dweight(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t e
       Accumulator* sum = as<Accumulator>(a.dbias) + v;
       for_lanes<V>(here, [&](int64_t d, int n) {
         V total = a.first ? V::zero() : load_lanes<V>(sum + d, n);
-        for (int64_t i = 0; i < a.count; ++i)
-          for (int part = 0; part < b.parts; ++part) total = total + load_lanes<V>(b.gradients(i, v, part) + d, n);
+        for (int part = 0; part < b.parts; ++part) {
+          const auto* gradients = b.gradients(0, v, part) + d;
+          for (int64_t i = 0; i < a.count; ++i) total = total + load_lanes<V>(gradients + i * b.gradient_stride, n);
+        }
         store_lanes(total, sum + d, n);
       });
     }
