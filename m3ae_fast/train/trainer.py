@@ -359,15 +359,18 @@ def train_step(
                 output = model(batch.to(device), **masks)
             (output.loss / len(micro_batches)).backward()
         totals += torch.stack([getattr(output, name).detach().float() for name in names]) / len(micro_batches)
-    norm = distributed.whole(nn.utils.clip_grad_norm_(own.parameters(), config.grad_clip or math.inf))
+    total_norm = nn.utils.get_total_norm(p.grad for p in own.parameters() if p.grad is not None)
     totals = distributed.mean(totals)
-    *values, norm = torch.cat([totals, norm.reshape(1)]).tolist()  # the one wait for the device in a step
+    norm = distributed.whole(total_norm).reshape(1)
+    *values, norm = torch.cat([totals, norm]).tolist()  # the one wait for the device in a step
     values = dict(zip(names, values, strict=True))
     if not all(map(math.isfinite, (*values.values(), norm))):
         optimiser.zero_grad()
         for buffer, before in zip(own.buffers(), buffers, strict=True):
             buffer.copy_(before)
         raise NotFinite(step + 1, values, norm)
+    if config.grad_clip and norm + 1e-6 > config.grad_clip:  # else the factor is 1, and costs two passes over memory
+        nn.utils.clip_grads_with_norm_(own.parameters(), config.grad_clip, total_norm)
     for group in optimiser.param_groups:
         group["lr"] = lr
     optimiser.step()

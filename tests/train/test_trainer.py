@@ -338,6 +338,19 @@ def test_there_is_no_step_after_the_last(config, tmp_path):
     assert rates == [trainer.learning_rate(step, steps=2, warmup=0, peak=2e-3) for step in range(2)]
 
 
+@pytest.mark.parametrize(("most", "cut"), [(1e-3, True), (1e6, False), (0.0, False)])
+def test_gradients_are_scaled_where_they_are_too_long_alone(config, tmp_path, most, cut, monkeypatch):
+    scale, calls, norms = torch.nn.utils.clip_grads_with_norm_, [], []
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", lambda *args: calls.append(args) or scale(*args))
+    with Trainer(config(grad_clip=most), tmp_path / "run") as trained:
+        trained.optimiser.register_step_pre_hook(
+            lambda *_: norms.append(torch.nn.utils.get_total_norm(p.grad for p in trained.model.parameters()).item())
+        )
+        trained.step()
+    assert (len(calls) == 1) == cut
+    assert norms[0] == pytest.approx(most, rel=1e-2) if cut else norms[0] > 1e-2
+
+
 def test_leaving_ends_the_data_workers(config, tmp_path):
     before = set(multiprocessing.active_children())
     with Trainer(config(workers=1), tmp_path / "run") as trained:
