@@ -13,6 +13,7 @@ struct Units {  // float and double
   static M3AE_INLINE Register set(const Unit* p) { return V::set(*p); }
   static M3AE_INLINE Register load(const Unit* p) { return V::load(p); }
   static M3AE_INLINE V dot(Register a, Register b, V c) { return V::fma(a, b, c); }
+  static M3AE_INLINE V exp2(V x) { return m3ae::M3AE_ISA::exp2(x); }  // 2^x, as exact as a unit can hold
 };
 
 M3AE_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }

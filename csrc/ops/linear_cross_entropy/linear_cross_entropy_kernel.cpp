@@ -140,7 +140,7 @@ void logits(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t en
       for_lanes<V>(here, [&](int64_t d, int n) {
         V z = load_lanes<V>(sums + i * kClassPanel + d, n);
         if (a.bias) z = z + load_lanes<V>(as<P>(a.bias) + v + d, n);
-        store_lanes(z, out + d, n);
+        store_rounded(z, out + d, n);
       });
       std::memset(static_cast<void*>(out + here), 0, sizeof(*out) * static_cast<size_t>(kClassPanel - here));
     }
@@ -193,9 +193,17 @@ __attribute__((noinline)) int64_t forget_lost_logits(const CrossEntropyBlock& a,
   return first;
 }
 
+// e^x for x up to 0, which dlogits are made of: as exact as their unit.
+template <class U, class V>
+M3AE_INLINE V exp_of_unit(V x) {
+  if constexpr (Units<U>::depth == 2) return Units<U>::exp2(x * V::set(0x1.715476p+0f));  // log2 e
+  else return exp(x);
+}
+
 template <class T, class R, class P>
 void softmax(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
   using V = Vec<T>;
+  using U = typename Block<T, R>::U;
   using Accumulator = typename V::scalar;
   using Logit = typename Block<T, R>::Logit;
   const Block<T, R> b(a);
@@ -252,7 +260,8 @@ void softmax(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
       continue;
     }
     for_lanes<V>(vocab, [&](int64_t d, int n) {
-      store_lanes(V::fma(exp(load_lanes<V>(logits + d, n) - shift), scale, spread), logits + d, n);
+      const V weight = exp_of_unit<U>(load_lanes<V>(logits + d, n) - shift);
+      store_rounded(V::fma(weight, scale, spread), logits + d, n);
     });
     V::set(of_target).store_first(target, 1);
   }

@@ -313,7 +313,7 @@ M3AE_INLINE void score_gradients(Float* scores, Float* dweights, U* pairs, int64
           continue;
         }
         Float *score = scores + (r + e) * b.ld, *dweight = dweights + (r + e) * b.ld;
-        const V weight = exp2(V::fma(V::fma(V::load(score + i), half, shift), factor, share));
+        const V weight = Units<U>::exp2(V::fma(V::fma(V::load(score + i), half, shift), factor, share));
         dscores[e] = weight * (V::load(dweight + i) - delta);
         store_unit_elements(weight, reinterpret_cast<U*>(score) + i / depth);
         store_unit_elements(dscores[e], reinterpret_cast<U*>(dweight) + i / depth);
