@@ -9,7 +9,7 @@
 #   linear         linear, against the same
 #   attention      varlen_attention, against SDPA's backends, varlen_attn, xformers, FlashAttention-2 and -3
 #   cross_entropy  linear_cross_entropy, against eager, compiled, torch's chunked and Liger's
-#   step           a training step of M3AE S, B, L and of MAMO S, B, against the padded models
+#   step           a training step of M3AE S, B, L, also with CUDA graphs, and of MAMO S, B, against the padded models
 #
 # Needs torch >= 2.10 with CUDA, Triton, pytest and pytest-benchmark; peers that are missing are named. The installed
 # package is what runs, and where there is none the source tree. Tables go to $OUT (docs) as ${NAME}_<part>.md and .json;

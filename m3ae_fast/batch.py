@@ -145,7 +145,7 @@ class ImageTextBatch:
             if stored is not None and given < len(stored):
                 raise ValueError(f"{name} must be at least the {len(stored)} that the batch has, got {given}")
         roomy = self._map(Tensor.clone)
-        roomy.labels = None
+        roomy.labels, roomy.text_lengths = None, self.text_lengths.at(self.text_lengths.cu.clone())
         if self.images is not None:
             roomy.images = F.pad(self.images, (0,) * 7 + (images - len(self.images),))
         roomy.text = F.pad(self.text, (0, words - len(self.text)))
@@ -163,10 +163,11 @@ class ImageTextBatch:
                 "other must be a batch of {} samples, at most {} images and {} words".format(*counts[0])
                 + ", got {}, {} and {}".format(*counts[1])
             )
-        for ours, theirs in ((self.images, other.images), (self.text, other.text)):
+        offsets = self.text_lengths.cu
+        for ours, theirs in ((self.images, other.images), (self.text, other.text), (offsets, other.text_lengths.cu)):
             if theirs is not None:
                 ours[: len(theirs)].copy_(theirs, non_blocking=True)
-        self.text_lengths = other.text_lengths.to(self.device)
+        self.text_lengths = other.text_lengths.at(offsets)
         self.has_image, self.sample_ids = other.has_image, other.sample_ids
 
 

@@ -10,11 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure, memory, padded_m3ae
 from m3ae_fast import ImageTextBatch, _backends, testing
-from m3ae_fast.models import M3AE, M3AEConfig
+from m3ae_fast.models import M3AE, GraphedStep, M3AEConfig
 
 SHAPE = testing.SHAPES["m3ae_small"]
 SIZES = {"m3ae_tiny": (M3AEConfig.tiny(vocab_size=1000), SHAPE), "m3ae_small": (M3AEConfig.small(), SHAPE)}
 PRECISIONS = ["fp32", "bf16"]
+GRAPHED = "m3ae_fast, graphed"  # on a GPU alone
 if measure.SETTINGS.gpu:
     shape = dataclasses.replace(SHAPE, batch=2 if measure.SETTINGS.smoke else 64)
     configs = {"small": M3AEConfig.small(), "base": M3AEConfig.base(), "large": M3AEConfig.large()}
@@ -65,6 +66,26 @@ def make_step(model, loss_of, precision: str):
     return run
 
 
+def make_graphed_step(config: M3AEConfig, batches: list[ImageTextBatch], precision: str):
+    """As `make_step`, forward and backward as CUDA graphs, with the plan made in the step."""
+    model, _ = make_model(config, "m3ae_fast", batches)
+
+    def passes(batch, plan):
+        with torch.autocast(measure.SETTINGS.device, torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(batch, plan=plan).loss
+        loss.backward()
+
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    step = GraphedStep(passes, model)
+
+    def run(i):
+        step(batches[i], model.plan(batches[i], seed=0, step=i, bucket=True))
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return run
+
+
 def owned(size: str, precision: str, provider: str):
     """For memory.peak_beyond: a step, and the bytes of its gradients."""
     config, shape = SIZES[size]
@@ -90,10 +111,16 @@ def bench_m3ae_step(benchmark, size, precision):
     models = {name: make_model(config, name, batches) for name in providers}
     torch.testing.assert_close(models["padded, eager"][1](0), models["m3ae_fast"][1](0), rtol=1e-4, atol=1e-5)
     steps = {name: make_step(*model, precision) for name, model in models.items()}
+    if measure.SETTINGS.gpu:
+        steps[GRAPHED] = make_graphed_step(config, batches, precision)
+        for i in range(2 * len(batches)):  # every bucket is captured before the clock runs
+            steps[GRAPHED](i % len(batches))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     case = f"{size} {precision}" + measure.SETTINGS.gpu * f", batch {shape.batch}"
     rows = measure.compare(benchmark, "M3AE step", case, steps, inputs=len(batches), queued=False)
     for name, row in rows.items():
+        if name == GRAPHED:  # what it holds it holds already
+            continue
         gradients = sum(parameter.nbytes for parameter in models[name][0].parameters())
         run = functools.partial(steps[name], 0)
         extra = memory.peak(run, gradients, owned, size, precision, name)

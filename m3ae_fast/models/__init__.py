@@ -4,6 +4,7 @@ import torch
 
 from m3ae_fast.models.clip import CLIP, CLIPOutput
 from m3ae_fast.models.config import EncodersConfig, M3AEConfig, MAMOConfig, ModelConfig, SupervisedConfig
+from m3ae_fast.models.graphs import GraphedStep
 from m3ae_fast.models.m3ae import M3AE, Encoded, M3AEOutput, Reconstruction
 from m3ae_fast.models.mae import MAE
 from m3ae_fast.models.mamo import MAMO, MAMOOutput
@@ -39,6 +40,7 @@ __all__ = [
     "CLIPOutput",
     "Encoded",
     "EncodersConfig",
+    "GraphedStep",
     "M3AEConfig",
     "M3AEOutput",
     "MAMOConfig",

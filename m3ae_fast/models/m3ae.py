@@ -184,7 +184,7 @@ class M3AE(Model, FixedPositions):
 
         Args:
             bucket: round the sizes of its tensors up, so that batches of any lengths have one of few `Plan.bucket`: the
-                same losses and gradients, a captured step for each bucket (`m3ae_fast.train.GraphedStep`).
+                same losses and gradients, a captured step for each bucket (`m3ae_fast.models.GraphedStep`).
         """
         return self._plan(batch, MaskSource(seed, step, image_mask, text_mask), bucket=bucket)
 

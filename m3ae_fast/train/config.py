@@ -105,6 +105,10 @@ class RunConfig:
     checkpoint_blocks: bool = setting(
         False, "gradient checkpointing: less memory for more work, bitwise identical", MACHINE, free=True
     )
+    cuda_graphs: bool = setting(
+        False, "launch the forward and backward pass of m3ae or mae as one CUDA graph, on one GPU: the same losses to "
+        "rounding, less work for the host (docs/trainers.md)", MACHINE, free=True,
+    )  # fmt: skip
     checkpoint_every: int = setting(
         500, "steps between checkpoints; 0: only at the end", FILES, "STEPS", "[0, inf)", free=True
     )
@@ -122,6 +126,10 @@ class RunConfig:
         check(self)
         if self.paired_share < 1 and self.model_class.CAPTIONS == "required":
             raise ValueError(f"paired_share must be 1 for {self.objective}, which trains on pairs alone")
+        if self.cuda_graphs and not self.model_class.BUCKETS:
+            raise ValueError(f"cuda_graphs must be False for {self.objective}, whose plans have no buckets")
+        if self.cuda_graphs and self.checkpoint_blocks:
+            raise ValueError("cuda_graphs must be False with checkpoint_blocks, which looks at random numbers' state")
         if self.steps is not None and self.warmup is not None and self.warmup >= self.steps:
             raise ValueError(f"warmup must be less than steps ({self.steps}), got {self.warmup}")
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import HashStore, Store
 
 from m3ae_fast import _checks
@@ -26,7 +26,7 @@ from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader
 from m3ae_fast.data.specs import is_streamed, listed
-from m3ae_fast.models import OBJECTIVES, Model
+from m3ae_fast.models import OBJECTIVES, GraphedStep, Model
 from m3ae_fast.models.masking import BatchPlan
 from m3ae_fast.nn import checkpoint_blocks
 from m3ae_fast.train import checkpoint, distributed, run
@@ -145,6 +145,9 @@ class Trainer:
         )  # fmt: skip
         self.optimiser = make_optimiser(self.model, lr=config.lr, weight_decay=config.weight_decay)
         self.average = Average(self.model, config.ema) if config.ema else None
+        self.graphed = None
+        if config.cuda_graphs:
+            self.graphed = GraphedStep(lambda batch, plan: passes(self.spread, batch, config, plan=plan), self.model)
 
     def resume(self) -> None:
         """Read the newest checkpoint."""
@@ -219,7 +222,9 @@ class Trainer:
         micro_batches = [next(self.loader)[1:] for _ in range(config.accumulate)]
         lr = learning_rate(self.done, steps=config.steps, warmup=config.warmup, peak=config.lr)
         try:
-            losses = train_step(self.spread, self.optimiser, micro_batches, config, self.done, lr, self.device)
+            losses = train_step(
+                self.spread, self.optimiser, micro_batches, config, self.done, lr, self.device, self.graphed
+            )
             self.bad_steps.in_a_row = 0
             if self.average is not None:
                 self.average.update(self.model, self.done + 1)
@@ -314,6 +319,8 @@ def _refuse_what_does_not_split(config: RunConfig, processes: int) -> None:
         return
     if config.batch_size % processes:
         raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {config.batch_size}")
+    if config.cuda_graphs:
+        raise ValueError(f"cuda_graphs must be False in {processes} processes: the gradients they send are in no graph")
     model, model_config = OBJECTIVES[config.objective]
     model.check_processes(model_config.from_dict(config.model_config), processes)
     if model.COMPARES:
@@ -329,7 +336,8 @@ def planner(model: Model, config: RunConfig) -> Callable[[ImageTextBatch, int], 
     """plan(batch, number) of a run's micro-batches, as its loader calls it; None where the model plans in the step."""
     if not model.plans_ahead():
         return lambda batch, number: None
-    return lambda batch, number: model.plan(batch, seed=config.seed, step=number // config.accumulate)
+    bucket = {"bucket": True} if config.cuda_graphs else {}
+    return lambda batch, number: model.plan(batch, seed=config.seed, step=number // config.accumulate, **bucket)
 
 
 def train_step(
@@ -340,12 +348,14 @@ def train_step(
     step: int,
     lr: float,
     device: torch.device,
+    graphed: GraphedStep | None = None,
 ) -> dict[str, float]:
     """One optimiser step over the mean loss of the micro-batches; returns the means of the model's METRICS.
 
     Micro-batches lie on the host, for a GPU in page-locked memory, each with its plan where the model plans ahead.
     Both are means over all processes, too: these have the same number of samples each.
     NotFinite: one of them or the gradient is not finite; then model and optimiser are as they were, in all processes.
+    graphed: of `passes`, which it stands for.
     """
     torch.manual_seed((config.seed << 32) + step)
     own = distributed.bare(model)
@@ -353,12 +363,12 @@ def train_step(
     buffers = [buffer.clone() for buffer in own.buffers()]  # a forward pass may fill a queue
     totals = torch.zeros(len(names), device=device)
     for number, (batch, plan) in enumerate(micro_batches, 1):
+        if graphed is not None:
+            totals += graphed(batch, plan)
+            continue
+        drawn = {"seed": config.seed, "step": step} if plan is None else {"plan": plan.to(device)}
         with distributed.summing_gradients(model, number == len(micro_batches)):
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                masks = {"seed": config.seed, "step": step} if plan is None else {"plan": plan.to(device)}
-                output = model(batch.to(device), **masks)
-            (output.loss / len(micro_batches)).backward()
-        totals += torch.stack([getattr(output, name).detach().float() for name in names]) / len(micro_batches)
+            totals += passes(model, batch.to(device), config, **drawn)
     total_norm = nn.utils.get_total_norm(p.grad for p in own.parameters() if p.grad is not None)
     totals = distributed.mean(totals)
     norm = distributed.whole(total_norm).reshape(1)
@@ -377,6 +387,18 @@ def train_step(
     optimiser.zero_grad()
     own.update_target()
     return values
+
+
+def passes(model: nn.Module, batch: ImageTextBatch, config: RunConfig, **drawn) -> Tensor:
+    """Forward and backward pass of a micro-batch, on its device; returns its share of the model's METRICS, [METRICS].
+
+    drawn: seed and step of the masks, or the plan that was made of them.
+    """
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        output = model(batch, **drawn)
+    (output.loss / config.accumulate).backward()
+    values = [getattr(output, name).detach().float() for name in distributed.bare(model).METRICS]
+    return torch.stack(values) / config.accumulate
 
 
 def make_optimiser(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:

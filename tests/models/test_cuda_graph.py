@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from m3ae_fast import ImageTextBatch
-from m3ae_fast.models import M3AE, MAMO, M3AEConfig, MAMOConfig, ModelConfig
+from m3ae_fast.models import M3AE, MAMO, GraphedStep, M3AEConfig, MAMOConfig, ModelConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and torch sees none")
 LENGTHS = [9, 12, 5, 12]  # a captured graph has its sizes built in
 
 
-def make_batch(config: ModelConfig, seed: int) -> ImageTextBatch:
+def make_batch(config: ModelConfig, seed: int, lengths: list[int] = LENGTHS) -> ImageTextBatch:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (4, 3, *config.image_shape), generator=generator, dtype=torch.uint8)
-    text = torch.randint(0, config.vocab_size, (sum(LENGTHS),), generator=generator, dtype=torch.int32)
-    return ImageTextBatch(images, text, LENGTHS).to("cuda")
+    text = torch.randint(0, config.vocab_size, (sum(lengths),), generator=generator, dtype=torch.int32)
+    return ImageTextBatch(images, text, lengths).to("cuda")
 
 
 def make_step(model):
@@ -76,3 +76,29 @@ def test_a_captured_step_trains_as_an_eager_one(masking):
     assert losses == [step(batch, plan).item() for batch, plan in zip(batches, plans, strict=True)]
     for ours, theirs in zip(captured.parameters(), eager.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_ragged_passes_are_captured_once_a_bucket():
+    """Batches of any lengths: losses and gradients of eager passes over the same rows."""
+    torch.manual_seed(0)
+    model = M3AE(M3AEConfig.tiny(vocab_size=101)).cuda()
+
+    def passes(batch, plan):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(batch, plan=plan).loss
+        loss.backward()
+        return loss.detach()
+
+    step = GraphedStep(passes, model)
+    for seed in range(24):
+        generator = torch.Generator().manual_seed(seed)
+        batch = make_batch(model.config, seed, torch.randint(1, 41, (4,), generator=generator).tolist())
+        plan = model.plan(batch, seed=0, step=seed, bucket=True)
+        model.zero_grad()
+        loss = step(batch, plan).clone()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+        assert torch.equal(passes(batch.with_room(plan.images, plan.words), plan), loss)
+        for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+            assert torch.equal(gradient, parameter.grad)
+    assert sum(each.replay is not None for each in step.captured.values()) > 1
