@@ -60,7 +60,7 @@ def test_a_stubbed_gpu_is_asked_for_launches(python):
     package = Path(m3ae_fast.__file__).parents[1]
     done = python(LAUNCHES, PYTHONPATH=f"{package}:{ROOT}")
     assert done.returncode == 0, done.stderr
-    launches = "[(6, 1, 1), (1, 1, 1), (1, 1, 1)] [1, 2, 3] 11"  # forward, backward, the sum over chunks of rows
+    launches = "[(6, 1, 1), (1, 1, 1), (4, 1, 1)] [1, 2, 3] 11"  # forward, backward, the sum over chunks of rows
     assert done.stdout.splitlines() == [launches, launches, "3"]
 
 
