@@ -338,6 +338,19 @@ def test_fp64_features_of_any_size(distance, normalize, isa, poison):
         torch.testing.assert_close(each, results[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.skipif("cpp" not in testing.impls("feature_regression"), reason="other backends take no fp64")
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_cosine_of_fp64_rows_whose_norm_is_past_the_largest_number(normalize, isa):
+    """The norm of 64 values of 2^1022 is 2^1025; the gradient's few digits are those of subnormal numbers."""
+    pred, target = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)).sign().double()
+    results = []
+    for large in (1.0, 2.0**1022):
+        of_pred = (pred * large).requires_grad_()
+        loss = feature_regression(of_pred, target * large, distance="cosine", normalize=normalize, impl="cpp")
+        results.append((loss, torch.autograd.grad(loss, of_pred)[0] * large))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.skipif("cpp" not in testing.impls("feature_regression"), reason="not looked after elsewhere")
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_features_wider_than_all_numbers_are_no_zeros(distance, isa):

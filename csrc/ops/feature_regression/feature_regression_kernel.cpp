@@ -86,7 +86,7 @@ M3AE_INLINE double cosine(const P* pred, const Target<V, T>& target, int64_t wid
     sum[1] = V::fma(p, p, sum[1]);
     sum[2] = V::fma(t, t, sum[2]);
   });
-  double by_p = 1, by_t = 1;
+  double by_p = 1, by_t = 1;  // what the rows are multiplied by in these sums, and in all that is made of them
   if (overflows(sums[1]) || overflows(sums[2])) {
     if (overflows(sums[1])) by_p = kFar<Scalar>;
     if (overflows(sums[2])) by_t = kFar<Scalar>;
@@ -98,14 +98,14 @@ M3AE_INLINE double cosine(const P* pred, const Target<V, T>& target, int64_t wid
       sum[2] = V::fma(t, t, sum[2]);
     });
   }
-  const auto at_least = [](double norm) { return norm < 1e-8 ? 1e-8 : norm; };  // NaN stays
-  const double norm = __builtin_sqrt(double(sums[1])) / by_p, bounded = at_least(norm);
-  const double target_norm = at_least(__builtin_sqrt(double(sums[2])) / by_t);
-  const double cos = sums[0] / (bounded * by_p) / (target_norm * by_t);
+  const auto at_least = [](double norm, double least) { return norm < least ? least : norm; };  // NaN stays
+  const double norm = __builtin_sqrt(double(sums[1])), bounded = at_least(norm, 1e-8 * by_p);
+  const double target_norm = at_least(__builtin_sqrt(double(sums[2])), 1e-8 * by_t);
+  const double cos = sums[0] / bounded / target_norm;
   if (dpred) {  // norms apart: a product of two may be too small for fp32
     const auto number = [](double x) { return V::set(static_cast<Scalar>(x)); };
-    const V one = number(norm == 0 ? 0 : 1 / norm), a = number(weight * cos / bounded);
-    const V one_of_target = number(1 / target_norm), b = number(-weight / bounded);
+    const V one = number(norm == 0 ? 0 : by_p / norm), a = number(weight * cos * by_p / bounded);
+    const V one_of_target = number(by_t / target_norm), b = number(-weight * by_p / bounded);
     for_lanes<V>(width, [&](int64_t d, int n) {
       store_lanes(V::fma(load_lanes<V>(pred + d, n) * one, a, target.load(d, n) * one_of_target * b), dpred + d, n);
     });
