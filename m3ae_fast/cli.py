@@ -195,11 +195,11 @@ class _Parser(argparse.ArgumentParser):
             raise
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} ({self.prog} --help)\n")
 
 
 def _nearest(given: list[str], known: Iterable[str]) -> str:
-    near = [match for name in given for match in difflib.get_close_matches(name, known, 1)]
+    near = dict.fromkeys(match for name in given for match in difflib.get_close_matches(name.lower(), known, 1))
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 
