@@ -173,6 +173,10 @@ class M3AEConfig(ModelConfig):
             masked (a text of one word is masked whole). "shared": as the paper's public code: one image mask and one
             text mask for the whole batch, the text mask drawn over max_text_length slots, padding included.
         norm_pix: normalise the target pixels of every patch (MAE's option; M3AE does not).
+        type_vectors: learn a vector for each modality, added to its tokens. MAE's own code has none.
+        positions: of patches, "sincos": computed from the sizes. "given": tables that the weights hold, not trained;
+            sine-cosine until weights with others are loaded.
+        norm_eps: of the LayerNorms.
     """
 
     decoder_width: int = 512
@@ -184,6 +188,9 @@ class M3AEConfig(ModelConfig):
     text_loss_weight: float = 0.5
     masking: str = "sample"
     norm_pix: bool = False
+    type_vectors: bool = True
+    positions: str = "sincos"
+    norm_eps: float = 1e-6
 
     def __post_init__(self):
         super().__post_init__()
@@ -193,6 +200,8 @@ class M3AEConfig(ModelConfig):
         self._shares("image_mask_ratio", "text_mask_ratio")
         self._numbers("image_loss_weight", "text_loss_weight")
         _checks.choice("masking", self.masking, ("sample", "shared"))
+        _checks.choice("positions", self.positions, ("sincos", "given"))
+        _checks.real("norm_eps", self.norm_eps, "(0, 1)")
 
 
 @dataclasses.dataclass

@@ -75,7 +75,8 @@ class M3AE(Model, FixedPositions):
         super().__init__(config)
         c = config
         texts = c.vocab_size > 0
-        options = {"mlp_ratio": c.mlp_ratio, "activation": c.activation}
+        types = c.type_vectors
+        options = {"mlp_ratio": c.mlp_ratio, "activation": c.activation, "eps": c.norm_eps}
 
         def token(width: int, wanted: bool = True) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(width)) if wanted else None
@@ -83,25 +84,34 @@ class M3AE(Model, FixedPositions):
         self.patch_embed = fast.PatchEmbed(c.patch_size, c.width, mean=c.image_mean, std=c.image_std)
         self.text_embedding = nn.Embedding(c.vocab_size, c.width) if texts else None
         self.cls_token = token(c.width)
-        self.image_type, self.text_type = token(c.width), token(c.width, texts)
+        self.image_type, self.text_type = token(c.width, types), token(c.width, texts and types)
         self.encoder = fast.Transformer(c.width, c.depth, c.heads, **options)
 
         self.decoder_embed = fast.Linear(c.width, c.decoder_width)
         self.image_mask_token, self.text_mask_token = token(c.decoder_width), token(c.decoder_width, texts)
-        self.decoder_image_type, self.decoder_text_type = token(c.decoder_width), token(c.decoder_width, texts)
+        self.decoder_image_type = token(c.decoder_width, types)
+        self.decoder_text_type = token(c.decoder_width, texts and types)
         self.decoder = fast.Transformer(c.decoder_width, c.decoder_depth, c.decoder_heads, **options)
         self.image_head = fast.Linear(c.decoder_width, c.patch_dim)
         self.text_head = fast.Linear(c.decoder_width, c.vocab_size) if texts else None
+        if c.positions == "given":
+            for name, table in self._patch_positions().items():
+                self.register_buffer(name, table)
         self.reset_parameters()
 
     def position_tables(self) -> dict[str, Tensor | None]:
-        """Those of patches and words in the encoder and in the decoder."""
-        c, tables = self.config, {}
+        """Those of patches and words in the encoder and in the decoder; of patches, unless they are given."""
+        c = self.config
+        tables = self._patch_positions() if c.positions == "sincos" else {}
         places = torch.arange(c.max_text_length, device="cpu")
         for prefix, width in (("", c.width), ("decoder_", c.decoder_width)):
-            tables[f"{prefix}image_position"] = fast.sincos_2d(*c.grid, width)
             tables[f"{prefix}text_position"] = fast.sincos_1d(places, width) if c.vocab_size else None
         return tables
+
+    def _patch_positions(self) -> dict[str, Tensor]:
+        c = self.config
+        widths = {"image_position": c.width, "decoder_image_position": c.decoder_width}
+        return {name: fast.sincos_2d(*c.grid, width) for name, width in widths.items()}
 
     def reset_parameters(self) -> None:
         """Xavier-uniform kernels, zero biases, N(0, .02) tokens and types, N(0, 1) word embeddings, fixed positions."""
@@ -116,6 +126,9 @@ class M3AE(Model, FixedPositions):
         for parameter in self.parameters(recurse=False):
             nn.init.normal_(parameter, std=0.02)
         self.reset_positions()
+        if self.config.positions == "given":
+            for name, table in self._patch_positions().items():
+                getattr(self, name).copy_(table)
 
     # -- the three things it does ------------------------------------------------------------------------------------
 
@@ -227,7 +240,8 @@ class M3AE(Model, FixedPositions):
 
     def image_encoder(self) -> tuple[list[nn.Parameter], fast.Transformer]:
         """As `Model.image_encoder`."""
-        return [*self.patch_embed.parameters(), self.cls_token, self.image_type], self.encoder
+        tokens = [*self.patch_embed.parameters(), self.cls_token, self.image_type]
+        return [each for each in tokens if each is not None], self.encoder
 
     def joint_encoder(self) -> fast.Transformer | None:
         """The encoder, unless the model is of images alone."""

@@ -1,5 +1,7 @@
 """The model: mixed batches, one packed pass, masks that do not depend on batching, every argument's error."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -295,3 +297,50 @@ def test_bad_calls(model):
         MAE(CONFIG)(make_batch(images=False), seed=0)
     with pytest.raises(ValueError, match="text_tokens"):  # a word outside the vocabulary
         model(ImageTextBatch(None, torch.tensor([53]), [1]), text_mask=torch.zeros(1, 1, dtype=torch.bool))
+
+
+def test_without_type_vectors_there_are_none():
+    """As if they were zero, in the encoder and in the decoder, and nothing of them to train."""
+    torch.manual_seed(0)
+    without, zero = M3AE(dataclasses.replace(CONFIG, type_vectors=False)), M3AE(CONFIG)
+    types = [name for name, _ in zero.named_parameters() if "type" in name]
+    assert len(types) == 4 and not [name for name, _ in without.named_parameters() if "type" in name]
+    zero.load_state_dict(without.state_dict() | {name: torch.zeros_like(zero.get_parameter(name)) for name in types})
+    batch = make_batch(**MIXED)
+    assert torch.equal(without(batch, seed=1).loss, zero(batch, seed=1).loss)
+    tokens, _ = without.image_encoder()
+    assert len(tokens) == 3 and len(zero.image_encoder()[0]) == 4
+
+
+def test_given_positions_are_weights_that_are_not_trained():
+    torch.manual_seed(0)
+    model = MAE(dataclasses.replace(CONFIG, positions="given"))
+    same = MAE(CONFIG)
+    tables = {"image_position", "decoder_image_position"}
+    assert set(model.state_dict()) - set(same.state_dict()) == tables
+    same.load_state_dict({name: value for name, value in model.state_dict().items() if name not in tables})
+    images = make_batch().images
+    assert torch.equal(model(images, seed=1).loss, same(images, seed=1).loss)  # sine and cosine, until others are given
+    given = model.state_dict() | {name: torch.randn_like(getattr(model, name)) for name in tables}
+    model.load_state_dict(given)
+    assert all(torch.equal(value, given[name]) for name, value in model.state_dict().items())
+    assert not tables & {name for name, _ in model.named_parameters()}
+    assert not torch.equal(model(images, seed=1).loss, same(images, seed=1).loss)
+    with torch.device("meta"):
+        emptied = MAE(model.config)
+    emptied.to_empty(device="cpu").load_state_dict(given)
+    assert torch.equal(emptied(images, seed=1).loss, model(images, seed=1).loss)
+    emptied.reset_parameters()
+    assert torch.equal(emptied.image_position, same.image_position)
+
+
+def test_the_norms_have_the_eps_of_the_configuration():
+    model = MAE(dataclasses.replace(CONFIG, norm_eps=1e-3))
+    norms = [module.eps for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert len(norms) == 10 and set(norms) == {1e-3}
+
+
+@pytest.mark.parametrize(("field", "value"), [("positions", "learned"), ("norm_eps", 0), ("norm_eps", "small")])
+def test_settings_of_published_weights_are_checked(field, value):
+    with pytest.raises((ValueError, TypeError), match=field):
+        dataclasses.replace(CONFIG, **{field: value})
