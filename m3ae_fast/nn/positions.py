@@ -33,6 +33,20 @@ def sincos_2d(rows: int, columns: int, width: int) -> Tensor:
     return torch.cat([sincos_1d(x, width // 2), sincos_1d(y, width // 2)], dim=1)
 
 
+def resample_positions(table: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """A table of another grid, bicubic, as MAE's fine-tuning makes it.
+
+    Args:
+        table: [rows * columns, D] of `grid`, (rows, columns). wanted: the other grid.
+
+    Returns:
+        [rows * columns, D] of `wanted`.
+    """
+    image = table.unflatten(0, grid).permute(2, 0, 1)[None]  # 1, D, rows, columns
+    image = nn.functional.interpolate(image, size=wanted, mode="bicubic", align_corners=False)
+    return image[0].flatten(1).T.contiguous()
+
+
 class FixedPositions(nn.Module):
     """A module with position tables: buffers that no state dict holds, since they follow from the module's sizes.
 

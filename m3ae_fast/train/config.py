@@ -82,6 +82,10 @@ class RunConfig:
     options: dict | None = setting(
         None, "other fields of the model's configuration, such as mim_weight=0", RUN, "NAME=VALUE", flag="--set"
     )
+    init: str | None = setting(
+        None, "start from the weights of this run, checkpoint or converted file, whose configuration and vocabulary "
+        "the model takes over", RUN, "RUN",
+    )  # fmt: skip
     text_vocab: str | None = setting(
         None, "vocab.txt or tokenizer.json; default: WordPiece trained on the data's captions", RUN, "FILE"
     )
@@ -163,8 +167,9 @@ class RunConfig:
         if values["picture_every"] is None:
             values["picture_every"] = max(values["steps"] // 4, 1)
         values["data"] = absolute(self.data) if isinstance(self.data, str) else [absolute(spec) for spec in self.data]
-        if self.text_vocab is not None:
-            values["text_vocab"] = os.path.abspath(self.text_vocab)
+        for name in ("init", "text_vocab"):
+            if values[name] is not None:
+                values[name] = os.path.abspath(values[name])
         return RunConfig(**values)
 
     def to_dict(self) -> dict:

@@ -28,7 +28,8 @@ from m3ae_fast._files import naming
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data import StreamedDataset, Tokenizer, open_dataset
 from m3ae_fast.models import OBJECTIVES, Model
-from m3ae_fast.models.config import RENAMED
+from m3ae_fast.models.config import RENAMED, ModelConfig
+from m3ae_fast.nn.positions import resample_positions
 from m3ae_fast.train import checkpoint, distributed
 from m3ae_fast.train.config import RunConfig
 
@@ -133,6 +134,14 @@ def create(folder: Path, config: RunConfig):
         )
     changes = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     changes |= config.options or {}
+    start = None
+    if config.init is not None:
+        start = load_run(config.init, objectives=(config.objective,))
+        if config.model != start.config.model:
+            raise ValueError(f"model must be {start.config.model}, as init has it, got {config.model}")
+        if config.text_vocab is not None:
+            raise ValueError(f"text_vocab must be None, for init has a vocabulary, got {config.text_vocab}")
+        changes = _changes_of_started(start.model.config, changes)
     model_config = _model_config(config, changes)
     dataset = open_data(config, model_config.image_size)
     config = config.resolved(_samples(dataset))
@@ -146,7 +155,7 @@ def create(folder: Path, config: RunConfig):
             )
         changes["classes"] = len(dataset.classes)
     if config.model_class.CAPTIONS != "unused":
-        tokenizer = make_tokenizer(dataset, config)
+        tokenizer = start.tokenizer if start else make_tokenizer(dataset, config)
         if tokenizer is None and config.model_class.CAPTIONS == "required":
             raise ValueError(f"data must have captions to train {config.objective}, got {config.data} without any")
     changes["vocab_size"] = tokenizer.vocab_size if tokenizer else 0
@@ -154,6 +163,33 @@ def create(folder: Path, config: RunConfig):
     chosen = {name: getattr(model_config, name, None) for name in names}
     as_json = json.loads(json.dumps(model_config.to_dict()))  # tuples become lists, as they will be when read back
     return dataclasses.replace(config, **chosen, model_config=as_json), dataset, tokenizer
+
+
+def _changes_of_started(saved: ModelConfig, changes: dict) -> dict:
+    """What to change in the preset for the configuration of a model that is started from, with changes of its own."""
+    wanted = dataclasses.replace(saved, **{n: v for n, v in changes.items() if hasattr(saved, n)})
+    if wanted.grid != saved.grid:
+        if not hasattr(saved, "positions"):
+            raise ValueError(f"image_size must be {saved.image_size}, as init has it, got {wanted.image_size}")
+        wanted.positions = "given"
+    return wanted.to_dict() | changes  # unknown ones are refused where all are
+
+
+def start_from(model: Model, init: str) -> None:
+    """Give a new model the weights of a run; position tables of another grid are resampled, with a warning."""
+    start = load_run(init).model
+    state, grids = start.state_dict(), (start.config.grid, model.config.grid)
+    if getattr(model.config, "positions", None) == "given":
+        names = ("image_position", "decoder_image_position")
+        state |= {name: resample_positions(getattr(start, name), *grids) for name in names}
+    if grids[0] != grids[1] and distributed.is_first():
+        (rows, columns), (wanted_rows, wanted_columns) = grids
+        message = f"positions of {rows} x {columns} patches are resampled to {wanted_rows} x {wanted_columns}"
+        warnings.warn(message, M3AEFastWarning, stacklevel=2)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"init must be of a model of these sizes, got {init}: {str(error).splitlines()[1]}") from None
 
 
 def refuse_used(folder: Path) -> None:

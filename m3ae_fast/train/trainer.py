@@ -137,7 +137,10 @@ class Trainer:
         config = self.config
         distributed.on_first(lambda: _refuse_what_does_not_split(config, self.processes))
         self.device = run.pick_device(distributed.own_device(config.device))
-        self.model = run.build_model(config).to(self.device)
+        self.model = run.build_model(config)
+        if config.init is not None and not self.resumed:
+            run.start_from(self.model, config.init)
+        self.model.to(self.device)
         checkpoint_blocks(self.model, config.checkpoint_blocks)
         self.spread = distributed.spread(
             self.model, self.device, shard=config.shard, bf16=config.precision == "bf16",
