@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from m3ae_fast._explain import __version__, explain
-from m3ae_fast._settings import add_options, given, natural, path, positive
+from m3ae_fast._settings import add_options, given, name_and_value, natural, path, positive
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.downstream import TASKS
 from m3ae_fast.downstream.commands.arguments import add_captions, add_device, add_picture, add_run, check_captions
@@ -161,9 +161,24 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from m3ae_fast.convert import convert_flax_checkpoint
+    from m3ae_fast import convert
+    from m3ae_fast.convert.torch_files import SAFETENSORS, is_torch
 
-    config = convert_flax_checkpoint(args.source, args.target)
+    options = dict(args.options or ())
+    published = args.source.is_dir() or args.source.suffix == SAFETENSORS or is_torch(args.source)
+    if options and (args.to or not published):
+        raise ValueError(f"--set must be given for weights of PyTorch or safetensors alone, got it for {args.source}")
+    if args.to is not None:
+        from m3ae_fast.train import load_run
+
+        run = load_run(args.source, objectives=("mae", "m3ae"))
+        write = {"vitmae": convert.write_vitmae, "timm": convert.write_timm}[args.to]
+        write(run.model, args.target)
+        config = run.model.config.to_dict()
+    elif published:
+        config = convert.convert_vit(args.source, args.target, **options).to_dict()
+    else:
+        config = convert.convert_flax_checkpoint(args.source, args.target)
     shown = ", ".join(f"{name} {value}" for name, value in config.items())
     print(f"{args.target}: {shown}")
     return 0
@@ -249,9 +264,19 @@ def _parser(named: str | None = None) -> argparse.ArgumentParser:
 
     add("info", _info, "Say what runs here and why: versions, instruction set, backends.")
 
-    convert = add("convert", _convert, "Turn a checkpoint of the paper's public code into safetensors.")
-    convert.add_argument("source", type=path, metavar="IN.pkl")
-    convert.add_argument("target", type=path, metavar="OUT.safetensors")
+    convert = add("convert", _convert, "Turn published weights into ours, or ours into those of Transformers or timm.")
+    convert.add_argument(
+        "source", type=path, metavar="IN",
+        help="mae_*.pth, a Vision Transformer of timm's (.pth, .safetensors), a ViTMAE's folder, model.pkl of the "
+        "public JAX code; with --to, a run of ours or a checkpoint",
+    )  # fmt: skip
+    convert.add_argument("target", type=path, metavar="OUT", help="a .safetensors; with --to vitmae, a folder")
+    convert.add_argument("--to", choices=("vitmae", "timm"), help="write for Transformers, or the encoder for timm")
+    convert.add_argument(
+        "--set", dest="options", type=name_and_value, action="append", metavar="NAME=VALUE",
+        help="a field of the configuration that the weights do not show, such as heads=3, or norm_pix=false; "
+        "may be repeated",
+    )  # fmt: skip
     return parser
 
 

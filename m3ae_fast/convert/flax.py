@@ -16,6 +16,7 @@ from torch import Tensor
 from m3ae_fast._files import write_tensors
 from m3ae_fast._pickle_data import Made
 from m3ae_fast.convert.pickled_arrays import attributes, load_content, resolve
+from m3ae_fast.convert.torch_files import check_regular, is_torch
 
 # Their module -> ours. A Dense kernel is [in, out]; torch's weight is its transpose.
 _BLOCK = {
@@ -44,7 +45,6 @@ _TOKENS = {
     "decoder_image_type_embedding": "decoder_image_type",
     "decoder_text_type_embedding": "decoder_text_type",
 }
-_ZIP, _TORCH_LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files begin
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -146,14 +146,11 @@ def load_flax_checkpoint(path: str | os.PathLike) -> dict[str, np.ndarray]:
         containers (the message says what), or holds no parameters.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():  # nobody may write into a pipe, and a device may never end
-        raise ValueError(f"{path} must be a pickle of the public JAX code: it is no regular file")
-    with open(path, "rb") as file:
-        start = file.read(len(_TORCH_LEGACY))
-    if start.startswith(_ZIP) or start == _TORCH_LEGACY:
+    check_regular(path, "a pickle of the public JAX code")
+    if is_torch(path):
         raise ValueError(
-            f"{path} must be a pickle of the public JAX code, got a checkpoint of PyTorch or another archive: load "
-            "PyTorch's into the model that it is of (m3ae_fast.integrations makes Transformers' and timm's faster)"
+            f"{path} must be a pickle of the public JAX code, got a checkpoint of PyTorch or another archive: "
+            "m3ae_fast.convert.convert_vit takes those of MAE, ViTMAE and timm"
         )
     content = load_content(path)
     try:
