@@ -288,8 +288,8 @@ def reopen(folder: Path, wanted: RunConfig | None):
         config = wanted
     dataset = open_data(config, config.model_config["image_size"])
     tokenizer = load_tokenizer(folder, config)
-    if config.data != saved.data and tokenizer is not None and config.text_vocab is None:
-        refuse_other_captions(dataset, config, tokenizer, folder)
+    if config.data != saved.data:
+        refuse_other_data(dataset, config, tokenizer, folder)
     return config, dataset, tokenizer
 
 
@@ -307,14 +307,17 @@ def load_tokenizer(folder: Path, config: RunConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def refuse_other_captions(dataset, config: RunConfig, tokenizer: Tokenizer, folder: Path) -> None:
-    """ValueError where data that are said to be the run's own, in another place, do not make its vocabulary."""
-    made = make_tokenizer(dataset, config)
-    if made is None or made.tokens(range(made.vocab_size)) != tokenizer.tokens(range(tokenizer.vocab_size)):
-        raise ValueError(
-            f"data must be those of {folder} in another place, got {config.data}: their captions make another "
-            "vocabulary"
-        )
+def refuse_other_data(dataset, config: RunConfig, tokenizer: Tokenizer | None, folder: Path) -> None:
+    """ValueError where data that are said to be the run's own, in another place, have other classes or other words."""
+    difference = None
+    if config.model_class.LABELS and (count := len(dataset.classes)) != config.model_config["classes"]:
+        difference = f"they have {count} classes, the model has {config.model_config['classes']}"
+    elif tokenizer is not None and config.text_vocab is None:
+        made = make_tokenizer(dataset, config)
+        if made is None or made.tokens(range(made.vocab_size)) != tokenizer.tokens(range(tokenizer.vocab_size)):
+            difference = "their captions make another vocabulary"
+    if difference:
+        raise ValueError(f"data must be those of {folder} in another place, got {config.data}: {difference}")
 
 
 def extended(finished: RunConfig, wanted: RunConfig) -> RunConfig:

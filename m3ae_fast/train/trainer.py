@@ -57,7 +57,7 @@ def pretrain(
 
     Args:
         config: the run. When resuming, what it is made of must be what run.json says; data may name the same data in
-            another place: the same last names and weights, and captions that make the run's vocabulary.
+            another place: the same last names, weights and number of classes, and captions that make its vocabulary.
         out: the run's folder, made if need be.
         resume: continue from the newest checkpoint; a run that has taken all of its steps may be given more, and its
             learning rate then follows the schedule of all of them from there on. "auto": where `out` holds no run yet,

@@ -143,6 +143,26 @@ def test_other_data_of_the_same_name_are_refused(pairs, train, tmp_path):
             train("run", data=spec, steps=4, resume=True)
 
 
+def test_data_of_the_same_name_with_other_classes_are_refused(config, tmp_path):
+    for place, names in (("old", "abc"), ("new", "ab"), ("moved", "abc")):
+        for i, name in enumerate(names):
+            folder = tmp_path / place / "photos" / name
+            folder.mkdir(parents=True)
+            (folder / "x.jpg").write_bytes(image(i))
+
+    def train(place, **options):
+        data = f"{tmp_path}/{place}/photos"
+        run = config(objective="supervised", data=data, steps=4)
+        return pretrain(run, tmp_path / "run", progress=False, **options).step
+
+    assert train("old", stop_after=2) == 2
+    saved = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(ValueError, match=r"in another place, got .*new/photos: they have 2 classes, the model has 3"):
+        train("new", resume=True)
+    assert (tmp_path / "run" / "run.json").read_bytes() == saved
+    assert train("moved", resume=True) == 4
+
+
 @pytest.fixture
 def slow(monkeypatch):
     """slow(seconds): what each sample of `shapes` takes."""
