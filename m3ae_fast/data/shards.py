@@ -216,7 +216,8 @@ def contents(tar: tarfile.TarFile, member: tarfile.TarInfo, first: int) -> bytes
     if suffix_of(member.name) in OTHERS:
         return Refused(not_read(suffix_of(member.name)))
     if tar.offset - first > MAX_BYTES:
-        return Refused(f"it has more than {MAX_BYTES:,} bytes")
+        large = "it" if member.size > MAX_BYTES else "its sample"
+        return Refused(f"{large} has more than {MAX_BYTES:,} bytes")
     return tar.extractfile(member).read()
 
 

@@ -227,7 +227,7 @@ class TestShards:
         halves = member("e.jpg", bytes(600_000)) + member("e.png", bytes(600_000))
         shard(tmp_path / "b.tar", halves, GOOD)
         assert all_bad(TarDataset(tmp_path / "b.tar")).keys() == {0}
-        assert str(streamed(tmp_path / "b.tar", 1)[0]).endswith("e.png: it has more than 1,048,576 bytes")
+        assert str(streamed(tmp_path / "b.tar", 1)[0]).endswith("e.png: its sample has more than 1,048,576 bytes")
 
     @pytest.mark.parametrize(
         "lie",
