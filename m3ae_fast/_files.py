@@ -6,8 +6,9 @@ import contextlib
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +81,16 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
     with safe_open(path, "pt") as file:
         return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no dict
+
+
+def stored_as_it_is(archive: BinaryIO, size: int) -> bool:
+    """Whether an archive of torch.save is a zip that is not compressed, and unpacks to no more than its size."""
+    try:
+        members = zipfile.ZipFile(archive).infolist()
+    except Exception:  # a forged archive can fail in any way
+        return False
+    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+    return stored and sum(member.file_size for member in members) <= size
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from m3ae_fast._files import read_tensors
+from m3ae_fast._files import read_tensors, stored_as_it_is
 
 ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch.save begin
 SAFETENSORS = ".safetensors"
@@ -67,11 +66,9 @@ def read_weights(path: Path) -> Weights:
 
 def _load(path: Path) -> Any:
     """Tensors that read from the file itself (mmap): nothing is unpacked, no memory is reserved."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError("it is cut short, or of torch before 1.6 (load it there, and torch.save it again)")
-    with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ValueError("it is compressed, which torch.save never does")
+    with open(path, "rb") as file:
+        if not stored_as_it_is(file, path.stat().st_size):
+            raise ValueError("it is cut short, compressed, or of torch before 1.6 (there: load it, and save it again)")
     with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's checkpoints hold their arguments
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 

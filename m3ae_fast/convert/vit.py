@@ -57,7 +57,7 @@ def load_vit(source: str | os.PathLike, **known: Any) -> MAE:
         state = vit_names.ours_of_mae(state)
         config = _config(state, found | known)
         _fit_positions(state, found, config)
-        _check_names(state, MAE, config)
+        _check_names(state, config)
     except (ValueError, TypeError) as error:
         text = str(error)
         raise ValueError(text if str(source) in text else f"{source} does not fit: {text}") from error
@@ -282,10 +282,10 @@ def _fit_positions(state: dict[str, Tensor], found: Mapping[str, Any], config: M
             state[name] = resample_positions(state[name], grid, config.grid)
 
 
-def _check_names(state: Mapping[str, Tensor], kind: type[M3AE], config: M3AEConfig) -> None:
-    """ValueError where the weights are not those of the model, but for a decoder that is missing as a whole."""
+def _check_names(state: Mapping[str, Tensor], config: M3AEConfig) -> None:
+    """ValueError where the weights are not those of an MAE, but for a decoder that is missing as a whole."""
     with torch.device("meta"):
-        expected = kind(config).state_dict()
+        expected = MAE(config).state_dict()
     partly = "decoder_embed.weight" in state
     for name, tensor in expected.items():
         if name in state and state[name].shape != tensor.shape:

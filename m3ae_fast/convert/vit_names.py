@@ -87,8 +87,10 @@ def _our_name(name: str) -> str:
 
 
 def _our_layout(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.numel():
+        raise ValueError(f"{name} must not be empty, got shape {tuple(tensor.shape)}")
     if name in _TOKENS or name in _TABLES:
-        if tensor.dim() != 3 or tensor.shape[0] != 1 or not tensor.shape[1]:
+        if tensor.dim() != 3 or tensor.shape[0] != 1:
             raise ValueError(f"{name} must have shape (1, tokens, width), got {tuple(tensor.shape)}")
         return tensor.flatten() if name in _TOKENS else tensor[0]
     if name == "patch_embed.proj.weight":

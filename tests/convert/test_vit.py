@@ -186,6 +186,17 @@ def test_round_trip_of_transformers_is_bitwise(tmp_path, hf):
     assert load_vit(tmp_path / "back").config == load_vit(folder).config
 
 
+def test_an_encoder_alone_of_transformers(tmp_path, hf):
+    model, folder = hf
+    model.vit.save_pretrained(tmp_path / "encoder")  # names without "vit."
+    with pytest.warns(M3AEFastWarning, match="there is no decoder in the weights"):
+        ours = load_vit(tmp_path / "encoder", decoder_width=32, decoder_depth=1, decoder_heads=4)
+    whole = load_vit(folder)
+    for name, value in ours.encoder.state_dict().items():
+        assert torch.equal(value, whole.encoder.state_dict()[name])
+    assert ours.config.decoder_depth == 1
+
+
 def test_weights_in_a_file_of_torch_are_the_same(hf):
     _, folder = hf
     expected = load_vit(folder).state_dict()
@@ -330,6 +341,10 @@ HOSTILE = {
         lambda s: s | {f"{d}pos_embed": torch.zeros(1, 12, wide) for d, wide in (("", WIDTH), ("decoder_", DECODER))},
         "image_size must be given for 11 patches",
     ),
+    "no width": (
+        lambda s: s | {"cls_token": torch.ones(1, 1, 0), "pos_embed": torch.ones(1, 17, 0)},
+        "must not be empty, got shape",
+    ),
     "class width": (lambda s: s | {"cls_token": torch.ones(1, 1, 3)}, "as wide as pos_embed, 48"),
     "flat": (lambda s: s | {"pos_embed": torch.zeros(())}, r"pos_embed must have shape \(1, tokens, width\), got \(\)"),
     "channels": (lambda s: s | {"patch_embed.proj.weight": torch.ones(WIDTH, 1, 8, 8)}, r"\(width, 3, patch, patch\)"),
@@ -391,7 +406,7 @@ def test_damaged_files_are_named(tmp_path, published, command_line):
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as forged:
             for name in given.namelist():
                 forged.writestr(name, given.read(name))
-        refused(command_line, path, "it is compressed")
+        refused(command_line, path, "it is .* compressed")
     path = path.with_suffix(".safetensors")
     header = json.dumps({"cls_token": {"dtype": "F32", "shape": [1, 1, 1 << 40], "data_offsets": [0, 1 << 42]}})
     path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
