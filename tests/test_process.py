@@ -140,7 +140,7 @@ def test_kernels_keep_their_working_memory_and_not_too_much_of_it(python):
     code = """
 import resource, torch
 from m3ae_fast import varlen_attention
-from m3ae_fast._cpp import _C
+from m3ae_fast._cpp import _C, products
 
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 resident = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
@@ -148,7 +148,8 @@ resident = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.ge
 torch.set_num_threads(1)
 x, weight, y = torch.randn(64, 512), torch.randn(1024, 512), torch.empty(64, 1024)
 def product():
-    _C.linear(x=x, weight=weight, bias=None, activation="", input_activation="", y=y, z=None)
+    of = products(torch.float32)
+    _C.linear(x=x, weight=weight, bias=None, activation="", input_activation="", products=of, y=y, z=None)
 product()
 before = faults()
 product()

@@ -6,8 +6,11 @@ one that is a trap. Attention's of real sizes must not spill registers; `benchma
 """
 
 import importlib.util
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[2]
 
 LAUNCHES = """
 import torch
@@ -56,11 +59,13 @@ print(len(compiled))
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_every_launch_compiles_for_a_gpu(capability, python):
+    import m3ae_fast
     from m3ae_fast import _backends
 
     ops = [op for op, backends in _backends.LOADED.items() if "triton" in (*backends.modules, *backends.reasons)]
     if capability != 90:
         ops = ["varlen_attention"]  # no other's tiles depend on the architecture
-    done = python(LAUNCHES.replace("{ops}", repr(ops)).replace("{capability}", str(capability)))
+    path = f"{Path(m3ae_fast.__file__).parents[1]}:{ROOT}"  # ROOT: benchmarks, which is not installed
+    done = python(LAUNCHES.replace("{ops}", repr(ops)).replace("{capability}", str(capability)), PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 2 * len(ops)
