@@ -362,6 +362,19 @@ def test_accuracy_of_nan_is_argmax(impl, nan, isa):
         assert torch.equal(hit, (best == target).float())
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("vocab", [13, 64])
+def test_accuracy_of_an_infinite_row_is_argmax(impl, vocab):
+    """Whatever classes a backend adds to its own use: there its logit is NaN, infinity times a weight of 0."""
+    x, weight, _, _ = tensors(rows=vocab, vocab=vocab)
+    x, weight = x.detach().clone(), weight.detach().clone()
+    x[:, 0], weight[:, 0] = math.inf, -1
+    weight[5, 0] = 1
+    options = {"reduction": "none", "return_accuracy": True, "impl": impl}
+    loss, hit = linear_cross_entropy(x, weight, torch.arange(vocab), **options)
+    assert loss.isnan().all() and hit.nonzero().tolist() == [[5]]
+
+
 @pytest.mark.skipif("cpp" not in testing.impls("linear_cross_entropy"), reason="other backends' products are torch's")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("target", [0, 1])

@@ -105,6 +105,7 @@ def _softmax_kernel(
     for start in range(0, PADDED, BLOCK):
         v = start + lanes
         logits = tl.load(logits_ptr + v, mask=v < PADDED, other=float("-inf")).to(tl.float32)
+        logits = tl.where(v < VOCAB, logits, float("-inf"))  # an x of infinity times the weight of 0 is NaN
         higher = tl.maximum(most, tl.max(logits, 0))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         scaled = scaled * tl.exp(most - shift) + tl.exp(logits - shift)
