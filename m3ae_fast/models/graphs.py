@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from m3ae_fast.batch import ImageTextBatch
-from m3ae_fast.models.masking import Plan
+from m3ae_fast.models.masking import MaskSource, Plan
 
 
 class CudaGraphs:
@@ -85,7 +85,7 @@ class GraphedStep:
 
     def __init__(self, passes: Callable[[ImageTextBatch, Plan], Any], model: nn.Module):
         parameters = [p for p in model.parameters() if p.requires_grad]
-        self.passes, self.device = passes, parameters[0].device
+        self.passes, self.device, self.patches = passes, parameters[0].device, model.config.patches
         self.graphs = CudaGraphs(self.device)
         self.captured: dict[tuple, _Captured] = {}
         self.gradients = {parameter: torch.zeros_like(parameter) for parameter in parameters}
@@ -95,7 +95,11 @@ class GraphedStep:
 
         Args:
             batch: on any device. plan: made of it with bucket=True, on any device.
+
+        Raises:
+            ValueError: a plan of another batch.
         """
+        plan.check(batch, self.patches, MaskSource())  # a replay would not find it
         key = plan.bucket, batch.text.dtype, None if batch.images is None else batch.images.dtype
         found = self.captured.get(key)
         first = found is None

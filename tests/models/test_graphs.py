@@ -116,6 +116,19 @@ def test_batches_without_texts_and_of_other_dtypes_have_graphs_of_their_own():
     assert step.graphs.captured == step.graphs.warmed_up == 4
 
 
+def test_a_plan_of_another_batch_is_refused_by_replays_too():
+    model = M3AE(CONFIG)
+    step = GraphedStep(make_passes(model, "fp32"), model)
+    batch = make_batch(0)
+    other = ImageTextBatch(batch.images, batch.text, batch.text_lengths.lengths[::-1])
+    plan, of_other = (model.plan(each, seed=1, bucket=True) for each in (batch, other))
+    assert plan.bucket == of_other.bucket and batch.text_lengths != other.text_lengths
+    for _ in range(2):
+        step(batch, plan)
+    with pytest.raises(ValueError, match="plan must be of this batch"):
+        step(batch, of_other)
+
+
 def test_a_pass_that_waits_for_the_device_is_not_captured():
     """What the recorder refuses, CUDA refuses: that the passes above were captured says that they wait for nothing."""
     model = M3AE(CONFIG)
