@@ -49,6 +49,6 @@ def _take(items: Iterator[T], asked: SimpleQueue, taken: SimpleQueue) -> None:
     while asked.get():
         try:
             taken.put((next(items), None))
-        except Exception as error:
+        except BaseException as error:  # SystemExit, too, or the caller would wait for ever
             taken.put((None, error))
             return

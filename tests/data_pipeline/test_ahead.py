@@ -1,6 +1,7 @@
 """Ahead: the items of an iterator, in order, each taken before it is asked for."""
 
 import gc
+import sys
 import threading
 import weakref
 
@@ -47,6 +48,14 @@ def test_an_error_comes_where_its_item_was_due():
         next(ahead)
     assert list(ahead) == []
     assert list(Ahead(iter("abc"))) == ["a", "b", "c"]
+
+
+def test_a_data_set_that_exits_ends_the_caller():
+    ahead = Ahead(map(sys.exit, [3]))
+    ahead._thread.join(60)
+    assert not ahead._taken.empty(), "or the caller would wait for ever"
+    with pytest.raises(SystemExit):
+        next(ahead)
 
 
 @pytest.mark.parametrize("closed", [True, False])
