@@ -312,7 +312,7 @@ def refuse_other_data(dataset, config: RunConfig, tokenizer: Tokenizer | None, f
     difference = None
     if config.model_class.LABELS and (count := len(dataset.classes)) != config.model_config["classes"]:
         difference = f"they have {count} classes, the model has {config.model_config['classes']}"
-    elif tokenizer is not None and config.text_vocab is None:
+    elif tokenizer is not None and config.text_vocab is None and config.init is None:
         made = make_tokenizer(dataset, config)
         if made is None or made.tokens(range(made.vocab_size)) != tokenizer.tokens(range(tokenizer.vocab_size)):
             difference = "their captions make another vocabulary"

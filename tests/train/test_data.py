@@ -143,6 +143,16 @@ def test_other_data_of_the_same_name_are_refused(pairs, train, tmp_path):
             train("run", data=spec, steps=4, resume=True)
 
 
+def test_data_move_whose_words_are_those_of_init(pairs, train, tmp_path):
+    train("first", steps=1)
+    old = pairs("pairs.tar")
+    options = {"init": str(tmp_path / "first"), "steps": 4}
+    train("run", data=old, stop_after=2, **options)
+    (tmp_path / "new").mkdir()
+    new = shutil.move(old, tmp_path / "new")
+    assert len(train("run", data=str(new), resume=True, **options)) == 4
+
+
 def test_data_of_the_same_name_with_other_classes_are_refused(config, tmp_path):
     for place, names in (("old", "abc"), ("new", "ab"), ("moved", "abc")):
         for i, name in enumerate(names):
