@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 
 import pytest
 import torch
@@ -389,6 +390,29 @@ def test_a_logit_that_is_lost_on_its_way_is_no_probability_of_zero(dtype, target
     lost, truth = loss.isnan().item(), math.log(20 + math.e) - (target == 0)
     assert lost or abs(loss.item() - truth) < 1e-2
     assert torch.autograd.grad(loss, weight)[0].isnan().any() == lost
+
+
+@pytest.mark.skipif("cpp" not in testing.impls("linear_cross_entropy"), reason="other backends' products are torch's")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinite_logits_take_no_longer(dtype):
+    """Classes that a bias of minus infinity takes out; and a run that has diverged."""
+    x, weight = torch.randn(64, 512).to(dtype), torch.randn(1024, 512).to(dtype)
+    bias, target = torch.zeros(1024, dtype=dtype), torch.zeros(64, dtype=torch.int64)
+    without = bias.clone()
+    without[100:] = -torch.inf
+
+    def seconds(*arguments):
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            loss = linear_cross_entropy(*arguments, impl="cpp")
+            times.append(time.process_time() - start)
+        return min(times), loss
+
+    plain, _ = seconds(x, weight, target, bias)
+    masked, loss = seconds(x, weight, target, without)
+    diverged, lost = seconds(x * 1e20, weight * 1e20, target, bias)
+    assert loss.isfinite() and lost.isnan() and max(masked, diverged) < 20 * plain + 0.05
 
 
 @pytest.mark.skipif("cpp" not in testing.impls("linear_cross_entropy"), reason="other backends' products are torch's")

@@ -163,33 +163,36 @@ M3AE_INLINE double sum_lanes(int64_t count, const Term& term) {
 template <class V, class T>
 M3AE_INLINE typename V::scalar at(const T* p) { return V::load_first(p, 1).sum(); }
 
-// A row in which a logit is no finite number. One that passed the lowest number on its way is minus infinity: where the
-// whole sum is above that, its probability is not 0 but unknown, and the logit becomes NaN. Returns the first class whose
-// logit is NaN, or -1.
+// Of a row's logits that are minus infinity the first that only passed the lowest number on its way, or -1: the whole sum
+// is above that, and its probability is not 0 but unknown.
 template <class T, class R, class P>
-__attribute__((noinline)) int64_t forget_lost_logits(const CrossEntropyBlock& a, int64_t i) {
+__attribute__((noinline)) int64_t lost_logit(const CrossEntropyBlock& a, int64_t i) {
   using V = Vec<T>;
   using Accumulator = typename V::scalar;
   const Block<T, R> b(a);
+  const auto* logits = b.logits + i * b.stride;
   const R* x = b.x + a.rows[i].row * a.width;
+  const P* bias = as<P>(a.bias);
   const auto rounded = [](double value, auto* to) {  // as they round it, of which the logits were made
     V::set(static_cast<Accumulator>(value)).store_first(to, 1);
     return value_at(to);
   };
+  const auto lost = [&](int64_t v) {
+    const P* weight = as<P>(a.weight) + v * a.width;
+    R element;
+    typename Block<T, R>::Logit whole;
+    const double sum = whole_sum(bias ? value_at(bias + v) : 0, a.width, [&](int64_t d) { return value_at(x + d); },
+                                 [&](int64_t d) { return rounded(value_at(weight + d), &element); });
+    return rounded(sum, &whole) > -INFINITY;
+  };
   int64_t first = -1;
-  for (int64_t v = 0; v < a.vocab; ++v) {
-    auto* logit = b.logits + i * b.stride + v;
-    if (at<V>(logit) == -INFINITY) {
-      const P* weight = as<P>(a.weight) + v * a.width;
-      R element;
-      typename Block<T, R>::Logit whole;
-      const double sum = whole_sum(a.bias ? value_at(as<P>(a.bias) + v) : 0, a.width,
-                                   [&](int64_t d) { return value_at(x + d); },
-                                   [&](int64_t d) { return rounded(value_at(weight + d), &element); });
-      if (rounded(sum, &whole) > -INFINITY) V::set(NAN).store_first(logit, 1);
-    }
-    if (first < 0 && at<V>(logit) != at<V>(logit)) first = v;
-  }
+  for_lanes<V>(a.vocab, [&](int64_t v, int n) {
+    const V from = bias ? load_lanes<V>(bias + v, n) : V::zero();
+    const V fall = V::max(from - load_lanes<V>(logits + v, n), V::zero());  // 0 where the bias is minus infinity, too
+    if (first >= 0 || fall.largest() < INFINITY) return;
+    for (int64_t j = v; first < 0 && j < v + n; ++j)
+      if (at<V>(logits + j) == -INFINITY && lost(j)) first = j;
+  });
   return first;
 }
 
@@ -221,11 +224,18 @@ void softmax(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
       most = V::max(most, z.first_or(n, lowest));
       zeros = V::fma(z, V::zero(), zeros);
     });
-    const int64_t first_nan = zeros.sum() == 0 ? -1 : forget_lost_logits<T, R, P>(a, i);
     const Accumulator largest = most.largest();
     const V shift = V::set(largest);
-    const double sum = sum_lanes<V>(
+    double sum = sum_lanes<V>(
         vocab, [&](int64_t d, int n) { return exp(load_lanes<V>(logits + d, n) - shift).first_or(n, V::zero()); });
+    int64_t first_nan = -1;
+    if (sum != sum) {
+      for (int64_t v = 0; first_nan < 0 && v < vocab; ++v)
+        if (at<V>(logits + v) != at<V>(logits + v)) first_nan = v;
+    } else if (zeros.sum() != 0) {
+      first_nan = lost_logit<T, R, P>(a, i);
+      if (first_nan >= 0) sum = NAN;
+    }
     const Accumulator wanted = at<V>(target);
     double loss = std::log(sum) + (static_cast<double>(largest) - wanted);
     if (smoothing > 0) {
