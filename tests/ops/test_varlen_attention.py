@@ -1,5 +1,7 @@
 """varlen_attention: what the contract tests do not cover."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -139,6 +141,25 @@ def test_a_lost_score_is_found_beside_a_query_of_nan(isa):
     of_q, of_k = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
     out = varlen_attention(q, k, v, of_q, of_k, 3, 2, softmax_scale=1.0, impl="cpp")
     assert out[:2].isnan().all() and out[2].isfinite().all()
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason="the compiled module is missing, or not tested here")
+def test_infinite_scores_take_no_longer():
+    """As in a run that has diverged."""
+    q, k, v = (randn(1024, 1, 64, seed=seed) for seed in range(3))
+    cu = torch.tensor([0, 1024], dtype=torch.int32)
+
+    def seconds(q, k):
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            out = varlen_attention(q, k, v, cu, impl="cpp")
+            times.append(time.process_time() - start)
+        return min(times), out
+
+    finite, _ = seconds(q, k)
+    infinite, out = seconds(q * 1e20, k * 1e20)
+    assert out.isnan().all() and infinite < 20 * finite + 0.05
 
 
 @pytest.mark.skipif("cpp" not in IMPLS, reason="the compiled module is missing, or not tested here")

@@ -92,13 +92,17 @@ template <class T, class Float>
 __attribute__((noinline)) void forget_lost_scores(Float* scores, int64_t ld, int64_t rows, int64_t keys, const T* q,
                                                   int64_t q_row, const T* k, int64_t k_row, int64_t width,
                                                   double scale) {
+  constexpr Float infinity = std::numeric_limits<Float>::infinity();
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t j = 0; j < keys; ++j) {
-      if (scores[r * ld + j] != -std::numeric_limits<Float>::infinity()) continue;
+    Float* row = scores + r * ld;
+    bool lost = false;  // one NaN, or an infinite score, is enough for a row
+    for (int64_t j = 0; j < keys; ++j) lost = lost || !(row[j] < infinity);
+    for (int64_t j = 0; j < keys && !lost; ++j) {
+      if (row[j] != -infinity) continue;
       const double sum = whole_sum(0, width, [&](int64_t d) { return value_at(q + r * q_row + d); },
                                    [&](int64_t d) { return value_at(k + j * k_row + d); });
-      if ((scale < 0 ? -sum : sum) >= std::numeric_limits<Float>::lowest())
-        scores[r * ld + j] = std::numeric_limits<Float>::quiet_NaN();
+      lost = (scale < 0 ? -sum : sum) >= std::numeric_limits<Float>::lowest();
+      if (lost) row[j] = std::numeric_limits<Float>::quiet_NaN();
     }
   }
 }
