@@ -89,6 +89,16 @@ def real(name: str, value: object, within: str) -> None:
         raise ValueError(f"{name} must be {words.get(within, f'in {within}')}, got {value}")
 
 
+def interval(name: str, value: object, within: str) -> None:
+    """(low, high), a tuple or a list of two numbers in an interval such as "[0, 1)", low <= high."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ValueError(f"{name} must be two numbers, (low, high), got {value!r}")
+    for each in value:
+        real(name, each, within)
+    if value[0] > value[1]:
+        raise ValueError(f"{name} must be (low, high), low <= high, got {tuple(value)}")
+
+
 def integer(name: str, value: object, low: int, high: int | None = None) -> None:
     """An int in [low, high)."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

@@ -8,6 +8,7 @@ from m3ae_fast.models.graphs import GraphedStep
 from m3ae_fast.models.m3ae import M3AE, Encoded, M3AEOutput, Reconstruction
 from m3ae_fast.models.mae import MAE
 from m3ae_fast.models.mamo import MAMO, MAMOOutput
+from m3ae_fast.models.masks import block_mask, dirichlet_masks, multi_block_mask, random_mask, score_mask
 from m3ae_fast.models.model import Metric, Model
 from m3ae_fast.models.supervised import Supervised, SupervisedOutput
 
@@ -52,5 +53,10 @@ __all__ = [
     "Supervised",
     "SupervisedConfig",
     "SupervisedOutput",
+    "block_mask",
+    "dirichlet_masks",
+    "multi_block_mask",
     "objectives_offering",
+    "random_mask",
+    "score_mask",
 ]

@@ -25,6 +25,7 @@ SIZES = {
 }  # fmt: skip
 
 
+MASKINGS = ("sample", "shared", "block", "multi_block", "ratio_range", "dirichlet")  # of M3AE and MAE
 RENAMED = {"image_depth": "depth"}  # fields of older runs, by which they are read
 
 
@@ -171,7 +172,13 @@ class M3AEConfig(ModelConfig):
         image_loss_weight, text_loss_weight: of the two losses in their sum.
         masking: "sample": every sample has masks of its own, drawn over its real tokens, at least one kept and one
             masked (a text of one word is masked whole). "shared": as the paper's public code: one image mask and one
-            text mask for the whole batch, the text mask drawn over max_text_length slots, padding included.
+            text mask for the whole batch, the text mask drawn over max_text_length slots, padding included. The others
+            differ from "sample" in images alone, "block" (`block_mask`) and "multi_block" (`multi_block_mask`, which
+            sets the share itself), or in how many tokens are masked, "ratio_range" and "dirichlet".
+        mask_ratio_range: (low, high) of the share that "ratio_range" masks of each image and each text
+            (`random_mask`), in place of the two ratios.
+        dirichlet_alpha: of "dirichlet" (`dirichlet_masks`): each sample keeps as many tokens as by "sample", but the
+            shares of image and text are drawn.
         norm_pix: normalise the target pixels of every patch (MAE's option; M3AE does not).
         type_vectors: learn a vector for each modality, added to its tokens. MAE's own code has none.
         positions: of patches, "sincos": computed from the sizes. "given": tables that the weights hold, not trained;
@@ -187,6 +194,8 @@ class M3AEConfig(ModelConfig):
     image_loss_weight: float = 1.0
     text_loss_weight: float = 0.5
     masking: str = "sample"
+    mask_ratio_range: tuple[float, float] = (0.5, 0.9)
+    dirichlet_alpha: float = 1.0
     norm_pix: bool = False
     type_vectors: bool = True
     positions: str = "sincos"
@@ -199,7 +208,10 @@ class M3AEConfig(ModelConfig):
         self._heads("decoder_width", "decoder_heads")
         self._shares("image_mask_ratio", "text_mask_ratio")
         self._numbers("image_loss_weight", "text_loss_weight")
-        _checks.choice("masking", self.masking, ("sample", "shared"))
+        _checks.choice("masking", self.masking, MASKINGS)
+        _checks.interval("mask_ratio_range", self.mask_ratio_range, "[0, 1)")
+        self.mask_ratio_range = tuple(self.mask_ratio_range)
+        _checks.real("dirichlet_alpha", self.dirichlet_alpha, "[0.001, 1000]")
         _checks.choice("positions", self.positions, ("sincos", "given"))
         _checks.real("norm_eps", self.norm_eps, "(0, 1)")
 

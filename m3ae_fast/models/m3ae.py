@@ -18,6 +18,7 @@ from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.models.config import M3AEConfig
 from m3ae_fast.models.encoders import check_sizes
 from m3ae_fast.models.masking import MaskSource, Plan, TokenLayout, given_or_drawn, keep_all
+from m3ae_fast.models.masks import with_masks
 from m3ae_fast.models.model import Metric, Model
 from m3ae_fast.nn import take_rows
 from m3ae_fast.nn.positions import FixedPositions
@@ -258,6 +259,7 @@ class M3AE(Model, FixedPositions):
             return plan
         slots = (c.patches, c.max_text_length) if c.masking == "shared" else (None, None)
         patches, words = [c.patches if has else 0 for has in batch.has_image], batch.text_lengths.lengths
+        source = with_masks(source, c, patches, words, ids)
         image = given_or_drawn("image", source, patches, c.image_mask_ratio, sample_ids=ids, shared=slots[0])
         text = given_or_drawn("text", source, words, c.text_mask_ratio, sample_ids=ids, shared=slots[1])
         return Plan.make(image, text, c.patches, batch.has_image, batch.device, bucket)

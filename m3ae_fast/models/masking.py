@@ -111,8 +111,18 @@ def draw(
         mask = torch.ones(shared, dtype=torch.bool, device="cpu")
         mask[keep.long()] = False
         return from_bool("mask", mask.expand(len(lengths), -1), lengths)
-    keep = [max(0, min(max(int(n * (1 - ratio)), 1), n - 1)) for n in lengths]
-    ids_keep, ids_mask = sample_mask(lengths, keep, seed=seed, step=step, sample_ids=sample_ids, stream=stream)
+    keep = [count_kept(n, ratio) for n in lengths]
+    return draw_kept(lengths, keep, seed=seed, step=step, sample_ids=sample_ids, stream=stream)
+
+
+def count_kept(length: int, ratio: float) -> int:
+    """int(length * (1 - ratio)), but at least one token is masked and, of two or more, one kept."""
+    return max(0, min(max(int(length * (1 - ratio)), 1), length - 1))
+
+
+def draw_kept(lengths: Sequence[int], keep: Sequence[int], **keys) -> Masked:
+    """Random masks that keep so many tokens of each sample; keys: of `sample_mask`."""
+    ids_keep, ids_mask = sample_mask(lengths, keep, **keys)
     return Masked(ids_keep, ids_mask, SeqLens(keep), SeqLens([n - k for n, k in zip(lengths, keep, strict=True)]))
 
 
