@@ -175,13 +175,17 @@ class Room(NamedTuple):
     @staticmethod
     def of(image: Masked, text: Masked, images: int, longest: tuple[int, int, int], bucket: bool) -> Room:
         """For `images` images. A bucket rounds up what differs from batch to batch: the number of images to an eighth
-        of a power of two, the encoder's and the decoder's rows to a 64th, the longest sequences to an eighth."""
+        of a power of two, the encoder's and the decoder's rows to a 64th, the longest sequences to an eighth; patches,
+        where images keep different numbers of them, to a 16th."""
         tokens = image.keep.total, image.mask.total, text.keep.total, text.mask.total
         if not bucket:
             return Room(images, *tokens, longest)
         samples = len(image.keep)
+        ragged = image.keep.total < images * image.keep.max
         images = min(rounded(images, 8), samples)
         image_keep, image_mask, text_keep, text_mask = images * image.keep.max, images * image.mask.max, *tokens[2:]
+        if ragged:
+            image_keep, image_mask = (rounded(each, 16) for each in tokens[:2])
         if text_keep + text_mask:
             patches = samples + image_keep
             kept = rounded(patches + text_keep, 64)

@@ -1,5 +1,7 @@
 """GraphedStep: the losses and gradients of eager passes, captured once a bucket; what stands for CUDA is a recorder."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -67,6 +69,20 @@ def test_replays_are_the_eager_passes(kind, to_none, precision):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
     assert step.graphs.warmed_up == len(buckets) <= 6
     assert 0 < step.graphs.captured <= len(buckets) and step.graphs.replayed == 12 - len(buckets)
+
+
+@pytest.mark.parametrize("masking", ["multi_block", "ratio_range", "dirichlet"])
+def test_images_may_keep_different_numbers_of_patches(masking):
+    torch.manual_seed(0)
+    model = M3AE(dataclasses.replace(CONFIG, masking=masking, mask_ratio_range=(0.2, 0.9)))
+    passes = make_passes(model, "fp32")
+    step = GraphedStep(passes, model)
+    for seed in range(16):
+        batch = make_batch(seed)
+        found = step(batch, model.plan(batch, seed=1, step=seed, bucket=True))
+        wanted = passes(batch, model.plan(batch, seed=1, step=seed))
+        assert {n: x.item() for n, x in found.items()} == {n: x.item() for n, x in wanted.items()}
+    assert step.graphs.replayed > 0
 
 
 def test_gradients_add_up_over_buckets():

@@ -163,3 +163,20 @@ def test_ragged_batches_fall_into_few_buckets():
         room += samples + size.image_keep + size.image_mask + size.text_keep + size.text_mask
     assert len(found) <= 8
     assert rows <= room <= 1.03 * rows
+
+
+@pytest.mark.parametrize("least", [26, 52])
+def test_images_that_keep_different_numbers_of_patches_fall_into_few_buckets(least):
+    """10,000 batches of 64 images of 256 patches, `least` to 128 of them kept."""
+    generator, samples = torch.Generator().manual_seed(0), 64
+    text = masking.keep_all([0] * samples)
+    found, rows, room = set(), 0, 0
+    for _ in range(10_000):
+        keep = torch.randint(least, 129, (samples,), generator=generator)
+        image = masking.Masked(None, None, SeqLens(keep), SeqLens(256 - keep))
+        size = masking.Room.of(image, text, samples, (1 + image.keep.max, 257, image.mask.max), True)
+        assert size.images == samples and size.image_keep >= image.keep.total and size.image_mask >= image.mask.total
+        found.add(size)
+        rows += int(keep.sum())
+        room += size.image_keep
+    assert len(found) <= 20 and room <= 1.1 * rows
