@@ -149,7 +149,8 @@ class M3AE(Model, FixedPositions):
             batch: pairs, images alone and texts alone go through one packed pass.
             seed, step: key the random masks together with batch.sample_ids: the same masks on every device, for any
                 split of a batch.
-            image_mask, text_mask: instead of drawing: [B, P] and [B, L] bool, True = removed.
+            image_mask, text_mask: instead of drawing: [B, P] and [B, L] bool, True = removed, any number in each
+                sample.
             plan: instead of all four: what `plan` made of them for this batch.
 
         Raises:

@@ -207,6 +207,27 @@ def test_nothing_masked_gives_zero_losses_with_zero_gradients(model):
     assert out.loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.parametrize("bucket", [False, True])
+def test_given_masks_may_have_any_counts(model, bucket):
+    """Nothing, all and anything between, in one batch: the mean of its samples."""
+    batch = make_batch(lengths=(5, 3, 8, 2, 0))
+    counts = torch.tensor([[0, 3], [16, 0], [1, 8], [7, 1], [15, 0]])
+    image, text = (torch.arange(n).flip(0) < count[:, None] for n, count in zip((16, 8), counts.T, strict=True))
+    text = text.flip(1)  # the last patches and the first words
+    plan = model.plan(batch, image_mask=image, text_mask=text, bucket=bucket)
+    whole = model(batch.with_room(plan.images, plan.words) if bucket else batch, plan=plan)
+    assert torch.equal(whole.image_mask, image)
+    alone = [model(one(batch, b), image_mask=image[b : b + 1], text_mask=text[b : b + 1]) for b in range(5)]
+    for name in ("loss", "image_loss", "text_loss"):
+        mean = torch.stack([getattr(out, name) for out in alone]).mean()
+        torch.testing.assert_close(getattr(whole, name), mean, rtol=1e-5, atol=1e-6)
+    parameters = list(model.parameters())
+    ours = torch.autograd.grad(whole.loss, parameters)
+    theirs = torch.autograd.grad(sum(out.loss for out in alone) / 5, parameters)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 + 1e-5 * b.abs().max().item())
+
+
 def test_everything_masked(model):
     every = {"image_mask": torch.ones(3, 16, dtype=torch.bool), "text_mask": torch.ones(3, 8, dtype=torch.bool)}
     out = model(make_batch(), **every)
