@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from m3ae_fast import _checks
 
@@ -25,7 +25,6 @@ SIZES = {
 }  # fmt: skip
 
 
-MASKINGS = ("sample", "shared", "block", "multi_block", "ratio_range", "dirichlet")  # of M3AE and MAE
 RENAMED = {"image_depth": "depth"}  # fields of older runs, by which they are read
 
 
@@ -186,6 +185,8 @@ class M3AEConfig(ModelConfig):
         norm_eps: of the LayerNorms.
     """
 
+    MASKINGS: ClassVar[tuple[str, ...]] = ("sample", "shared", "block", "multi_block", "ratio_range", "dirichlet")
+
     decoder_width: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16
@@ -208,7 +209,7 @@ class M3AEConfig(ModelConfig):
         self._heads("decoder_width", "decoder_heads")
         self._shares("image_mask_ratio", "text_mask_ratio")
         self._numbers("image_loss_weight", "text_loss_weight")
-        _checks.choice("masking", self.masking, MASKINGS)
+        _checks.choice("masking", self.masking, self.MASKINGS)
         _checks.interval("mask_ratio_range", self.mask_ratio_range, "[0, 1)")
         self.mask_ratio_range = tuple(self.mask_ratio_range)
         _checks.real("dirichlet_alpha", self.dirichlet_alpha, "[0.001, 1000]")
@@ -261,6 +262,8 @@ class MAMOConfig(EncodersConfig):
             soft_targets_steps steps are taken; it grows to that from 0 (ALBEF: 0.4, over the first epoch).
     """
 
+    MASKINGS: ClassVar[tuple[str, ...]] = ("two_pass", "simultaneous")
+
     fusion_depth: int = 6
     image_mask_ratio: float = 0.75
     text_mask_ratio: float = 0.25
@@ -280,7 +283,7 @@ class MAMOConfig(EncodersConfig):
         self._integers(1, "fusion_depth")
         self._integers(0, "queue_size", "soft_targets_steps")
         self._shares("image_mask_ratio", "text_mask_ratio")
-        _checks.choice("masking", self.masking, ("two_pass", "simultaneous"))
+        _checks.choice("masking", self.masking, self.MASKINGS)
         weights = [f"{name}_weight" for name in ("mrm", "mim", "mlm", "itc", "itm")]
         for name in ("momentum", "soft_targets"):
             _checks.real(name, getattr(self, name), "[0, 1]")

@@ -10,7 +10,7 @@ from pathlib import Path
 from m3ae_fast._files import read_json, write_json
 from m3ae_fast._settings import check, documented, free, setting
 from m3ae_fast.data.specs import absolute, listed, without_place
-from m3ae_fast.models import OBJECTIVES, Model
+from m3ae_fast.models import OBJECTIVES, M3AEConfig, MAMOConfig, Model
 from m3ae_fast.models.config import SIZES
 
 # What None stands for, by size. tiny is set to show learning within three minutes on two cores, with the learning rate
@@ -79,6 +79,10 @@ class RunConfig:
     image_size: int | None = setting(None, "pixels a side; default: the model's", RUN, "PIXELS", "[1, inf)")
     image_mask_ratio: float | None = setting(None, "share of patches masked; default: the model's", RUN, "R", "[0, 1)")
     text_mask_ratio: float | None = setting(None, "share of words masked; default: the model's", RUN, "R", "[0, 1)")
+    masking: str | None = setting(
+        None, "which tokens are masked: of m3ae and mae sample to dirichlet (docs/masking.md), of mamo the others; "
+        "default: sample or two_pass", RUN, choices=(*M3AEConfig.MASKINGS, *MAMOConfig.MASKINGS),
+    )  # fmt: skip
     options: dict | None = setting(
         None, "other fields of the model's configuration, such as mim_weight=0", RUN, "NAME=VALUE", flag="--set"
     )

@@ -5,7 +5,7 @@ is not said here is RunConfig's default, which is the papers', too: AdamW (.9, .
 256 samples of a step (2.4e-3), random crops of .2 to 1 of the area and mirroring, 256 pixels in patches of 16, .75 of
 the patches and of the words masked, image loss + 0.5 text loss, and a tenth of all steps to warm up (5 epochs of 50).
 
-Where we differ from the public code: masks are drawn for every sample over its real words (`--set masking=shared` is
+Where we differ from the public code: masks are drawn for every sample over its real words (`--masking shared` is
 theirs), and words are WordPiece trained on the captions unless bert-base-uncased's `vocab.txt` is given (`text_vocab`).
 """
 

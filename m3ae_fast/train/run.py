@@ -125,7 +125,7 @@ def open_run(folder: Path, config: RunConfig | None, *, resume: bool):
 def create(folder: Path, config: RunConfig):
     """Everything a new run needs, in memory: (config with its model_config, data set, tokenizer). Writes nothing."""
     refuse_used(folder)
-    names = ("image_size", "image_mask_ratio", "text_mask_ratio")
+    names = ("image_size", "image_mask_ratio", "text_mask_ratio", "masking")
     taken = sorted({*names, "vocab_size", "classes"} & set(config.options or {}))
     if taken:
         raise ValueError(

@@ -73,6 +73,7 @@ def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
         (["pretrain", "--stepz", "3"], "unrecognized arguments: --stepz 3"),
         (["pretrain", "--step", "3"], "unrecognized arguments: --step 3"),
         (["pretrain", "--model", "giant"], "argument --model: invalid choice: 'giant'"),
+        (["pretrain", "--masking", "blocks"], "argument --masking: invalid choice: 'blocks'"),
         (["pretrain", "--steps", "0"], "argument --steps: must be a whole number, at least 1, got '0'"),
         (["pretrain", "--workers", "x"], "argument --workers: must be a whole number, at least 0, got 'x'"),
         (["pretrain", "--steps", "3", "--epochs", "1"], "argument --epochs: not allowed with argument --steps"),

@@ -41,6 +41,21 @@ def test_resumed_it_gives_the_same_bits(go, tmp_path, objective):
         assert a["contrast.queued"] == 16 and any(name.startswith("target.") for name in a)
 
 
+@pytest.mark.parametrize(
+    ("objective", "masking"),
+    [("m3ae", "block"), ("mae", "multi_block"), ("m3ae", "ratio_range"), ("m3ae", "dirichlet")],
+)
+def test_masking_is_a_setting_of_the_run(go, tmp_path, objective, masking):
+    whole, plain = go(objective, "whole", masking=masking), go(objective, "plain")
+    go(objective, "parts", masking=masking, stop_after=2)
+    assert go(objective, "parts", resume=True) == whole
+    assert all(ours["loss"] != theirs["loss"] for ours, theirs in zip(whole, plain, strict=True))
+    run = load_run(tmp_path / "parts")
+    assert run.config.masking == run.model.config.masking == masking
+    with pytest.raises(ValueError, match=f"masking: '{masking}' there, 'sample' asked for"):
+        go(objective, "parts", masking="sample", resume=True)
+
+
 def test_the_momentum_network_moves_once_a_step(go, tmp_path):
     go("mamo", accumulate=2, options={"momentum": 1.0})
     run = load_run(tmp_path / "run")
@@ -63,16 +78,20 @@ def test_a_checkpoint_of_another_objective_is_refused(go):
 
 
 def test_options_are_fields_of_the_model(go, tmp_path):
-    rows = go("mamo", options={"mim_weight": 0, "masking": "simultaneous"})
+    rows = go("mamo", masking="simultaneous", options={"mim_weight": 0})
     assert all(row["mim_loss"] == 0 < row["mrm_loss"] for row in rows)
     assert load_run(tmp_path / "run").model.config.masking == "simultaneous"
     with pytest.raises(ValueError, match="mim_weight: the configuration of clip has no such field"):
         go("clip", "other", options={"mim_weight": 0})
-    for name in ("vocab_size", "image_size"):
+    for name in ("vocab_size", "image_size", "masking"):
         with pytest.raises(ValueError, match=f"options must not hold {name}: image_size, .* are settings of their own"):
             go("mamo", "other", options={name: 64})
     with pytest.raises(ValueError, match="text_mask_ratio: the configuration of supervised has no such field"):
         go("supervised", "other", text_mask_ratio=0.5)
+    with pytest.raises(ValueError, match="masking: the configuration of clip has no such field"):
+        go("clip", "other", masking="block")
+    with pytest.raises(ValueError, match="masking must be one of 'two_pass', 'simultaneous', got 'block'"):
+        go("mamo", "other", masking="block")
 
 
 def test_mae_leaves_captions_aside(go, tmp_path):
