@@ -176,8 +176,8 @@ class M3AEConfig(ModelConfig):
             sets the share itself), or in how many tokens are masked, "ratio_range" and "dirichlet".
         mask_ratio_range: (low, high) of the share that "ratio_range" masks of each image and each text
             (`random_mask`), in place of the two ratios.
-        dirichlet_alpha: of "dirichlet" (`dirichlet_masks`): each sample keeps as many tokens as by "sample", but the
-            shares of image and text are drawn.
+        dirichlet_alpha: of "dirichlet" (`dirichlet_masks`), a number or one of images and one of texts: each sample
+            keeps as many tokens as by "sample", but the shares of image and text are drawn.
         norm_pix: normalise the target pixels of every patch (MAE's option; M3AE does not).
         type_vectors: learn a vector for each modality, added to its tokens. MAE's own code has none.
         positions: of patches, "sincos": computed from the sizes. "given": tables that the weights hold, not trained;
@@ -196,7 +196,7 @@ class M3AEConfig(ModelConfig):
     text_loss_weight: float = 0.5
     masking: str = "sample"
     mask_ratio_range: tuple[float, float] = (0.5, 0.9)
-    dirichlet_alpha: float = 1.0
+    dirichlet_alpha: float | tuple[float, float] = 1.0
     norm_pix: bool = False
     type_vectors: bool = True
     positions: str = "sincos"
@@ -212,7 +212,12 @@ class M3AEConfig(ModelConfig):
         _checks.choice("masking", self.masking, self.MASKINGS)
         _checks.interval("mask_ratio_range", self.mask_ratio_range, "[0, 1)")
         self.mask_ratio_range = tuple(self.mask_ratio_range)
-        _checks.real("dirichlet_alpha", self.dirichlet_alpha, "[0.001, 1000]")
+        if isinstance(self.dirichlet_alpha, list | tuple):
+            self.dirichlet_alpha = tuple(self.dirichlet_alpha)
+            if len(self.dirichlet_alpha) != 2:
+                raise ValueError(f"dirichlet_alpha must be a number or (image, text), got {self.dirichlet_alpha}")
+        for alpha in self.dirichlet_alpha if isinstance(self.dirichlet_alpha, tuple) else [self.dirichlet_alpha]:
+            _checks.real("dirichlet_alpha", alpha, "[0.001, 1000]")
         _checks.choice("positions", self.positions, ("sincos", "given"))
         _checks.real("norm_eps", self.norm_eps, "(0, 1)")
 

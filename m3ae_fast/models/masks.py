@@ -185,7 +185,7 @@ def dirichlet_masks(
     lengths: Sequence[Sequence[int]],
     num_keep: Sequence[int],
     *,
-    alpha: float = 1.0,
+    alpha: float | Sequence[float] = 1.0,
     seed: int,
     step: int = 0,
     sample_ids: Sequence[int] | Tensor,
@@ -199,8 +199,8 @@ def dirichlet_masks(
         lengths: [M][B] tokens of each modality in each sample.
         num_keep: [B] tokens to keep in each sample, of all modalities together; at least one is kept and, before that,
             one masked.
-        alpha: of the symmetric Dirichlet distribution, in [0.001, 1000]: 1: all shares are equally likely, less: one
-            modality has most of the budget, more: all have alike.
+        alpha: of the Dirichlet distribution, in [0.001, 1000], a number for all modalities or M numbers. 1 for all:
+            all shares are equally likely, less: one modality has most of the budget, more: all have alike.
         seed, step, sample_ids: the key, as of `sample_mask`; the stream of modality m is m.
 
     Returns:
@@ -211,12 +211,15 @@ def dirichlet_masks(
 
     Source: MultiMAE, arXiv:2204.01678, section 3.3; 4M, arXiv:2312.06647.
     """
-    _checks.real("alpha", alpha, "[0.001, 1000]")
+    alphas = alpha if isinstance(alpha, Sequence) else [alpha] * len(lengths)
+    _entries("alpha", alphas, lengths, "lengths")
+    for each in alphas:
+        _checks.real("alpha", each, "[0.001, 1000]")
     for each in lengths:
         _entries("lengths", each, sample_ids)
     _entries("num_keep", num_keep, sample_ids)
     draws = _draws(seed, step, sample_ids, len(lengths))  # a stream that no modality has
-    keep = [_deal(*each, alpha) for each in zip(draws, zip(*lengths, strict=True), num_keep, strict=True)]
+    keep = [_deal(*each, alphas) for each in zip(draws, zip(*lengths, strict=True), num_keep, strict=True)]
     keys, masks = {"seed": seed, "step": step, "sample_ids": sample_ids}, []
     for m, own in enumerate(lengths):
         masked = draw_kept(own, [each[m] for each in keep], stream=m, **keys)
@@ -224,11 +227,11 @@ def dirichlet_masks(
     return masks
 
 
-def _deal(draws: _Draws, lengths: Sequence[int], budget: int, alpha: float) -> list[int]:
+def _deal(draws: _Draws, lengths: Sequence[int], budget: int, alphas: Sequence[float]) -> list[int]:
     """How many tokens of each modality a sample keeps."""
     _checks.integer("num_keep", budget, 0)
     budget = max(0, min(max(budget, 1), sum(lengths) - 1))
-    logs = [draws.log_gamma(alpha) for _ in lengths]
+    logs = [draws.log_gamma(alpha) for alpha in alphas]
     weights = [math.exp(each - max(logs)) for each in logs]
     keep = [min(int(weight / sum(weights) * budget), n) for weight, n in zip(weights, lengths, strict=True)]
     for m in sorted(range(len(lengths)), key=lambda m: -weights[m]):

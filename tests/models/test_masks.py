@@ -143,7 +143,7 @@ def gamma(numbers, shape):
             return d * v
 
 
-@pytest.mark.parametrize("alpha", [0.2, 1.0, 10.0])
+@pytest.mark.parametrize("alpha", [0.2, 1.0, (10.0, 0.3, 1)])
 def test_dirichlet_masks_against_a_loop(alpha):
     lengths = [LENGTHS, [256, 64, 9, 0, 2, 1], [5, 0, 0, 5, 5, 5]]
     budgets = [30, 0, 4, 13, 500, 40]
@@ -151,7 +151,7 @@ def test_dirichlet_masks_against_a_loop(alpha):
     kept = [[], [], []]
     for sample, tokens, budget in zip(IDS, zip(*lengths, strict=True), budgets, strict=True):
         numbers, budget = Numbers(sample, stream=3), min(max(budget, 1), sum(tokens) - 1)
-        drawn = [gamma(numbers, alpha) for _ in tokens]
+        drawn = [gamma(numbers, each) for each in (alpha if isinstance(alpha, tuple) else [alpha] * 3)]
         keep = [min(n, int(budget * g / sum(drawn))) for n, g in zip(tokens, drawn, strict=True)]
         for m in sorted(range(3), key=lambda m: drawn[m], reverse=True):
             while sum(keep) < budget and keep[m] < tokens[m]:
@@ -166,7 +166,7 @@ def test_dirichlet_masks_against_a_loop(alpha):
 @pytest.mark.parametrize("alpha", [0.001, 0.3, 1.0, 4.0])
 def test_shares_have_the_moments_of_a_dirichlet_distribution(alpha):
     """Of three modalities: mean 1/3, variance (1/3)(2/3) / (3 alpha + 1)."""
-    samples, budget = 4000, 10_000
+    samples, budget = 2000, 1000
     masks = dirichlet_masks(
         [[budget + 1] * samples] * 3, [budget] * samples, alpha=alpha, seed=0, sample_ids=range(samples)
     )
@@ -239,7 +239,7 @@ def model_of(masking, kind=M3AE, **changes):
 @pytest.mark.parametrize("masking", ["block", "multi_block", "ratio_range", "dirichlet"])
 def test_masking_of_a_model(masking):
     """What `masking` says in a mixed batch, in a plan made ahead, in a bucket."""
-    model, batch = model_of(masking, mask_ratio_range=[0.2, 0.4], dirichlet_alpha=3.0), make_batch()
+    model, batch = model_of(masking, mask_ratio_range=[0.2, 0.4], dirichlet_alpha=[3, 0.5]), make_batch()
     out = model(batch, seed=5, step=7)
     key = {"seed": 5, "step": 7, "sample_ids": batch.sample_ids}
     images, words = [64, 64, 0, 64, 0], [5, 0, 8, 2, 1]
@@ -251,7 +251,7 @@ def test_masking_of_a_model(masking):
     elif masking == "ratio_range":
         image, text = random_mask(images, (0.2, 0.4), **key), random_mask(words, (0.2, 0.4), stream=1, **key)
     else:
-        image, text = dirichlet_masks([images, words], [25 + 1, 25, 2, 25 + 1, 1], alpha=3.0, **key)
+        image, text = dirichlet_masks([images, words], [25 + 1, 25, 2, 25 + 1, 1], alpha=(3, 0.5), **key)
     image = image & torch.tensor(batch.has_image)[:, None]
     assert torch.equal(out.image_mask, image) and torch.equal(out.text_mask, text) and out.loss.isfinite()
     exact, roomy = (model.plan(batch, seed=5, step=7, bucket=bucket) for bucket in (False, True))
@@ -299,6 +299,7 @@ def test_a_callers_mask_goes_before_that_of_the_model():
         (lambda: random_mask([4], (0.5, None), sample_ids=[0], seed=0), TypeError, "ratio_range must be a number"),
         (lambda: random_mask([4, 5], (0.5, 0.6), sample_ids=[0], seed=0), ValueError, "lengths must have 1 entries"),
         (lambda: dirichlet_masks([[4]], [2], sample_ids=[0], seed=0, alpha=0), ValueError, "alpha must be in"),
+        (lambda: dirichlet_masks([[4]], [2], sample_ids=[0], seed=0, alpha=[1, 1]), ValueError, "alpha must have 1 "),
         (lambda: dirichlet_masks([[4]], [-2], sample_ids=[0], seed=0), ValueError, "num_keep must be at least 0"),
         (lambda: dirichlet_masks([[4]], [2, 2], sample_ids=[0], seed=0), ValueError, "num_keep must have 1 entries"),
         (lambda: dirichlet_masks([[4], []], [2], sample_ids=[0], seed=0), ValueError, "lengths must have 1 entries"),
@@ -312,6 +313,8 @@ def test_a_callers_mask_goes_before_that_of_the_model():
         (lambda: model_of("blocks"), ValueError, "masking must be one of 'sample', 'shared', 'block'"),
         (lambda: model_of("sample", mask_ratio_range=[0.9, 0.5]), ValueError, "mask_ratio_range must be"),
         (lambda: model_of("sample", dirichlet_alpha=0), ValueError, "dirichlet_alpha must be in"),
+        (lambda: model_of("sample", dirichlet_alpha=[1]), ValueError, "dirichlet_alpha must be a number or"),
+        (lambda: model_of("sample", dirichlet_alpha=[1, -1]), ValueError, "dirichlet_alpha must be in"),
     ],
 )  # fmt: skip
 def test_errors_name_the_argument(call, error, message):
