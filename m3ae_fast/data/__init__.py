@@ -20,6 +20,7 @@ from m3ae_fast.data.scenes import Scene, SceneObject
 from m3ae_fast.data.shapes import ShapesDataset
 from m3ae_fast.data.shards import TarDataset
 from m3ae_fast.data.specs import DRAWN, open_dataset
+from m3ae_fast.data.split import Split
 from m3ae_fast.data.streamed import StreamedDataset
 from m3ae_fast.data.text import Tokenizer
 
@@ -39,6 +40,7 @@ __all__ = [
     "Scene",
     "SceneObject",
     "ShapesDataset",
+    "Split",
     "StreamedDataset",
     "TarDataset",
     "Tokenizer",

@@ -50,6 +50,11 @@ class MixedDataset:
     def __len__(self) -> int:
         return sum(map(len, self.sources))
 
+    @property
+    def held_out(self) -> MixedDataset:
+        """What its data sets, each a `Split`, hold out, by the same weights."""
+        return MixedDataset([source.held_out for source in self.sources], self.weights)
+
     def at(self, position: int, seed: int) -> tuple[int, int]:
         """Which data set a position of the endless order belongs to, and how many of its positions come before."""
         if len(self.sources) == 1:

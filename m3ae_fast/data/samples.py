@@ -10,6 +10,7 @@ from m3ae_fast.data.images import augment
 from m3ae_fast.data.sample import Sample
 from m3ae_fast.data.seeds import SAMPLE, generator
 from m3ae_fast.data.specs import open_dataset
+from m3ae_fast.data.split import Chosen
 
 COUNT = 1000  # of drawn samples, where none is given
 
@@ -36,7 +37,7 @@ def open_classes(spec: str, *, image_size: int, seed: int = 0, count: int | None
     return Some(dataset, count)
 
 
-class Some(Sequence):
+class Some(Chosen):
     """Some samples of a data set, as `Loader` takes them: of a folder spread evenly, for it is sorted by class; of
     drawn scenes the first.
 
@@ -53,27 +54,13 @@ class Some(Sequence):
         if not hasattr(dataset, "__getitem__"):
             kind = type(dataset).__name__
             raise ValueError(f"dataset must be one whose samples can be asked for by number, got a {kind}")
-        self._dataset, size = dataset, len(dataset)
-        self._read = getattr(dataset, "read", dataset.__getitem__)  # with its image still encoded, where that can be
-        self.classes = getattr(dataset, "classes", ())
-        self.flip_safe = getattr(dataset, "flip_safe", True)
-        self.crop_scale = getattr(dataset, "crop_scale", (0.2, 1.0))
+        size = len(dataset)
         if getattr(dataset, "endless", False):
-            self._chosen = range(min(count or COUNT, size))
+            chosen = range(min(count or COUNT, size))
         else:
             count = min(count or size, size)
-            self._chosen = [i * size // count for i in range(count)]
-
-    def __len__(self) -> int:
-        return len(self._chosen)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Raises BadSample."""
-        return self._dataset[self._chosen[index]]
-
-    def read(self, index: int) -> Sample:
-        """As [index]; the image may be an EncodedImage. Raises BadSample."""
-        return self._read(self._chosen[index])
+            chosen = [i * size // count for i in range(count)]
+        super().__init__(dataset, chosen)
 
 
 class Crops(Sequence):

@@ -12,7 +12,7 @@ from m3ae_fast import _checks
 T = TypeVar("T")
 
 # Streams: two that must not share numbers never do, whatever the seed.
-SCENE, ORDER, SAMPLE, QUESTION, STATEMENT, PHRASE, CLUTTER, PAIRED, MIX = range(9)
+SCENE, ORDER, SAMPLE, QUESTION, STATEMENT, PHRASE, CLUTTER, PAIRED, MIX, SPLIT = range(10)
 
 
 def check_seed(seed: int) -> int:

@@ -15,6 +15,7 @@ from m3ae_fast.data.paired import PairedShare
 from m3ae_fast.data.rows import JSONLinesDataset
 from m3ae_fast.data.shapes import ShapesDataset
 from m3ae_fast.data.shards import TarDataset
+from m3ae_fast.data.split import Split
 from m3ae_fast.data.streamed import StreamedDataset
 
 DRAWN = {"shapes": ShapesDataset, "cluttered": ClutteredShapes}
@@ -23,7 +24,13 @@ SPLITS = ("train", "val")
 
 
 def open_dataset(
-    data: str | Sequence[str], *, image_size: int, seed: int, strict: bool = False, paired_share: float = 1.0
+    data: str | Sequence[str],
+    *,
+    image_size: int,
+    seed: int,
+    strict: bool = False,
+    paired_share: float = 1.0,
+    val_share: float = 0.0,
 ):
     """The data set that a specification names, or the MixedDataset of several.
 
@@ -43,6 +50,7 @@ def open_dataset(
         seed: of what is drawn.
         strict: raise BadSample for a damaged shard, instead of a warning.
         paired_share: of the images, which keep their captions: see PairedShare.
+        val_share: of the samples, which are not in it but in its `held_out`: see Split.
     Raises:
         FileNotFoundError, ValueError: no such data, or nothing in it; a weight that is not positive.
         ModuleNotFoundError: what a format needs is not installed.
@@ -54,6 +62,8 @@ def open_dataset(
     sources = [open_source(spec, image_size=image_size, seed=seed, strict=strict) for spec in specs]
     if paired_share != 1:
         sources = [PairedShare(source, paired_share, seed, number) for number, source in enumerate(sources)]
+    if val_share:
+        sources = [Split(source, val_share) for source in sources]
     return sources[0] if len(sources) == 1 else MixedDataset(sources, weights)
 
 
