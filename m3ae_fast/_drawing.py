@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -50,20 +50,22 @@ def heat(image: np.ndarray, map: Tensor) -> np.ndarray:
     return np.uint8(np.clip(share * image + (1 - share) * gray, 0, 255))
 
 
+class Card(NamedTuple):
+    """What a sample is shown by."""
+
+    panels: list[np.ndarray]  # [H, W, 3] uint8
+    words: list[tuple[str, str, bool]]  # (word, guess, whether it was masked)
+    label: str = ""  # in its upper right corner
+
+
 class Cards:
     """Lays cards out in columns; `image` is the picture.
 
     Args:
-        cards: of each, its panels ([H, W, 3] uint8) and its words (word, guess, whether it was masked).
-        titles: of the panels. note: at the foot, beside what the colors of guesses mean.
+        cards: one a sample. titles: of the panels. note: at the foot, beside what the colors of guesses mean.
     """
 
-    def __init__(
-        self,
-        cards: list[tuple[list[np.ndarray], list[tuple[str, str, bool]]]],
-        titles: tuple[str, ...],
-        note: str = "",
-    ):
+    def __init__(self, cards: list[Card], titles: tuple[str, ...], note: str = ""):
         import matplotlib
         from PIL import Image, ImageDraw, ImageFont
 
@@ -75,13 +77,13 @@ class Cards:
         columns = min(COLUMNS, len(cards))
         inner = len(titles) * (SIDE + GAP) - GAP
         width = inner + 2 * GAP
-        placed = [(panels, self._lay_out(text, inner)) for panels, text in cards]
+        placed = [card._replace(words=self._lay_out(card.words, inner)) for card in cards]
         heights = [self._height(*card) for card in placed]
         rows = [max(heights[i : i + columns]) for i in range(0, len(cards), columns)]
         size = (columns * (width + GAP) - GAP + 2 * MARGIN, sum(rows) + (len(rows) - 1) * GAP + 2 * MARGIN + LINE)
         self.image = Image.new("RGB", size, PAPER)
         self._pen = ImageDraw.Draw(self.image)
-        guessed = any(masked for _, text in cards for _, _, masked in text)
+        guessed = any(masked for card in cards for _, _, masked in card.words)
         notes = "; ".join(each for each in (GUESSES if guessed else "", note) if each)
         self._pen.text((MARGIN, size[1] - MARGIN - 8), notes, font=self._small, fill=FAINT)
         for i, card in enumerate(placed):
@@ -89,14 +91,15 @@ class Cards:
             x, y = MARGIN + column * (width + GAP), MARGIN + sum(rows[:row]) + row * GAP
             self._pen.rounded_rectangle((x, y, x + width - 1, y + rows[row] - 1), 8, fill=CARD)
             self._card(x + GAP, y + GAP, *card)
+            self._pen.text((x + width - GAP, y + GAP - 3), card.label, font=self._small, fill=FAINT, anchor="ra")
 
     def save(self, path: Path) -> None:
         check_png(path)
         with replacing(path) as temporary:
             self.image.save(temporary, format="PNG")
 
-    def _height(self, panels, words) -> int:
-        height = LINE + SIDE if panels else 0
+    def _height(self, panels, words, label) -> int:
+        height = LINE + SIDE if panels else LINE if label else 0
         lines = 1 + max((line for _, _, line, _, _ in words), default=-1)
         return height + (GAP if panels and lines else 0) + lines * (2 * LINE + 6) + 2 * GAP
 
@@ -117,7 +120,7 @@ class Cards:
             x += wide + 6
         return placed
 
-    def _card(self, x: int, y: int, panels, words) -> None:
+    def _card(self, x: int, y: int, panels, words, label) -> None:
         from PIL import Image
 
         for i, (panel, title) in enumerate(zip(panels, self._titles, strict=bool(panels))):
@@ -126,7 +129,7 @@ class Cards:
             enlarged = panel.shape[0] < SIDE
             resample = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
             self.image.paste(Image.fromarray(panel).resize((SIDE, SIDE), resample), (left, y + LINE))
-        y += LINE + SIDE + GAP if panels else 0
+        y += LINE + SIDE + GAP if panels else LINE if label else 0
         for left, wide, line, word, guess in words:
             left, top = x + left, y + line * (2 * LINE + 6)
             middle = left + wide / 2

@@ -30,3 +30,12 @@ class Average:
         decay = min(self.decay, (1 + step) / (10 + step))
         trained = [p for p in model.parameters() if p.requires_grad]
         torch._foreach_lerp_(list(self.weights.values()), trained, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Give the model the averaged weights and keep its own meanwhile; once more undoes it, to the bit."""
+        for name, parameter in model.named_parameters():
+            if name in self.weights:
+                held = parameter.detach().clone()
+                parameter.copy_(self.weights[name])
+                self.weights[name].copy_(held)

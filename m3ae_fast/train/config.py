@@ -9,7 +9,7 @@ from pathlib import Path
 
 from m3ae_fast._files import read_json, write_json
 from m3ae_fast._settings import check, documented, free, setting
-from m3ae_fast.data.specs import absolute, listed, without_place
+from m3ae_fast.data.specs import absolute, is_streamed, listed, without_place
 from m3ae_fast.models import OBJECTIVES, M3AEConfig, MAMOConfig, Model
 from m3ae_fast.models.config import SIZES
 
@@ -96,6 +96,13 @@ class RunConfig:
     paired_share: float = setting(
         1.0, "share of images that keep their captions, the same ones in every epoch", RUN, "S", "(0, 1]"
     )
+    val_share: float = setting(
+        0.0, "share of the samples held out for validation, the same ones whatever the seed", RUN, "S", "[0, 1)"
+    )
+    val_data: str | None = setting(
+        None, "data to validate on instead, as --data has them; of shapes and cluttered, other scenes", RUN, "SPEC",
+        free=True,
+    )  # fmt: skip
     device: str | None = setting(None, "default: cuda if there is one, else cpu", MACHINE, free=True)
     workers: int = setting(0, "processes that load data, for each that trains", MACHINE, "N", "[0, inf)", free=True)
     shard: bool = setting(
@@ -120,6 +127,10 @@ class RunConfig:
     checkpoint_every: int = setting(
         500, "steps between checkpoints; 0: only at the end", FILES, "STEPS", "[0, inf)", free=True
     )
+    val_every: int = setting(
+        500, "steps between validations, by val_share or val_data; 0: only at the end", FILES, "STEPS", "[0, inf)",
+        free=True,
+    )  # fmt: skip
     picture_every: int | None = setting(
         None, "steps between pictures; 0: only at the end; default: a quarter of all", FILES, "STEPS", "[0, inf)",
         free=True,
@@ -132,6 +143,10 @@ class RunConfig:
         ):
             raise TypeError(f"data must be a string or a list of strings, got {self.data!r}")
         check(self)
+        if self.val_share and self.val_data is not None:
+            raise ValueError(f"val_share must be 0 beside val_data, got {self.val_share:g}")
+        if self.val_data is not None and is_streamed(self.val_data):
+            raise ValueError(f"val_data must not be streamed, got {self.val_data}")
         if self.paired_share < 1 and self.model_class.CAPTIONS == "required":
             raise ValueError(f"paired_share must be 1 for {self.objective}, which trains on pairs alone")
         if self.cuda_graphs and not self.model_class.BUCKETS:
@@ -171,6 +186,8 @@ class RunConfig:
         if values["picture_every"] is None:
             values["picture_every"] = max(values["steps"] // 4, 1)
         values["data"] = absolute(self.data) if isinstance(self.data, str) else [absolute(spec) for spec in self.data]
+        if self.val_data is not None:
+            values["val_data"] = absolute(self.val_data)
         for name in ("init", "text_vocab"):
             if values[name] is not None:
                 values[name] = os.path.abspath(values[name])

@@ -240,6 +240,12 @@ def summing_gradients(model: nn.Module, now: bool) -> Iterator[None]:
         yield
 
 
+def end_of_passes(model: nn.Module) -> None:
+    """After forward passes without a backward pass, which would do it: what was gathered is let go."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def placed_like(value: Tensor, like: Tensor) -> Tensor:
     """A copy of a tensor that every process has in full, on the device of `like` and, where that is sharded, as its
     share."""

@@ -5,20 +5,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from m3ae_fast._drawing import FAINT, INK, Cards, heat, new_figure, save_figure
+from m3ae_fast._drawing import FAINT, INK, Card, Cards, heat, new_figure, save_figure
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
-from m3ae_fast.data import EncodedImage, Loader, Sample, Tokenizer, open_dataset
+from m3ae_fast.data import DRAWN, EncodedImage, Loader, MixedDataset, Sample, Tokenizer, open_dataset
 from m3ae_fast.data.folder import read_captions
+from m3ae_fast.data.specs import listed, split_weight
 from m3ae_fast.models import Metric, Model, ModelConfig
 from m3ae_fast.models.ground import ground, to_pixels
 from m3ae_fast.train import metrics
 from m3ae_fast.train.config import RunConfig
+from m3ae_fast.train.validation import open_held_out
 
 SAMPLES = 6  # of a picture
 # Colors as #rrggbb, by `Metric.of`
@@ -34,7 +37,7 @@ def draw_pictures(
     config: RunConfig,
     step: int,
     device: torch.device,
-    shown: Callable[[], ImageTextBatch],
+    shown: Callable[[], Shown],
 ) -> None:
     """Write pictures/losses.png of a run and, of a model that rebuilds what it cannot see, a picture of that, named by
     its kind (`Model.PICTURE`): pictures/reconstruction-<step>.png or pictures/words-<step>.png.
@@ -48,10 +51,34 @@ def draw_pictures(
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", M3AEFastWarning)  # the training loader has told of files it cannot read
-        batch = shown()
+        batch, labels = shown()
     draw = {"reconstruction": draw_reconstruction, "words": draw_words}[model.PICTURE]
     path = folder / "pictures" / f"{model.PICTURE}-{step:08d}.png"
-    draw(model, tokenizer, batch, path, seed=config.seed, device=device)
+    draw(model, tokenizer, batch, path, seed=config.seed, device=device, labels=labels)
+
+
+class Shown(NamedTuple):
+    """The samples of a run's pictures, and of each whether the run trains on it: "seen" or "unseen"."""
+
+    batch: ImageTextBatch
+    labels: list[str]
+
+
+def samples_to_show(
+    model_config: ModelConfig, tokenizer: Tokenizer | None, config: RunConfig, dataset, unseen
+) -> Shown:
+    """Six samples, uncropped: of a run that holds samples out, three of its data and three of those.
+
+    Args:
+        dataset: that the run trains on. unseen: what it holds out, or None.
+    """
+    if unseen is None:
+        batch, specs = held_out(model_config, tokenizer, config), listed(config.data)
+        at = dataset.at if isinstance(dataset, MixedDataset) else lambda *_: (0,)
+        drawn = [split_weight(specs[at(place, config.seed + 1)[0]])[0] in DRAWN for place in range(len(batch))]
+        return Shown(batch, ["unseen" if each else "seen" for each in drawn])
+    halves = [_some_of(each, tokenizer, model_config, config, SAMPLES // 2) for each in (dataset, unseen)]
+    return Shown(_joined(halves), ["seen"] * len(halves[0]) + ["unseen"] * len(halves[1]))
 
 
 def held_out(
@@ -62,11 +89,32 @@ def held_out(
     data: str | None = None,
     count: int = SAMPLES,
 ) -> ImageTextBatch:
-    """`count` samples of the run's data, or of other `data`, uncropped; of `shapes`, scenes it was not trained on."""
-    seed = config.seed + 1
-    dataset = open_dataset(data or config.data, image_size=model_config.image_size, seed=seed)
-    options = {"seed": seed, "pairs_only": config.model_class.CAPTIONS == "required"}
+    """`count` samples, uncropped: of other `data`, or of what the run holds out, or else of its data; of `shapes`,
+    scenes it was not trained on."""
+    options = {"image_size": model_config.image_size, "seed": config.seed + 1}
+    if data is not None:
+        dataset = open_dataset(data, **options)
+    else:
+        dataset = open_dataset(config.data, val_share=config.val_share, **options)
+        unseen = open_held_out(config, dataset, model_config.image_size)
+        dataset = dataset if unseen is None else unseen
+    return _some_of(dataset, tokenizer, model_config, config, count)
+
+
+def _some_of(dataset, tokenizer, model_config: ModelConfig, config: RunConfig, count: int) -> ImageTextBatch:
+    options = {"seed": config.seed + 1, "pairs_only": config.model_class.CAPTIONS == "required"}
     return _first_batch(dataset, tokenizer, model_config, min(count, len(dataset)), **options)
+
+
+def _joined(batches: list[ImageTextBatch]) -> ImageTextBatch:
+    """One of them all, numbered anew."""
+    images = [batch.images for batch in batches if batch.images is not None]
+    return ImageTextBatch(
+        torch.cat(images) if images else None,
+        torch.cat([batch.text for batch in batches]),
+        [length for batch in batches for length in batch.text_lengths.lengths],
+        has_image=[has for batch in batches for has in batch.has_image],
+    )
 
 
 def batch_of_files(
@@ -107,7 +155,8 @@ def _first_batch(dataset, tokenizer, model_config: ModelConfig, count: int, **op
 
 
 def draw_losses(rows: list[dict], path: Path, known: Mapping[str, Metric]) -> None:
-    """Loss, accuracy and learning rate over the steps, each step thin and their running mean thick.
+    """Loss, accuracy and learning rate over the steps, each step thin and their running mean thick, beside what
+    validation says of the same.
 
     Args:
         rows: of metrics.jsonl; nothing is drawn where there are none, nor of steps that were not finite.
@@ -116,6 +165,7 @@ def draw_losses(rows: list[dict], path: Path, known: Mapping[str, Metric]) -> No
     rows = [row for row in rows if None not in row.values()]
     if not rows:
         return
+    validated = [row for row in rows if "val_loss" in row]
     known = {**known, "lr": Metric("learning rate", of="watch")}
     shown = [name for name in known if name in ("loss", "lr") or any(row[name] for row in rows)]
     if any(known[name].of in ("image", "text", "pair") for name in shown[1:]):
@@ -134,6 +184,10 @@ def draw_losses(rows: list[dict], path: Path, known: Mapping[str, Metric]) -> No
         if name != "lr":
             axes.plot(steps, values, color=COLORS[of], alpha=0.22, linewidth=0.7)
         axes.plot(steps, mean if name != "lr" else values, color=COLORS[of], linewidth=2)
+        if validated and name != "lr":
+            points = [row["step"] for row in validated], [row[f"val_{name}"] for row in validated]
+            axes.plot(*points, color=INK, linewidth=1, marker="o", markersize=3, label="validation")
+            axes.legend(frameon=False, fontsize=9, loc="upper center")
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
         axes.set_title(subtitle, loc="right", fontsize=9, color=FAINT)
         axes.grid(color="#e7e9ee", linewidth=0.8)
@@ -171,6 +225,7 @@ def draw_reconstruction(
     *,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    labels: Sequence[str] | None = None,
 ) -> None:
     """Original | masked | reconstruction of every sample, and its caption: masked words on gray, guesses below.
 
@@ -178,7 +233,7 @@ def draw_reconstruction(
     each gets those of the original, which the picture says. A guess is green where it is right.
 
     Args:
-        batch: images as uint8. seed: of the masks.
+        batch: images as uint8. seed: of the masks. labels: of the samples, shown beside them.
     """
     training = model.training
     model.eval()
@@ -201,7 +256,7 @@ def draw_reconstruction(
             image = next(images)
             hidden = pixel_mask(image_mask[i], config)[..., None].numpy()
             panels = [image, np.where(hidden, stripes, image), np.where(hidden, predicted[i].numpy(), image)]
-        cards.append((panels, next(captions, [])))
+        cards.append(Card(panels, next(captions, []), labels[i] if labels else ""))
     note = "mean and contrast of reconstructed patches are the original's (norm_pix)" if result.norm_pix else ""
     Cards(cards, ("original", "masked", "reconstruction"), note).save(path)
 
@@ -215,12 +270,13 @@ def draw_words(
     *,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    labels: Sequence[str] | None = None,
 ) -> None:
     """A model's view of pairs: the image, where in it the caption is found (`models.ground`), and the guesses of masked
     words, green where right.
 
     Args:
-        batch: pairs, images as uint8. seed: of the masked words.
+        batch: pairs, images as uint8. seed: of the masked words. labels: of the samples, shown beside them.
     """
     training = model.training
     model.eval()
@@ -230,7 +286,8 @@ def draw_words(
     model.train(training)
     images = batch.images.cpu().permute(0, 2, 3, 1).numpy()
     captions = _captions(batch, tokenizer, logits, text_mask)
-    cards = [([image, heat(image, map)], text) for image, map, text in zip(images, maps, captions, strict=True)]
+    parts = zip(images, maps, captions, labels or [""] * len(batch), strict=True)
+    cards = [Card([image, heat(image, map)], text, label) for image, map, text, label in parts]
     Cards(cards, ("original", "where the caption is found")).save(path)
 
 

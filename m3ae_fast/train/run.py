@@ -3,7 +3,7 @@
 run.json            the RunConfig
 tokenizer.json      unless the data has no captions
 checkpoints/        step-00000500.safetensors, or step-00000500/ of a sharded model, the newest two
-metrics.jsonl       a row a step; the same numbers in tensorboard/
+metrics.jsonl       a row a step, of some with val_... of validation; the same numbers in tensorboard/
 pictures/           loss curves and reconstructions
 bad_steps/          the batches of steps that were not finite and were skipped, if there were any: load_bad_step
 lock                empty; locked while a process trains there
@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from m3ae_fast._files import naming
 from m3ae_fast._warning import M3AEFastWarning
-from m3ae_fast.data import StreamedDataset, Tokenizer, open_dataset
+from m3ae_fast.data import Loader, StreamedDataset, Tokenizer, open_dataset
 from m3ae_fast.models import OBJECTIVES, Model
 from m3ae_fast.models.config import RENAMED, ModelConfig
 from m3ae_fast.nn.positions import resample_positions
@@ -204,8 +204,18 @@ def refuse_used(folder: Path) -> None:
 def open_data(config: RunConfig, image_size: int):
     """The run's data set."""
     return open_dataset(
-        config.data, image_size=image_size, seed=config.seed, strict=config.strict, paired_share=config.paired_share
-    )
+        config.data, image_size=image_size, seed=config.seed, strict=config.strict, paired_share=config.paired_share,
+        val_share=config.val_share,
+    )  # fmt: skip
+
+
+def make_loader(dataset, tokenizer: Tokenizer | None, model: Model, config: RunConfig, **options) -> Loader:
+    """Of this process's share of the samples, those that the model can use; options: more of a `Loader`'s arguments."""
+    return Loader(
+        dataset, tokenizer, image_size=model.config.image_size, max_text_length=model.config.max_text_length,
+        rank=distributed.rank(), world_size=distributed.world_size(), strict=config.strict,
+        pairs_only=model.CAPTIONS == "required", labelled_only=model.LABELS, **options,
+    )  # fmt: skip
 
 
 def _sources(dataset) -> list:

@@ -49,8 +49,7 @@ def print_summary(summary: Summary) -> None:
     )
     others = ("step", "lr", "bad_steps", "tokens_per_second")
     losses = {name: value for name, value in summary.last.items() if name not in others}
-    shown = {name: "not finite" if value is None else f"{value:.4f}" for name, value in losses.items()}
-    print("last step: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+    print("last step: " + ", ".join(f"{name} {as_text(value)}" for name, value in losses.items()))
     if summary.bad_steps:
         print(f"steps skipped, not finite: {summary.bad_steps:,} (batches: {folder / 'bad_steps'})")
     counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in summary.counters.items())
@@ -64,6 +63,11 @@ def print_summary(summary: Summary) -> None:
     if not summary.interrupted:
         print(f"pictures: {folder / 'pictures'}")
     print(f"numbers: {folder / 'metrics.jsonl'}, tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
+
+
+def as_text(loss: float | None) -> str:
+    """A loss, or another number of a step, as it is printed."""
+    return "not finite" if loss is None else f"{loss:.4f}"
 
 
 def print_data(summary: Summary) -> None:

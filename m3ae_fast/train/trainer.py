@@ -24,7 +24,6 @@ from m3ae_fast import _checks
 from m3ae_fast._files import remove_unfinished
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
-from m3ae_fast.data import Loader
 from m3ae_fast.data.specs import is_streamed, listed
 from m3ae_fast.models import OBJECTIVES, GraphedStep, Model
 from m3ae_fast.models.masking import BatchPlan
@@ -34,9 +33,10 @@ from m3ae_fast.train.average import Average
 from m3ae_fast.train.bad_steps import BadSteps, NotFinite
 from m3ae_fast.train.config import RunConfig
 from m3ae_fast.train.metrics import Metrics
-from m3ae_fast.train.pictures import draw_pictures, held_out
+from m3ae_fast.train.pictures import Shown, draw_pictures, samples_to_show
 from m3ae_fast.train.schedule import learning_rate
 from m3ae_fast.train.summary import Summary
+from m3ae_fast.train.validation import Validation, open_held_out
 from m3ae_fast.train.watch import Progress, StopRequest, Waiting
 
 
@@ -99,6 +99,7 @@ class Trainer:
         config: everything resolved. folder: of the run. done: steps taken, the bad ones too.
         model, optimiser, device; average: of the weights, or None. tokenizer: None for a model of images alone.
         spread: the model as it is called in training, by DDP for instance. loader: gives the batches.
+        dataset: trained on. held_out: for validation, or None.
         stopping: whether a process was asked to stop, by Ctrl-C or SIGTERM during `run`.
         summary: of what was done since it was entered.
     """
@@ -113,10 +114,12 @@ class Trainer:
         self._store, self._begun = store or HashStore(), f"begun {self.folder.absolute()}"
         self.resumed = distributed.on_first(lambda: self._resumes(resume))
         self.config, self.dataset, self.tokenizer = run.open_run(self.folder, config, resume=self.resumed)
+        self.held_out = open_held_out(self.config, self.dataset, self.config.model_config["image_size"])
         self.processes, self.is_first = distributed.world_size(), distributed.is_first()
         self.sharded = self.config.shard and self.processes > 1
         self.done, self.stopping, self.bad_steps = 0, False, BadSteps(self.folder, self.config)
         self._request, self._opened, self.loader, self.metrics = StopRequest(), None, None, None
+        self._validation = None
         self.build()
         if self.resumed:
             self.resume()
@@ -168,13 +171,13 @@ class Trainer:
         if self._opened is not None:
             raise RuntimeError("the trainer is open already: call run outside of `with trainer:`")
         config, model = self.config, self.model
-        loader = Loader(
-            self.dataset, self.tokenizer, image_size=model.config.image_size, seed=config.seed,
-            batch_size=config.batch_size // self.processes, rank=distributed.rank(), world_size=self.processes,
-            max_text_length=model.config.max_text_length, start_step=self.done * config.accumulate,
-            workers=config.workers, strict=config.strict, pairs_only=model.CAPTIONS == "required",
-            labelled_only=model.LABELS, pin_memory=self.device.type == "cuda", plan=planner(model, config),
+        loader = run.make_loader(
+            self.dataset, self.tokenizer, model, config, batch_size=config.batch_size // self.processes,
+            seed=config.seed, start_step=self.done * config.accumulate, workers=config.workers,
+            pin_memory=self.device.type == "cuda", plan=planner(model, config),
         )  # fmt: skip
+        if self.held_out is not None:
+            self._validation = Validation(self.held_out, self.tokenizer, model, config, self.device)
         self._start = self._clock = time.perf_counter()
         with contextlib.ExitStack() as stack:
             distributed.on_first(lambda: self._open_folder(stack))
@@ -207,7 +210,7 @@ class Trainer:
 
     def _close(self) -> None:
         self.loader.close()
-        self._opened = self.loader = self._waiting = self.metrics = None
+        self._opened = self.loader = self._waiting = self._validation = self.metrics = None
 
     def __exit__(self, *error) -> None:
         self._opened.__exit__(*error)
@@ -243,6 +246,9 @@ class Trainer:
         row["tokens_per_second"] = tokens / (self._clock - before)
         self.summary.last, self.summary.tokens = row, self.summary.tokens + int(tokens)
         self._waiting.look(self._clock)
+        if self._validation is not None and (self.done == config.steps or is_due(config.val_every, self.done)):
+            row |= self._validation.losses(self.spread, self.average)
+            self._clock = time.perf_counter()  # the rate of the next step is its own
         if self.metrics is not None:
             self.metrics.write(row)
         return row
@@ -272,9 +278,9 @@ class Trainer:
             draw_pictures(self.folder, drawn, self.tokenizer, self.config, self.done, self.device, shown)
 
     @functools.cached_property
-    def _shown(self) -> ImageTextBatch:
-        """One for all pictures: a stream is read to a thousand samples for it."""
-        return held_out(self.model.config, self.tokenizer, self.config)
+    def _shown(self) -> Shown:
+        """The same in all pictures: a stream is read to a thousand samples for it."""
+        return samples_to_show(self.model.config, self.tokenizer, self.config, self.dataset, self.held_out)
 
     def run(self, stop_after: int | None = None, *, progress: bool = True) -> Summary:
         """Take all steps that are left, with checkpoints and pictures on the way; arguments as `pretrain`'s."""
@@ -289,9 +295,9 @@ class Trainer:
             while self.done < stop and not self.stopping:
                 bar.show(self.step())
                 if self.done < stop and not self.stopping:
-                    if config.checkpoint_every and self.done % config.checkpoint_every == 0:
+                    if is_due(config.checkpoint_every, self.done):
                         self.save()
-                    if config.picture_every and self.done % config.picture_every == 0:
+                    if is_due(config.picture_every, self.done):
                         self.draw()
             self.save()
             self._sum_up(stop)
@@ -314,6 +320,11 @@ class Trainer:
         summary.counters = {name: sums[name] for name in loader.counters}
         summary.skipped = dict(sum((each[1] for each in every), Counter()))
         summary.bad = list(dict.fromkeys(text for each in every for text in each[2]))
+
+
+def is_due(every: int, step: int) -> bool:
+    """Whether it is time for what happens after every so many steps; 0: never."""
+    return every > 0 and step % every == 0
 
 
 def _refuse_what_does_not_split(config: RunConfig, processes: int) -> None:

@@ -14,6 +14,7 @@ from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data import Loader
 from m3ae_fast.train import checkpoint, distributed, run
 from m3ae_fast.train.config import RunConfig
+from m3ae_fast.train.summary import as_text
 
 WAIT_STEPS, WAIT_SHARE = 100, 0.2  # warn where waiting for data takes more than this share of so many steps
 
@@ -73,7 +74,7 @@ class Progress:
             total=config.steps, initial=done, disable=not shown, mininterval=interval, dynamic_ncols=True,
             bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
         )  # fmt: skip
-        self._folder, self._shown, self._rate = folder, shown, None
+        self._folder, self._shown, self._rate, self._validated = folder, shown, None, ""
 
     def __enter__(self) -> Progress:
         return self
@@ -87,6 +88,8 @@ class Progress:
     def show(self, row: dict) -> None:
         rate = row["tokens_per_second"]
         self._rate = rate if self._rate is None else 0.95 * self._rate + 0.05 * rate
-        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-        self._bar.set_postfix_str(f"loss {loss}, {self._rate:,.0f} tokens/s", refresh=False)
+        if "val_loss" in row:
+            self._validated = f", validation {as_text(row['val_loss'])}"
+        losses = f"loss {as_text(row['loss'])}{self._validated}"
+        self._bar.set_postfix_str(f"{losses}, {self._rate:,.0f} tokens/s", refresh=False)
         self._bar.update()

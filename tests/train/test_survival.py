@@ -19,7 +19,7 @@ import torch
 
 import m3ae_fast
 from m3ae_fast import cli
-from m3ae_fast.train import checkpoint, metrics, pretrain, trainer
+from m3ae_fast.train import checkpoint, metrics, pretrain, run, trainer
 
 KILLS = int(os.environ.get("M3AE_FAST_KILLS", 5))
 
@@ -258,7 +258,7 @@ def at_step(monkeypatch):
 def test_a_killed_worker_costs_no_batch(config, rows, train, at_step, tmp_path, counted_warnings, monkeypatch):
     whole = train("whole")
     started = []
-    loaded = trainer.Loader
+    loaded = run.Loader
 
     def started_loader(*arguments, **options):
         started.append(loaded(*arguments, **options))
@@ -269,7 +269,7 @@ def test_a_killed_worker_costs_no_batch(config, rows, train, at_step, tmp_path, 
             os.kill(worker.pid, signal.SIGKILL)
             worker.join()  # torch's own handler would raise here, in the midst of the step
 
-    monkeypatch.setattr(trainer, "Loader", started_loader)
+    monkeypatch.setattr(run, "Loader", started_loader)
     at_step(3, kill)
     summary = pretrain(config(workers=2), tmp_path / "run", progress=False)
     assert rows() == whole and summary.workers_died == 1

@@ -16,6 +16,7 @@ from m3ae_fast import M3AEFastWarning
 from m3ae_fast.data import BadSample, Loader
 from m3ae_fast.models import M3AE, OBJECTIVES, M3AEConfig
 from m3ae_fast.train import Trainer, checkpoint, load_run, metrics, pretrain, trainer
+from m3ae_fast.train import run as runs
 
 
 @pytest.fixture
@@ -450,7 +451,7 @@ def test_a_step_takes_from_pinned_memory_alone(config, tmp_path, monkeypatch, pi
             return step(*args)
 
     monkeypatch.setattr(trainer, "train_step", watched)
-    monkeypatch.setattr(trainer, "Loader", lambda *args, **options: Loader(*args, **options | {"pin_memory": True}))
+    monkeypatch.setattr(runs, "Loader", lambda *args, **options: Loader(*args, **options | {"pin_memory": True}))
     assert losses("pinned") == expected
     assert moved and all(moved)
 

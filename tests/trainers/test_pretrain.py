@@ -24,6 +24,7 @@ from m3ae_fast.train import (
     run,
     sharded,
     trainer,
+    validation,
 )
 
 NAMES = ("loss", "image_loss", "text_loss", "text_accuracy", "lr")
@@ -39,6 +40,7 @@ def train(folder, resume=False, stop_after=None, sgd=False, **changes):
     """(summary, rows of metrics.jsonl) of a run, or of a part of it; in one process or as one of two."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "LEARN_WORDS_FROM", 300)
+        patch.setattr(validation, "SAMPLES", 10)
         patch.setattr(trainer, "draw_pictures", lambda *_: None)
         if sgd:
             patch.setattr(
@@ -140,6 +142,21 @@ def test_bf16_stays_close(pair, alone, tmp_path, way):
     expected, _ = alone(precision="bf16")
     (_, rows), _ = pair(functools.partial(train, precision="bf16", **WAYS[way]), tmp_path / "two")
     assert_same(rows, expected, rtol=5e-3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_validation_is_shared_and_training_none_the_wiser(pair, alone, tmp_path, way):
+    expected, weights = alone(ema=0.9, val_data="shapes", val_every=2)
+    changes = {"ema": 0.9, "val_data": "shapes", "val_every": 2, **WAYS[way]}
+    (_, rows), _ = pair(functools.partial(train, **changes), tmp_path / "two")
+    assert_same(rows, expected)
+    assert distance(load_run(tmp_path / "two").model, weights) < 1e-3
+    names = [f"val_{name}" for name in NAMES[:4]]
+    found, wanted = (
+        torch.tensor([[row[name] for name in names] for row in each if "val_loss" in row]) for each in (rows, expected)
+    )
+    assert found.shape == (3, 4)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_moves(pair, alone, tmp_path):

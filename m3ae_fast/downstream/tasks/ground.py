@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from m3ae_fast._drawing import INK, RIGHT, WRONG, Cards, heat
+from m3ae_fast._drawing import INK, RIGHT, WRONG, Card, Cards, heat
 from m3ae_fast._settings import natural, picture
 from m3ae_fast.data import Tokenizer
 from m3ae_fast.data.examples.files import open_phrases
@@ -74,7 +74,7 @@ def draw_ground(
         if box:
             pen.rectangle([scale * each for each in box], outline=color, width=max(size // 48, 2))
         words = [(word, "", False) for word in phrase.phrase.split()]
-        cards.append(([pixels, np.asarray(shown)], words))
+        cards.append(Card([pixels, np.asarray(shown)], words))
     Cards(cards, ("original", "where it points")).save(path)
 
 

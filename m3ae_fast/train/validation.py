@@ -1,0 +1,95 @@
+"""Validation: the losses of a run on samples that it does not train on."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from m3ae_fast.data import MixedDataset, Sample, Tokenizer, open_dataset
+from m3ae_fast.models import Model
+from m3ae_fast.train import distributed, run
+from m3ae_fast.train.average import Average
+from m3ae_fast.train.config import RunConfig
+
+SAMPLES = 1000  # at most
+SEED = 2**31  # of scenes, order and masks: the same in every run, and no run's own
+
+
+def open_held_out(
+    config: RunConfig, dataset: Sequence[Sample] | MixedDataset, image_size: int
+) -> Sequence[Sample] | MixedDataset | None:
+    """What a run does not train on; None where it holds nothing out.
+
+    Args:
+        config: its val_share or val_data. dataset: which it trains on. image_size: pixels a side of what is drawn.
+    Raises:
+        FileNotFoundError, ValueError: no such data, or for a model of classes other ones.
+    """
+    if config.val_data is None:
+        return dataset.held_out if config.val_share else None
+    held_out = open_dataset(config.val_data, image_size=image_size, seed=SEED, strict=config.strict)
+    if config.model_class.LABELS and tuple(held_out.classes) != tuple(dataset.classes):
+        raise ValueError(f"val_data must have the classes of data, {dataset.classes}, got {held_out.classes}")
+    return held_out
+
+
+class Validation:
+    """Samples held out, in batches, and the model's losses on them.
+
+    They are read once, and kept as they are read, up to a thousand of them shared by all processes: the same in every
+    run on the same data, uncropped, with the same masks each time.
+
+    Args:
+        held_out: of `open_held_out`. tokenizer, model, config: the run's.
+        device: where the losses are computed.
+    Raises:
+        ValueError: not one sample that can be read and is of the kind that the model trains on.
+    """
+
+    def __init__(
+        self,
+        held_out: Sequence[Sample] | MixedDataset,
+        tokenizer: Tokenizer | None,
+        model: Model,
+        config: RunConfig,
+        device: torch.device,
+    ):
+        self._config, self._device = config, device
+        processes, count = distributed.world_size(), min(len(held_out), SAMPLES)
+        each = max(min(config.batch_size, count) // processes, 1)
+        loader = run.make_loader(held_out, tokenizer, model, config, batch_size=each, seed=SEED, augment=False)
+        self._batches = [batch for _, batch in itertools.islice(loader, max(count // (each * processes), 1))]
+
+    @torch.no_grad()
+    def losses(self, model: nn.Module, average: Average | None) -> dict[str, float | None]:
+        """Means of the model's METRICS over the samples, each called val_...; None for one that is not finite.
+
+        The model is as before afterwards, to the bit. All processes call it.
+
+        Args:
+            model: as it is called in training. average: whose weights are taken instead, if there is one.
+        """
+        own = distributed.bare(model)
+        training = own.training
+        own.eval()  # in training, a pass may fill a queue
+        if average is not None:
+            average.swap(own)
+        try:
+            torch.manual_seed(SEED)
+            totals = torch.zeros(len(own.METRICS), device=self._device)
+            for batch in self._batches:
+                with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16"):
+                    output = model(batch.to(self._device), seed=SEED, step=0)
+                totals += torch.stack([getattr(output, name).float() for name in own.METRICS])
+            means = distributed.mean(totals / len(self._batches)).tolist()
+        finally:
+            distributed.end_of_passes(model)
+            if average is not None:
+                average.swap(own)
+            own.train(training)
+        named = zip(own.METRICS, means, strict=True)
+        return {f"val_{name}": value if math.isfinite(value) else None for name, value in named}
