@@ -50,6 +50,7 @@ class Backends:
     def __init__(self, op: str, modules: dict[str, ModuleType], reasons: dict[str, str]):
         self.op, self.modules, self.reasons = op, modules, reasons
         self.slow = op in SLOW_WITHOUT_VECTORS and "cpp" in modules and modules["cpp"]._C.active_isa() == "scalar"
+        self.remarks: list[str] = []  # for explain()
         self.picked: dict[tuple, str] = {}  # what `pick` found for an impl, a device and dtypes
         # How many channels rows (of a head, in attention) may have, where a backend has a limit: its module's WIDEST.
         self.widest = {impl: module.WIDEST for impl, module in modules.items() if hasattr(module, "WIDEST")}

@@ -70,5 +70,6 @@ def explain() -> str:
         have = ["reference", *backends.modules]
         have += ["cpp is slower than PyTorch without vector instructions"] if backends.slow else []
         have += [f"{impl} unavailable: {reason}" for impl, reason in backends.reasons.items()]
+        have += backends.remarks
         lines.append(f"{op:<24}{runs['cpu']:<12}{runs['cuda']:<12}{'; '.join(have)}")
     return "\n".join(lines)

@@ -19,6 +19,7 @@ from m3ae_fast.ops.layer_norm.op import BACKENDS as LAYER_NORM
 from m3ae_fast.ops.layer_norm.op import _layer_norm, _layer_norm_backward
 from m3ae_fast.ops.linear.op import BACKENDS as LINEAR
 from m3ae_fast.ops.linear.op import _linear, _linear_backward
+from m3ae_fast.ops.varlen_attention.choice import pick as pick_attention
 from m3ae_fast.ops.varlen_attention.op import BACKENDS as ATTENTION
 from m3ae_fast.ops.varlen_attention.op import _varlen_attention, _varlen_attention_packed_backward
 from m3ae_fast.seqlens import SeqLens
@@ -109,7 +110,7 @@ class _BlockNode(torch.autograd.Function):
         h, s1, stats1, to_norm = _norm(x, update, *norm1, eps[0])
         h, w_qkv, to_product = _product(h, *qkv)
         packed = h.view(len(h), 3, heads, h.shape[1] // (3 * heads))
-        to_attention = _backends.pick(ATTENTION, None, packed)
+        to_attention = pick_attention(ATTENTION, None, packed, longest)
         out, stats = _varlen_attention(direct(to_attention), *packed.unbind(1), cu, None, longest, longest, None)
         h, w_proj, _ = _product(out.flatten(1), *proj)
         h, s2, stats2, _ = _norm(s1, scaled(h, scales[0]), *norm2, eps[1])

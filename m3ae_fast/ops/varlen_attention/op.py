@@ -10,9 +10,10 @@ from torch import Tensor
 from m3ae_fast import _backends, _checks, seqlens
 from m3ae_fast._autograd import Function, differentiable_once, kept
 from m3ae_fast._backends import like
-from m3ae_fast.ops.varlen_attention import reference
+from m3ae_fast.ops.varlen_attention import choice, reference
 
 BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
+BACKENDS.remarks += choice.remarks()
 
 
 def varlen_attention(
@@ -44,7 +45,8 @@ def varlen_attention(
         softmax_scale: None is D ** -0.5.
         return_lse: return (out, lse).
         impl: "reference", "cpp", "triton" (D up to 512), "cuda" (bfloat16 and float16, D up to 128); None takes the
-            fastest for the device. float16 on the CPU, and wider heads on a GPU: the reference.
+            fastest for the device, on a GPU by the shape, where that was measured (`choice.py`). float16 on the CPU,
+            and wider heads on a GPU: the reference.
 
     q, k and v of different dtypes meet in the widest; under autocast, in autocast's. Products are summed and the
     softmax is taken in fp32 (fp64 for fp64). Differentiable, through lse too, and the same bits on every run. In bf16
@@ -90,7 +92,7 @@ def varlen_attention(
 
     dtype = _backends.product_dtype(q, k, v)
     q, k, v = (_dense_rows(x.to(dtype)) for x in (q, k, v))
-    impl = _backends.pick(BACKENDS, impl, q)
+    impl = choice.pick(BACKENDS, impl, q, max_q, max_k)
     if impl == "reference":
         cu_k = cu_q if cu_k is None else cu_k
         out, lse = reference.varlen_attention(
@@ -140,7 +142,7 @@ def varlen_attention_qkvpacked(
     softmax_scale = _no_integer(softmax_scale)
     cu, longest = _lengths("", cu_seqlens, max_seqlen, qkv)
     qkv = _dense_rows(qkv.to(_backends.product_dtype(qkv)))
-    impl = _backends.pick(BACKENDS, impl, qkv)
+    impl = choice.pick(BACKENDS, impl, qkv, longest)
     if impl == "reference":
         longest = seqlens.longest(cu, longest)
         scale = _scale(softmax_scale, qkv.shape[3])
