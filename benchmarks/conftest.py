@@ -13,12 +13,14 @@ from m3ae_fast import testing
 def pytest_addoption(parser):
     parser.addoption("--smoke", action="store_true", help="tiny rounds: proves the benchmarks run, measures nothing")
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
+    parser.addoption("--seconds", type=float, default=6.0, help="that the rounds of one case may take; default 6")
     parser.addoption("--table", type=Path, help="write the table there (Markdown), and beside it as JSON")
 
 
 def pytest_configure(config):
     measure.SETTINGS.smoke = config.getoption("--smoke", default=False)
     measure.SETTINGS.device = config.getoption("--device", default="cpu")
+    measure.SETTINGS.seconds = config.getoption("--seconds", default=6.0)
     if not measure.SETTINGS.gpu:
         return
     if not torch.cuda.is_available():

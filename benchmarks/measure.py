@@ -13,14 +13,17 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from m3ae_fast import _backends, testing
 from m3ae_fast.testing import Call
 
 CACHE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # rotate inputs through more than this
-LEAST_ROUNDS, SECONDS = 5, 6.0  # what takes long gets fewer rounds
+LEAST_ROUNDS = 5
 ROWS: list[Row] = []  # what conftest prints at the end
 MISSING: dict[tuple[str, str], list[str]] = {}  # (peer, why it could not run) -> where
 
@@ -42,6 +45,7 @@ class Row:
 class Settings:
     smoke: bool = False
     device: str = "cpu"  # or "cuda"
+    seconds: float = 6.0  # what takes longer gets fewer rounds
 
     @property
     def rounds(self) -> int:
@@ -58,6 +62,24 @@ class Settings:
 
 
 SETTINGS = Settings()
+
+
+class _DrawnThere(TorchFunctionMode):
+    """torch.randn draws on the device that is measured."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.randn:
+            kwargs = kwargs | {"device": SETTINGS.device, "generator": None}
+        return func(*args, **(kwargs or {}))
+
+
+def make(cases: ModuleType, *args) -> Call:
+    """cases.make(*args); on a GPU its normal numbers are drawn there, for a CPU takes seconds to draw them."""
+    if SETTINGS.device == "cpu":
+        return cases.make(*args)
+    torch.manual_seed(0)
+    with _DrawnThere():
+        return cases.make(*args)
 
 
 def copies(call: Call, count: int | None = None) -> list[Call]:
@@ -116,7 +138,7 @@ def interleave(providers: dict[str, Callable[[int], object]], inputs: int, queue
     times = {name: [] for name in providers}
     began = time.perf_counter()
     for round_ in range(SETTINGS.rounds):
-        if round_ >= LEAST_ROUNDS and time.perf_counter() - began > SECONDS:
+        if round_ >= LEAST_ROUNDS and time.perf_counter() - began > SETTINGS.seconds:
             break
         for turn, (name, run) in enumerate(providers.items()):
             i = (round_ + turn * inputs // len(providers)) % inputs  # not the input that the one before has just warmed
@@ -203,12 +225,23 @@ def compare_op(
 
     Args:
         providers: name -> function, or (function, calls of its own): a peer may need its inputs padded beforehand. On a
-            GPU those whose names begin with "eager" run compiled, too.
+            GPU ours runs with impl="cuda", too, and those whose names begin with "eager" run compiled, too.
         mode: "forward" (no grad) or "forward+backward" (gradients of every leaf of the Call).
         bytes_moved: of the forward pass; the backward pass is taken to move as much again.
         flops: of the forward pass; the backward pass needs `backward_flops` times as many.
     """
     dtype = next((x.dtype for x in calls[0].tensors() if x.is_floating_point()), torch.float32)
+    (first, ours), *_ = providers.items()
+    if SETTINGS.gpu and "cuda" in _backends.LOADED[op].modules:
+        cuda = functools.partial(ours, impl="cuda")
+
+        def is_right():
+            references = (call.run(ours, impl="reference") for call in (calls[0], calls[0].to(torch.float64)))
+            testing.assert_error_rules(calls[0].run(cuda), *references)
+            return True
+
+        if attempt(f"{first}, cuda", f"{op} {mode} {case}", is_right):
+            providers |= {f"{first}, cuda": cuda}
     providers = {name: p if isinstance(p, tuple) else (p, calls) for name, p in providers.items()}
     if SETTINGS.gpu:
         torch._dynamo.reset()  # or, after eight sizes of one function, "compiled" would quietly mean eager

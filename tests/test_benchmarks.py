@@ -2,12 +2,13 @@
 
 import json
 import runpy
+import types
 
 import pytest
 import torch
 
 from benchmarks import measure, report
-from m3ae_fast import SeqLens
+from m3ae_fast import SeqLens, _backends, testing
 from m3ae_fast.testing import Call
 
 
@@ -96,6 +97,31 @@ def test_a_call_moves_whole():
     assert moved.leaves() == [moved.args[0]] and moved.args[0].is_leaf and moved.kwargs["size"] == 2
     copied = call.on("cpu")
     assert copied.args[0].data_ptr() != leaf.data_ptr() and torch.equal(copied.args[0], leaf)
+
+
+@pytest.mark.parametrize("error", [0.0, 0.1])
+def test_the_cuda_kernels_are_timed_where_they_are_right(gpu, monkeypatch, error):
+    def op(x, *, impl=None):
+        return 2 * x + (error if impl == "cuda" else 0)
+
+    monkeypatch.setitem(_backends.LOADED, "op", types.SimpleNamespace(modules={"cuda": None}))
+    rows = measure.compare_op(Stub(), "op", "case", [Call((torch.ones(3),))], "forward", {"m3ae_fast": op, "there": op})
+    assert list(rows) == ["m3ae_fast", "there"] + ["m3ae_fast, cuda"] * (not error)
+    missing = [f"{peer}: {reason}" for peer, reason in measure.MISSING]
+    assert [line.startswith("m3ae_fast, cuda: AssertionError: output 0: error") for line in missing] == [True] * bool(
+        error
+    )
+
+
+def test_normal_numbers_are_drawn_where_they_are_measured(monkeypatch):
+    cases = testing.cases("varlen_attention")
+    there = measure.make(cases, "small")
+    monkeypatch.setattr(measure, "SETTINGS", measure.Settings(device="meta"))
+    call = measure.make(cases, "small")
+    assert {x.device.type for x in call.tensors()} == {"meta"} and call.args[3].device.type == "cpu"
+    assert [(x.shape, x.dtype, x.requires_grad) for x in call.tensors()] == [
+        (x.shape, x.dtype, x.requires_grad) for x in there.tensors()
+    ]
 
 
 @pytest.mark.parametrize("name", ["cost", "growth"])

@@ -15,10 +15,10 @@ from m3ae_fast.models import M3AE, GraphedStep, M3AEConfig
 SHAPE = testing.SHAPES["m3ae_small"]
 SIZES = {"m3ae_tiny": (M3AEConfig.tiny(vocab_size=1000), SHAPE), "m3ae_small": (M3AEConfig.small(), SHAPE)}
 PRECISIONS = ["fp32", "bf16"]
-GRAPHED = "m3ae_fast, graphed"  # on a GPU alone
+COMPILED, GRAPHED = "m3ae_fast, compiled", "m3ae_fast, graphed"  # on a GPU alone
 if measure.SETTINGS.gpu:
     shape = dataclasses.replace(SHAPE, batch=2 if measure.SETTINGS.smoke else 64)
-    configs = {"small": M3AEConfig.small(), "base": M3AEConfig.base(), "large": M3AEConfig.large()}
+    configs = {"small": M3AEConfig.small(), "large": M3AEConfig.large(), "base": M3AEConfig.base()}
     SIZES = {f"m3ae_{name}": (config, shape) for name, config in configs.items()}
     PRECISIONS = ["bf16"]
 
@@ -38,6 +38,9 @@ def make_model(config: M3AEConfig, provider: str, batches: list[ImageTextBatch])
     ours = M3AE(config).to(measure.SETTINGS.device)
     if provider == "m3ae_fast":
         return ours, lambda i: ours(batches[i], seed=0, step=i).loss
+    if provider == COMPILED:
+        loss = torch.compile(lambda batch, plan: ours(batch, plan=plan).loss, fullgraph=True, dynamic=True)
+        return ours, lambda i: loss(batches[i], ours.plan(batches[i], seed=0, step=i))
     with torch.no_grad():
         masks = [ours(batch, seed=0, step=i) for i, batch in enumerate(batches)]
     padded = [padded_m3ae.padded_inputs(b, m.image_mask, m.text_mask) for b, m in zip(batches, masks, strict=True)]
@@ -108,6 +111,8 @@ def bench_m3ae_step(benchmark, size, precision):
     config, shape = SIZES[size]
     batches = [make_batch(config, shape, seed) for seed in range(2)]
     providers = ["m3ae_fast", "padded, eager"] + ["padded, compiled"] * (not measure.SETTINGS.smoke)
+    if measure.SETTINGS.gpu and not measure.SETTINGS.smoke:
+        providers.append(COMPILED)
     models = {name: make_model(config, name, batches) for name in providers}
     torch.testing.assert_close(models["padded, eager"][1](0), models["m3ae_fast"][1](0), rtol=1e-4, atol=1e-5)
     steps = {name: make_step(*model, precision) for name, model in models.items()}
@@ -125,6 +130,6 @@ def bench_m3ae_step(benchmark, size, precision):
         run = functools.partial(steps[name], 0)
         extra = memory.peak(run, gradients, owned, size, precision, name)
         row.extra = f"{extra / 2**20:.0f} MiB beyond weights, gradients and moments"
-        if name != "padded, compiled":
+        if name not in ("padded, compiled", COMPILED):
             rate = flops_of(models[name][1]) / row.median_ms
             row.roof, row.roof_share = "product", rate / measure.product_rate(dtype)

@@ -46,7 +46,7 @@ def eager(
 @pytest.mark.parametrize("case", cases.REAL)
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 def bench_assemble_tokens(benchmark, case, mode, dtype):
-    call = cases.make(case, dtype)
+    call = measure.make(cases, case, dtype)
     peer, real = padded(call)
     calls = measure.copies(call)
     peers, first = measure.copies(peer, len(calls)), calls[0]

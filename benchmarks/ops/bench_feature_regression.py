@@ -34,7 +34,7 @@ def halved(*args, **options):
 @pytest.mark.parametrize("case", cases.REAL)
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 def bench_feature_regression(benchmark, case, mode, dtype):
-    calls = measure.copies(cases.make(case, dtype))
+    calls = measure.copies(measure.make(cases, case, dtype))
     first = calls[0]
     torch._dynamo.reset()  # beyond eight versions of one function it would give up
     compiled = torch.compile(selected_first)

@@ -28,7 +28,7 @@ def eager(images, ids, seqlens, *, patch_size, mean, std, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("case", cases.REAL)
 def bench_gather_patches(benchmark, case, dtype):
-    call = cases.make(case, dtype)
+    call = measure.make(cases, case, dtype)
     calls = measure.copies(call)
     peers = measure.copies(with_tensors(call), len(calls))
     ours, theirs = (f(*c.args, **c.kwargs) for f, c in ((gather_patches, calls[0]), (eager, peers[0])))

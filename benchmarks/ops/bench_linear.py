@@ -18,7 +18,7 @@ def eager(x, weight, bias, *, activation=None, input_activation=None):
 @pytest.mark.parametrize("case", cases.REAL)
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 def bench_linear(benchmark, case, mode, dtype):
-    calls = measure.copies(cases.make(case, dtype))
+    calls = measure.copies(measure.make(cases, case, dtype))
     first = calls[0]
     ours, theirs = (f(*first.args, **first.kwargs) for f in (linear, eager))
     truth = first.to(torch.float64)

@@ -27,7 +27,7 @@ def liger(x, weight, target, bias=None):
 
 
 def reduced_to_mean(case, dtype):
-    call = cases.make(case, dtype)
+    call = measure.make(cases, case, dtype)
     call.kwargs = {}  # peers know no sample_mean
     return call
 

@@ -55,7 +55,7 @@ def gathered(pred, images, ids_mask, cu_mask, *, patch_size, mean, std, norm_pix
 @pytest.mark.parametrize("case", cases.REAL)
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 def bench_masked_mse(benchmark, case, mode, dtype):
-    call = cases.make(case, dtype)
+    call = measure.make(cases, case, dtype)
     calls = measure.copies(call)
     peers = measure.copies(with_tensors(call), len(calls))
     ours = masked_mse(*calls[0].args, **calls[0].kwargs)  # equal counts, so that both means are the same

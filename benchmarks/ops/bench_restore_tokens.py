@@ -53,7 +53,7 @@ def padded(call):
 @pytest.mark.parametrize("case", cases.REAL)
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 def bench_restore_tokens(benchmark, case, mode, dtype):
-    call = cases.make(case, dtype)
+    call = measure.make(cases, case, dtype)
     peer, real = padded(call)
     calls = measure.copies(call)
     peers = measure.copies(peer, len(calls))

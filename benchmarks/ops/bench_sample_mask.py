@@ -29,7 +29,7 @@ def mae(lengths: SeqLens, num_keep: SeqLens | int, **_):
 
 @pytest.mark.parametrize("case", cases.REAL)
 def bench_sample_mask(benchmark, case):
-    call = cases.make(case).on(measure.SETTINGS.device)
+    call = measure.make(cases, case).on(measure.SETTINGS.device)
     lengths = call.args[0]
     ours, (_, _, mask) = sample_mask(*call.args, **call.kwargs), mae(*call.args)
     padding = len(lengths) * lengths.max - lengths.total

@@ -26,7 +26,7 @@ _REAL = {
 # Batches that fill a GPU: every width at equal lengths, which peers need no mask for, then the models' own.
 _GPU = {
     f"{length} x {width}": (256, (length, length), None, 16, width)
-    for width in (32, 64, 80)
+    for width in (64, 32, 80)
     for length in (50, 81, 128, 197, 297, 512)
 } | {f"{name} x 256": (256, *_REAL[name][1:]) for name in REAL[:6]}
 GPU = tuple(_GPU)
