@@ -7,7 +7,8 @@ import types
 import pytest
 import torch
 
-from benchmarks import measure, report
+import m3ae_fast
+from benchmarks import measure, probe, report
 from m3ae_fast import SeqLens, _backends, testing
 from m3ae_fast.testing import Call
 
@@ -122,6 +123,35 @@ def test_normal_numbers_are_drawn_where_they_are_measured(monkeypatch):
     assert [(x.shape, x.dtype, x.requires_grad) for x in call.tensors()] == [
         (x.shape, x.dtype, x.requires_grad) for x in there.tensors()
     ]
+
+
+@pytest.fixture
+def options(tmp_path):
+    """Of the probe, which notes its results in a file: options.noted() reads it."""
+    path = tmp_path / "probe.jsonl"
+    noted = lambda: [json.loads(line) for line in path.read_text().splitlines()]  # noqa: E731
+    return types.SimpleNamespace(device="cpu", cases="first", json=path, limit=9.0, noted=noted)
+
+
+def test_the_probe_says_at_once_what_fails(options, monkeypatch, capsys):
+    impl = testing.impls("restore_tokens")[0]
+    assert probe.probe("restore_tokens", impl, "float32", options)
+    op = m3ae_fast.restore_tokens
+    monkeypatch.setattr(
+        m3ae_fast, "restore_tokens", lambda *a, impl, **k: op(*a, **k, impl=impl) * (2 if impl != "reference" else 1)
+    )
+    assert not probe.probe("restore_tokens", impl, "float32", options)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"PASS restore_tokens {impl} float32 small (")
+    assert lines[1].startswith(f"FAIL restore_tokens {impl} float32 small (") and "output 0: error" in lines[1]
+    assert [bool(each["failure"]) for each in options.noted()] == [False, True]
+
+
+def test_a_process_that_dies_fails_and_takes_no_other_with_it(options, monkeypatch):
+    statuses = iter([-11, probe.FAILED, 0])
+    monkeypatch.setattr(probe.subprocess, "run", lambda *a, **k: types.SimpleNamespace(returncode=next(statuses)))
+    assert [probe.in_a_process("linear", "triton", "float32", options) for _ in range(3)] == [False, False, True]
+    assert [each["failure"] for each in options.noted()] == ["the process ended: -11"]
 
 
 @pytest.mark.parametrize("name", ["cost", "growth"])
