@@ -9,13 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3ae_fast import _backends, _checks
+from m3ae_fast import _backends, _checks, _pytree
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.seqlens import SeqLens
 
 
 class ImageTextBatch:
     """B samples, each with an image, a text, or both. Texts are packed: no padding is ever stored.
+
+    It is a node of torch's pytrees, as is M3AE's plan: `torch.export` takes both, and text lengths and has_image are
+    built into the program that it makes.
 
     Args:
         images: [N, 3, H, W] uint8 (raw pixels) or float (already normalised: on the CPU, with a warning where they are
@@ -100,6 +103,35 @@ class ImageTextBatch:
         self.images, self.text, self.text_lengths, self.labels = images, text, text_lengths, labels
         self.has_image, self.sample_ids = has_image, sample_ids
 
+    @classmethod
+    def from_padded(
+        cls,
+        images: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        has_image: Iterable[bool] | None = None,
+        sample_ids: Sequence[int] | Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> ImageTextBatch:
+        """A batch of padded texts, as tokenizers of Transformers return them; the padding, on either side, is dropped.
+
+        Args:
+            input_ids: [B, S] int32 or int64 vocabulary ids.
+            attention_mask: [B, S] bool, int32 or int64, 0 where there is padding. On a GPU its sums are waited for.
+            images, has_image, sample_ids, labels: as of ImageTextBatch.
+
+        Raises:
+            ValueError, TypeError: as ImageTextBatch.
+        """
+        _checks.shape("input_ids", input_ids, (None, None))
+        _checks.shape("attention_mask", attention_mask, tuple(input_ids.shape))
+        _checks.dtype("attention_mask", attention_mask, (torch.bool, *_checks.INTEGERS))
+        _checks.device("attention_mask", attention_mask, "input_ids", input_ids)
+        real = attention_mask != 0
+        others = {"has_image": has_image, "sample_ids": sample_ids, "labels": labels}
+        return cls(images, input_ids[real], real.sum(1), **others)
+
     def __len__(self) -> int:
         return len(self.text_lengths)
 
@@ -169,6 +201,10 @@ class ImageTextBatch:
                 ours[: len(theirs)].copy_(theirs, non_blocking=True)
         self.text_lengths = other.text_lengths.at(offsets)
         self.has_image, self.sample_ids = other.has_image, other.sample_ids
+
+
+# text_lengths before text: torch.export's guards replace names in this order, and one is the beginning of the other
+_pytree.register(ImageTextBatch, ("images", "text_lengths", "text", "labels", "sample_ids"), ("has_image",))
 
 
 def _looks_raw(images: Tensor) -> bool:

@@ -9,7 +9,7 @@ from operator import index
 import torch
 from torch import Tensor
 
-from m3ae_fast import _checks
+from m3ae_fast import _checks, _pytree
 
 
 class SeqLens:
@@ -86,6 +86,9 @@ class SeqLens:
         moved.lengths, moved.total, moved.cu = self.lengths, self.total, cu
         moved.max = self.max if max is None else max
         return moved
+
+
+_pytree.register(SeqLens, ("cu",), ("lengths", "max", "total"))
 
 
 def cu_seqlens(name: str, value: SeqLens | Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from m3ae_fast import _backends, _checks
-from m3ae_fast.seqlens import SeqLens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +95,6 @@ class Call:
         """A copy of the same call on a device: its tensors and the offsets of its SeqLens; leaves stay leaves."""
 
         def each(x):
-            if isinstance(x, SeqLens):
-                return x.to(device)
             if not isinstance(x, Tensor):
                 return x
             return x.detach().to(device, copy=True).requires_grad_(x.requires_grad)

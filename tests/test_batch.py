@@ -142,3 +142,16 @@ def test_a_batch_without_room_refuses():
         ImageTextBatch(text=torch.arange(4), text_lengths=[1, 3]).copy_(batch)
     with pytest.raises(ValueError, match="of 2 samples"):
         batch.copy_(ImageTextBatch(batch.images[:1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_padding_on_either_side_is_dropped(dtype):
+    ids = torch.tensor([[5, 6, 0, 0], [0, 0, 0, 7], [0, 0, 0, 0]])
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]).to(dtype)
+    batch = ImageTextBatch.from_padded(torch.zeros(3, 3, 8, 8), ids, mask, sample_ids=[4, 5, 6])
+    assert batch.text.tolist() == [5, 6, 0, 7] and batch.text_lengths.lengths == (2, 2, 0)
+    assert batch.sample_ids.tolist() == [4, 5, 6] and batch.has_image == (True,) * 3
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \(3, 4\), got \(3, 3\)"):
+        ImageTextBatch.from_padded(None, ids, mask[:, :3])
+    with pytest.raises(TypeError, match="attention_mask must be"):
+        ImageTextBatch.from_padded(None, ids, mask.float())

@@ -8,6 +8,7 @@ from m3ae_fast.models.graphs import GraphedStep
 from m3ae_fast.models.m3ae import M3AE, Encoded, M3AEOutput, Reconstruction
 from m3ae_fast.models.mae import MAE
 from m3ae_fast.models.mamo import MAMO, MAMOOutput
+from m3ae_fast.models.masking import Masked, Plan, TokenLayout
 from m3ae_fast.models.masks import block_mask, dirichlet_masks, multi_block_mask, random_mask, score_mask
 from m3ae_fast.models.model import Metric, Model
 from m3ae_fast.models.supervised import Supervised, SupervisedOutput
@@ -28,9 +29,9 @@ def objectives_offering(*methods: str) -> tuple[str, ...]:
 
 
 # Containers of tensors, to torch: DDP with static_graph=True, which looks for the loss in them, would find none, add up
-# no gradients, and say nothing.
-for output in (CLIPOutput, Encoded, M3AEOutput, MAMOOutput, Reconstruction, SupervisedOutput):
-    torch.export.register_dataclass(output)
+# no gradients, and say nothing. torch.export takes plans, too.
+for held in (CLIPOutput, Encoded, M3AEOutput, MAMOOutput, Masked, Plan, Reconstruction, SupervisedOutput, TokenLayout):
+    torch.export.register_dataclass(held, serialized_type_name=f"{held.__module__}.{held.__name__}")
 
 __all__ = [
     "CLIP",
