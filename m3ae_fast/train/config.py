@@ -121,7 +121,7 @@ class RunConfig:
         False, "gradient checkpointing: less memory for more work, bitwise identical", MACHINE, free=True
     )
     cuda_graphs: bool = setting(
-        False, "launch the forward and backward pass of m3ae or mae as one CUDA graph, on one GPU: the same losses to "
+        False, "launch the forward and backward pass of m3ae or mae as CUDA graphs, on one GPU: the same losses to "
         "rounding, less work for the host (docs/trainers.md)", MACHINE, free=True,
     )  # fmt: skip
     checkpoint_every: int = setting(
