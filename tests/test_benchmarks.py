@@ -119,7 +119,8 @@ def test_normal_numbers_are_drawn_where_they_are_measured(monkeypatch):
     there = measure.make(cases, "small")
     monkeypatch.setattr(measure, "SETTINGS", measure.Settings(device="meta"))
     call = measure.make(cases, "small")
-    assert {x.device.type for x in call.tensors()} == {"meta"} and call.args[3].device.type == "cpu"
+    drawn = {x.device.type for x in call.tensors() if x.is_floating_point()}
+    assert drawn == {"meta"} and call.args[3].device.type == "cpu"
     assert [(x.shape, x.dtype, x.requires_grad) for x in call.tensors()] == [
         (x.shape, x.dtype, x.requires_grad) for x in there.tensors()
     ]
