@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from m3ae_fast import _checks
-from m3ae_fast.data.sample import Sample
+from m3ae_fast.data.sample import Derived, Sample
 from m3ae_fast.data.seeds import PAIRED, check_seed, generator
 
 
-class PairedShare:
+class PairedShare(Derived):
     """A data set in which a fixed share of the images keep their captions and the others are images alone, as in the
     ablation of arXiv:2205.14204. Texts without an image stay.
 
@@ -24,11 +24,9 @@ class PairedShare:
         _checks.real("share", share, "(0, 1]")
         if not hasattr(dataset, "__getitem__"):
             raise TypeError(f"dataset must have numbered samples, got {type(dataset).__name__}")
-        self.dataset, self.share, self.seed, self.number = dataset, share, check_seed(seed), number
-        self._read = getattr(dataset, "read", dataset.__getitem__)  # with its image still encoded, where that can be
-        for name in ("flip_safe", "crop_scale", "endless", "classes", "damaged"):  # what the loader asks a data set
-            if hasattr(dataset, name):
-                setattr(self, name, getattr(dataset, name))
+        super().__init__(dataset)
+        self.share, self.seed, self.number = share, check_seed(seed), number
+        self.endless = getattr(dataset, "endless", False)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -48,7 +46,3 @@ class PairedShare:
     def keeps(self, index: int) -> bool:
         """Whether image `index` keeps its captions."""
         return generator(self.seed, PAIRED, index=index, source=self.number).random() < self.share
-
-    def captions(self) -> Iterator[str]:
-        """Those of the whole data set: a vocabulary does not depend on the share."""
-        return self.dataset.captions()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -46,6 +47,25 @@ class EncodedDataset:
             raise IndexError(f"index must be in [0, {len(self)}), got {index}")
         sample = self.read(index)
         return sample if sample.image is None else dataclasses.replace(sample, image=sample.image.decoded())
+
+
+class Derived:
+    """What data sets made of another one have in common: what is asked of a data set is answered as that one does.
+
+    Args:
+        dataset: of samples, which can be asked for by number.
+    """
+
+    def __init__(self, dataset: Sequence[Sample]):
+        self.dataset = dataset
+        self._read = getattr(dataset, "read", dataset.__getitem__)  # with its image still encoded, where that can be
+        for name in ("classes", "no_classes", "flip_safe", "crop_scale", "damaged"):
+            if hasattr(dataset, name):
+                setattr(self, name, getattr(dataset, name))
+
+    def captions(self) -> Iterator[str]:
+        """Those of the whole data set: a vocabulary does not depend on what is made of it."""
+        return self.dataset.captions()
 
 
 def caption_lines(name: str, data: bytes) -> tuple[str, ...]:

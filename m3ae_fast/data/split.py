@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from m3ae_fast import _checks
-from m3ae_fast.data.sample import Sample
+from m3ae_fast.data.sample import Derived, Sample
 from m3ae_fast.data.seeds import SPLIT, generator
 
 
-class Chosen(Sequence):
+class Chosen(Derived, Sequence):
     """Some samples of a data set, in the order given, as `Loader` takes them.
 
     Args:
@@ -21,11 +21,8 @@ class Chosen(Sequence):
     classes, flip_safe, crop_scale = (), True, (0.2, 1.0)
 
     def __init__(self, dataset: Sequence[Sample], chosen: Sequence[int]):
-        self.dataset, self._chosen = dataset, chosen
-        self._read = getattr(dataset, "read", dataset.__getitem__)  # with its image still encoded, where that can be
-        for name in ("classes", "no_classes", "flip_safe", "crop_scale", "damaged"):  # what is asked of a data set
-            if hasattr(dataset, name):
-                setattr(self, name, getattr(dataset, name))
+        super().__init__(dataset)
+        self._chosen = chosen
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -37,10 +34,6 @@ class Chosen(Sequence):
     def read(self, index: int) -> Sample:
         """As [index]; the image may be an EncodedImage. Raises BadSample."""
         return self._read(int(self._chosen[index]))
-
-    def captions(self) -> Iterator[str]:
-        """Those of the whole data set."""
-        return self.dataset.captions()
 
 
 class Split(Chosen):
