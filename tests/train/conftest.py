@@ -54,15 +54,25 @@ def rows(tmp_path):
 
 
 @pytest.fixture
-def photos(tmp_path):
+def make_photos(tmp_path):
+    """make_photos(name, count): a folder of images with captions."""
+
+    def make(name, count):
+        folder = tmp_path / name
+        folder.mkdir()
+        for i in range(count):
+            pixels = np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.jpg")
+            (folder / f"{i}.txt").write_text(f"noise number {i} with all its colors\n", encoding="utf-8")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def photos(make_photos):
     """A folder of three images with captions."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i in range(3):
-        pixels = np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.jpg")
-        (folder / f"{i}.txt").write_text(f"noise number {i} with all its colors\n", encoding="utf-8")
-    return folder
+    return make_photos("photos", 3)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -23,15 +22,9 @@ from m3ae_fast.train.summary import print_summary
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(make_photos):
     """Twenty images with captions."""
-    path = tmp_path / "twenty"
-    path.mkdir()
-    for i in range(20):
-        pixels = np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(path / f"{i:02}.jpg")
-        (path / f"{i:02}.txt").write_text(f"noise number {i}\n", encoding="utf-8")
-    return str(path)
+    return str(make_photos("twenty", 20))
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +35,7 @@ def few(monkeypatch):
 
 @pytest.fixture
 def logged(config, tmp_path, monkeypatch):
-    """logged(out, **settings): the rows of metrics.jsonl, to the bit, without the rate."""
+    """logged(out, **settings): the rows of metrics.jsonl without the rate, unrounded."""
     monkeypatch.setattr(trainer, "draw_pictures", lambda *_: None)
 
     def of(out, *, resume=False, stop_after=None, **settings):
