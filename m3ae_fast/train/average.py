@@ -33,7 +33,7 @@ class Average:
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
-        """Give the model the averaged weights and keep its own meanwhile; once more undoes it, to the bit."""
+        """Give the model the averaged weights and keep its own meanwhile; a second call undoes it exactly."""
         for name, parameter in model.named_parameters():
             if name in self.weights:
                 held = parameter.detach().clone()

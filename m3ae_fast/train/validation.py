@@ -68,7 +68,7 @@ class Validation:
     def losses(self, model: nn.Module, average: Average | None) -> dict[str, float | None]:
         """Means of the model's METRICS over the samples, each called val_...; None for one that is not finite.
 
-        The model is as before afterwards, to the bit. All processes call it.
+        Afterwards the model is bitwise as it was. All processes call it.
 
         Args:
             model: as it is called in training. average: whose weights are taken instead, if there is one.
