@@ -1,4 +1,5 @@
-"""`pytest benchmarks --benchmark-only`: every op and model against its peers; `--smoke` just proves that they run."""
+"""`pytest benchmarks --benchmark-only`: M3AE's step and every op against their peers, in a few minutes; `--all`: every
+size, and the other models, in an hour; `--smoke` just proves that they run."""
 
 import dataclasses
 from pathlib import Path
@@ -32,15 +33,32 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """A smoke run takes the first case of every benchmark: each provider and dtype runs once, no size twice."""
-    if not measure.SETTINGS.smoke:
+    """Without --all, M3AE's step and of every op the first case, forward and backward, each in all its dtypes. A smoke
+    run takes the first case of every benchmark: each provider and dtype runs once, no size twice."""
+    if config.getoption("--all"):
         return
-    first, kept, left = {}, [], []
+    smoke, first, kept, left = measure.SETTINGS.smoke, {}, [], []
     for item in items:
-        case = getattr(item, "callspec", None) and item.callspec.params.get("case", item.callspec.params.get("size"))
-        (kept if first.setdefault(item.originalname, case) == case else left).append(item)
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        case = params.get("case", params.get("size"))
+        wanted = first.setdefault(item.originalname, case) == case
+        if not smoke:
+            of_an_op = item.path.parent.name == "ops" and params.get("mode") != "forward"
+            wanted = item.originalname == "bench_m3ae_step" or (of_an_op and wanted)
+        (kept if wanted else left).append(item)
     config.hook.pytest_deselected(items=left)
     items[:] = kept
+
+
+@pytest.fixture(autouse=True)
+def shown_at_once(pytestconfig):
+    """What a benchmark has measured, in a line for each of its cases."""
+    before = len(measure.ROWS)
+    yield
+    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
+    for line in report.short(measure.ROWS[before:]):
+        reporter.ensure_newline()
+        reporter.write_line(line)
 
 
 def pytest_terminal_summary(terminalreporter, config):

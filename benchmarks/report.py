@@ -105,6 +105,16 @@ def text(rows: list[measure.Row]) -> list[str]:
     return lines
 
 
+def short(rows: list[measure.Row]) -> list[str]:
+    """A line for each case: our milliseconds, and how many times as long its peers take."""
+    lines = {}
+    for row in rows:
+        ours = row.provider == "m3ae_fast"
+        said = f"{row.median_ms:.3f} ms" if ours else f"{row.provider} {row.ratio:.2f}x"
+        lines.setdefault((row.op, row.case), []).append(said)
+    return [f"{op}, {case}: {'; '.join(said)}" for (op, case), said in lines.items()]
+
+
 def write(path: Path, rows: list[measure.Row], command: str) -> None:
     """path (Markdown) and, beside it, the same as JSON."""
     about = machine()

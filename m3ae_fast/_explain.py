@@ -56,20 +56,26 @@ def explain() -> str:
         *cpu,
         f"CUDA module       {cuda_module()}",
         f"GPU               {gpu}",
-        f"M3AE_FAST_IMPL    {_backends._FORCED or 'not set: the fastest backend for the device'}",
+        f"M3AE_FAST_IMPL    {_backends._FORCED or 'not set: the preferred backend of the device'}",
         "",
         f"{'op':<24}{'CPU runs':<12}{'GPU runs':<12}backends",
     ]
+    remarks: dict[str, list[str]] = {}  # what is said of several ops is said once
     for op, backends in sorted(_backends.LOADED.items()):
-        runs = {}
-        for device in _backends.PREFERENCE:
-            can = [n for n in backends.preferred(device) if backends.refusal(n, device, torch.float32) is None]
-            runs[device] = _backends._FORCED or (can[0] if can else "reference")
-            if runs[device] != "reference" and backends.refusal(runs[device], device, torch.float32):
-                runs[device] = "refused"
-        have = ["reference", *backends.modules]
-        have += ["cpp is slower than PyTorch without vector instructions"] if backends.slow else []
-        have += [f"{impl} unavailable: {reason}" for impl, reason in backends.reasons.items()]
-        have += backends.remarks
-        lines.append(f"{op:<24}{runs['cpu']:<12}{runs['cuda']:<12}{'; '.join(have)}")
+        runs = {device: _runs(backends, device) for device in _backends.PREFERENCE}
+        runs["cuda"] = runs["cuda"] if torch.cuda.is_available() else "-"
+        lines.append(f"{op:<24}{runs['cpu']:<12}{runs['cuda']:<12}{', '.join(['reference', *backends.modules])}")
+        said = ["cpp is slower than PyTorch without vector instructions"] if backends.slow else []
+        said += [f"{impl} is unavailable: {reason}" for impl, reason in backends.reasons.items()]
+        for remark in said + backends.remarks:
+            remarks.setdefault(remark, []).append(op)
+    for remark, ops in remarks.items():
+        lines += ["", remark, f"    ({len(ops)} ops: {', '.join(ops)})" if len(ops) > 1 else f"    ({ops[0]})"]
     return "\n".join(lines)
+
+
+def _runs(backends: _backends.Backends, device: str) -> str:
+    """The backend that None takes there for float32; "refused" where the one that is forced cannot."""
+    can = [name for name in backends.preferred(device) if backends.refusal(name, device, torch.float32) is None]
+    impl = _backends._FORCED or (can[0] if can else "reference")
+    return "refused" if impl != "reference" and backends.refusal(impl, device, torch.float32) else impl

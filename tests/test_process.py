@@ -50,7 +50,8 @@ print(m3ae_fast.explain())
         slow = isa == "scalar" and op in m3ae_fast._backends.SLOW_WITHOUT_VECTORS
         runs = "reference" if slow else "cpp"
         assert f"{op} {runs} cpp\n" in done.stdout, done.stderr
-        assert re.search(rf"^{op} +{runs} .*{'slower' if slow else ''}", done.stdout, re.M)
+        assert re.search(rf"^{op} +{runs} ", done.stdout, re.M)
+        assert bool(re.search(rf"slower than PyTorch.*\n.*\b{op}\b", done.stdout)) == slow
 
 
 def test_a_backend_can_be_forced_for_a_process(python):
@@ -115,10 +116,14 @@ def test_a_command_that_is_imported_handles_interrupts_as_before(python, before)
     assert done.returncode == 0, done.stderr
 
 
-def test_explain_names_every_op():
+def test_explain_names_every_op_and_no_gpu_that_is_not_there():
     text = m3ae_fast.explain()
     for op in m3ae_fast._backends.LOADED:
-        assert op in text
+        _, _, gpu, *_ = re.search(rf"^{op} .*", text, re.M)[0].split()
+        assert (gpu == "-") == (not torch.cuda.is_available())
+    reasons = [reason for backends in m3ae_fast._backends.LOADED.values() for reason in backends.reasons.values()]
+    for reason in reasons:
+        assert text.count(reason) == 1
 
 
 def test_import_needs_no_optional_package(python):
