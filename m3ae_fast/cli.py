@@ -24,6 +24,34 @@ from m3ae_fast.downstream import TASKS
 from m3ae_fast.downstream.commands.arguments import add_captions, add_device, add_picture, add_run, check_captions
 
 INTERRUPTED = 130  # as shells say it: 128 + SIGINT
+EXAMPLES = {  # of each command, shown by its --help
+    "pretrain": (
+        "pretrain --data photos --model small --steps 10000 --batch-size 64 --out runs/mine",
+        "pretrain --out runs/mine --resume",
+    ),
+    "reconstruct": (
+        "reconstruct runs/mine --data photos --out picture.png",
+        'reconstruct runs/mine cat.jpg --caption "a cat on a sofa"',
+    ),
+    "probe": ("probe runs/mine --data imagenet/val --train imagenet/train", "probe runs/mine --method lars --crops 8"),
+    "finetune": (
+        "finetune runs/mine --data imagenet/val --train imagenet/train --save classifier.safetensors",
+        "finetune runs/mine --steps 2000 --lr 0.01",
+    ),
+    "ood": ("ood runs/mine --data photos/val --train photos/train --out-data drawings", "ood runs/mine --out-data shapes"),
+    "attend": ('attend runs/mine cat.jpg --caption "a cat on a sofa"', "attend runs/mine --rollout --out attention.png"),
+    "project": ("project runs/mine --data photos/val --out features.png", "project runs/mine --perplexity 10"),
+    "retrieve": ("retrieve runs/mamo --data pairs.jsonl", "retrieve runs/mamo --samples 1000 --out retrieval.json"),
+    "vqa": ("vqa runs/mamo --steps 1800 --lr 1e-3", "vqa runs/mamo --data questions.jsonl"),
+    "reason": ("reason runs/mamo --steps 3500 --lr 4e-4", "reason runs/mamo --data statements.jsonl"),
+    "ground": ("ground runs/mamo --picture where.png", "ground runs/mamo --data phrases.jsonl"),
+    "experiments": ("experiments --out runs/tables", "experiments --only objectives --seeds 1"),
+    "info": ("info", "--version"),
+    "convert": (
+        "convert mae_pretrain_vit_base.pth mae.safetensors",
+        "convert runs/mine vitmae --to vitmae",
+    ),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -188,6 +216,13 @@ class _Formatter(argparse.HelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34, width=110)
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Paragraphs stay apart, and lines that are indented stay as they are."""
+        return "\n".join(
+            line if line.startswith(" ") else super(_Formatter, self)._fill_text(line, width, indent)
+            for line in text.splitlines()
+        )
+
 
 class _Parser(argparse.ArgumentParser):
     """A mistake is one line, which names the option or the value that is nearest to what was given."""
@@ -227,6 +262,7 @@ def _parser(named: str | None = None) -> argparse.ArgumentParser:
     def add(name: str, function, text: str, **settings) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, **settings)
         command.set_defaults(command=function, name=name)
+        command.epilog = "\n".join(["examples:", *(f"  m3ae-fast {each}" for each in EXAMPLES[name])])
         return command
 
     # SUPPRESS: what was not given is not there, so that --resume can tell it from a default
@@ -296,8 +332,8 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     """One option for each setting of RunConfig, named alike, and those of a call alone."""
     from m3ae_fast.train.config import FILES, RUN, RunConfig
 
-    command.epilog = (
-        "Several processes: torchrun --nproc-per-node 8 -m m3ae_fast pretrain ..., on GPUs or CPUs; batches are split "
+    command.epilog += (
+        "\nSeveral processes: torchrun --nproc-per-node 8 -m m3ae_fast pretrain ..., on GPUs or CPUs; batches are split "
         "among them, and a run may go on with another number of them (docs/scale.md)."
     )
     groups = add_options(command, RunConfig)

@@ -4,9 +4,12 @@ import importlib
 import inspect
 import pydoc
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from m3ae_fast import cli
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -82,10 +85,41 @@ def test_every_parameter_is_documented(module):
             assert re.search(rf"\b{parameter}\b", text), f"{name} does not say what {parameter} is"
 
 
-@pytest.mark.parametrize("path", ["README.md", ".ci/run"])
-def test_the_api_reference_is_of_all_packages(path):
-    named = re.search(r"m3ae_fast\.\{([\w,]+)\}", (ROOT / path).read_text(encoding="utf-8"))[1].split(",")
-    assert sorted(named) == sorted({name.split(".")[1] for name in modules()[1:]})
+def test_the_api_reference_is_of_all_packages():
+    named = re.search(r"PACKAGES = \(([^)]*)\)", (ROOT / "docs/site_pages.py").read_text(encoding="utf-8"))[1]
+    assert sorted(re.findall(r"\w+", named)) == sorted({name.split(".")[1] for name in modules()[1:]})
+
+
+def commands(path: Path) -> list[str]:
+    """The command lines of ours in the blocks of a document, without comments."""
+    blocks = re.findall(r"^```\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    return [line for line in lines if re.match(r"m3ae-fast |torchrun .*-m m3ae_fast ", line) and "..." not in line]
+
+
+def parse(command: str) -> None:
+    """SystemExit: the command line takes no such command, option or value."""
+    arguments = shlex.split(command, comments=True)
+    arguments = arguments[1:] if arguments[0] == "m3ae-fast" else arguments[arguments.index("m3ae_fast") + 1 :]
+    cli._parser(arguments[0]).parse_args(arguments)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_in_documents_are_taken(path):
+    pytest.importorskip("tokenizers")  # options of pretrain need the train extra
+    for command in commands(path):
+        parse(command)
+
+
+@pytest.mark.parametrize("name", cli.EXAMPLES)
+def test_the_help_of_a_command_has_examples_that_are_taken(name, command_line):
+    pytest.importorskip("tokenizers")
+    status, out, _ = command_line(name, "--help")
+    assert status == 0
+    for example in cli.EXAMPLES[name]:
+        assert f"\n  m3ae-fast {example}\n" in out
+        if example != "--version":
+            parse(f"m3ae-fast {example}")
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

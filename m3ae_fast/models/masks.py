@@ -196,7 +196,7 @@ def dirichlet_masks(
     the modality with the largest share, as far as it has tokens, then to the next.
 
     Args:
-        lengths: [M][B] tokens of each modality in each sample.
+        lengths: of each of M modalities, the tokens of the B samples.
         num_keep: [B] tokens to keep in each sample, of all modalities together; at least one is kept and, before that,
             one masked.
         alpha: of the Dirichlet distribution, in [0.001, 1000], a number for all modalities or M numbers. 1 for all:
