@@ -7,4 +7,6 @@ sys.path.append(str(Path(__file__).parent))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="every test, or every benchmark: by default those that matter most")
+    parser.addoption(
+        "--all", action="store_true", help="every test, or every benchmark: by default those that matter most"
+    )

@@ -70,7 +70,9 @@ def draw(table: dict, path: Path) -> None:
         axes.tick_params(left=False)
 
     about = table["machine"]
-    machine = f"{about['CPU']}, {about['instruction set']}, {about['threads'].split()[0]} threads, torch {about['torch']}"
+    machine = (
+        f"{about['CPU']}, {about['instruction set']}, {about['threads'].split()[0]} threads, torch {about['torch']}"
+    )
     figure.supxlabel(
         f"{machine}, {about['date']}. * beyond weights, gradients and optimizer state, or inputs", fontsize=8
     )

@@ -35,9 +35,7 @@ def cells(path: Path) -> dict[tuple[str, str], str]:
         result = json.loads(line)
         found.setdefault((result["op"], result["impl"]), {}).setdefault(result["dtype"], []).append(result["failure"])
     return {
-        key: ", ".join(
-            SHORT[dtype] + (" (FAILS)" if any(dtypes[dtype]) else "") for dtype in SHORT if dtype in dtypes
-        )
+        key: ", ".join(SHORT[dtype] + (" (FAILS)" if any(dtypes[dtype]) else "") for dtype in SHORT if dtype in dtypes)
         for key, dtypes in found.items()
     }
 

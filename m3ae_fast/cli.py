@@ -38,8 +38,14 @@ EXAMPLES = {  # of each command, shown by its --help
         "finetune runs/mine --data imagenet/val --train imagenet/train --save classifier.safetensors",
         "finetune runs/mine --steps 2000 --lr 0.01",
     ),
-    "ood": ("ood runs/mine --data photos/val --train photos/train --out-data drawings", "ood runs/mine --out-data shapes"),
-    "attend": ('attend runs/mine cat.jpg --caption "a cat on a sofa"', "attend runs/mine --rollout --out attention.png"),
+    "ood": (
+        "ood runs/mine --data photos/val --train photos/train --out-data drawings",
+        "ood runs/mine --out-data shapes",
+    ),
+    "attend": (
+        'attend runs/mine cat.jpg --caption "a cat on a sofa"',
+        "attend runs/mine --rollout --out attention.png",
+    ),
     "project": ("project runs/mine --data photos/val --out features.png", "project runs/mine --perplexity 10"),
     "retrieve": ("retrieve runs/mamo --data pairs.jsonl", "retrieve runs/mamo --samples 1000 --out retrieval.json"),
     "vqa": ("vqa runs/mamo --steps 1800 --lr 1e-3", "vqa runs/mamo --data questions.jsonl"),
@@ -333,8 +339,8 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     from m3ae_fast.train.config import FILES, RUN, RunConfig
 
     command.epilog += (
-        "\nSeveral processes: torchrun --nproc-per-node 8 -m m3ae_fast pretrain ..., on GPUs or CPUs; batches are split "
-        "among them, and a run may go on with another number of them (docs/scale.md)."
+        "\nSeveral processes: torchrun --nproc-per-node 8 -m m3ae_fast pretrain ..., on GPUs or CPUs; batches are "
+        "split among them, and a run may go on with another number of them (docs/scale.md)."
     )
     groups = add_options(command, RunConfig)
     groups[RUN].add_argument(
