@@ -1,6 +1,6 @@
 """Speed and memory against PyTorch as bars: `python -m benchmarks.chart docs/cpu.json docs/speed.png`.
 
-Draws what `pytest benchmarks --benchmark-only --table docs/cpu.md` measured; measures nothing itself.
+Draws what `pytest benchmarks --benchmark-only --all --table docs/cpu.md` measured; measures nothing itself.
 """
 
 from __future__ import annotations

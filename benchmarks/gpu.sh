@@ -38,8 +38,8 @@ tables=$out
 smoke=${SMOKE:+1}
 seconds=6 ops_cases=''  # for one case at most; of the memory-bound ops, all
 device=cuda
-smoked=()
-[ -z "$smoke" ] || { device=cpu && smoked=(--smoke); }
+extent=--all
+[ -z "$smoke" ] || { device=cpu && extent=--smoke; }
 
 run() {  # with the installed package before the source tree, if there is one
   local installed safe=()
@@ -49,7 +49,7 @@ print(pathlib.Path(importlib.util.find_spec('m3ae_fast').origin).parents[1])" 2>
   env "${safe[@]}" timeout --signal=INT --kill-after=30 "$limit" "$@"
 }
 measure() {  # measure <part> <files and options>
-  run python3 -m pytest "${@:2}" --benchmark-only -q --device $device "${smoked[@]}" --seconds $seconds \
+  run python3 -m pytest "${@:2}" --benchmark-only -q --device $device $extent --seconds $seconds \
     --table "$tables/${name}_$1.md"
 }
 
