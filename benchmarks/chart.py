@@ -46,6 +46,7 @@ def mebibytes(row: dict) -> float:
 def draw(table: dict, path: Path) -> None:
     """As a PNG: speed on the left, memory on the right."""
     figure = new_figure(11, 4.2)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.06), "ncols": 2, "frameon": False}
     left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
     for shift, (dtype, color) in zip((0.2, -0.2), SHADES.items(), strict=True):
         ratios = [rows_of(table, names, dtype)[1]["ratio"] for names in SPEED.values()]
@@ -54,7 +55,7 @@ def draw(table: dict, path: Path) -> None:
     left.axvline(1, color="#1f2430", linewidth=1)
     left.set_yticks([-place for place in range(len(SPEED))], SPEED)
     left.set(title="speed, eager PyTorch = 1", xlim=(0, left.get_xlim()[1] * 1.06))
-    left.legend(loc="upper right", frameon=False)
+    left.legend(**below)
 
     cases = [(name, dtype) for name in MEMORY for dtype in SHADES]
     for shift, provider, color in ((0.2, "eager PyTorch", EAGER), (-0.2, "m3ae_fast", OURS)):
@@ -64,15 +65,13 @@ def draw(table: dict, path: Path) -> None:
         right.bar_label(right.barh(places, sizes, 0.38, color=color, label=provider), fmt="%d", padding=3, fontsize=9)
     right.set_yticks([-place for place in range(len(cases))], [f"{name}\n{dtype}" for name, dtype in cases])
     right.set(title="peak memory, MiB*", xlim=(0, right.get_xlim()[1] * 1.1))
-    right.legend(loc="center right", frameon=False)
+    right.legend(**below)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(left=False)
 
     about = table["machine"]
-    machine = (
-        f"{about['CPU']}, {about['instruction set']}, {about['threads'].split()[0]} threads, torch {about['torch']}"
-    )
+    machine = f"{about['CPU']}, {about['instruction set']}, {str(about['threads']).split()[0]} threads, torch {about['torch']}"
     figure.supxlabel(
         f"{machine}, {about['date']}. * beyond weights, gradients and optimizer state, or inputs", fontsize=8
     )

@@ -94,7 +94,7 @@ def processor() -> str:
 
 def text(rows: list[measure.Row]) -> list[str]:
     """Lines for a terminal, a row each."""
-    lines = [f"{'op':<38}{'case':<26}{'provider':<26}{'median ms':>10}{'quartiles':>20}{'x ours':>8}{'% of roof':>13}"]
+    lines = [f"{'op':<38}{'case':<26}{'provider':<26}{'median ms':>10}{'quartiles':>20}{'x ours':>8}{'% roofline':>13}"]
     for row in rows:
         low, high = row.quartiles_ms
         share = "" if row.roof_share is None else f"{100 * row.roof_share:.0f} {row.roof}"
@@ -115,6 +115,19 @@ def short(rows: list[measure.Row]) -> list[str]:
     return [f"{op}, {case}: {'; '.join(said)}" for (op, case), said in lines.items()]
 
 
+def compact(result: dict) -> str:
+    """As JSON, a row a line, numbers to four digits."""
+    rows = [{name: _short(value) for name, value in row.items() if value not in ("", None)} for row in result["rows"]]
+    rest = json.dumps({name: value for name, value in result.items() if name != "rows"}, indent=1)
+    return rest.removesuffix("\n}") + ',\n "rows": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n ]\n}\n"
+
+
+def _short(value):
+    if isinstance(value, list | tuple):
+        return [_short(each) for each in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
 def write(path: Path, rows: list[measure.Row], command: str) -> None:
     """path (Markdown) and, beside it, the same as JSON."""
     about = machine()
@@ -124,13 +137,13 @@ def write(path: Path, rows: list[measure.Row], command: str) -> None:
             {"peer": peer, "reason": reason, "where": where} for (peer, reason), where in measure.MISSING.items()
         ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".json").write_text(compact(result))
     lines = [
         f"# Measured on {torch.cuda.get_device_name(0) if measure.SETTINGS.gpu else 'a CPU'}",
         "",
         f"Made by `{command}`.",
         'Ours and its peers take turns in one process; medians; "x" is the peer\'s median over ours.',
-        "A share of a roof is of the copy bandwidth or of the large matrix product measured in the same run.",
+        "A share of a roofline is of the copy bandwidth or of the large matrix product measured in the same run.",
         "",
         *(f"- {name}: {value}" for name, value in about.items()),
         *(f"- {line}" for line in missing()),
@@ -143,7 +156,7 @@ def write(path: Path, rows: list[measure.Row], command: str) -> None:
             group.append([])
         group[-1].append(row)
     for op, cases in groups.items():
-        lines += [f"## {op}", "", "| case | ours, ms | of the roof | against | remarks |", "|---|---|---|---|---|"]
+        lines += [f"## {op}", "", "| case | ours, ms | of the roofline | against | remarks |", "|---|---|---|---|---|"]
         for ours, *peers in cases:
             share = "" if ours.roof_share is None else f"{100 * ours.roof_share:.0f} % {ours.roof}"
             against = ", ".join(f"{peer.provider} **{peer.ratio:.2f}x**" for peer in peers)
