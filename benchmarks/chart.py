@@ -71,7 +71,8 @@ def draw(table: dict, path: Path) -> None:
         axes.tick_params(left=False)
 
     about = table["machine"]
-    machine = f"{about['CPU']}, {about['instruction set']}, {str(about['threads']).split()[0]} threads, torch {about['torch']}"
+    threads = str(about["threads"]).split()[0]
+    machine = f"{about['CPU']}, {about['instruction set']}, {threads} threads, torch {about['torch']}"
     figure.supxlabel(
         f"{machine}, {about['date']}. * beyond weights, gradients and optimizer state, or inputs", fontsize=8
     )

@@ -74,9 +74,9 @@ memcheck() {
 }
 tests() {
   if [ -n "$smoke" ]; then
-    run python3 -m pytest -q tests/ops/test_contract.py -k "layer_norm and small and not opcheck and not at_most_twice"
+    run python3 -m pytest -q --all tests/ops/test_contract.py -k "layer_norm and small and not opcheck and not at_most_twice"
   else  # these files alone: others need packages of integrations to be collected
-    M3AE_FAST_REQUIRE=triton run python3 -m pytest -q -n 8 --dist worksteal tests/ops tests/models/test_cuda_graph.py \
+    M3AE_FAST_REQUIRE=triton run python3 -m pytest -q --all -n 8 --dist worksteal tests/ops tests/models/test_cuda_graph.py \
       -k "cuda and not opcheck and not at_most_twice"
   fi
 }
@@ -84,7 +84,7 @@ sanitize() {
   [ -z "$smoke" ] || return 0
   local tool status=0
   for tool in memcheck racecheck synccheck; do  # uncached: tensors in one allocation hide what is read past them
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run compute-sanitizer --tool "$tool" --error-exitcode 1 python3 -m pytest -q \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run compute-sanitizer --tool "$tool" --error-exitcode 1 python3 -m pytest -q --all \
       tests/ops/test_contract.py -k "cuda-cuda and (aligned or (error_rule and not m3ae and not mae))" || status=1
   done
   return $status

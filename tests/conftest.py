@@ -24,18 +24,28 @@ def pytest_collection_modifyitems(config, items):
     """TRITON_INTERPRET=1 is a run for the Triton backends: what does not concern them runs without it, faster. So is
     M3AE_FAST_EMULATE=1 for the CUDA kernels.
 
-    Instruction sets are the CPU's: what runs on a GPU runs once.
+    Instruction sets are the CPU's: what runs on a GPU runs once. Without --all, the scalar set and the best one of this
+    CPU are tested, and tests marked "exhaustive" are left out.
     """
+    everything = config.getoption("--all")
     kept, left = [], []
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         on_gpu_again = params.get("device") == "cuda" and params.get("isa", ISAS[0]) != ISAS[0]
         wanted = not on_gpu_again if _backends.TESTED is None else params.get("impl") == _backends.TESTED
+        if not everything:
+            few = params.get("isa") in (None, "none", _backends.TESTED, "scalar", BEST)
+            wanted = wanted and few and item.get_closest_marker("exhaustive") is None
         (kept if wanted else left).append(item)
     config.hook.pytest_deselected(items=left)
     items[:] = kept
 
 
+def pytest_report_header(config):
+    return "" if config.getoption("--all") else "the tests that matter most: --all runs every one"
+
+
+BEST = next((isa for isa in reversed(testing.isas()) if "emulated" not in isa), None)
 ISAS = [_backends.TESTED] if _backends.TESTED else testing.isas() or ["none"]
 
 

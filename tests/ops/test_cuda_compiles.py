@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.exhaustive
+
 ARCHS = {"sm_80", "sm_90a", "sm_100a"}
 ROOT = Path(__file__).parents[2]
 

@@ -10,6 +10,8 @@ from torch.utils import _pytree as pytree
 import m3ae_fast
 from m3ae_fast import SeqLens, _backends, testing
 
+pytestmark = pytest.mark.exhaustive
+
 # What differs between the arithmetic of an op's cases; the rest of SMALL is about sizes and layouts.
 CASES = {
     "assemble_tokens": ("small",),

@@ -22,6 +22,8 @@ from m3ae_fast import SeqLens, testing
 from tests.ops import random_calls
 from tests.ops.test_extremes import FACTORS, Results, rounding
 
+pytestmark = pytest.mark.exhaustive
+
 EXAMPLES = int(os.environ.get("M3AE_FAST_FUZZ", "40"))
 seeded = settings(
     max_examples=EXAMPLES,

@@ -14,6 +14,8 @@ import pytest
 import m3ae_fast
 from m3ae_fast.train import RunConfig, metrics, pretrain
 
+pytestmark = pytest.mark.exhaustive
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LINE = "    accelerate(model)\n"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)

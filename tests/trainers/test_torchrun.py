@@ -13,6 +13,8 @@ import torch
 import m3ae_fast
 from m3ae_fast.train import RunConfig, checkpoint, metrics, pretrain
 
+pytestmark = pytest.mark.exhaustive
+
 SECONDS = 600  # for a run, on a machine that does other things too
 RUN = ["--batch-size", "4", "--image-size", "32", "--device", "cpu", "--picture-every", "0", "--checkpoint-every", "2"]
 # The last process sends itself a signal, once, as the sixth step of the run begins. Its count of restarts is that of
