@@ -21,10 +21,10 @@ from m3ae_fast._files import replacing
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 HEAD = """# Which op runs where
 
-Made by `python -m benchmarks.support` on {date} at commit {commit}, with torch {torch} on an {cpu}, of what
-`python -m benchmarks.probe` found: each op on each backend against fp64, with an error of at most a few times eager
-PyTorch's, small shapes and those of real models. A dtype that is not named is computed by plain PyTorch where
-`impl=None`; asked for by name, the backend refuses it. "-": there is no such backend of this op.
+Made by `python -m benchmarks.support` on {date} at commit {commit}, with torch {torch} on an {cpu},
+of what `python -m benchmarks.probe` found: each op on each backend against fp64, with an error of at most a few times
+eager PyTorch's. A dtype that is not named is computed by plain PyTorch where `impl=None`; asked for by name, the backend
+refuses it. "-": there is no such backend of this op.
 """
 
 

@@ -13,7 +13,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"the compiled module {'_cuda_emulated' if EMULATED else 'm3ae_fast._cuda'} cannot be imported ({error}); "
-        "`pip install .` builds the CUDA kernels where it finds nvcc"
+        "`pip install .` builds the CUDA kernels where it finds nvcc and a GPU, or with CMAKE_ARGS=-DM3AE_CUDA=ON"
     ) from error
 
 

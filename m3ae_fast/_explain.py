@@ -20,7 +20,7 @@ except importlib.metadata.PackageNotFoundError:  # a source tree that was never 
 def cuda_module() -> str:
     """What the compiled CUDA module says of itself."""
     if importlib.util.find_spec("m3ae_fast._cuda") is None:
-        return "not built (no nvcc was found, or M3AE_CUDA=OFF, when the package was built)"
+        return "not built (no NVIDIA GPU, no nvcc, or M3AE_CUDA=OFF, when the package was built)"
     try:
         from m3ae_fast import _cuda
     except ImportError as error:
