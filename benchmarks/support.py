@@ -23,7 +23,7 @@ HEAD = """# Which op runs where
 
 Made by `python -m benchmarks.support` on {date} at commit {commit}, with torch {torch} on an {cpu},
 of what `python -m benchmarks.probe` found: each op on each backend against fp64, with an error of at most a few times
-eager PyTorch's. A dtype that is not named is computed by plain PyTorch where `impl=None`; asked for by name, the backend
+eager PyTorch's. A dtype that is not named is computed by plain PyTorch where `impl=None`; asked for by name, a backend
 refuses it. "-": there is no such backend of this op.
 """
 
