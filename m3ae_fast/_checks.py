@@ -108,6 +108,18 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> None
         raise ValueError(f"{name} must be {bound}, got {value}")
 
 
+def sides(name: str, value: object, low: int = 1) -> tuple[int, int]:
+    """(height, width) in pixels, each at least `low`: of these two, or of one number for both."""
+    if isinstance(value, tuple | list) and len(value) == 2:
+        for side in value:
+            integer(name, side, low)
+        return tuple(value)
+    if isinstance(value, tuple | list):
+        raise ValueError(f"{name} must be pixels a side or (height, width), got {value!r}")
+    integer(name, value, low)
+    return value, value
+
+
 def as_integer(name: str, value: object, low: int) -> int:
     """An int of at least `low`, or what holds one on the host: numpy's, or a tensor without dimensions."""
     if isinstance(value, Tensor) and value.device.type != "cpu":

@@ -13,6 +13,8 @@ from m3ae_fast import _backends, _checks, _pytree
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.seqlens import SeqLens
 
+MAX_CHANNELS = 16  # of images: [N, H, W, C] by mistake is refused
+
 
 class ImageTextBatch:
     """B samples, each with an image, a text, or both. Texts are packed: no padding is ever stored.
@@ -21,9 +23,9 @@ class ImageTextBatch:
     built into the program that it makes.
 
     Args:
-        images: [N, 3, H, W] uint8 (raw pixels) or float (already normalised: on the CPU, with a warning where they are
-            all between 0 and 1), or None. Any strides: channels-last memory is the fastest for uint8. N is B, or the
-            number of true entries in `has_image`, in sample order.
+        images: [N, C, H, W], C in 1 .. 16, uint8 (raw pixels) or float (already normalised: on the CPU, with a warning
+            where they are all between 0 and 1), or None. Any strides: channels-last memory is the fastest for uint8. N
+            is B, or the number of true entries in `has_image`, in sample order.
         text: [sum of text_lengths] int32 or int64 vocabulary ids, sample after sample, or None.
         text_lengths: B lengths (ints, tensor or SeqLens), 0 for a sample without a text; None: no texts.
         has_image: B bools, None: every sample has an image (or none, where images is None).
@@ -50,7 +52,9 @@ class ImageTextBatch:
         if images is None and text is None:
             raise ValueError("images and text must not both be None: a batch needs one of them")
         if images is not None:
-            _checks.shape("images", images, (None, 3, None, None))
+            _checks.shape("images", images, (None, None, None, None))
+            if not 1 <= images.shape[1] <= MAX_CHANNELS:
+                raise ValueError(f"images must have 1 to {MAX_CHANNELS} channels, got shape {tuple(images.shape)}")
             _checks.dtype("images", images, (torch.uint8, *_checks.FLOATS))
             if images.dtype != torch.uint8 and images.device.type == "cpu" and _looks_raw(images):
                 message = (

@@ -48,7 +48,8 @@ IMAGES, TEXT = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(5)
     ("args", "options", "error", "message"),
     [
         ((), {}, ValueError, "images and text must not both be None"),
-        ((IMAGES[0],), {}, ValueError, r"images must have shape \(any, 3, any, any\), got \(3, 8, 8\)"),
+        ((IMAGES[0],), {}, ValueError, r"images must have shape \(any, any, any, any\), got \(3, 8, 8\)"),
+        ((torch.zeros(2, 32, 32, 3),), {}, ValueError, "images must have 1 to 16 channels, got shape .2, 32, 32, 3"),
         ((IMAGES.int(),), {}, TypeError, "images must be of dtype uint8"),
         ((IMAGES, TEXT), {}, ValueError, "text and text_lengths must be given together"),
         ((IMAGES, TEXT, [2, 2]), {}, ValueError, "text_lengths must add up to the 5 words of text, got 4 of 2"),

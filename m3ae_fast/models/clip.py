@@ -77,7 +77,7 @@ class CLIP(Model):
         return CLIPOutput(loss, image_accuracy, text_accuracy)
 
     def encode_images(self, images: Tensor) -> EncodedView:
-        """Whole images [N, 3, H, W] -> their tokens and embeddings."""
+        """Whole images [N, C, H, W] -> their tokens and embeddings."""
         return self.encoders.encode_images(images)
 
     def encode_texts(self, text: Tensor, text_lengths: SeqLens) -> EncodedView:

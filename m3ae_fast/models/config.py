@@ -6,11 +6,13 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from m3ae_fast import _checks
+from m3ae_fast.batch import MAX_CHANNELS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 CC12M_MEAN, CC12M_STD = (0.5762, 0.5503, 0.5213), (0.3207, 0.3169, 0.3307)
+OTHER_MEAN, OTHER_STD = 0.5, 0.25  # of every channel, where there are not three
 
 SIZES = {
     "tiny": {
@@ -34,16 +36,19 @@ class ModelConfig:
 
     Attributes:
         image_size: pixels a side, or (height, width); a multiple of patch_size, the pixels a side of a patch.
+        channels: of the images, 1 to 16.
         vocab_size: entries of the vocabulary.
         max_text_length: rows of the text position table; a longer text is refused.
         depth: blocks of the image encoder (of M3AE's only encoder, which reads words, too).
         width, heads: of the Transformers. mlp_ratio: hidden rows of their MLPs, as a multiple of the width.
         activation: of the MLPs, "gelu" (erf) or "gelu_tanh".
-        image_mean, image_std: of uint8 pixels scaled to [0, 1]. Float images are taken as normalised already.
+        image_mean, image_std: of uint8 pixels scaled to [0, 1], a value a channel; None: CC12M's of three channels, 0.5
+            and 0.25 of any others. Float images are taken as normalised already.
     """
 
     image_size: int | tuple[int, int] = 256
     patch_size: int = 16
+    channels: int = 3
     vocab_size: int = 30522
     max_text_length: int = 64
     depth: int = 12
@@ -51,22 +56,24 @@ class ModelConfig:
     heads: int = 6
     mlp_ratio: float = 4.0
     activation: str = "gelu_tanh"
-    image_mean: tuple[float, float, float] = CC12M_MEAN
-    image_std: tuple[float, float, float] = CC12M_STD
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
 
     def __post_init__(self):
         if not isinstance(self.image_size, int):
-            if not isinstance(self.image_size, list | tuple) or len(self.image_size) != 2:
-                raise ValueError(f"image_size must be pixels a side or (height, width), got {self.image_size!r}")
-            self.image_size = tuple(self.image_size)
-        self.image_mean, self.image_std = tuple(self.image_mean), tuple(self.image_std)
+            self.image_size = _checks.sides("image_size", self.image_size)
         self._integers(1, "patch_size", "width", "heads")
+        _checks.integer("channels", self.channels, 1, MAX_CHANNELS + 1)
         self._integers(0, "vocab_size", "max_text_length", "depth")
         if any(side < 1 or side % self.patch_size for side in self.image_shape):
             raise ValueError(f"image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size}")
-        for name in ("image_mean", "image_std"):
-            if len(getattr(self, name)) != 3:
-                raise ValueError(f"{name} must have three values, one a channel, got {getattr(self, name)}")
+        for name, of_three, of_others in (("image_mean", CC12M_MEAN, OTHER_MEAN), ("image_std", CC12M_STD, OTHER_STD)):
+            if getattr(self, name) is None:
+                setattr(self, name, of_three if self.channels == 3 else (of_others,) * self.channels)
+            values = tuple(getattr(self, name))
+            if len(values) != self.channels:
+                raise ValueError(f"{name} must have {self.channels} values, one a channel, got {values}")
+            setattr(self, name, values)
         if not all(std > 0 for std in self.image_std):
             raise ValueError(f"image_std must be positive, got {self.image_std}")
         self._numbers("mlp_ratio")
@@ -100,6 +107,11 @@ class ModelConfig:
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
+    def images(self) -> dict[str, Any]:
+        """What `open_dataset` and `pack` take of it: image_size and channels."""
+        return {"image_size": self.image_size, "channels": self.channels}
+
+    @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
         height, width = self.image_shape
@@ -111,7 +123,7 @@ class ModelConfig:
 
     @property
     def patch_dim(self) -> int:
-        return 3 * self.patch_size**2
+        return self.channels * self.patch_size**2
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` takes."""

@@ -76,7 +76,9 @@ class ImageEncoder(FixedPositions):
     def __init__(self, config: ModelConfig, depth: int):
         super().__init__()
         c = config
-        self.patch_embed = fast.PatchEmbed(c.patch_size, c.width, mean=c.image_mean, std=c.image_std)
+        self.patch_embed = fast.PatchEmbed(
+            c.patch_size, c.width, channels=c.channels, mean=c.image_mean, std=c.image_std
+        )
         self.cls_token = nn.Parameter(torch.empty(c.width))
         self.transformer = fast.Transformer(c.width, depth, c.heads, mlp_ratio=c.mlp_ratio, activation=c.activation)
         self.config = c
@@ -87,7 +89,7 @@ class ImageEncoder(FixedPositions):
         return {"position": fast.sincos_2d(*self.config.grid, self.config.width)}
 
     def forward(self, images: Tensor, views: Views) -> Tensor:
-        """images [N, 3, H, W] -> [views.sequences.total, D]; dropped patches are never read."""
+        """images [N, C, H, W] -> [views.sequences.total, D]; dropped patches are never read."""
         patches = self.patch_embed(images, views.ids, views.samples)
         tokens = assemble_tokens(
             patches, None, cls_token=self.cls_token, image_ids=views.ids, cu_image=views.views,
@@ -160,7 +162,7 @@ class DualEncoder(nn.Module):
         return _unit(self.image_projection(image_cls)), _unit(self.text_projection(text_cls))
 
     def encode_images(self, images: Tensor) -> EncodedView:
-        """Whole images [N, 3, H, W] -> their tokens and embeddings."""
+        """Whole images [N, C, H, W] -> their tokens and embeddings."""
         views = whole([self.patches] * len(images), images.device)
         tokens = self.image(images, views)
         cls = take_rows(tokens, views.cls_rows(0).to(images.device))
@@ -191,6 +193,10 @@ def check_batch(batch: ImageTextBatch, config: ModelConfig) -> None:
 
 def check_sizes(batch: ImageTextBatch, config: ModelConfig) -> None:
     """ValueError unless images and texts are of the configuration's sizes."""
+    if batch.images is not None and batch.images.shape[1] != config.channels:
+        raise ValueError(
+            f"batch.images must have {config.channels} channels, as the configuration says, got {batch.images.shape[1]}"
+        )
     if batch.images is not None and tuple(batch.images.shape[2:]) != config.image_shape:
         raise ValueError(
             f"batch.images must be of {config.image_shape[0]} x {config.image_shape[1]} pixels, as the configuration "

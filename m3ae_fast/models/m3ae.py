@@ -82,7 +82,9 @@ class M3AE(Model, FixedPositions):
         def token(width: int, wanted: bool = True) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(width)) if wanted else None
 
-        self.patch_embed = fast.PatchEmbed(c.patch_size, c.width, mean=c.image_mean, std=c.image_std)
+        self.patch_embed = fast.PatchEmbed(
+            c.patch_size, c.width, channels=c.channels, mean=c.image_mean, std=c.image_std
+        )
         self.text_embedding = nn.Embedding(c.vocab_size, c.width) if texts else None
         self.cls_token = token(c.width)
         self.image_type, self.text_type = token(c.width, types), token(c.width, texts and types)
@@ -298,7 +300,7 @@ class M3AE(Model, FixedPositions):
         modality is missing, so that ranks which hold other modalities send each other the same."""
         if batch.images is not None:
             return batch.images
-        return torch.empty(0, 3, *self.config.image_shape, dtype=torch.uint8, device=batch.device)
+        return torch.empty(0, self.config.channels, *self.config.image_shape, dtype=torch.uint8, device=batch.device)
 
     def _check(self, batch: ImageTextBatch) -> None:
         c = self.config

@@ -16,7 +16,7 @@ from m3ae_fast.models.masking import Plan
 
 
 class MAE(M3AE):
-    """M3AE with vocab_size 0. Takes batches of images, or the images themselves, [B, 3, H, W].
+    """M3AE with vocab_size 0. Takes batches of images, or the images themselves, [B, C, H, W].
 
     Args:
         config: sizes; its text fields are ignored. Set norm_pix=True for the per-patch normalised target that the MAE

@@ -297,7 +297,7 @@ class MAMO(Model):
     # -- use ---------------------------------------------------------------------------------------------------------
 
     def encode_images(self, images: Tensor) -> EncodedView:
-        """Whole images [N, 3, H, W] -> their tokens and embeddings."""
+        """Whole images [N, C, H, W] -> their tokens and embeddings."""
         return self.online.encode_images(images)
 
     def encode_texts(self, text: Tensor, text_lengths: SeqLens) -> EncodedView:

@@ -36,7 +36,7 @@ class Reason(nn.Module):
         """[B] fp32 log-odds that the sentence is true.
 
         Args:
-            left: [B, 3, H, W], the left images. batch: the right images, with the sentences.
+            left: [B, C, H, W], the left images. batch: the right images, with the sentences.
         """
         mamo, B = self.mamo, len(batch)
         if left.shape != batch.images.shape:

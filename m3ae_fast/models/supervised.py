@@ -70,7 +70,7 @@ class Supervised(Model):
         return SupervisedOutput(F.binary_cross_entropy_with_logits(logits, wanted), accuracy)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Whole images [N, 3, H, W] -> CLS features [N, D]."""
+        """Whole images [N, C, H, W] -> CLS features [N, D]."""
         views = whole([self.config.patches] * len(images), images.device)
         return take_rows(self.encoder(images, views), views.cls_rows(0).to(images.device))
 

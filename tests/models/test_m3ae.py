@@ -200,6 +200,22 @@ def test_float_images_are_taken_as_normalised(model):
     torch.testing.assert_close(model(normalised, seed=0).loss, model(batch, seed=0).loss)
 
 
+@pytest.mark.parametrize("channels", [1, 9, 16])
+def test_images_may_have_any_channels(channels):
+    """uint8 images are normalised channel by channel, by 0.5 and 0.25 where nothing else is said."""
+    config = dataclasses.replace(CONFIG, channels=channels, image_mean=None, image_std=None, image_size=(16, 24))
+    assert config.image_mean == (0.5,) * channels and config.image_std == (0.25,) * channels
+    config.image_mean = tuple(0.1 + 0.05 * c for c in range(channels))
+    model, images = M3AE(config), torch.randint(0, 256, (2, channels, 16, 24), dtype=torch.uint8)
+    normalised = (images / 255 - torch.tensor(config.image_mean).view(1, -1, 1, 1)) / 0.25
+    out, expected = model(ImageTextBatch(images), seed=0), model(ImageTextBatch(normalised), seed=0)
+    torch.testing.assert_close(out.loss, expected.loss)
+    assert model.reconstruct(ImageTextBatch(images), seed=0).image.shape == (2, 24, 16 * channels)
+    texts = ImageTextBatch(None, torch.arange(5), [2, 3])
+    model(texts, seed=0).loss.backward()
+    assert not model.patch_embed.proj.weight.grad.any()
+
+
 def test_nothing_masked_gives_zero_losses_with_zero_gradients(model):
     none = {"image_mask": torch.zeros(3, 16, dtype=torch.bool), "text_mask": torch.zeros(3, 8, dtype=torch.bool)}
     out = model(make_batch(), **none)
@@ -292,7 +308,7 @@ def test_sizes_of_the_paper():
         ({"masking": "none"}, "masking must be one of"),
         ({"colour": 1}, "got colour"),
         ({"image_std": (0, 1, 1)}, "image_std must be positive"),
-        ({"image_mean": (1, 2)}, "image_mean must have three values"),
+        ({"image_mean": (1, 2)}, "image_mean must have 3 values"),
         ({"image_size": (16,)}, r"image_size must be pixels a side or \(height, width\), got \(16,\)"),
         ({"mlp_ratio": -1}, "mlp_ratio must be positive"),
         ({"activation": "relu"}, "activation must be one of"),
@@ -310,6 +326,8 @@ def test_bad_calls(model):
         model(make_batch(lengths=(9,)), seed=0)
     with pytest.raises(ValueError, match=r"batch\.images must be of 16 x 16 pixels"):
         model(ImageTextBatch(torch.zeros(1, 3, 20, 16)), seed=0)
+    with pytest.raises(ValueError, match=r"batch\.images must have 3 channels, as the configuration says, got 4"):
+        model(ImageTextBatch(torch.zeros(1, 4, 16, 16)), seed=0)
     with pytest.raises(TypeError, match="batch must be an ImageTextBatch, got Tensor"):
         model(torch.zeros(1, 3, 16, 16), seed=0)
     with pytest.raises(ValueError, match="this model is of images alone"):
