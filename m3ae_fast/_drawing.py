@@ -50,6 +50,18 @@ def heat(image: np.ndarray, map: Tensor) -> np.ndarray:
     return np.uint8(np.clip(share * image + (1 - share) * gray, 0, 255))
 
 
+def visible(image: np.ndarray) -> np.ndarray:
+    """[..., C] uint8 -> [..., 3]: the first three channels as red, green and blue; of one or two, the first as gray."""
+    return image[..., :3] if image.shape[-1] >= 3 else image[..., [0, 0, 0]]
+
+
+def note_of_channels(channels: int) -> str:
+    """What a picture says of the channels that `visible` leaves out; "" where there are none."""
+    if channels in (1, 3):
+        return ""
+    return f"channel{'s 1, 2 and 3' if channels > 3 else ' 1'} of {channels} {'are' if channels > 3 else 'is'} shown"
+
+
 class Card(NamedTuple):
     """What a sample is shown by."""
 
@@ -99,7 +111,7 @@ class Cards:
             self.image.save(temporary, format="PNG")
 
     def _height(self, panels, words, label) -> int:
-        height = LINE + SIDE if panels else LINE if label else 0
+        height = LINE + _shown(panels[0])[1] if panels else LINE if label else 0
         lines = 1 + max((line for _, _, line, _, _ in words), default=-1)
         return height + (GAP if panels and lines else 0) + lines * (2 * LINE + 6) + 2 * GAP
 
@@ -126,10 +138,10 @@ class Cards:
         for i, (panel, title) in enumerate(zip(panels, self._titles, strict=bool(panels))):
             left = x + i * (SIDE + GAP)
             self._pen.text((left, y - 3), title, font=self._bold, fill=FAINT)
-            enlarged = panel.shape[0] < SIDE
+            enlarged = max(panel.shape[:2]) < SIDE
             resample = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
-            self.image.paste(Image.fromarray(panel).resize((SIDE, SIDE), resample), (left, y + LINE))
-        y += LINE + SIDE + GAP if panels else LINE if label else 0
+            self.image.paste(Image.fromarray(panel).resize(_shown(panel), resample), (left, y + LINE))
+        y += LINE + _shown(panels[0])[1] + GAP if panels else LINE if label else 0
         for left, wide, line, word, guess in words:
             left, top = x + left, y + line * (2 * LINE + 6)
             middle = left + wide / 2
@@ -138,3 +150,9 @@ class Cards:
                 color = RIGHT if guess[1] else WRONG
                 self._pen.text((middle, top + LINE + 3), guess[0], font=self._font, fill=color, anchor="ma")
             self._pen.text((middle, top + 2), word, font=self._font, fill=INK, anchor="ma")
+
+
+def _shown(panel: np.ndarray) -> tuple[int, int]:
+    """(width, height) at which a panel is drawn: its longer side is SIDE."""
+    height, width = panel.shape[:2]
+    return round(SIDE * width / max(height, width)), round(SIDE * height / max(height, width))

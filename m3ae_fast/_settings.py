@@ -14,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 from m3ae_fast import _checks
 
+SIDES = tuple[int, int]  # as a field's type, beside int: height and width in pixels
 OPTIONS = "options"  # argparse's own group, of what is in no other
 
 
@@ -66,7 +67,9 @@ def check(settings: Any) -> None:
             continue
         if about.choices:
             _checks.choice(name, value, about.choices)
-        if about.within and int in types:
+        if about.within and SIDES in types:
+            _checks.sides(name, value, _bounds(about.within)[0])
+        elif about.within and int in types:
             _checks.integer(name, value, *_bounds(about.within))
         elif about.within:
             _checks.real(name, value, about.within)
@@ -93,6 +96,8 @@ def add_options(command: argparse.ArgumentParser, cls: type, *names: str) -> dic
             option = {"action": about.action or "store_true"}
         elif dict in types:
             option["type"] = name_and_value
+        elif SIDES in types:
+            option["type"] = functools.partial(sides, low=_bounds(about.within)[0])
         elif int in types:
             option["type"] = functools.partial(natural, low=_bounds(about.within)[0])
         elif float in types:
@@ -144,6 +149,16 @@ def natural(text: str, low: int = 0) -> int:
 
 
 positive = functools.partial(natural, low=1)
+
+
+def sides(text: str, low: int = 1) -> int | list[int]:
+    """Pixels a side, or height x width: "128x256"."""
+    try:
+        return natural(text, low) if "x" not in text else [natural(side, low) for side in text.split("x", 1)]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"must be pixels a side, at least {low}, or two such numbers as 128x256, got {text!r}"
+        ) from None
 
 
 def path(text: str) -> Path:

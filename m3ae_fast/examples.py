@@ -1,4 +1,4 @@
-"""One example of each task. Images are [H, W, 3] uint8; `name` is what errors and pictures call the example."""
+"""One example of each task. Images are [H, W, C] uint8; `name` is what errors and pictures call the example."""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ class BadSample(Exception):
     Args:
         name: of the sample. reason: what is wrong with it.
         kind: what is damaged, for the counts: "image", "caption", "label", "shard" (the file that holds it), "row", or
-            "sample"; or, where nothing is, why it is left out: "unpaired", "unlabelled".
+            "sample"; "channels": an image has others than wanted; or, where nothing is, why it is left out: "unpaired",
+            "unlabelled".
     """
 
     def __init__(self, name: str, reason: str, kind: str = "sample"):

@@ -16,15 +16,20 @@ ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")  # thirds of the im
 
 
 def describe(
-    background: str, objects: Sequence[SceneObject], boxes: np.ndarray, rng: np.random.Generator
+    background: str,
+    objects: Sequence[SceneObject],
+    boxes: np.ndarray,
+    rng: np.random.Generator,
+    extent: tuple[float, float],
 ) -> tuple[str, str, str]:
     """A short caption (one object, or how many), a middling one (a place or a relation), and one that names all.
 
     Args:
         background: its colour.
         objects: one to four.
-        boxes: (x, y, side) of each, in shares of the image's side: so the words do not depend on its pixels.
+        boxes: (x, y, side) of each, in shares of the image's shorter side: so the words do not depend on its pixels.
         rng: draws the wording.
+        extent: the image's width and height, in the same unit.
     """
 
     pick = functools.partial(choose, rng)
@@ -39,7 +44,7 @@ def describe(
     order = rng.permutation(len(objects))
     objects, boxes = [objects[i] for i in order], boxes[order].tolist()
     names = [named(item.size, item.color, item.shape) for item in objects]
-    placed = [f"{name} {_place(box)}" for name, box in zip(names, boxes, strict=True)]
+    placed = [f"{name} {_place(box, extent)}" for name, box in zip(names, boxes, strict=True)]
     pairs = [
         f"{names[i]} {_relation(boxes[i], boxes[i + 1], pick)} {names[i + 1]}" for i in range(0, len(names) - 1, 2)
     ]
@@ -78,9 +83,9 @@ def _groups(objects: Sequence[SceneObject]) -> str:
     return _series([named(shape) if n == 1 else f"{NUMBERS[n]} {plural(shape)}" for shape, n in counts.items()])
 
 
-def _place(box: Sequence[float]) -> str:
-    x, y, side = box
-    row, column = ROWS[int(3 * (y + side / 2))], COLUMNS[int(3 * (x + side / 2))]
+def _place(box: Sequence[float], extent: tuple[float, float]) -> str:
+    (x, y, side), (width, height) = box, extent
+    row, column = ROWS[int(3 * (y + side / 2) / height)], COLUMNS[int(3 * (x + side / 2) / width)]
     if row and column:
         return f"in the {row} {column} corner"
     if row or column:

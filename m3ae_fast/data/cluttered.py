@@ -13,7 +13,7 @@ from m3ae_fast.data.sample import Sample
 from m3ae_fast.data.seeds import CLUTTER, check_seed, choose, generator
 from m3ae_fast.data.shapes import COLORS, MIN_SIZE, SHAPES, outline
 
-SIDES = (0.1, 0.16)  # of a shape, as a share of the image's side
+SIDES = (0.1, 0.16)  # of a shape, as a share of the image's shorter side
 COUNT = (8, 14)  # fewest and most of them
 WAVES = (2, 6)  # fewest and most knots a side of the background
 NOISE = 12.0  # of each pixel's values, standard deviation, of 255
@@ -34,7 +34,7 @@ class ClutteredShapes:
     Image `index` of a seed is the same whenever and in whatever order it is asked for.
 
     Args:
-        size: pixels a side, at least 32.
+        size: pixels a side, or (height, width), at least 32.
         seed: of the images, in [0, 2**63).
     Attributes:
         classes: the names of the colours; an image has one label.
@@ -45,8 +45,8 @@ class ClutteredShapes:
     endless = True
     classes = tuple(COLORS)
 
-    def __init__(self, size: int = 48, seed: int = 0):
-        _checks.integer("size", size, MIN_SIZE)
+    def __init__(self, size: int | tuple[int, int] = 48, seed: int = 0):
+        _checks.sides("size", size, MIN_SIZE)
         self.size, self.seed = size, check_seed(seed)
 
     def __len__(self) -> int:
@@ -72,13 +72,14 @@ def _content(rng: np.random.Generator) -> tuple[str, str, str]:
     return color, shape, choose(rng, TEMPLATES).format(color=color, shapes=plural(shape))
 
 
-def draw(color: str, shape: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    """[size, size, 3] uint8."""
+def draw(color: str, shape: str, size: int | tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """[height, width, 3] uint8; size: pixels a side, or both of them."""
+    height, width = _checks.sides("size", size)
     knots = rng.uniform(0, 255, (*(int(rng.integers(WAVES[0], WAVES[1] + 1)),) * 2, 3)).astype(np.uint8)
-    image = Image.fromarray(knots).resize((size, size), Image.Resampling.BICUBIC)
+    image = Image.fromarray(knots).resize((width, height), Image.Resampling.BICUBIC)
     for _ in range(rng.integers(COUNT[0], COUNT[1] + 1)):
-        side = round(size * rng.uniform(*SIDES))
-        corner = tuple(rng.integers(0, size - side + 1, 2).tolist())
+        side = round(min(height, width) * rng.uniform(*SIDES))
+        corner = tuple(int(rng.integers(0, length - side + 1)) for length in (width, height))
         image.paste(COLORS[color], corner, outline(shape, side))
-    pixels = np.asarray(image, np.float32) + rng.standard_normal((size, size, 3), np.float32) * np.float32(NOISE)
+    pixels = np.asarray(image, np.float32) + rng.standard_normal((height, width, 3), np.float32) * np.float32(NOISE)
     return pixels.clip(0, 255).astype(np.uint8)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data.bad_sample import BadSample
-from m3ae_fast.data.images import IMAGES, OTHERS, EncodedImage, not_read, suffix_of
+from m3ae_fast.data.images import ARRAYS, IMAGES, OTHERS, not_read, open_image, suffix_of
 from m3ae_fast.data.limits import MAX_TEXT, check_size, open_file
 from m3ae_fast.data.sample import EncodedDataset, Sample, caption_lines
 
@@ -22,12 +22,13 @@ class FolderDataset(EncodedDataset):
     Links are followed, but for those to a folder that they lie in.
 
     `name.jpg`, `.png` or another of `images.IMAGES` (any case) is an image; `name.txt` beside it holds its captions,
-    one a line, UTF-8, blank lines ignored. An image whose text file is missing or blank is an image alone; a text file
+    one a line, UTF-8, blank lines ignored. Where there is no such image in the whole folder, `name.npy` is one, of any
+    channels (`EncodedArray`). An image whose text file is missing or blank is an image alone; a text file
     without an image is a text alone. An image of another kind, one of `images.OTHERS`, is a damaged sample, unless one
     that can be read is beside it.
 
     Args:
-        path: the folder.
+        path: the folder. channels: of the images, 1 to 16.
     Attributes:
         classes: the names of its subfolders, sorted and numbered as torchvision's ImageFolder does, where every image
             lies in one and there are two or more; () otherwise, and where they are called train, val, test: each of
@@ -40,14 +41,15 @@ class FolderDataset(EncodedDataset):
         ValueError: it holds no image and no caption file.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike, *, channels: int = 3):
+        self.path, self.channels = Path(path), channels
         if not self.path.exists():
             raise FileNotFoundError(f"path must name a folder, there is no {self.path}")
         if not self.path.is_dir():
             raise NotADirectoryError(f"path must name a folder, {self.path} is a file")
         files = sorted(_files(self.path))
         images = [name for name in files if suffix_of(name) in IMAGES]
+        images = images or [name for name in files if suffix_of(name) == ARRAYS]
         stems = set(map(_stem, images))
         others = [name for name in files if suffix_of(name) in OTHERS and _stem(name) not in stems]
         self._texts: dict[str, str] = {}  # stem -> its caption file
@@ -76,8 +78,8 @@ class FolderDataset(EncodedDataset):
             raise BadSample(name, not_read(suffix_of(name)), "image")
         captions = self.captions_of(name)
         labels = (self._numbers[_top(name)],) if self.classes else ()
-        if suffix_of(name) in IMAGES:
-            return Sample(EncodedImage(self.path / name, name), captions, name, labels)
+        if is_image(name):
+            return Sample(open_image(self.path / name, name, self.channels), captions, name, labels)
         if not captions:
             raise BadSample(name, "there is no caption in it, and no image beside it", "caption")
         return Sample(None, captions, name, labels)
@@ -113,6 +115,11 @@ def read_captions(path: Path, name: str) -> tuple[str, ...]:
     return caption_lines(name, data)
 
 
+def is_image(name: str) -> bool:
+    """Whether one of a folder's `names` is an image, not a text alone."""
+    return suffix_of(name) in (*IMAGES, ARRAYS)
+
+
 def _stem(name: str) -> str:
     return os.path.splitext(name)[0]
 
@@ -127,7 +134,7 @@ def _classes(names: list[str]) -> tuple[tuple[str, ...], str]:
     folders = sorted(set(map(_top, names)) - {""})
     if len(folders) < 2 or SPLITS.issuperset(folders):
         return (), ""
-    beside = next((name for name in names if not _top(name) and suffix_of(name) in IMAGES), "")
+    beside = next((name for name in names if not _top(name) and is_image(name)), "")
     return ((), beside) if beside else (tuple(folders), "")
 
 

@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from m3ae_fast import _checks
+from m3ae_fast.data.arrays import as_pixels, channels_first
 from m3ae_fast.data.bad_sample import BadSample
 from m3ae_fast.data.columns import Column
-from m3ae_fast.data.images import EncodedImage
+from m3ae_fast.data.images import open_image
 from m3ae_fast.data.limits import open_file
 from m3ae_fast.data.sample import EncodedDataset, Sample, check_classes, clean_captions
 
-# The names of (images, captions, labels) in a file, for each split; the first that is there counts.
+# The names of (images, captions, labels) in a file, for each split; the first with images that is there counts.
 LAYOUTS = {
-    None: (("jpg", "caption", None), (None, "text", None)),
+    None: (("jpg", "caption", None), ("image", "caption", "label"), (None, "text", None)),
     "train": (("train_jpg", None, "train_labels"),),
     "val": (("val_jpg", None, "val_labels"),),
 }
@@ -31,7 +32,8 @@ MAX_LINKS = 8  # that lead to a column, one after the other
 
 class HDF5Dataset(EncodedDataset):
     """Rows of `jpg` (encoded images, a variable-length uint8 array each) and `caption` (strings), or of `text` alone;
-    of ImageNet's file, `train_jpg` and `train_labels`, or `val_jpg` and `val_labels`.
+    of ImageNet's file, `train_jpg` and `train_labels`, or `val_jpg` and `val_labels`; of pixels, `image` ([C, H, W],
+    [H, W, C] or [H, W] uint8 each), with `caption`, `label` (a class's number) or neither.
 
     Without `caption`, images alone. The file is opened anew in each process that reads it. It must hold its columns
     itself: what lies in other files is not read.
@@ -39,19 +41,20 @@ class HDF5Dataset(EncodedDataset):
     Args:
         path: the file.
         split: "train" or "val" of a file that holds both; None of any other.
+        channels: of the images, 1 to 16; where both the first and the last axis of pixels have so many, the last.
     Attributes:
         classes: "0" to the largest of the labels.
     Raises:
         FileNotFoundError: there is no such file. ModuleNotFoundError: h5py is missing.
-        ValueError: it is no HDF5 file, holds none of those, columns of different lengths, labels that are none, or
-            columns that lie elsewhere, have other filters than gzip, shuffle and fletcher32, or rows or chunks that
-            unpack to more than 256 MiB.
+        ValueError: it is no HDF5 file, holds none of those, columns of different lengths, labels that are none, pixels
+            of other channels or no uint8, or columns that lie elsewhere, have other filters than gzip, shuffle and
+            fletcher32, or rows or chunks that unpack to more than 256 MiB.
     Source: github.com/young-geng/m3ae_public (arXiv:2205.14204).
     """
 
-    def __init__(self, path: str | os.PathLike, split: str | None = None):
+    def __init__(self, path: str | os.PathLike, split: str | None = None, *, channels: int = 3):
         _checks.choice("split", split, tuple(LAYOUTS))
-        self.path, self.split = Path(path), split
+        self.path, self.split, self.channels = Path(path), split, channels
         self._file, self._process, self._columns = None, None, {}
         with _open(self.path) as file, open_file(self.path) as descriptor:
             try:
@@ -69,12 +72,14 @@ class HDF5Dataset(EncodedDataset):
             hint = "; its split, train or val, must be named" if there & {"train_jpg", "val_jpg"} else ""
             held = ", ".join(sorted(there)) or "nothing"
             raise ValueError(f"path must hold {wanted}, got {held} in {path}{hint}")
-        self._images, self._captions, self._labels = found[0]
-        columns = {name: _column(file, name, descriptor) for name in found[0] if name}
+        names = next((names for names in found if names[0]), found[0])
+        self._images, self._captions, self._labels = names
+        columns = {name: _column(file, name, descriptor) for name in names if name}
         lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"{path} must hold columns of one length, got {lengths}")
         self._length = next(iter(lengths.values()))
+        self._pixels = self._shape_of_pixels(columns.get(self._images))
         if self._labels and self._length:
             name, labels = self._labels, columns[self._labels]
             if labels.dtype.kind not in "iu" or math.prod(labels.shape) != self._length:
@@ -90,6 +95,20 @@ class HDF5Dataset(EncodedDataset):
         if not self._length:
             raise ValueError(f"path must hold at least one row, got none in {path}")
 
+    def _shape_of_pixels(self, column: Column | None) -> tuple[int, ...] | None:
+        """That of each row, where rows are not encoded. ValueError: they are no such images as are wanted."""
+        if column is None or len(column.shape) < 3:
+            return None
+        name = f"{self.path}: {self._images}"
+        if column.dtype != np.uint8 or 0 in column.shape[1:]:
+            got = f"{column.dtype} {list(column.shape[1:])}"
+            raise ValueError(f"{name} must have pixels of uint8 in each row, scaled to 0 .. 255, got {got}")
+        try:
+            channels_first(name, column.shape[1:], self.channels)
+        except BadSample as bad:
+            raise ValueError(str(bad)) from None
+        return column.shape[1:]
+
     def __len__(self) -> int:
         return self._length
 
@@ -103,8 +122,11 @@ class HDF5Dataset(EncodedDataset):
             return Sample(None, captions, name)
         labels = () if self._labels is None else (int(self._labels[index]),)
         cell = self._cell(name, self._images, index)
+        if self._pixels:
+            first = channels_first(name, self._pixels, self.channels)
+            return Sample(as_pixels(cell.reshape(self._pixels), first), captions, name, labels)
         image = cell if isinstance(cell, bytes) else np.asarray(cell).tobytes()
-        return Sample(EncodedImage(image, name), captions, name, labels)
+        return Sample(open_image(image, name, self.channels), captions, name, labels)
 
     def captions(self) -> Iterator[str]:
         """All captions, no image read; rows that cannot be read are left out here, and named where they are used."""

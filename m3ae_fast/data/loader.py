@@ -63,14 +63,14 @@ class Loader:
             crops keep; None: no random crops), `endless` (default False: True keeps the data set's own order, so
             that no permutation of it is ever in memory), `classes` (names, default none: what `labels` count).
         tokenizer: a `Tokenizer`, or any object with its `encode`; None: images alone, captions are left out.
-        image_size: pixels a side of the images that come out.
+        image_size: pixels a side, or (height, width), of the images that come out.
         batch_size: samples in a batch.
         seed: of order, crops and choices, in [0, 2**63).
         max_text_length: words (vocabulary entries) after which a text is cut.
         start_step: the first step.
         workers: processes that read ahead; 0 reads in this one.
         strict: raise BadSample where a sample cannot be read, instead of replacing it.
-        augment: random crops and mirroring; False: the square in the middle, for evaluation.
+        augment: random crops and mirroring; False: the middle of each, for evaluation.
         pairs_only: what is not an image with a caption is left out: replaced and counted, as "unpaired", but warned of
             only once, and not decoded. labelled_only: the same of what has no label, "unlabelled".
         rank, world_size: of this process, where several share the work. Each gets batches of `batch_size` of its own,
@@ -80,7 +80,7 @@ class Loader:
         plan: plan(batch, step) makes what comes with a batch, as `M3AE.plan` does. None: nothing does.
 
     Yields:
-        step, and a batch whose images are uint8 [N, 3, image_size, image_size] in channels-last memory, texts int32;
+        step, and a batch whose images are uint8 [N, C, height, width] in channels-last memory, texts int32;
         where `plan` is given, its plan, too.
 
     Attributes:
@@ -101,7 +101,7 @@ class Loader:
         dataset: Sequence[Sample],
         tokenizer: Tokenizer | None,
         *,
-        image_size: int,
+        image_size: int | tuple[int, int],
         batch_size: int,
         seed: int = 0,
         max_text_length: int = 64,
@@ -116,7 +116,7 @@ class Loader:
         pin_memory: bool = False,
         plan: Callable[[ImageTextBatch, int], Any] | None = None,
     ):
-        _checks.integer("image_size", image_size, 1)
+        image_size = _checks.sides("image_size", image_size)
         _checks.integer("batch_size", batch_size, 1)
         _checks.integer("max_text_length", max_text_length, 1)
         _checks.integer("start_step", start_step, 0)
@@ -248,7 +248,7 @@ def _finished(
 
 
 class _Prepared(NamedTuple):
-    image: np.ndarray | None  # [image_size, image_size, 3] uint8
+    image: np.ndarray | None  # [height, width, C] uint8
     ids: list[int]
     labels: tuple[int, ...]
 
@@ -341,7 +341,7 @@ class _Stream(_Source):
             self._turn = turn
         while len(self._ahead) <= offset:
             self._ahead.append(next(self._entries))
-        return self._ahead[offset].sample(), generator(self.seed, SAMPLE, 0, turn, self.number)
+        return self._ahead[offset].sample(self.dataset.channels), generator(self.seed, SAMPLE, 0, turn, self.number)
 
 
 @dataclasses.dataclass
@@ -350,7 +350,7 @@ class _Batches(Dataset):
 
     mixture: MixedDataset
     tokenizer: Tokenizer | None
-    image_size: int
+    image_size: tuple[int, int]
     batch_size: int
     seed: int
     max_text_length: int

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from m3ae_fast.data.bad_sample import BadSample
-from m3ae_fast.data.images import EncodedImage
+from m3ae_fast.data.images import open_image
 from m3ae_fast.data.limits import MAX_TEXT, check_size, open_file
 from m3ae_fast.data.sample import EncodedDataset, Sample, check_classes, clean_captions
 
@@ -26,7 +26,7 @@ class JSONLinesDataset(EncodedDataset):
     error of the whole file.
 
     Args:
-        path: the file.
+        path: the file. channels: of the images, 1 to 16.
     Attributes:
         classes: the names of the labels, sorted; of numbers, "0" to the largest.
     Raises:
@@ -34,8 +34,8 @@ class JSONLinesDataset(EncodedDataset):
         ValueError: there is no row in it, labels are numbers here and names there, or of over 100,000 classes.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike, *, channels: int = 3):
+        self.path, self.channels = Path(path), channels
         offsets, labels, position, begins = array("q"), set(), 0, True
         with open_file(self.path) as file:
             while line := file.readline(MAX_TEXT):
@@ -73,7 +73,8 @@ class JSONLinesDataset(EncodedDataset):
             return Sample(None, captions, name, labels)
         if not isinstance(row["image"], str):
             raise BadSample(name, f"image must be the path of an image file, got {json.dumps(row['image'])}", "row")
-        return Sample(EncodedImage(self.path.parent / row["image"], f"{name}: {row['image']}"), captions, name, labels)
+        image = open_image(self.path.parent / row["image"], f"{name}: {row['image']}", self.channels)
+        return Sample(image, captions, name, labels)
 
     def captions(self) -> Iterator[str]:
         """All captions, no image read; rows that cannot be read are left out here, and named where they are used."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from m3ae_fast.data.arrays import EncodedArray
 from m3ae_fast.data.bad_sample import BadSample
 from m3ae_fast.data.images import EncodedImage
 
@@ -19,13 +20,13 @@ class Sample:
     """An image, its captions, or both.
 
     Attributes:
-        image: [H, W, 3] uint8, or None; an EncodedImage in what a data set's `read` returns.
+        image: [H, W, C] uint8, or None; still encoded in what a data set's `read` returns.
         captions: any number, of which training draws one at a time.
         labels: numbers of the classes it shows, in the data set's `classes`.
         name: what errors and warnings call it, a file's path within its folder for instance.
     """
 
-    image: np.ndarray | EncodedImage | None
+    image: np.ndarray | EncodedImage | EncodedArray | None
     captions: tuple[str, ...]
     name: str
     labels: tuple[int, ...] = ()
@@ -34,7 +35,8 @@ class Sample:
 class EncodedDataset:
     """What the data sets read from files have in common: `dataset[i]` is `dataset.read(i)` with its image decoded.
 
-    `read(index)` gives the `Sample` with an EncodedImage in it, for the loader to decode just what it needs.
+    `read(index)` gives the `Sample` with its image still encoded, for the loader to decode just what it needs.
+    `channels` says how many each image has.
     """
 
     flip_safe = True
@@ -46,7 +48,9 @@ class EncodedDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"index must be in [0, {len(self)}), got {index}")
         sample = self.read(index)
-        return sample if sample.image is None else dataclasses.replace(sample, image=sample.image.decoded())
+        if sample.image is None or isinstance(sample.image, np.ndarray):
+            return sample
+        return dataclasses.replace(sample, image=sample.image.decoded())
 
 
 class Derived:

@@ -15,21 +15,25 @@ from m3ae_fast.data.split import Chosen
 COUNT = 1000  # of drawn samples, where none is given
 
 
-def open_some(spec: str, *, image_size: int, seed: int = 0, count: int | None = None) -> Some:
+def open_some(
+    spec: str, *, image_size: int | tuple[int, int], channels: int = 3, seed: int = 0, count: int | None = None
+) -> Some:
     """Samples of a data set, labels or not.
 
     Args:
-        spec, image_size, seed: as of `open_dataset`. count: as of `Some`.
+        spec, image_size, channels, seed: as of `open_dataset`. count: as of `Some`.
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: no such folder, or nothing in it.
     """
-    return Some(open_dataset(spec, image_size=image_size, seed=seed), count)
+    return Some(open_dataset(spec, image_size=image_size, channels=channels, seed=seed), count)
 
 
-def open_classes(spec: str, *, image_size: int, seed: int = 0, count: int | None = None) -> Some:
+def open_classes(
+    spec: str, *, image_size: int | tuple[int, int], channels: int = 3, seed: int = 0, count: int | None = None
+) -> Some:
     """Images of one class each, a folder with a subfolder for each class for instance. Arguments and errors as those of
     `open_some`; ValueError, too: there are no classes."""
-    dataset = open_dataset(spec, image_size=image_size, seed=seed)
+    dataset = open_dataset(spec, image_size=image_size, channels=channels, seed=seed)
     if not getattr(dataset, "classes", ()):
         beside = getattr(dataset, "no_classes", "")
         why = f": {beside} lies beside them" if beside else ""
@@ -69,10 +73,10 @@ class Crops(Sequence):
     they are in training, and where captions speak of left and right nothing is mirrored.
 
     Args:
-        samples: to be cropped. count: of crops of each. size: pixels a side. seed: of the crops.
+        samples: to be cropped. count: of crops of each. size: pixels a side, or (height, width). seed: of the crops.
     """
 
-    def __init__(self, samples: Some, count: int, size: int, seed: int = 0):
+    def __init__(self, samples: Some, count: int, size: int | tuple[int, int], seed: int = 0):
         _checks.integer("count", count, 1)
         self._samples, self._count, self._size, self._seed = samples, count, size, seed
         self.classes = samples.classes

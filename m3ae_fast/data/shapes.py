@@ -42,13 +42,14 @@ class ShapesDataset:
 
     Attributes are drawn independently of one another (an object only never has the background's colour), so what a
     masked patch held can be known from the caption and often from nothing else. Scene `index` of a seed is the same
-    whenever and in whatever order it is asked for, and the same scene at every image size.
+    whenever and in whatever order it is asked for, and the same scene at every image size of one aspect. Sizes are
+    shares of the shorter side.
 
     Training neither mirrors nor crops these: captions speak of left and right and of every object, and there is
     always a new scene.
 
     Args:
-        size: pixels a side, at least 32.
+        size: pixels a side, or (height, width), at least 32.
         seed: of the scenes, in [0, 2**63).
     Attributes:
         classes: shapes, then colours; a scene's labels are those of its objects.
@@ -58,8 +59,10 @@ class ShapesDataset:
     crop_scale = None
     endless = True
 
-    def __init__(self, size: int = 256, seed: int = 0):
-        _checks.integer("size", size, MIN_SIZE)
+    def __init__(self, size: int | tuple[int, int] = 256, seed: int = 0):
+        height, width = _checks.sides("size", size, MIN_SIZE)
+        self._unit = min(height, width)
+        self._extent = width / self._unit, height / self._unit
         self.classes = (*SHAPES, *COLORS)
         self.size, self.seed = size, check_seed(seed)
 
@@ -85,16 +88,17 @@ class ShapesDataset:
         background = choose(rng, list(COLORS))
         colors = [color for color in COLORS if color != background]
         sizes = [choose(rng, list(SIZES)) for _ in range(rng.integers(1, MAX_OBJECTS + 1))]
-        boxes = _layout(rng, np.array([rng.uniform(*SIZES[size]) for size in sizes]))
+        boxes = _layout(rng, np.array([rng.uniform(*SIZES[size]) for size in sizes]), self._extent)
         objects = []
-        for size, (x, y, side) in zip(sizes, np.rint(boxes * self.size).astype(int).tolist(), strict=True):
+        for size, (x, y, side) in zip(sizes, np.rint(boxes * self._unit).astype(int).tolist(), strict=True):
             box = (x, y, x + side, y + side)
             objects.append(SceneObject(choose(rng, list(SHAPES)), choose(rng, colors), size, box))
-        return Scene(background, tuple(objects), describe(background, objects, boxes, rng))
+        return Scene(background, tuple(objects), describe(background, objects, boxes, rng, self._extent))
 
 
-def _layout(rng: np.random.Generator, sides: np.ndarray) -> np.ndarray:
-    """(x, y, side) of objects that keep GAP from one another and from the edges, in shares of the image's side.
+def _layout(rng: np.random.Generator, sides: np.ndarray, extent: tuple[float, float]) -> np.ndarray:
+    """(x, y, side) of objects that keep GAP from one another and from the edges, in shares of the image's shorter side,
+    of which the image is `extent` wide and high.
 
     Each takes the first of PLACES random places that is free; where none is, all start again with the same sizes,
     since smaller ones would make small objects likelier in company.
@@ -104,7 +108,7 @@ def _layout(rng: np.random.Generator, sides: np.ndarray) -> np.ndarray:
     placed = 0
     while placed < len(sides):
         side, others = sides[placed], boxes[:placed]
-        corner = GAP + rng.random((PLACES, 1, 2)) * (1 - 2 * GAP - side)
+        corner = GAP + rng.random((PLACES, 1, 2)) * (np.array(extent) - 2 * GAP - side)
         low, high = others[:, :2] - GAP, others[:, :2] + others[:, 2:] + GAP
         free = ((corner + side <= low) | (corner >= high)).any(-1).all(-1)
         if free.any():
@@ -115,12 +119,19 @@ def _layout(rng: np.random.Generator, sides: np.ndarray) -> np.ndarray:
     return boxes
 
 
-def draw(scene: Scene, size: int) -> np.ndarray:
-    """The scene as [size, size, 3] uint8."""
-    image = Image.new("RGB", (size, size), COLORS[scene.background])
+def draw(scene: Scene, size: int | tuple[int, int]) -> np.ndarray:
+    """The scene as [height, width, 3] uint8; size: pixels a side, or both of them."""
+    height, width = _checks.sides("size", size)
+    image = Image.new("RGB", (width, height), COLORS[scene.background])
     for item in scene.objects:
         image.paste(COLORS[item.color], item.box, outline(item.shape, item.box[2] - item.box[0]))
     return np.asarray(image)
+
+
+def check_drawn(spec: str, channels: int) -> None:
+    """ValueError: images of other channels are wanted than the three of what is drawn."""
+    if channels != 3:
+        raise ValueError(f"data must have {channels} channels, as the model takes, got 3 in {spec}")
 
 
 @functools.lru_cache(1024)  # 8 shapes of up to 128 sides: 12 MB at most where images are 256 pixels wide

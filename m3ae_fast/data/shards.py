@@ -18,7 +18,7 @@ import numpy as np
 
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data.bad_sample import BadSample
-from m3ae_fast.data.images import IMAGES, OTHERS, EncodedImage, not_read, suffix_of
+from m3ae_fast.data.images import IMAGES, OTHERS, not_read, open_image, suffix_of
 from m3ae_fast.data.limits import MAX_BYTES, MAX_SHARDS, check_size, open_file
 from m3ae_fast.data.rows import parse_object
 from m3ae_fast.data.sample import EncodedDataset, Sample, caption_lines, check_classes, clean_captions
@@ -42,6 +42,7 @@ class TarDataset(EncodedDataset):
     Args:
         pattern: of the files' paths: braces ("cc12m-{00000..01242}.tar", "{a,b}.tar"), a glob ("*.tar"), or both.
         strict: raise BadSample for a damaged shard, instead of a warning.
+        channels: of the images, 1 to 16.
     Attributes:
         classes: "0" to the largest `cls`. A sample without one has no label; one with another `cls` is damaged.
         damaged: BadSample for each damaged shard, which says from which byte on it cannot be read.
@@ -51,8 +52,8 @@ class TarDataset(EncodedDataset):
         BadSample: with `strict`.
     """
 
-    def __init__(self, pattern: str | os.PathLike, *, strict: bool = False):
-        self.paths = find_shards(str(pattern))
+    def __init__(self, pattern: str | os.PathLike, *, strict: bool = False, channels: int = 3):
+        self.paths, self.channels = find_shards(str(pattern)), channels
         self.damaged, self._first, self._places, largest = _index(tuple((path, *_version(path)) for path in self.paths))
         for bad in self.damaged:
             if strict:
@@ -69,7 +70,7 @@ class TarDataset(EncodedDataset):
     def read(self, index: int) -> Sample:
         """The sample, its image still encoded. BadSample: it cannot be read, or holds nothing."""
         key, files = self._files(index)
-        sample = sample_of(files, key)
+        sample = sample_of(files, key, self.channels)
         if sample.labels and sample.labels[0] >= len(self.classes):
             raise BadSample(key, "the file has changed", "shard")
         return sample
@@ -290,7 +291,7 @@ def split_name(path: str) -> tuple[str, str]:
     return (folder + slash + key, suffix.lower()) if key else ("", "")
 
 
-def sample_of(files: Mapping[str, bytes | Refused], name: str) -> Sample:
+def sample_of(files: Mapping[str, bytes | Refused], name: str, channels: int) -> Sample:
     """The sample that a key's files make, by their suffixes, its image still encoded. BadSample: they make none."""
     captions = captions_of(files, name)
     labels = ()
@@ -300,7 +301,7 @@ def sample_of(files: Mapping[str, bytes | Refused], name: str) -> Sample:
             raise BadSample(f"{name}.cls", f"it must hold a class's number, got {files['cls'][:60]!r}", "label")
     for suffix in IMAGES:
         if suffix in files:
-            return Sample(EncodedImage(files[suffix], f"{name}.{suffix}"), captions, name, labels)
+            return Sample(open_image(files[suffix], f"{name}.{suffix}", channels), captions, name, labels)
     if not captions:
         odd = next((suffix for suffix in files if suffix not in SUFFIXES), "")
         why = f": what is behind the key's first dot, .{odd}, is no known suffix" if odd else ""

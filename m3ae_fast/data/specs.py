@@ -7,13 +7,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from m3ae_fast.data.bad_sample import BadSample
 from m3ae_fast.data.cluttered import ClutteredShapes
 from m3ae_fast.data.folder import FolderDataset
 from m3ae_fast.data.hdf5 import HDF5Dataset
 from m3ae_fast.data.mixture import MixedDataset
 from m3ae_fast.data.paired import PairedShare
 from m3ae_fast.data.rows import JSONLinesDataset
-from m3ae_fast.data.shapes import ShapesDataset
+from m3ae_fast.data.sample import EncodedDataset
+from m3ae_fast.data.shapes import ShapesDataset, check_drawn
 from m3ae_fast.data.shards import TarDataset
 from m3ae_fast.data.split import Split
 from m3ae_fast.data.streamed import StreamedDataset
@@ -26,8 +28,9 @@ SPLITS = ("train", "val")
 def open_dataset(
     data: str | Sequence[str],
     *,
-    image_size: int,
+    image_size: int | tuple[int, int],
     seed: int,
+    channels: int = 3,
     strict: bool = False,
     paired_share: float = 1.0,
     val_share: float = 0.0,
@@ -46,20 +49,22 @@ def open_dataset(
         data: SPEC or SPEC=WEIGHT, or a list of those (weight 1 where none is given). What stands behind the last "="
             is a weight if it is a number: of a path that ends so, "DIR=3=1". Of a command, or a URL with a "?", it is
             one only behind a blank: "pipe:aws s3 cp s3://b/a.tar - =3".
-        image_size: pixels a side of what is drawn; files keep their images' own sizes.
+        image_size: pixels a side, or (height, width), of what is drawn; files keep their images' own sizes.
         seed: of what is drawn.
+        channels: of the images, 1 to 16.
         strict: raise BadSample for a damaged shard, instead of a warning.
         paired_share: of the images, which keep their captions: see PairedShare.
         val_share: of the samples, which are not in it but in its `held_out`: see Split.
     Raises:
-        FileNotFoundError, ValueError: no such data, or nothing in it; a weight that is not positive.
+        FileNotFoundError, ValueError: no such data, or nothing in it; the first image is of other channels; a weight
+            that is not positive.
         ModuleNotFoundError: what a format needs is not installed.
     """
     given = listed(data)
     if not given:
         raise ValueError("data must name at least one data set, got none")
     specs, weights = zip(*map(split_weight, given), strict=True)
-    sources = [open_source(spec, image_size=image_size, seed=seed, strict=strict) for spec in specs]
+    sources = [open_source(spec, image_size=image_size, seed=seed, channels=channels, strict=strict) for spec in specs]
     if paired_share != 1:
         sources = [PairedShare(source, paired_share, seed, number) for number, source in enumerate(sources)]
     if val_share:
@@ -67,22 +72,34 @@ def open_dataset(
     return sources[0] if len(sources) == 1 else MixedDataset(sources, weights)
 
 
-def open_source(spec: str, *, image_size: int, seed: int, strict: bool = False):
+def open_source(spec: str, *, image_size: int | tuple[int, int], seed: int, channels: int = 3, strict: bool = False):
     """The data set of one specification, without a weight; arguments and errors are those of `open_dataset`."""
     if spec in DRAWN:
+        check_drawn(spec, channels)
         return DRAWN[spec](image_size, seed)
     if is_streamed(spec):
-        return StreamedDataset(spec)
+        return StreamedDataset(spec, channels=channels)
+    dataset = _open_files(spec, channels, strict)
+    try:
+        dataset.read(0)
+    except BadSample as bad:  # of other kinds some may be: they are skipped, one after the other
+        if bad.kind == "channels":
+            wanted = f"data must have images of {channels} channels, as the model takes (pretrain --set channels=N)"
+            raise ValueError(f"{wanted}, got {bad}") from None
+    return dataset
+
+
+def _open_files(spec: str, channels: int, strict: bool) -> EncodedDataset:
     path, split = split_of(spec)
     suffix = Path(path).suffix.lower()
     if os.path.isdir(path):
-        return FolderDataset(path)
+        return FolderDataset(path, channels=channels)
     if suffix in HDF5:
-        return HDF5Dataset(path, split)
+        return HDF5Dataset(path, split, channels=channels)
     if suffix in JSON_LINES:
-        return JSONLinesDataset(path)
+        return JSONLinesDataset(path, channels=channels)
     if suffix == ".tar":
-        return TarDataset(path, strict=strict)
+        return TarDataset(path, strict=strict, channels=channels)
     if os.path.exists(path):
         raise ValueError(
             f"data must be shapes, cluttered, a folder, or a file named .h5, .hdf5, .jsonl, .ndjson or .tar, got {spec}"

@@ -42,6 +42,7 @@ class StreamedDataset:
     Args:
         pattern: of the URLs, with braces: "https://host/cc12m-{00000..01242}.tar".
         buffer: samples, still encoded, of which one is drawn, or all that 256 MiB hold; 1: the shards' own order.
+        channels: of the images, 1 to 16.
     Attributes:
         urls: of the shards.
         classes: (): those of a stream are not known.
@@ -55,9 +56,9 @@ class StreamedDataset:
     endless = True  # as far as anybody knows
     classes: tuple[str, ...] = ()
 
-    def __init__(self, pattern: str, *, buffer: int = 1000):
+    def __init__(self, pattern: str, *, buffer: int = 1000, channels: int = 3):
         _checks.integer("buffer", buffer, 1)
-        self.urls, self.buffer = expand_braces(pattern), buffer
+        self.urls, self.buffer, self.channels = expand_braces(pattern), buffer, channels
         schemes = opener().gopen_schemes
         scheme = pattern.partition(":")[0]
         if scheme not in schemes:
@@ -114,11 +115,11 @@ class Entry(NamedTuple):
         """Its bytes."""
         return sum(map(len, self.files.values()))
 
-    def sample(self) -> Sample:
-        """The sample, its image still encoded. BadSample: there is none."""
+    def sample(self, channels: int = 3) -> Sample:
+        """The sample, its image still encoded, of so many channels. BadSample: there is none."""
         if self.damage:
             raise BadSample(self.name, self.damage, "shard")
-        return dataclasses.replace(sample_of(self.files, self.name), labels=())
+        return dataclasses.replace(sample_of(self.files, self.name, channels), labels=())
 
 
 class _Outage:

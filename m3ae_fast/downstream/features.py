@@ -30,7 +30,7 @@ def extract(
     labelled: bool = True,
     batch_size: int = 64,
 ) -> Features:
-    """Features of samples, images cropped to the square in the middle, nothing masked, no gradient.
+    """Features of samples, images cropped to the middle, nothing masked, no gradient.
 
     Args:
         model: it is left in the mode it was in.

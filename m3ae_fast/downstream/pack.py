@@ -13,7 +13,7 @@ from m3ae_fast import _checks
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Tokenizer
-from m3ae_fast.data.images import center_box, center_crop, stack
+from m3ae_fast.data.images import aspect_of, center_box, center_crop, stack
 
 
 def pack(
@@ -21,25 +21,28 @@ def pack(
     texts: Sequence[str] | None,
     tokenizer: Tokenizer | None,
     *,
-    image_size: int,
+    image_size: int | tuple[int, int],
     max_text_length: int,
+    channels: int = 3,
     sample_ids: Sequence[int] | Tensor | None = None,
 ) -> ImageTextBatch:
     """B samples: image i with text i, or images alone, or texts alone.
 
     Args:
-        images: B of [H, W, 3] uint8, of any size: the square in the middle is taken; or None.
+        images: B of [H, W, C] uint8, of any size: the largest part in the middle that has the model's aspect is taken;
+            or None.
         texts: B sentences, or None. Longer ones than `max_text_length` are cut, with a warning.
         tokenizer: of the model; None is enough for images alone.
-        image_size: pixels a side of the model's images.
+        image_size: pixels a side, or (height, width), of the model's images.
         max_text_length: words (vocabulary entries) that the model reads.
+        channels: C.
         sample_ids: as in ImageTextBatch.
     Returns:
-        On the CPU: images uint8 [B, 3, image_size, image_size] in channels-last memory, text int32.
+        On the CPU: images uint8 [B, C, height, width] in channels-last memory, text int32.
     Raises:
         ValueError, TypeError: naming the entry that is no such image, or a text without a word; lengths differ.
     """
-    _checks.integer("image_size", image_size, 1)
+    image_size = _checks.sides("image_size", image_size)
     _checks.integer("max_text_length", max_text_length, 1)
     if images is None and texts is None:
         raise ValueError("images and texts must not both be None: a batch needs one of them")
@@ -49,7 +52,7 @@ def pack(
         raise ValueError(f"{'images' if texts is None else 'texts'} must hold at least one, got none")
     ids = None if texts is None else _encode(texts, tokenizer, max_text_length)
     return ImageTextBatch(
-        None if images is None else _stack(images, image_size),
+        None if images is None else _stack(images, image_size, channels),
         None if ids is None else torch.tensor([i for text in ids for i in text], dtype=torch.int32, device="cpu"),
         None if ids is None else [len(text) for text in ids],
         sample_ids=sample_ids,
@@ -60,24 +63,23 @@ def pack_for(
     model: nn.Module, images: Sequence[np.ndarray] | None, texts: Sequence[str] | None, tokenizer: Tokenizer | None
 ) -> ImageTextBatch:
     """`pack` at the sizes of a model's configuration."""
-    height, width = model.config.image_shape
-    if height != width:
-        raise ValueError(f"model must take square images, since they are cropped to squares, got {height} x {width}")
-    return pack(images, texts, tokenizer, image_size=height, max_text_length=model.config.max_text_length)
+    return pack(images, texts, tokenizer, max_text_length=model.config.max_text_length, **model.config.images)
 
 
 def crop_box(
-    box: tuple[int, int, int, int], height: int, width: int, size: int
+    box: tuple[int, int, int, int], height: int, width: int, size: int | tuple[int, int]
 ) -> tuple[float, float, float, float] | None:
     """Where a box of an image lies in what `pack` makes of the image, in its pixels; None: all of it was cut off.
 
     Args:
         box: (x0, y0, x1, y1) in pixels of the image.
         height, width: of the image.
-        size: pixels a side of the square.
+        size: pixels a side of what `pack` makes, or (height, width).
     """
-    left, top, right, _ = center_box(height, width)
-    x0, y0, x1, y1 = (np.clip((np.array(box) - [left, top] * 2) / (right - left), 0, 1) * size).tolist()
+    left, top, right, bottom = center_box(height, width, aspect_of(size))
+    high, wide = _checks.sides("size", size)
+    shares = (np.array(box) - [left, top] * 2) / ([right - left, bottom - top] * 2)
+    x0, y0, x1, y1 = (np.clip(shares, 0, 1) * ([wide, high] * 2)).tolist()
     return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
 
 
@@ -87,13 +89,13 @@ def chunks(examples: Sequence, size: int) -> Iterator[list]:
         yield [examples[i] for i in range(start, min(start + size, len(examples)))]
 
 
-def _stack(images: Sequence[np.ndarray], size: int) -> Tensor:
+def _stack(images: Sequence[np.ndarray], size: tuple[int, int], channels: int) -> Tensor:
     for i, image in enumerate(images):
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
             got = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
             raise TypeError(f"images[{i}] must be an array of uint8, got {got}")
-        if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise ValueError(f"images[{i}] must have shape (height, width, 3), got {image.shape}")
+        if image.ndim != 3 or image.shape[2] != channels or 0 in image.shape:
+            raise ValueError(f"images[{i}] must have shape (height, width, {channels}), got {image.shape}")
     return stack([center_crop(image, size) for image in images])
 
 

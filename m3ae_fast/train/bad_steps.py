@@ -21,7 +21,7 @@ FORMAT = 1
 KEPT = 10  # files of a run: the first steps to go wrong tell most
 NOTE = (
     "a step of m3ae-fast pretrain that was not finite: m3ae_fast.train.load_bad_step(path) reads it, "
-    ".replay(model) computes it again; images are [N, H, W, 3] uint8, text is packed"
+    ".replay(model) computes it again; images are [N, H, W, C] uint8, text is packed"
 )
 
 

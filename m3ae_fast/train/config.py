@@ -76,7 +76,9 @@ class RunConfig:
         0.0, "decay of a moving average of the weights, such as 0.9999, which is what is used afterwards "
         "(`m3ae_fast.train.average`); 0: none is kept", OPTIMIZER, "DECAY", "[0, 1)",
     )  # fmt: skip
-    image_size: int | None = setting(None, "pixels a side; default: the model's", RUN, "PIXELS", "[1, inf)")
+    image_size: int | tuple[int, int] | None = setting(
+        None, "pixels a side, or height x width, such as 128x256; default: the model's", RUN, "PIXELS", "[1, inf)"
+    )
     image_mask_ratio: float | None = setting(None, "share of patches masked; default: the model's", RUN, "R", "[0, 1)")
     text_mask_ratio: float | None = setting(None, "share of words masked; default: the model's", RUN, "R", "[0, 1)")
     masking: str | None = setting(
@@ -143,6 +145,8 @@ class RunConfig:
         ):
             raise TypeError(f"data must be a string or a list of strings, got {self.data!r}")
         check(self)
+        if isinstance(self.image_size, tuple):  # as it is read back from run.json
+            object.__setattr__(self, "image_size", list(self.image_size))
         if self.val_share and self.val_data is not None:
             raise ValueError(f"val_share must be 0 beside val_data, got {self.val_share:g}")
         if self.val_data is not None and is_streamed(self.val_data):
@@ -160,6 +164,11 @@ class RunConfig:
     def model_class(self) -> type[Model]:
         """The objective's model, which says what it needs."""
         return OBJECTIVES[self.objective][0]
+
+    @property
+    def images(self) -> dict:
+        """As `ModelConfig.images`, of a run whose model_config is filled in."""
+        return OBJECTIVES[self.objective][1].from_dict(self.model_config).images
 
     def resolved(self, samples: int | None = None) -> RunConfig:
         """The same run with every None that stands for a default filled in, and absolute paths.

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3ae_fast._drawing import FAINT, INK, Card, Cards, heat, new_figure, save_figure
+from m3ae_fast._drawing import FAINT, INK, Card, Cards, heat, new_figure, note_of_channels, save_figure, visible
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
-from m3ae_fast.data import DRAWN, EncodedImage, Loader, MixedDataset, Sample, Tokenizer, open_dataset
+from m3ae_fast.data import DRAWN, Loader, MixedDataset, Sample, Tokenizer, open_dataset
 from m3ae_fast.data.folder import read_captions
+from m3ae_fast.data.images import open_image
 from m3ae_fast.data.specs import listed, split_weight
 from m3ae_fast.models import Metric, Model, ModelConfig
 from m3ae_fast.models.ground import ground, to_pixels
@@ -91,12 +92,12 @@ def held_out(
 ) -> ImageTextBatch:
     """`count` samples, uncropped: of other `data`, or of what the run holds out, or else of its data; of `shapes`,
     scenes it was not trained on."""
-    options = {"image_size": model_config.image_size, "seed": config.seed + 1}
+    options = {"seed": config.seed + 1, **model_config.images}
     if data is not None:
         dataset = open_dataset(data, **options)
     else:
         dataset = open_dataset(config.data, val_share=config.val_share, **options)
-        unseen = open_held_out(config, dataset, model_config.image_size)
+        unseen = open_held_out(config, dataset, model_config.images)
         dataset = dataset if unseen is None else unseen
     return _some_of(dataset, tokenizer, model_config, config, count)
 
@@ -129,7 +130,8 @@ def batch_of_files(
     for i, path in enumerate(images):
         beside = path.with_suffix(".txt")
         lines = [captions[i]] if captions else read_captions(beside, str(beside))[:1] if beside.is_file() else []
-        samples.append(Sample(EncodedImage(path, str(path)).decoded(), tuple(lines), str(path)))
+        image = open_image(path, str(path), model_config.channels).decoded()
+        samples.append(Sample(image, tuple(lines), str(path)))
     return _first_batch(_InOrder(samples), tokenizer, model_config, len(samples), strict=True)
 
 
@@ -255,10 +257,13 @@ def draw_reconstruction(
         if has_image:
             image = next(images)
             hidden = pixel_mask(image_mask[i], config)[..., None].numpy()
-            panels = [image, np.where(hidden, stripes, image), np.where(hidden, predicted[i].numpy(), image)]
+            image, rebuilt = visible(image), visible(predicted[i].numpy())
+            panels = [image, np.where(hidden, stripes, image), np.where(hidden, rebuilt, image)]
         cards.append(Card(panels, next(captions, []), labels[i] if labels else ""))
-    note = "mean and contrast of reconstructed patches are the original's (norm_pix)" if result.norm_pix else ""
-    Cards(cards, ("original", "masked", "reconstruction"), note).save(path)
+    notes = [note_of_channels(config.channels)]
+    if result.norm_pix:
+        notes.append("mean and contrast of reconstructed patches are the original's (norm_pix)")
+    Cards(cards, ("original", "masked", "reconstruction"), "; ".join(filter(None, notes))).save(path)
 
 
 @torch.no_grad()
@@ -284,11 +289,11 @@ def draw_words(
     logits, text_mask = model.fill_words(batch, seed=seed)
     maps = to_pixels(ground(model, batch), model.config).cpu()
     model.train(training)
-    images = batch.images.cpu().permute(0, 2, 3, 1).numpy()
+    images = visible(batch.images.cpu().permute(0, 2, 3, 1).numpy())
     captions = _captions(batch, tokenizer, logits, text_mask)
     parts = zip(images, maps, captions, labels or [""] * len(batch), strict=True)
     cards = [Card([image, heat(image, map)], text, label) for image, map, text, label in parts]
-    Cards(cards, ("original", "where the caption is found")).save(path)
+    Cards(cards, ("original", "where the caption is found"), note_of_channels(model.config.channels)).save(path)
 
 
 def _captions(
@@ -304,9 +309,10 @@ def _captions(
 
 
 def unpatchify(patches: Tensor, config: ModelConfig) -> Tensor:
-    """[B, P, patch_dim] normalised pixels (row, column, channel) -> [B, H, W, 3] uint8."""
+    """[B, P, patch_dim] normalised pixels (row, column, channel) -> [B, H, W, C] uint8."""
     (rows, columns), size = config.grid, config.patch_size
-    image = patches.view(-1, rows, columns, size, size, 3).transpose(2, 3).reshape(-1, rows * size, columns * size, 3)
+    image = patches.view(-1, rows, columns, size, size, config.channels).transpose(2, 3)
+    image = image.reshape(-1, rows * size, columns * size, config.channels)
     mean, std = (torch.tensor(each, device=patches.device) for each in (config.image_mean, config.image_std))
     image = image * std + mean
     return (image.nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8)
@@ -316,12 +322,12 @@ def with_patch_statistics(patches: Tensor, images: Tensor, config: ModelConfig) 
     """What a model of norm_pix predicts, as normalised pixels: with the mean and deviation of the original's patches.
 
     Args:
-        patches: [B, P, patch_dim]. images: [B, H, W, 3] uint8, the originals.
+        patches: [B, P, patch_dim]. images: [B, H, W, C] uint8, the originals.
     """
     (rows, columns), size = config.grid, config.patch_size
     mean, std = (torch.tensor(each, device=images.device) for each in (config.image_mean, config.image_std))
     pixels = (images / 255 - mean) / std
-    target = pixels.view(-1, rows, size, columns, size, 3).transpose(2, 3).reshape(patches.shape)
+    target = pixels.view(-1, rows, size, columns, size, config.channels).transpose(2, 3).reshape(patches.shape)
     variance, level = torch.var_mean(target, -1, keepdim=True)
     return patches * (variance + NORM_PIX_EPS).sqrt() + level
 

@@ -19,7 +19,7 @@ import json
 import warnings
 from collections.abc import Collection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
@@ -116,7 +116,7 @@ def open_run(folder: Path, config: RunConfig | None, *, resume: bool):
 
     config, tokenizer = distributed.on_first(open_it)
     if dataset is None:
-        dataset = open_data(config, config.model_config["image_size"])
+        dataset = open_data(config, config.images)
     if len(sizes := set(distributed.gather(len(dataset)))) > 1:
         raise ValueError(f"data must be the same in all processes, got {sorted(sizes)} samples in {config.data}")
     return config, dataset, tokenizer
@@ -143,7 +143,7 @@ def create(folder: Path, config: RunConfig):
             raise ValueError(f"text_vocab must be None, for init has a vocabulary, got {config.text_vocab}")
         changes = _changes_of_started(start.model.config, changes)
     model_config = _model_config(config, changes)
-    dataset = open_data(config, model_config.image_size)
+    dataset = open_data(config, model_config.images)
     config = config.resolved(_samples(dataset))
     tokenizer = None
     if config.model_class.LABELS:
@@ -167,6 +167,9 @@ def create(folder: Path, config: RunConfig):
 
 def _changes_of_started(saved: ModelConfig, changes: dict) -> dict:
     """What to change in the preset for the configuration of a model that is started from, with changes of its own."""
+    channels = changes.get("channels", saved.channels)
+    if channels != saved.channels:
+        raise ValueError(f"channels must be {saved.channels}, as init has it, got {channels}")
     wanted = dataclasses.replace(saved, **{n: v for n, v in changes.items() if hasattr(saved, n)})
     if wanted.grid != saved.grid:
         if not hasattr(saved, "positions"):
@@ -201,11 +204,11 @@ def refuse_used(folder: Path) -> None:
         raise FileExistsError(f"{folder} holds checkpoints, but no run.json: put it back, or choose another --out")
 
 
-def open_data(config: RunConfig, image_size: int):
-    """The run's data set."""
+def open_data(config: RunConfig, images: dict[str, Any]):
+    """The run's data set, of images that the model takes: `ModelConfig.images`."""
     return open_dataset(
-        config.data, image_size=image_size, seed=config.seed, strict=config.strict, paired_share=config.paired_share,
-        val_share=config.val_share,
+        config.data, seed=config.seed, strict=config.strict, paired_share=config.paired_share,
+        val_share=config.val_share, **images,
     )  # fmt: skip
 
 
@@ -296,7 +299,7 @@ def reopen(folder: Path, wanted: RunConfig | None):
         finished = any(path.stem == last for path in checkpoint.all_in(folder / "checkpoints"))
         refuse_differences(folder / "run.json", extended(config, wanted) if finished else config, wanted)
         config = wanted
-    dataset = open_data(config, config.model_config["image_size"])
+    dataset = open_data(config, config.images)
     tokenizer = load_tokenizer(folder, config)
     if config.data != saved.data:
         refuse_other_data(dataset, config, tokenizer, folder)

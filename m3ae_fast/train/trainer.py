@@ -114,7 +114,7 @@ class Trainer:
         self._store, self._begun = store or HashStore(), f"begun {self.folder.absolute()}"
         self.resumed = distributed.on_first(lambda: self._resumes(resume))
         self.config, self.dataset, self.tokenizer = run.open_run(self.folder, config, resume=self.resumed)
-        self.held_out = open_held_out(self.config, self.dataset, self.config.model_config["image_size"])
+        self.held_out = open_held_out(self.config, self.dataset, self.config.images)
         self.processes, self.is_first = distributed.world_size(), distributed.is_first()
         self.sharded = self.config.shard and self.processes > 1
         self.done, self.stopping, self.bad_steps = 0, False, BadSteps(self.folder, self.config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,18 +21,18 @@ SEED = 2**31  # of scenes, order and masks: the same in every run, and no run's 
 
 
 def open_held_out(
-    config: RunConfig, dataset: Sequence[Sample] | MixedDataset, image_size: int
+    config: RunConfig, dataset: Sequence[Sample] | MixedDataset, images: dict[str, Any]
 ) -> Sequence[Sample] | MixedDataset | None:
     """What a run does not train on; None where it holds nothing out.
 
     Args:
-        config: its val_share or val_data. dataset: which it trains on. image_size: pixels a side of what is drawn.
+        config: its val_share or val_data. dataset: which it trains on. images: `ModelConfig.images` of its model.
     Raises:
         FileNotFoundError, ValueError: no such data, or for a model of classes other ones.
     """
     if config.val_data is None:
         return dataset.held_out if config.val_share else None
-    held_out = open_dataset(config.val_data, image_size=image_size, seed=SEED, strict=config.strict)
+    held_out = open_dataset(config.val_data, seed=SEED, strict=config.strict, **images)
     if config.model_class.LABELS and tuple(held_out.classes) != tuple(dataset.classes):
         raise ValueError(f"val_data must have the classes of data, {dataset.classes}, got {held_out.classes}")
     return held_out

@@ -21,6 +21,18 @@ def test_image_depends_on_index_and_seed_alone():
         forward[-1]
 
 
+def test_images_may_be_rectangles():
+    """The waves and shapes reach from edge to edge, and shapes are as large as in a square of the shorter side."""
+    data = ClutteredShapes((40, 80), seed=5)
+    columns = np.zeros(80, bool)
+    for i in range(60):
+        sample = data[i]
+        assert sample.image.shape == (40, 80, 3)
+        distance = np.abs(sample.image.astype(float) - COLORS[data.classes[sample.labels[0]]]).max(-1)
+        columns |= (distance < 30).sum(0) > 3
+    assert columns[:4].any() and columns[-4:].any()
+
+
 def test_the_caption_says_the_label_twice_and_no_other():
     data = ClutteredShapes(32)
     for i in range(100):

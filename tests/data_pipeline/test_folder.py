@@ -197,6 +197,21 @@ def test_a_file_that_went_away(tmp_path):
         dataset[0]
 
 
+def test_arrays_are_images_where_there_are_no_others(tmp_path):
+    """Of a model of three channels as of nine; beside photos they may be anything, and are left alone."""
+    image = np.random.default_rng(0).integers(0, 256, (9, 20, 30), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", image)
+    (tmp_path / "x.txt").write_text("nine bands\n", encoding="utf-8")
+    (sample,) = FolderDataset(tmp_path, channels=9)
+    assert np.array_equal(sample.image, np.moveaxis(image, 0, -1)) and sample.captions == ("nine bands",)
+    with pytest.raises(
+        ValueError, match=r"images of 3 channels, .*got x\.npy: it has shape \(9, 20, 30\), and no axis"
+    ):
+        open_dataset(str(tmp_path), image_size=32, seed=0)
+    HALVES.save(tmp_path / "x.png")
+    assert_halves(only(tmp_path))
+
+
 def test_wrong_paths(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"path must name a folder, there is no .*missing"):
         FolderDataset(tmp_path / "missing")

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from m3ae_fast.data import BadSample, EncodedImage, FolderDataset, HDF5Dataset, JSONLinesDataset, TarDataset
-from m3ae_fast.data.images import FORMATS, IMAGES, OTHERS, augment
+from m3ae_fast.data.images import FORMATS, IMAGES, OTHERS, augment, open_image
 from m3ae_fast.data.seeds import SAMPLE, generator
 from tests.data_pipeline.test_limits import GOOD, member, no_waiting, sparse_gnu, sparse_pax  # noqa: F401  a fixture
 from tests.data_pipeline.test_readers import pairs_file, streamed
@@ -111,6 +111,31 @@ def test_images(data, seed):
             assert take(EncodedImage(data, "x")).dtype == np.uint8
         except BadSample as bad:
             assert bad.kind == "image" and str(bad).isprintable()
+
+
+def of_nine_channels() -> list[bytes]:
+    """As an array of NumPy's, and as the pages of a TIFF."""
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 20, 30), dtype=np.uint8)
+    array, tiff = io.BytesIO(), io.BytesIO()
+    np.save(array, pixels)
+    first, *rest = map(Image.fromarray, pixels)
+    first.save(tiff, "TIFF", save_all=True, append_images=rest)
+    return [array.getvalue(), tiff.getvalue()]
+
+
+@seeded
+@given(damaged(of_nine_channels()), st.integers(0, 2**32))
+def test_images_of_nine_channels(data, seed):
+    signal.alarm(20)  # for each example
+    for take in (
+        lambda image: image.decoded(),
+        lambda image: augment(image, (8, 12), generator(seed, SAMPLE), scale=(0.2, 1.0), flip=True),
+    ):
+        try:
+            image = take(open_image(data, "x", 9))
+            assert image.dtype == np.uint8 and image.shape[2] == 9
+        except BadSample as bad:
+            assert bad.kind in ("image", "channels") and str(bad).isprintable()
 
 
 SHARD = GOOD + member("b.jpg", ENCODED[0]) + member("b.json", b'{"caption": "c"}') + member("b.cls", b"3")

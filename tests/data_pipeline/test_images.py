@@ -226,3 +226,86 @@ def test_images_are_opened_in_one_place():
     """A second Image.open would need the list of formats, too."""
     found = [p for p in Path(m3ae_fast.__file__).parent.rglob("*.py") if "Image.open(" in p.read_text(encoding="utf-8")]
     assert [path.name for path in found] == ["images.py"]
+
+
+def test_a_photo_becomes_gray_or_gains_an_opaque_channel():
+    photo = smooth(60, 90)
+    data = encoded(photo)
+    rgb = EncodedImage(data, "x").decoded()
+    gray = EncodedImage(data, "x", 1)
+    assert gray.shape == (60, 90, 1)
+    assert np.array_equal(gray.decoded()[..., 0], np.asarray(Image.fromarray(rgb).convert("L")))
+    assert np.array_equal(EncodedImage(data, "x", 4).decoded(), np.dstack([rgb, np.full((60, 90), 255, np.uint8)]))
+
+
+def test_transparency_is_a_channel_where_four_are_wanted():
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 9, 4), dtype=np.uint8)
+    data = encoded(Image.fromarray(pixels), "PNG")
+    assert np.array_equal(EncodedImage(data, "x", 4).decoded(), pixels)
+    assert EncodedImage(data, "x").decoded().shape == (8, 9, 3)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 9])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_the_pages_of_a_tiff_are_channels(channels, dtype):
+    pixels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (channels, 20, 30), dtype=dtype)
+    first, *rest = map(Image.fromarray, pixels)
+    data = encoded(first, "TIFF", save_all=True, append_images=rest)
+    wanted = np.moveaxis(pixels >> (0 if dtype == np.uint8 else 8), 0, -1)
+    assert np.array_equal(EncodedImage(data, "x", channels).decoded(), wanted)
+    cut = EncodedImage(data, "x", channels).resized((5, 2, 25, 18), (8, 10))
+    for channel in range(channels):
+        part = Image.fromarray(np.ascontiguousarray(wanted[..., channel].astype(np.uint8)))
+        assert np.array_equal(cut[..., channel], resize(part, (5, 2, 25, 18), (8, 10)))
+    for other in {channels - 1, channels + 1} - {1, 3, 4}:
+        with pytest.raises(BadSample, match=f"it has 1 channels, {other} are wanted"):
+            EncodedImage(data, "x", other)
+    assert EncodedImage(data, "x").decoded().shape == (20, 30, 3), "of a model of three channels the first page is read"
+
+
+def test_pages_that_differ_are_no_channels():
+    pages = [Image.new("L", size) for size in ((30, 20), (30, 20), (20, 30))]
+    with pytest.raises(BadSample, match="it has 1 channels, 5 are wanted"):
+        EncodedImage(encoded(pages[0], "TIFF", save_all=True, append_images=[*pages[1:], *pages[:2]]), "x", 5)
+    with pytest.raises(BadSample, match="it has 3 channels, 5 are wanted") as caught:
+        EncodedImage(encoded(smooth(20, 30)), "x", 5)
+    assert caught.value.kind == "channels"
+
+
+@pytest.mark.parametrize("channels", [1, 3, 9])
+def test_a_crop_may_be_a_rectangle_of_any_channels(channels):
+    image = np.random.default_rng(0).integers(0, 256, (60, 90, channels), dtype=np.uint8)
+    whole = center_crop(image, (20, 40))
+    assert whole.shape == (20, 40, channels)
+    for channel in range(channels):  # 90 x 45 of the aspect, in the middle
+        part = Image.fromarray(np.ascontiguousarray(image[..., channel]))
+        assert np.array_equal(whole[..., channel], resize(part, (0, 7, 90, 52), (20, 40)))
+    rng = np.random.default_rng(1)
+    assert augment(image, (20, 40), rng, scale=(0.2, 1.0), flip=True).shape == (20, 40, channels)
+    tall = EncodedImage(encoded(smooth(600, 900)), "x").resized((0, 0, 200, 600), (60, 20))
+    assert tall.shape == (60, 20, 3)
+
+
+@pytest.mark.parametrize("aspect", [0.5, 2.0])
+def test_random_boxes_have_the_aspect_of_what_is_wanted(aspect):
+    """Then pixels are stretched by 4/3 at most, as those of squares are."""
+    rng = np.random.default_rng(0)
+    boxes = [random_box(500, 500, (0.1, 0.3), rng, aspect) for _ in range(300)]
+    ratios = np.array([(x1 - x0) / (y1 - y0) for x0, y0, x1, y1 in boxes]) / aspect
+    assert 0.74 < ratios.min() < 0.8 and 1.25 < ratios.max() < 1.35
+
+
+def test_pages_that_lead_back_have_an_end():
+    page = Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30).astype(np.uint8))
+    data = bytearray(encoded(page, "TIFF", save_all=True, append_images=[page]))
+    first = int.from_bytes(data[4:8], "little")
+
+    def next_of(directory):  # where it says which directory comes next
+        return directory + 2 + 12 * int.from_bytes(data[directory : directory + 2], "little")
+
+    second = int.from_bytes(data[next_of(first) : next_of(first) + 4], "little")
+    assert EncodedImage(bytes(data), "x", 2).decoded().shape == (20, 30, 2)
+    data[next_of(second) : next_of(second) + 4] = first.to_bytes(4, "little")
+    assert EncodedImage(bytes(data), "x", 2).decoded().shape == (20, 30, 2)
+    with pytest.raises(BadSample, match="it has 1 channels, 9 are wanted"):
+        EncodedImage(bytes(data), "x", 9)

@@ -267,6 +267,16 @@ def test_no_augmentation():
             assert np.array_equal(image.permute(1, 2, 0).numpy(), center_crop(dataset[index].image, 24))
 
 
+@pytest.mark.parametrize("augment", [True, False])
+def test_images_may_be_rectangles(augment):
+    dataset = FolderDataset(PHOTOS)
+    _, batch = next(loader(dataset, batch_size=3, image_size=[16, 40], augment=augment))
+    assert batch.images.shape == (3, 3, 16, 40)
+    if not augment:
+        index = orders(dataset, 1)[0][0]
+        assert np.array_equal(batch.images[0].permute(1, 2, 0).numpy(), center_crop(dataset[index].image, (16, 40)))
+
+
 def orders(dataset, epochs):
     """Which index each place of an epoch holds, for the seed that `loader` sets."""
     seen = indices(take(loader(Marked(len(dataset)), batch_size=len(dataset)), epochs))
@@ -508,6 +518,7 @@ def test_wait_is_measured():
     "options, message",
     [
         ({"image_size": 0}, "image_size must be at least 1, got 0"),
+        ({"image_size": (8, 8, 3)}, r"image_size must be pixels a side or \(height, width\), got \(8, 8, 3\)"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"max_text_length": 0}, "max_text_length must be at least 1, got 0"),
         ({"start_step": -1}, "start_step must be at least 0, got -1"),

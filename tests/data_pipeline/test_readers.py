@@ -457,3 +457,41 @@ class TestImageFolder:
         assert dataset.classes == () and dataset.no_classes == "cover.jpg"
         with pytest.raises(ValueError, match=r"a subfolder for each of two or more, got none: cover\.jpg lies beside"):
             open_classes(str(tmp_path), image_size=32)
+
+
+class TestPixelsOfHDF5:
+    """Rows of pixels, not of encoded images."""
+
+    @pytest.fixture
+    def images(self):
+        return np.random.default_rng(0).integers(0, 256, (4, 20, 30, 9), dtype=np.uint8)
+
+    @pytest.mark.parametrize("first", [False, True])
+    @pytest.mark.parametrize("options", [{}, {"chunks": (1, 9, 8, 8), "compression": "gzip"}])
+    def test_any_channels(self, tmp_path, images, first, options):
+        with h5py.File(tmp_path / "x.h5", "w") as file:
+            file.create_dataset("image", data=np.moveaxis(images, -1, 1) if first else images, **options)
+            file["label"] = [2, 0, 1, 2]
+            file.create_dataset("caption", data=["a", "b", "c", "d"], dtype=h5py.string_dtype())
+        dataset = HDF5Dataset(tmp_path / "x.h5", channels=9)
+        assert dataset.classes == ("0", "1", "2") and len(dataset) == 4
+        for sample, image, label, caption in zip(dataset, images, (2, 0, 1, 2), "abcd", strict=True):
+            assert np.array_equal(sample.image, image)
+            assert (sample.labels, sample.captions) == ((label,), (caption,))
+
+    def test_one_channel_and_no_label(self, tmp_path, images):
+        with h5py.File(tmp_path / "x.h5", "w") as file:
+            file["image"] = images[..., 0]
+        dataset = HDF5Dataset(tmp_path / "x.h5", channels=1)
+        assert np.array_equal(dataset[3].image, images[3, ..., :1]) and dataset[3].labels == () == dataset.classes
+
+    def test_what_does_not_fit_is_refused_at_once(self, tmp_path, images):
+        for values, message in (
+            (images, r"x.h5: image: it has shape \(20, 30, 9\), and no axis of 3 channels"),
+            (images[..., :3].astype(np.uint16), r"must have pixels of uint8 in each row, .* got uint16 \[20, 30, 3\]"),
+            (images[:, :0, :, :3], r"must have pixels .* got uint8 \[0, 30, 3\]"),
+        ):
+            with h5py.File(tmp_path / "x.h5", "w") as file:
+                file["image"] = values
+            with pytest.raises(ValueError, match=message):
+                HDF5Dataset(tmp_path / "x.h5")

@@ -148,6 +148,31 @@ def test_captions_are_true():
     assert len(relations) == 4 and min(relations.values()) > 20 and places > 100 and numbers > 50
 
 
+def test_scenes_fill_a_rectangle():
+    """Objects are as large as in a square of the shorter side, anywhere, and the thirds are the rectangle's."""
+    height, width = 48, 120
+    dataset, columns, places = ShapesDataset((height, width), seed=2), set(), 0
+    for i in range(80):
+        scene = dataset.scene(i)
+        assert dataset[i].image.shape == (height, width, 3)
+        empty = draw(Scene(scene.background, (), ()), (height, width))
+        for item in scene.objects:
+            changed = (draw(Scene(scene.background, (item,), ()), (height, width)) != empty).any(-1)
+            ys, xs = changed.any(1).nonzero()[0], changed.any(0).nonzero()[0]
+            assert (xs[0], ys[0], xs[-1] + 1, ys[-1] + 1) == item.box, item
+            low, high = SIZES[item.size]
+            assert low * height - 1 <= xs[-1] + 1 - xs[0] <= high * height + 1
+            columns |= third(item, 0, width)
+        for phrase in (match for caption in scene.captions for match in PHRASE.finditer(caption) if match["place"]):
+            place, places = phrase["place"], places + 1
+            row = 0 if "top" in place else 2 if "bottom" in place else 1
+            column = 0 if "left" in place else 2 if "right" in place else 1
+            words = {k: v for k, v in phrase.groupdict().items() if v and k != "place"}
+            fitting = [o for o in scene.objects if all(getattr(o, k) == v for k, v in words.items())]
+            assert any(row in third(o, 1, height) and column in third(o, 0, width) for o in fitting), (i, phrase[0])
+    assert columns == {0, 1, 2} and places > 30
+
+
 def test_captions_differ_in_length_and_read_well():
     dataset = ShapesDataset(32)
     captions = [caption for i in range(SCENES) for caption in dataset.scene(i).captions]

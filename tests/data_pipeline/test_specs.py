@@ -86,6 +86,16 @@ def test_wrong_specifications(files, spec, error, message):
         open_dataset(spec, image_size=32, seed=0)
 
 
+def test_data_of_other_channels_are_refused_in_one_line():
+    with pytest.raises(ValueError, match="data must have 9 channels, as the model takes, got 3 in cluttered"):
+        open_dataset("cluttered", image_size=32, seed=0, channels=9)
+    with pytest.raises(
+        ValueError, match=r"images of 9 channels, .* got astronaut\.jpg: it has 3 channels, 9 are wanted"
+    ):
+        open_dataset(str(PHOTOS), image_size=32, seed=0, channels=9)
+    assert open_dataset(str(PHOTOS), image_size=32, seed=0, channels=1)[0].image.shape[2] == 1
+
+
 def test_a_stream_has_no_numbered_samples():
     with pytest.raises(TypeError, match="dataset must have numbered samples, got StreamedDataset"):
         open_dataset("pipe:cat x.tar", image_size=32, seed=0, paired_share=0.5)

@@ -90,6 +90,23 @@ def test_crop_box_follows_the_picture(height, width):
         np.testing.assert_allclose(crop_box((x0, y0, x1, y1), height, width, 32), shown, atol=1)
 
 
+def test_crop_box_follows_the_picture_into_a_rectangle():
+    image = np.zeros((60, 90, 3), np.uint8)
+    image[20:40, 30:50] = 255
+    cropped = center_crop(image, (16, 32))[..., 0] > 127
+    rows, columns = cropped.any(1).nonzero()[0], cropped.any(0).nonzero()[0]
+    shown = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+    np.testing.assert_allclose(crop_box((30, 20, 50, 40), 60, 90, (16, 32)), shown, atol=1)
+
+
+def test_any_channels_and_rectangles():
+    images = [np.random.default_rng(i).integers(0, 256, (40, 50, 9), dtype=np.uint8) for i in range(2)]
+    batch = pack(images, None, None, image_size=(16, 32), max_text_length=8, channels=9)
+    assert batch.images.shape == (2, 9, 16, 32)
+    with pytest.raises(ValueError, match=r"images\[0\] must have shape \(height, width, 3\), got \(40, 50, 9\)"):
+        pack(images, None, None, image_size=16, max_text_length=8)
+
+
 def test_a_box_that_is_cut_off():
     assert crop_box((0, 0, 20, 40), 40, 80, 32) is None and crop_box((60, 0, 80, 40), 40, 80, 32) is None
     assert crop_box((0, 0, 21, 40), 40, 80, 32) == pytest.approx((0, 0, 0.8, 32))

@@ -23,21 +23,25 @@ import numpy as np
 from m3ae_fast import _checks
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data.examples.shapes import ShapesPairs, ShapesPhrases, ShapesQuestions, ShapesStatements
-from m3ae_fast.data.folder import FolderDataset
-from m3ae_fast.data.images import IMAGES, EncodedImage, suffix_of
+from m3ae_fast.data.folder import FolderDataset, is_image
+from m3ae_fast.data.images import open_image
 from m3ae_fast.data.limits import open_file
 from m3ae_fast.data.rows import parse_object
+from m3ae_fast.data.shapes import check_drawn
 from m3ae_fast.examples import Pair, Phrase, Question, Statement
 
 COUNT = 1000  # of drawn examples, where none is given
 
 
-def open_pairs(spec: str, *, image_size: int, seed: int = 0, count: int | None = None) -> Sequence[Pair]:
+def open_pairs(
+    spec: str, *, image_size: int | tuple[int, int], channels: int = 3, seed: int = 0, count: int | None = None
+) -> Sequence[Pair]:
     """Images and their captions.
 
     Args:
         spec: "shapes", drawn scenes; else the path of a JSON-lines file, or of a folder of name.jpg + name.txt.
-        image_size: pixels a side that `shapes` draws; files keep their images' own sizes.
+        image_size: pixels a side, or (height, width), that `shapes` draws; files keep their images' own sizes.
+        channels: of the images, 1 to 16.
         seed: of the scenes.
         count: of examples; None: 1000 scenes, or all there are. Of a file the first ones are taken.
     Raises:
@@ -46,26 +50,30 @@ def open_pairs(spec: str, *, image_size: int, seed: int = 0, count: int | None =
         BadSample: an image cannot be read, when its example is asked for.
     """
     if spec != "shapes" and Path(spec).is_dir():
-        return FolderPairs(spec, count)
-    return _open(spec, ShapesPairs, FilePairs, image_size, seed, count)
+        return FolderPairs(spec, count, channels)
+    return _open(spec, ShapesPairs, FilePairs, image_size, channels, seed, count)
 
 
 def open_questions(
-    spec: str, *, image_size: int, seed: int = 0, count: int | None = None
+    spec: str, *, image_size: int | tuple[int, int], channels: int = 3, seed: int = 0, count: int | None = None
 ) -> ShapesQuestions | FileQuestions:
     """Questions about images, "shapes" or a JSON-lines file; `answers()` lists what they can be answered with.
     Arguments and errors as those of `open_pairs`."""
-    return _open(spec, ShapesQuestions, FileQuestions, image_size, seed, count)
+    return _open(spec, ShapesQuestions, FileQuestions, image_size, channels, seed, count)
 
 
-def open_statements(spec: str, *, image_size: int, seed: int = 0, count: int | None = None) -> Sequence[Statement]:
+def open_statements(
+    spec: str, *, image_size: int | tuple[int, int], channels: int = 3, seed: int = 0, count: int | None = None
+) -> Sequence[Statement]:
     """Sentences about two images, "shapes" or a JSON-lines file. Arguments and errors as those of `open_pairs`."""
-    return _open(spec, ShapesStatements, FileStatements, image_size, seed, count)
+    return _open(spec, ShapesStatements, FileStatements, image_size, channels, seed, count)
 
 
-def open_phrases(spec: str, *, image_size: int, seed: int = 0, count: int | None = None) -> Sequence[Phrase]:
+def open_phrases(
+    spec: str, *, image_size: int | tuple[int, int], channels: int = 3, seed: int = 0, count: int | None = None
+) -> Sequence[Phrase]:
     """Phrases to find in images, "shapes" or a JSON-lines file. Arguments and errors as those of `open_pairs`."""
-    return _open(spec, ShapesPhrases, FilePhrases, image_size, seed, count)
+    return _open(spec, ShapesPhrases, FilePhrases, image_size, channels, seed, count)
 
 
 def read_answers(path: str | os.PathLike) -> list[str]:
@@ -94,15 +102,16 @@ class FolderPairs(Sequence):
     Args:
         path: the folder.
         count: of pairs, at most; None: all.
+        channels: of the images.
     Raises:
         ValueError: it holds no pair. FileNotFoundError, NotADirectoryError.
     """
 
-    def __init__(self, path: str | os.PathLike, count: int | None = None):
+    def __init__(self, path: str | os.PathLike, count: int | None = None, channels: int = 3):
         _check_count(count)
-        self._files = FolderDataset(path)
+        self._files = FolderDataset(path, channels=channels)
         names = self._files.names
-        pairs = [i for i, name in enumerate(names) if suffix_of(name) in IMAGES and self._files.captions_of(name)]
+        pairs = [i for i, name in enumerate(names) if is_image(name) and self._files.captions_of(name)]
         if not pairs:
             raise ValueError(f"{path} must hold images with captions, got none among {len(names)} files")
         if len(pairs) < len(names):
@@ -133,14 +142,15 @@ class _File(Sequence):
     Args:
         path: of the file.
         count: of rows, at most; None: all.
+        channels: of the images.
     """
 
     fields: ClassVar[dict[str, Callable[[object, Path], Any]]]  # what checks a value, given the folder of the file
     optional: ClassVar[dict[str, Callable[[object, Path], Any]]] = {}
 
-    def __init__(self, path: str | os.PathLike, count: int | None = None):
+    def __init__(self, path: str | os.PathLike, count: int | None = None, channels: int = 3):
         _check_count(count)
-        self.path = Path(path)
+        self.path, self.channels = Path(path), channels
         self.rows, unread = [], set()
         for number, line in _lines(self.path):
             if len(self.rows) == count:
@@ -175,7 +185,7 @@ class _File(Sequence):
         return len(self.rows)
 
     def _image(self, row: _Row, field: str) -> np.ndarray:
-        return EncodedImage(row.values[field], f"{row.name}: {field} {row.values[field]}").decoded()
+        return open_image(row.values[field], f"{row.name}: {field} {row.values[field]}", self.channels).decoded()
 
 
 # What checks a field's value: hands it back, or raises ValueError("be ...").
@@ -274,10 +284,11 @@ class FilePhrases(_File):
         return Phrase(image, row.values["phrase"], box, row.name)
 
 
-def _open(spec: str, drawn: type, filed: type, image_size: int, seed: int, count: int | None):
-    if spec == "shapes":
-        return drawn(COUNT if count is None else count, image_size, seed)
-    return filed(spec, count)
+def _open(spec: str, drawn: type, filed: type, image_size, channels: int, seed: int, count: int | None):
+    if spec != "shapes":
+        return filed(spec, count, channels)
+    check_drawn(spec, channels)
+    return drawn(COUNT if count is None else count, image_size, seed)
 
 
 def _check_count(count: int | None) -> None:

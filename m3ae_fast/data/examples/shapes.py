@@ -25,11 +25,11 @@ SEARCH = 1000  # scenes in a row, among which one that is wanted is found for ce
 class _Examples(Sequence):
     """Args of all data sets here:
     count: of examples, below 2**30.
-    size: pixels a side of the images, at least 32.
+    size: pixels a side of the images, or (height, width), at least 32.
     seed: in [0, 2**63).
     """
 
-    def __init__(self, count: int, size: int = 256, seed: int = 0):
+    def __init__(self, count: int, size: int | tuple[int, int] = 256, seed: int = 0):
         _checks.integer("count", count, 1, 2**30)
         self._scenes = ShapesDataset(size, seed)
         self.count, self.size, self.seed = count, size, seed
@@ -57,7 +57,7 @@ class ShapesQuestions(_Examples):
 
     Args:
         count: of examples, below 2**30.
-        size: pixels a side of the images, at least 32.
+        size: pixels a side of the images, or (height, width), at least 32.
         seed: in [0, 2**63).
     """
 
@@ -132,7 +132,7 @@ class ShapesPairs(_Examples):
         captions: "longest" or "all"; the others as of ShapesQuestions.
     """
 
-    def __init__(self, count: int, size: int = 256, seed: int = 0, *, captions: str = "longest"):
+    def __init__(self, count: int, size: int | tuple[int, int] = 256, seed: int = 0, *, captions: str = "longest"):
         super().__init__(count, size, seed)
         _checks.choice("captions", captions, ("longest", "all"))
         self.captions = captions

@@ -32,13 +32,13 @@ def open_run(args: argparse.Namespace, *methods: str):
         if path and (path.is_dir() or not path.parent.is_dir()):  # or hours of training would end here
             raise ValueError(f"--{name} must name a file in a folder that exists, got {path}")
     run = load_run(args.run, args.device, objectives=objectives_offering(*methods))
-    size = run.model.config.image_shape[0]
+    images = run.model.config.images
 
     def scored(opener: Callable, spec: str | None = None):
         spec = spec or args.data
         count = args.samples or (SCORED if spec in DRAWN else None)
         seed = 2 * (args.seed + run.config.seed) + 1  # odd
-        return opener(spec, image_size=size, seed=seed, count=count)
+        return opener(spec, seed=seed, count=count, **images)
 
     def trained(opener: Callable, count: int | None = None, drawn: int = TRAINING):
         spec = args.train or args.data
@@ -46,7 +46,7 @@ def open_run(args: argparse.Namespace, *methods: str):
             raise ValueError(f"--train must name data to train on, beside --data {args.data}, got none")
         count = count or (drawn if spec in DRAWN else None)
         seed = 2 * (args.seed + run.config.seed) + 2  # even: of scenes that no --seed scores
-        return opener(spec, image_size=size, seed=seed, count=count)
+        return opener(spec, seed=seed, count=count, **images)
 
     return run, scored, trained
 

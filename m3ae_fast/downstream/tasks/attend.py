@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from m3ae_fast._drawing import INK, heat, new_figure, save_figure
+from m3ae_fast._drawing import FAINT, INK, heat, new_figure, note_of_channels, save_figure, visible
 from m3ae_fast._settings import natural, path
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Tokenizer
@@ -112,7 +112,7 @@ def draw_attention(model: Model, batch: ImageTextBatch, tokenizer: Tokenizer | N
     """
     rows = []
     words = batch.text.cpu().split(batch.text_lengths.lengths)
-    images = batch.images.cpu().permute(0, 2, 3, 1).numpy()
+    images = visible(batch.images.cpu().permute(0, 2, 3, 1).numpy())
     for image, ids, each in zip(images, words, attend(model, batch, **options), strict=True):
         titles = ["image", "CLS", *(tokenizer.tokens(ids.tolist()) if len(each.words) else ())]
         maps = to_pixels(torch.cat([each.cls[None], each.words]), model.config)
@@ -122,7 +122,9 @@ def draw_attention(model: Model, batch: ImageTextBatch, tokenizer: Tokenizer | N
             *([None, *panels[i : i + COLUMNS - 1]] for i in range(COLUMNS, len(panels), COLUMNS - 1)),
         ]
     columns = max(map(len, rows))
-    figure = new_figure(1.4 * columns, 1.6 * len(rows))
+    height, width = model.config.image_shape
+    figure = new_figure(1.4 * columns, (1.4 * height / width + 0.2) * len(rows))
+    figure.supxlabel(note_of_channels(model.config.channels), fontsize=9, color=FAINT)
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()

@@ -69,7 +69,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W], uint8 or normalised floats -> [B, C]."""
+        """[B, C, H, W], uint8 or normalised floats -> [B, C]."""
         return self.classify(self.model.encode_cls(ImageTextBatch(images)))
 
     def classify(self, cls: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def finetune(model: Classifier, samples: Sequence[Sample], *, progress: bool = T
         raise ValueError(f"samples must have 1 to {classes} classes, as the model has, got {named}")
     optimiser = layer_decayed(model, weight_decay=tuning.weight_decay, layer_decay=tuning.layer_decay)
     loader = Loader(
-        samples, None, image_size=config.image_shape[0], batch_size=tuning.batch_size, seed=seed,
+        samples, None, image_size=config.image_size, batch_size=tuning.batch_size, seed=seed,
         workers=tuning.workers, pin_memory=device.type == "cuda",
     )  # fmt: skip
     rng = np.random.default_rng(seed)
@@ -149,7 +149,7 @@ def finetune(model: Classifier, samples: Sequence[Sample], *, progress: bool = T
 
 
 def normalised(images: Tensor, config: ModelConfig) -> Tensor:
-    """uint8 [B, 3, H, W] -> float32, as a model of this configuration takes images that are no pixels any more."""
+    """uint8 [B, C, H, W] -> float32, as a model of this configuration takes images that are no pixels any more."""
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (config.image_mean, config.image_std))
     return (images / 255 - mean) / std
 
@@ -163,7 +163,7 @@ def mix(
     how much is drawn from Beta(a, a), once for a batch.
 
     Args:
-        images: [B, 3, H, W] floats. target: [B, C] shares. rng: where the randomness comes from.
+        images: [B, C, H, W] floats. target: [B, C] shares. rng: where the randomness comes from.
         mixup, cutmix: a of each; 0: not this one.
     """
     for name, a in (("mixup", mixup), ("cutmix", cutmix)):
@@ -216,7 +216,7 @@ def load_classifier(path: str | os.PathLike, model: nn.Module) -> tuple[Classifi
 
 @torch.no_grad()
 def score_classifier(model: Classifier, samples: Sequence[Sample], *, batch_size: int = 64) -> Result:
-    """Accuracy on samples of one label each, of the square in the middle; chance is their commonest class."""
+    """Accuracy on samples of one label each, of the middle of each image; chance is their commonest class."""
     features = extract(model.model, samples, batch_size=batch_size)
     logits = model.classify(features.cls.to(model.head.weight.device))
     return score_logits(logits.cpu(), features.labels)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from m3ae_fast._drawing import INK, RIGHT, WRONG, Card, Cards, heat
+from m3ae_fast._drawing import INK, RIGHT, WRONG, Card, Cards, heat, note_of_channels, visible
 from m3ae_fast._settings import natural, picture
 from m3ae_fast.data import Tokenizer
 from m3ae_fast.data.examples.files import open_phrases
@@ -28,7 +28,7 @@ def ground(
 ) -> list[Result]:
     """Pointing accuracy: how often the highest pixel of the map lies in the phrase's box. Chance: a random pixel.
 
-    Phrases without a box are left out, as are those whose box the square crop in the middle cuts off.
+    Phrases without a box are left out, as are those whose box the crop in the middle cuts off.
 
     Args:
         model: whose maps are looked at. phrases: read a batch at a time. tokenizer: of the model.
@@ -42,7 +42,7 @@ def ground(
         batch = pack_for(model, [p.image for p in chunk], [p.phrase for p in chunk], tokenizer).to(device)
         best = points(maps_of(model, batch, block=block), model.config).tolist()
         for phrase, (x, y) in zip(chunk, best, strict=True):
-            box = phrase.box and crop_box(phrase.box, *phrase.image.shape[:2], height)
+            box = phrase.box and crop_box(phrase.box, *phrase.image.shape[:2], (height, width))
             if box:
                 hits.append(box[0] <= x + 0.5 < box[2] and box[1] <= y + 0.5 < box[3])
                 shares.append((box[2] - box[0]) * (box[3] - box[1]) / (height * width))
@@ -57,25 +57,26 @@ def draw_ground(
     model: Model, phrases: Sequence[Phrase], tokenizer: Tokenizer, path: Path, *, block: int | None = None
 ) -> None:
     """Each image, its map, the highest pixel (a cross) and the box, where it is known, with the phrase below."""
-    size = model.config.image_shape[0]
+    height, width = model.config.image_shape
+    side, scale = min(height, width), 4
     batch = pack_for(model, [p.image for p in phrases], [p.phrase for p in phrases], tokenizer)
     maps = maps_of(model, batch.to(next(model.parameters()).device), block=block).cpu()
     cards = []
     for phrase, image, map, (x, y) in zip(
         phrases, batch.images, to_pixels(maps, model.config), points(maps, model.config).tolist(), strict=True
     ):
-        pixels = image.permute(1, 2, 0).numpy()
-        box = phrase.box and crop_box(phrase.box, *phrase.image.shape[:2], size)
-        shown, scale = Image.fromarray(heat(pixels, map)).resize((4 * size, 4 * size)), 4
+        pixels = visible(image.permute(1, 2, 0).numpy())
+        box = phrase.box and crop_box(phrase.box, *phrase.image.shape[:2], (height, width))
+        shown = Image.fromarray(heat(pixels, map)).resize((scale * width, scale * height))
         pen, inside = ImageDraw.Draw(shown), box and box[0] <= x + 0.5 < box[2] and box[1] <= y + 0.5 < box[3]
-        color, (cx, cy), arm = RIGHT if inside else WRONG, (scale * (x + 0.5), scale * (y + 0.5)), size // 5
+        color, (cx, cy), arm = RIGHT if inside else WRONG, (scale * (x + 0.5), scale * (y + 0.5)), side // 5
         for line in ((cx - arm, cy, cx + arm, cy), (cx, cy - arm, cx, cy + arm)):
-            pen.line(line, fill=color if box else INK, width=max(size // 32, 2))
+            pen.line(line, fill=color if box else INK, width=max(side // 32, 2))
         if box:
-            pen.rectangle([scale * each for each in box], outline=color, width=max(size // 48, 2))
+            pen.rectangle([scale * each for each in box], outline=color, width=max(side // 48, 2))
         words = [(word, "", False) for word in phrase.phrase.split()]
         cards.append(Card([pixels, np.asarray(shown)], words))
-    Cards(cards, ("original", "where it points")).save(path)
+    Cards(cards, ("original", "where it points"), note_of_channels(model.config.channels)).save(path)
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

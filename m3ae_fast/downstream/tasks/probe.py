@@ -252,7 +252,7 @@ def add_fitting(command: argparse.ArgumentParser) -> None:
 
 def to_fit(args: argparse.Namespace, training: Some, run: Run) -> tuple[Features, dict]:
     """(features to fit to, settings of `fit_probe`)."""
-    size, crops = run.model.config.image_shape[0], args.crops or 1
+    size, crops = run.model.config.image_size, args.crops or 1
     samples = Crops(training, crops, size, args.seed) if args.crops else training
     settings = given(Fitting, args) | {"classes": len(training.classes), "crops": crops}
     return extract(run.model, samples, run.tokenizer, text=args.text), settings

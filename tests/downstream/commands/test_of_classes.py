@@ -102,7 +102,7 @@ def test_no_seed_trains_on_what_another_scores(monkeypatch):
     """Of other runs neither: `ood --classifier` takes a classifier of any of them."""
 
     def seeds(of_run, given):
-        model = SimpleNamespace(config=SimpleNamespace(image_shape=(32,)))
+        model = SimpleNamespace(config=SimpleNamespace(images={"image_size": 32}))
         run = SimpleNamespace(model=model, config=RunConfig(seed=of_run))
         monkeypatch.setattr(session, "load_run", lambda *_, **__: run)
         _, *openers = session.open_run(

@@ -1,5 +1,7 @@
 """Grounding: how often the map points at the box, and the picture."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 from m3ae_fast.downstream import Phrase
 from m3ae_fast.downstream.tasks import ground as grounding
 from m3ae_fast.downstream.tasks.ground import draw_ground, ground
+from m3ae_fast.models import MAMO
 from tests.downstream.tasks.tiny import TOKENIZER, make
 
 
@@ -52,6 +55,19 @@ def test_no_box_no_score(peaks):
     peaks(0, 0)
     with pytest.raises(ValueError, match="none of 2 has one within the square in the middle"):
         ground(make(), PHRASES[2:4], TOKENIZER)
+
+
+def test_a_box_keeps_its_place_in_a_rectangle(monkeypatch, tmp_path):
+    model = MAMO(dataclasses.replace(make().config, image_size=(16, 48)))  # 2 x 6 patches
+    maps = torch.zeros(2, 12)
+    maps[:, 5] = 1.0  # in the upper right corner
+    monkeypatch.setattr(grounding, "maps_of", lambda *_, **__: maps)
+    image = np.zeros((48, 144, 3), np.uint8)
+    phrases = [Phrase(image, "red", (120, 0, 144, 24), "hit"), Phrase(image, "red", (0, 0, 24, 24), "missed")]
+    (result,) = ground(model, phrases, TOKENIZER)
+    assert (result.value, result.count) == (0.5, 2) and result.chance == pytest.approx(1 / 12)
+    draw_ground(model, phrases, TOKENIZER, tmp_path / "x.png")
+    assert np.asarray(Image.open(tmp_path / "x.png")).std() > 5
 
 
 def test_a_picture_of_phrases(peaks, tmp_path):
