@@ -54,8 +54,8 @@ def load_vit(source: str | os.PathLike, **known: Any) -> MAE:
     source = Path(source)
     try:
         state, found = _read_folder(source) if source.is_dir() else _read_file(source)
-        state = vit_names.ours_of_mae(state)
-        config = _config(state, found | known)
+        channels, state = vit_names.channels_of_mae(state), vit_names.ours_of_mae(state)
+        config = _config(state, channels, found | known)
         _fit_positions(state, found, config)
         _check_names(state, config)
     except (ValueError, TypeError) as error:
@@ -105,7 +105,7 @@ def write_vitmae(model: M3AE, folder: str | os.PathLike) -> None:
     folder, c = Path(folder), model.config
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    state = vit_names.mae_of_ours(model.state_dict(), _positions(model), decoder=True)
+    state = vit_names.mae_of_ours(model.state_dict(), _positions(model), channels=c.channels, decoder=True)
     write_tensors(folder / "model.safetensors", vit_names.hf_of_mae(state), {"format": "pt"})
     write_json(folder / "config.json", {
         "architectures": ["ViTMAEForPreTraining"], "model_type": "vit_mae", "dtype": "float32",
@@ -113,8 +113,9 @@ def write_vitmae(model: M3AE, folder: str | os.PathLike) -> None:
         "intermediate_size": int(c.width * c.mlp_ratio),
         "hidden_act": {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}[c.activation],
         "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.02,
-        "layer_norm_eps": c.norm_eps, "image_size": c.image_size, "patch_size": c.patch_size, "num_channels": 3,
-        "qkv_bias": True, "decoder_hidden_size": c.decoder_width, "decoder_num_hidden_layers": c.decoder_depth,
+        "layer_norm_eps": c.norm_eps, "image_size": c.image_size, "patch_size": c.patch_size,
+        "num_channels": c.channels, "qkv_bias": True,
+        "decoder_hidden_size": c.decoder_width, "decoder_num_hidden_layers": c.decoder_depth,
         "decoder_num_attention_heads": c.decoder_heads, "decoder_intermediate_size": int(c.decoder_width * c.mlp_ratio),
         "mask_ratio": c.image_mask_ratio, "norm_pix_loss": c.norm_pix,
     })  # fmt: skip
@@ -140,11 +141,11 @@ def write_timm(model: M3AE, target: str | os.PathLike) -> dict[str, Any]:
     """
     c = model.config
     sizes = {
-        "img_size": c.image_size, "patch_size": c.patch_size, "embed_dim": c.width, "depth": c.depth,
-        "num_heads": c.heads, "mlp_ratio": c.mlp_ratio, "act_layer": c.activation, "num_classes": 0,
+        "img_size": c.image_size, "patch_size": c.patch_size, "in_chans": c.channels, "embed_dim": c.width,
+        "depth": c.depth, "num_heads": c.heads, "mlp_ratio": c.mlp_ratio, "act_layer": c.activation, "num_classes": 0,
         "global_pool": "token",
     }  # fmt: skip
-    state = vit_names.mae_of_ours(model.state_dict(), _positions(model), decoder=False)
+    state = vit_names.mae_of_ours(model.state_dict(), _positions(model), channels=c.channels, decoder=False)
     about = {"mean": c.image_mean, "std": c.image_std, "norm_eps": c.norm_eps}
     metadata = {"format": "pt", "config": json.dumps(sizes), "about": json.dumps(about)}
     write_tensors(Path(target), state, metadata)
@@ -182,12 +183,13 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{folder}/config.json must be of model_type 'vit_mae', got {kind!r}")
     if not isinstance(act, str) or act not in ACTIVATIONS:
         raise ValueError(f"{folder}/config.json must have hidden_act of {', '.join(ACTIVATIONS)}, got {act!r}")
-    for name, allowed in (("num_channels", [3]), ("qkv_bias", [True]), ("norm_pix_loss", [False, True])):
-        if about.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"{folder}/config.json must have {name} {allowed[-1]}, got {about[name]!r}")
     names = ("model.safetensors", "pytorch_model.bin")
     weights = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
     state = vit_names.mae_of_hf(read_weights(weights).state)
+    channels = [vit_names.channels_of_mae(state)]
+    for name, allowed in (("num_channels", channels), ("qkv_bias", [True]), ("norm_pix_loss", [False, True])):
+        if about.get(name, allowed[0]) not in allowed:
+            raise ValueError(f"{folder}/config.json must have {name} {allowed[-1]}, got {about[name]!r}")
     found = {
         "image_size": about.get("image_size", 224), "heads": about.get("num_attention_heads", 12),
         "decoder_heads": about.get("decoder_num_attention_heads", 16), "activation": ACTIVATIONS[act],
@@ -207,18 +209,20 @@ def _json(path: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _config(state: Mapping[str, Tensor], known: Mapping[str, Any]) -> M3AEConfig:
+def _config(state: Mapping[str, Tensor], channels: int, known: Mapping[str, Any]) -> M3AEConfig:
     """The configuration that tensors show, and what else is known of it."""
     decoder = "decoder_embed.weight" in state
     for name in (*_NEEDED, *(_NEEDED_DECODER if decoder else ())):
         if name not in state:
             raise ValueError(f"the weights must have {name} (as m3ae_fast names it), got none")
     width, patch_dim = len(state["cls_token"]), state["patch_embed.proj.weight"].shape[1]
-    patch = round((patch_dim / 3) ** 0.5)
+    patch = round((patch_dim / channels) ** 0.5)
     patches = len(state["image_position"])
     fields = {
-        "vocab_size": 0, "patch_size": patch, "image_size": _side(patches) * patch or None, "activation": "gelu",
-        "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "type_vectors": False, "width": width,
+        "vocab_size": 0, "patch_size": patch, "channels": channels, "image_size": _side(patches) * patch or None,
+        "activation": "gelu",
+        "image_mean": IMAGENET_MEAN if channels == 3 else None, "image_std": IMAGENET_STD if channels == 3 else None,
+        "type_vectors": False, "width": width,
         "depth": _depth(state, "encoder"), "mlp_ratio": _ratio(len(state["encoder.blocks.0.mlp.fc1.weight"]), width),
         "heads": HEADS.get(width),
     }  # fmt: skip

@@ -11,6 +11,8 @@ import re
 import torch
 from torch import Tensor
 
+from m3ae_fast.batch import MAX_CHANNELS
+
 _BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")  # MAE's, and ours
 _FROM_MAE = {
     "patch_embed.proj": "patch_embed.proj",
@@ -94,17 +96,29 @@ def _our_layout(name: str, tensor: Tensor) -> Tensor:
             raise ValueError(f"{name} must have shape (1, tokens, width), got {tuple(tensor.shape)}")
         return tensor.flatten() if name in _TOKENS else tensor[0]
     if name == "patch_embed.proj.weight":
-        if tensor.dim() != 4 or tensor.shape[1] != 3 or tensor.shape[2] != tensor.shape[3]:
-            raise ValueError(f"{name} must have shape (width, 3, patch, patch), got {tuple(tensor.shape)}")
+        if tensor.dim() != 4 or tensor.shape[1] > MAX_CHANNELS or tensor.shape[2] != tensor.shape[3]:
+            raise ValueError(
+                f"{name} must have shape (width, channels, patch, patch), at most {MAX_CHANNELS} channels, "
+                f"got {tuple(tensor.shape)}"
+            )
         return tensor.permute(0, 2, 3, 1).flatten(1)  # (row, column, channel)
     return tensor.contiguous()
 
 
-def mae_of_ours(state: dict[str, Tensor], positions: dict[str, Tensor], *, decoder: bool) -> dict[str, Tensor]:
+def channels_of_mae(state: dict[str, Tensor]) -> int:
+    """Of the images that MAE's state dict takes, 3 where it does not show: whatever else is wrong is said elsewhere."""
+    weight = state.get("patch_embed.proj.weight")
+    return 3 if weight is None or weight.dim() != 4 else weight.shape[1]
+
+
+def mae_of_ours(
+    state: dict[str, Tensor], positions: dict[str, Tensor], *, channels: int = 3, decoder: bool
+) -> dict[str, Tensor]:
     """The image half of our model -> MAE's state dict; text parameters are left out.
 
     Args:
         state: of the model. positions: its tables "image_position" and "decoder_image_position", [P, D] each.
+        channels: of its images.
         decoder: False: the encoder alone, as timm names it.
     """
     modules = {ours: theirs for theirs, ours in _FROM_MAE.items() if theirs != "fc_norm"}
@@ -122,8 +136,8 @@ def mae_of_ours(state: dict[str, Tensor], positions: dict[str, Tensor], *, decod
         if prefix is not None:
             found[modules[prefix] + ours.removeprefix(prefix)] = tensor
     weight = found["patch_embed.proj.weight"]
-    patch = round((weight.shape[1] / 3) ** 0.5)
-    found["patch_embed.proj.weight"] = weight.unflatten(1, (patch, patch, 3)).permute(0, 3, 1, 2)
+    patch = round((weight.shape[1] / channels) ** 0.5)
+    found["patch_embed.proj.weight"] = weight.unflatten(1, (patch, patch, channels)).permute(0, 3, 1, 2)
     return {n: t.contiguous() for n, t in found.items() if decoder or not n.startswith(("decoder_", "mask_token"))}
 
 
