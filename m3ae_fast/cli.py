@@ -166,7 +166,8 @@ def _reconstruct(args: argparse.Namespace) -> int:
     if args.images and args.data:
         raise ValueError("give images or --data, not both")
     check_captions(args)
-    run = load_run(args.run, args.device, objectives=objectives_offering("reconstruct"))
+    objectives = objectives_offering("reconstruct")
+    run = load_run(args.run, args.device, objectives=objectives, image_size=args.image_size)
     if args.images:
         batch = batch_of_files(args.images, args.captions, run.model.config, run.tokenizer)
     else:

@@ -42,6 +42,8 @@ class ModelConfig:
         depth: blocks of the image encoder (of M3AE's only encoder, which reads words, too).
         width, heads: of the Transformers. mlp_ratio: hidden rows of their MLPs, as a multiple of the width.
         activation: of the MLPs, "gelu" (erf) or "gelu_tanh".
+        positions: of patches, "sincos": computed from the sizes. "given": tables that the weights hold, not trained;
+            sine-cosine until weights with others are loaded.
         image_mean, image_std: of uint8 pixels scaled to [0, 1], a value a channel; None: CC12M's of three channels, 0.5
             and 0.25 of any others. Float images are taken as normalised already.
     """
@@ -56,6 +58,7 @@ class ModelConfig:
     heads: int = 6
     mlp_ratio: float = 4.0
     activation: str = "gelu_tanh"
+    positions: str = "sincos"
     image_mean: tuple[float, ...] | None = None
     image_std: tuple[float, ...] | None = None
 
@@ -81,6 +84,7 @@ class ModelConfig:
             raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
         self._heads("width", "heads")
         _checks.choice("activation", self.activation, ("gelu", "gelu_tanh"))
+        _checks.choice("positions", self.positions, ("sincos", "given"))
 
     def _integers(self, low: int, *names: str) -> None:
         for name in names:
@@ -192,8 +196,6 @@ class M3AEConfig(ModelConfig):
             keeps as many tokens as by "sample", but the shares of image and text are drawn.
         norm_pix: normalise the target pixels of every patch (MAE's option; M3AE does not).
         type_vectors: learn a vector for each modality, added to its tokens. MAE's own code has none.
-        positions: of patches, "sincos": computed from the sizes. "given": tables that the weights hold, not trained;
-            sine-cosine until weights with others are loaded.
         norm_eps: of the LayerNorms.
     """
 
@@ -211,7 +213,6 @@ class M3AEConfig(ModelConfig):
     dirichlet_alpha: float | tuple[float, float] = 1.0
     norm_pix: bool = False
     type_vectors: bool = True
-    positions: str = "sincos"
     norm_eps: float = 1e-6
 
     def __post_init__(self):
@@ -230,7 +231,6 @@ class M3AEConfig(ModelConfig):
                 raise ValueError(f"dirichlet_alpha must be a number or (image, text), got {self.dirichlet_alpha}")
         for alpha in self.dirichlet_alpha if isinstance(self.dirichlet_alpha, tuple) else [self.dirichlet_alpha]:
             _checks.real("dirichlet_alpha", alpha, "[0.001, 1000]")
-        _checks.choice("positions", self.positions, ("sincos", "given"))
         _checks.real("norm_eps", self.norm_eps, "(0, 1)")
 
 

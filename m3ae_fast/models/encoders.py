@@ -82,10 +82,17 @@ class ImageEncoder(FixedPositions):
         self.cls_token = nn.Parameter(torch.empty(c.width))
         self.transformer = fast.Transformer(c.width, depth, c.heads, mlp_ratio=c.mlp_ratio, activation=c.activation)
         self.config = c
-        self.reset_positions()
+        self.start_positions()
 
     def position_tables(self) -> dict[str, Tensor]:
-        """That of the patches."""
+        """That of the patches, unless it is given."""
+        return {} if self.config.positions == "given" else self._table()
+
+    def given_tables(self) -> dict[str, Tensor]:
+        """That of the patches, if it is given."""
+        return self._table() if self.config.positions == "given" else {}
+
+    def _table(self) -> dict[str, Tensor]:
         return {"position": fast.sincos_2d(*self.config.grid, self.config.width)}
 
     def forward(self, images: Tensor, views: Views) -> Tensor:
@@ -112,7 +119,7 @@ class TextEncoder(FixedPositions):
         self.cls_token = nn.Parameter(torch.empty(c.width))
         self.transformer = fast.Transformer(c.width, depth, c.heads, mlp_ratio=c.mlp_ratio, activation=c.activation)
         self.config = c
-        self.reset_positions()
+        self.start_positions()
 
     def position_tables(self) -> dict[str, Tensor]:
         """That of the words."""
@@ -219,7 +226,7 @@ def reset_parameters(module: nn.Module) -> None:
         elif isinstance(each, nn.Embedding):
             nn.init.normal_(each.weight, std=0.02)
         elif isinstance(each, FixedPositions):
-            each.reset_positions()
+            each.start_positions()
         for parameter in each.parameters(recurse=False):
             if parameter.dim() == 1 and not isinstance(each, nn.Linear | nn.LayerNorm):
                 nn.init.normal_(parameter, std=0.02)

@@ -97,9 +97,6 @@ class M3AE(Model, FixedPositions):
         self.decoder = fast.Transformer(c.decoder_width, c.decoder_depth, c.decoder_heads, **options)
         self.image_head = fast.Linear(c.decoder_width, c.patch_dim)
         self.text_head = fast.Linear(c.decoder_width, c.vocab_size) if texts else None
-        if c.positions == "given":
-            for name, table in self._patch_positions().items():
-                self.register_buffer(name, table)
         self.reset_parameters()
 
     def position_tables(self) -> dict[str, Tensor | None]:
@@ -110,6 +107,10 @@ class M3AE(Model, FixedPositions):
         for prefix, width in (("", c.width), ("decoder_", c.decoder_width)):
             tables[f"{prefix}text_position"] = fast.sincos_1d(places, width) if c.vocab_size else None
         return tables
+
+    def given_tables(self) -> dict[str, Tensor]:
+        """Those of patches, if they are given."""
+        return self._patch_positions() if self.config.positions == "given" else {}
 
     def _patch_positions(self) -> dict[str, Tensor]:
         c = self.config
@@ -128,10 +129,7 @@ class M3AE(Model, FixedPositions):
                 nn.init.normal_(module.weight)
         for parameter in self.parameters(recurse=False):
             nn.init.normal_(parameter, std=0.02)
-        self.reset_positions()
-        if self.config.positions == "given":
-            for name, table in self._patch_positions().items():
-                getattr(self, name).copy_(table)
+        self.start_positions()
 
     # -- the three things it does ------------------------------------------------------------------------------------
 

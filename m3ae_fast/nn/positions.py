@@ -48,7 +48,8 @@ def resample_positions(table: Tensor, grid: tuple[int, int], wanted: tuple[int, 
 
 
 class FixedPositions(nn.Module):
-    """A module with position tables: buffers that no state dict holds, since they follow from the module's sizes.
+    """A module with position tables: buffers that no state dict holds, since they follow from the module's sizes, but
+    for those that are given.
 
     They are right however the module gets its weights: made as usual, or made on the meta device, then initialized or
     loaded.
@@ -57,6 +58,19 @@ class FixedPositions(nn.Module):
     def position_tables(self) -> dict[str, Tensor | None]:
         """Each table by the name of its buffer, [N, D] float32 on the CPU; None: the module does without."""
         raise NotImplementedError
+
+    def given_tables(self) -> dict[str, Tensor]:
+        """Those that the weights hold instead, as a new module starts with them."""
+        return {}
+
+    def start_positions(self) -> None:
+        """Write all tables of a new module."""
+        for name, table in self.given_tables().items():
+            if name in self._buffers:
+                self._buffers[name].copy_(table)
+            else:
+                self.register_buffer(name, table)
+        self.reset_positions()
 
     def reset_positions(self) -> None:
         """Write the tables, where the module's own parameters are. A buffer of another shape than its table stays."""

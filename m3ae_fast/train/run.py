@@ -17,7 +17,7 @@ import errno
 import itertools
 import json
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +52,7 @@ def load_run(
     *,
     objectives: Collection[str] = OBJECTIVES,
     averaged: bool = True,
+    image_size: int | Sequence[int] | None = None,
 ) -> Run:
     """The model of a run's folder (its newest checkpoint), or of one checkpoint in it, ready for evaluation.
 
@@ -60,9 +61,11 @@ def load_run(
         device: where the model goes; None: cuda if there is one, else cpu.
         objectives: those that will do.
         averaged: with the moving average of the weights, where the run keeps one (RunConfig.ema); False: as they are.
+        image_size: pixels a side, or (height, width), that the model is to take; None: those it was trained on. For
+            others its position tables are resampled, with a warning.
     Raises:
         FileNotFoundError: no such folder or checkpoint. ValueError: one of its files is damaged, or it is a run of
-            another objective.
+            another objective; an image size that is no multiple of the patches'.
     """
     given, path, device = path, Path(path), pick_device(device)
     if path.is_dir() and not checkpoint.is_folder(path):
@@ -77,7 +80,33 @@ def load_run(
     checkpoint.restore(saved, model)
     if averaged:
         model.load_state_dict(saved.average, strict=False)  # the parameters that are trained
+    if image_size is not None:
+        model = at_size(model, image_size)
     return Run(config, model.to(device).eval(), load_tokenizer(folder, config), saved.step)
+
+
+def at_size(model: Model, image_size: int | Sequence[int]) -> Model:
+    """The same weights in a model of another image size."""
+    wanted = dataclasses.replace(model.config, image_size=image_size)
+    if wanted.grid == model.config.grid:
+        return model
+    resized = type(model)(dataclasses.replace(wanted, positions="given"))
+    resized.load_state_dict(fitted_state(model, resized))
+    return resized
+
+
+def fitted_state(start: Model, model: Model) -> dict[str, torch.Tensor]:
+    """The weights of `start` for a model of another grid: given position tables are resampled, with a warning."""
+    state, grids = start.state_dict(), (start.config.grid, model.config.grid)
+    tables = dict(start.named_buffers())  # those that no state dict holds, too
+    given = [name for name in model.state_dict() if name.endswith("position")]
+    state |= {name: resample_positions(tables[name], *grids) for name in given}
+    if grids[0] != grids[1] and distributed.is_first():
+        (rows, columns), (wanted_rows, wanted_columns) = grids
+        became = "resampled to" if given else "computed anew for"
+        message = f"positions of {rows} x {columns} patches are {became} {wanted_rows} x {wanted_columns}"
+        warnings.warn(message, M3AEFastWarning, stacklevel=3)
+    return state
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -172,8 +201,6 @@ def _changes_of_started(saved: ModelConfig, changes: dict) -> dict:
         raise ValueError(f"channels must be {saved.channels}, as init has it, got {channels}")
     wanted = dataclasses.replace(saved, **{n: v for n, v in changes.items() if hasattr(saved, n)})
     if wanted.grid != saved.grid:
-        if not hasattr(saved, "positions"):
-            raise ValueError(f"image_size must be {saved.image_size}, as init has it, got {wanted.image_size}")
         wanted.positions = "given"
     return wanted.to_dict() | changes  # unknown ones are refused where all are
 
@@ -181,16 +208,8 @@ def _changes_of_started(saved: ModelConfig, changes: dict) -> dict:
 def start_from(model: Model, init: str) -> None:
     """Give a new model the weights of a run; position tables of another grid are resampled, with a warning."""
     start = load_run(init).model
-    state, grids = start.state_dict(), (start.config.grid, model.config.grid)
-    if getattr(model.config, "positions", None) == "given":
-        names = ("image_position", "decoder_image_position")
-        state |= {name: resample_positions(getattr(start, name), *grids) for name in names}
-    if grids[0] != grids[1] and distributed.is_first():
-        (rows, columns), (wanted_rows, wanted_columns) = grids
-        message = f"positions of {rows} x {columns} patches are resampled to {wanted_rows} x {wanted_columns}"
-        warnings.warn(message, M3AEFastWarning, stacklevel=2)
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(fitted_state(start, model))
     except RuntimeError as error:
         raise ValueError(f"init must be of a model of these sizes, got {init}: {str(error).splitlines()[1]}") from None
 

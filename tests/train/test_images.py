@@ -1,14 +1,17 @@
 """Images of any channels and of rectangular sizes, from the command line to the picture and the probe."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from m3ae_fast import ImageTextBatch
+from m3ae_fast import ImageTextBatch, M3AEFastWarning
+from m3ae_fast.downstream.tasks.finetune import Classifier, load_classifier
 from m3ae_fast.models import MAE, M3AEConfig
+from m3ae_fast.nn.positions import resample_positions, sincos_2d
 from m3ae_fast.train import RunConfig, load_run, pictures, pretrain
 
 SMALL = ["--steps", "2", "--batch-size", "2", "--device", "cpu", "--objective", "mae", "--set", "depth=1"]
@@ -98,6 +101,56 @@ def test_what_does_not_fit_is_said_in_one_line(tiles, tmp_path, command_line, op
     options = [str(tiles) if each == "TILES" else each for each in options]
     status, _, err = command_line("pretrain", *SMALL, *options, "--out", tmp_path / "run")
     assert status == 2 and message in err.splitlines()[-1] and not (tmp_path / "run/run.json").exists()
+
+
+@pytest.fixture
+def first(tmp_path):
+    """first(objective): the folder of a run of one step on 32 pixels, 4 x 4 patches."""
+
+    def make(objective):
+        config = RunConfig(objective=objective, steps=1, batch_size=2, image_size=32, device="cpu", picture_every=0)
+        pretrain(config, tmp_path / "first", progress=False)
+        return tmp_path / "first"
+
+    return make
+
+
+def tables_of(model):
+    return {name: table for name, table in model.named_buffers() if name.endswith("position") and "text" not in name}
+
+
+@pytest.mark.parametrize("objective", ["m3ae", "mamo", "clip"])
+def test_a_trained_model_runs_at_another_size(first, objective):
+    folder = first(objective)
+    with pytest.warns(M3AEFastWarning, match="positions of 4 x 4 patches are resampled to 6 x 8"):
+        run = load_run(folder, image_size=(48, 64))
+    model, before = run.model, load_run(folder).model
+    assert model.config.image_shape == (48, 64) and model.config.positions == "given" and not model.training
+    weights = model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in before.state_dict().items())
+    tables = tables_of(model)
+    assert tables and tables.keys() == tables_of(before).keys()
+    for table in tables.values():
+        expected = resample_positions(sincos_2d(4, 4, table.shape[1]), (4, 4), (6, 8))
+        assert torch.equal(table, expected)
+    batch = pictures.held_out(model.config, run.tokenizer, run.config, count=2)
+    assert model.encode_cls(batch).isfinite().all()
+    assert load_run(folder, image_size=32).model.config == before.config  # without a warning, which is an error here
+
+
+def test_a_classifier_of_another_size_is_read_back_at_that_size(first, tmp_path, command_line):
+    folder, file = first("mae"), tmp_path / "c.safetensors"
+    tuned = ["--steps", "1", "--batch-size", "2", "--samples", "4", "--save", file, "--image-size", "48"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", M3AEFastWarning)
+        status, _, err = command_line("finetune", folder, *tuned)
+    assert status == 0 and "positions of 4 x 4 patches are resampled to 6 x 6" in err
+    with pytest.warns(M3AEFastWarning):
+        model = load_run(folder, image_size=48).model
+    classifier, classes = load_classifier(file, model)
+    assert isinstance(classifier, Classifier) and len(classes) == 12
+    with pytest.raises(ValueError, match="must be a classifier fine-tuned from a model like this one"):
+        load_classifier(file, load_run(folder).model)
 
 
 @pytest.mark.parametrize(

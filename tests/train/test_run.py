@@ -9,7 +9,10 @@ from m3ae_fast import M3AEFastWarning
 from m3ae_fast.nn.positions import resample_positions, sincos_2d
 from m3ae_fast.train import Trainer, load_run, pretrain
 
-TABLES = {"image_position", "decoder_image_position"}
+TABLES = {
+    "mae": ("image_position", "decoder_image_position"),
+    "mamo": ("online.image.position", "target.image.position"),
+}
 
 
 @pytest.fixture
@@ -45,13 +48,14 @@ def test_it_resumes_from_its_own_checkpoint(first, train, tmp_path):
     assert train("cut", resume=True, objective="mae", init=init) == whole
 
 
-def test_another_image_size_resamples_the_positions(first, config, tmp_path):
-    folder = first(objective="mae")  # 4 x 4 patches of 8
+@pytest.mark.parametrize("objective", ["mae", "mamo"])
+def test_another_image_size_resamples_the_positions(first, config, tmp_path, objective):
+    folder = first(objective=objective)  # 4 x 4 patches of 8
     with pytest.warns(M3AEFastWarning, match="positions of 4 x 4 patches are resampled to 6 x 6"):
-        it = Trainer(config(objective="mae", init=str(folder), image_size=48), tmp_path / "next")
+        it = Trainer(config(objective=objective, init=str(folder), image_size=48), tmp_path / "next")
     assert it.model.config.positions == "given"
-    for name in TABLES:
-        table = getattr(it.model, name)
+    for name in TABLES[objective]:
+        table = it.model.get_buffer(name)
         assert torch.equal(table, resample_positions(sincos_2d(4, 4, table.shape[1]), (4, 4), (6, 6)))
 
 
@@ -61,7 +65,7 @@ def test_what_does_not_start_a_run_is_named(first, train, tmp_path):
         ({"objective": "mae"}, "must be a run of the objective mae, got mamo"),
         ({"objective": "mamo", "model": "small"}, "model must be tiny, as init has it, got small"),
         ({"objective": "mamo", "text_vocab": "vocab.txt"}, "text_vocab must be None, .* got vocab.txt"),
-        ({"objective": "mamo", "image_size": 64}, "image_size must be 32, as init has it, got 64"),
+        ({"objective": "mamo", "options": {"channels": 9}}, "channels must be 3, as init has it, got 9"),
         ({"objective": "mamo", "options": {"width": 64}}, "init must be of a model of these sizes, got .*first: "),
         ({"objective": "mamo", "options": {"widht": 64}}, "has no such field; did you mean width"),
     ):

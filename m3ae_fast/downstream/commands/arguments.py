@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from m3ae_fast._settings import add_options, natural, path, picture, positive
+from m3ae_fast._settings import add_options, natural, path, picture, positive, sides
 
 SCORED = 500  # drawn scenes to score on, where no number is given
 CLASSES = "cluttered"  # what is classified where no data is named: drawn, of one class each
@@ -35,8 +35,12 @@ def add_classes(command: argparse.ArgumentParser, *, out: bool = True) -> None:
 
 
 def add_run(command: argparse.ArgumentParser) -> None:
-    """The run whose model is used."""
+    """The run whose model is used, and the size of images that it is used at."""
     command.add_argument("run", type=path, metavar="RUN", help="a run's folder, or one of its checkpoints")
+    command.add_argument(
+        "--image-size", type=sides, metavar="PIXELS",
+        help="a side, or height x width, such as 128x256: positions are resampled (default: as trained)",
+    )  # fmt: skip
 
 
 def add_device(command: argparse.ArgumentParser) -> None:

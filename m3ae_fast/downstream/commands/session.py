@@ -31,7 +31,8 @@ def open_run(args: argparse.Namespace, *methods: str):
         path = getattr(args, name, None)
         if path and (path.is_dir() or not path.parent.is_dir()):  # or hours of training would end here
             raise ValueError(f"--{name} must name a file in a folder that exists, got {path}")
-    run = load_run(args.run, args.device, objectives=objectives_offering(*methods))
+    objectives = objectives_offering(*methods)
+    run = load_run(args.run, args.device, objectives=objectives, image_size=args.image_size)
     images = run.model.config.images
 
     def scored(opener: Callable, spec: str | None = None):

@@ -67,6 +67,7 @@ def test_probe(command, objective):
     assert status == 0 and out.splitlines()[1].startswith("accuracy") and out.endswith("results: p.json\n")
     about, found = results("p.json")
     given = {"command": "probe", "run": objective, "step": 2, "data": "test", "seed": 3, "samples": None}
+    given["image_size"] = None
     given |= {"train": "train", "train_samples": 36, "crops": None, "text": False, "device": "cpu"}
     assert about == given | {"method": "ridge", "epochs": 90, "batch_size": 256, "lr": 0.1}
     assert found["accuracy"]["value"] > 0.9 and found["accuracy"]["chance"] == pytest.approx(1 / 3)
@@ -106,7 +107,7 @@ def test_no_seed_trains_on_what_another_scores(monkeypatch):
         run = SimpleNamespace(model=model, config=RunConfig(seed=of_run))
         monkeypatch.setattr(session, "load_run", lambda *_, **__: run)
         _, *openers = session.open_run(
-            Namespace(run="r", device="cpu", data="cluttered", train=None, samples=1, seed=given)
+            Namespace(run="r", device="cpu", data="cluttered", train=None, samples=1, seed=given, image_size=None)
         )
         return [each(lambda spec, *, seed, **_: seed) for each in openers]
 

@@ -57,7 +57,7 @@ def test_retrieve(command):
     assert [line.split("   ")[0].strip() for line in out.splitlines()[1:13]] == ITC + BOTH_WAYS
     assert out.endswith("results: r.json\n")
     about = {"command": "retrieve", "run": "runs/mamo", "step": 2, "data": "shapes", "seed": 7}
-    about |= {"samples": 5, "rerank": 3, "finetune": 0, "train": None, "lr": 5e-4, "device": "cpu"}
+    about |= {"samples": 5, "rerank": 3, "finetune": 0, "train": None, "lr": 5e-4, "device": "cpu", "image_size": None}
     assert results("r.json") == (about, ITC + BOTH_WAYS)
 
 
