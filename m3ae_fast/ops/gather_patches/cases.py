@@ -5,7 +5,10 @@ import torch
 from m3ae_fast.seqlens import SeqLens
 from m3ae_fast.testing import SHAPES, Call
 
-SMALL = ("planes", "pixels", "uint8 planes", "uint8 pixels", "one channel", "four channels", "past the end", "empty")
+SMALL = (
+    "planes", "pixels", "uint8 planes", "uint8 pixels", "one channel", "four channels", "nine channels, uint8 pixels",
+    "past the end", "empty",
+)  # fmt: skip
 REAL = tuple(f"{model} {layout}" for model in ("m3ae_small", "mae_base") for layout in ("uint8 pixels", "uint8 planes"))
 MEAN, STD = (0.485, 0.456, 0.406, 0.5), (0.229, 0.224, 0.225, 0.25)
 
@@ -17,7 +20,7 @@ def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:
         model, layout, shape = "small", name, SHAPES["small"]
     generator = torch.Generator().manual_seed(seed)
     patch = {"small": 12 if layout == "pixels" else 5 if layout == "one channel" else 4}.get(model, shape.patch_size)
-    channels = {"one channel": 1, "four channels": 4}.get(layout, 3)
+    channels = {"one": 1, "four": 4, "nine": 9}.get(layout.partition(" ")[0], 3)
     height, width = (shape.image_size,) * 2 if model != "small" else (3 * patch, 4 * patch)
     count = 0 if layout == "empty" else shape.batch
     images = torch.randint(0, 256, (count, channels, height, width), generator=generator, dtype=torch.uint8)
@@ -32,7 +35,7 @@ def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:
         ids = ids // 2
     if layout == "past the end":  # rows of no image; what they name is not looked at
         ids = torch.cat([ids, torch.tensor([-1, 10**9], dtype=torch.int32)])
-    options = {"patch_size": patch, "mean": MEAN[:channels], "std": STD[:channels]}
+    options = {"patch_size": patch, "mean": (MEAN * 3)[:channels], "std": (STD * 3)[:channels]}
     if "uint8" in layout:
         options["dtype"] = dtype
     else:

@@ -15,6 +15,7 @@ SMALL = (
     "none masked",
     "empty",
     "wide norm_pix",
+    "nine channels, pixels",
 )
 REAL = ("m3ae_small", "mae_base norm_pix")
 LOSS = True
@@ -29,8 +30,8 @@ def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:
     patch = shape.patch_size if real else 20 if first == "wide" else 5
     height, width = (shape.image_size,) * 2 if real else (3 * patch, 4 * patch)
     patches = (height // patch) * (width // patch)
-    count = 0 if name == "empty" else shape.batch
-    images = torch.randint(0, 256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
+    count, channels = 0 if name == "empty" else shape.batch, 9 if first == "nine" else 3
+    images = torch.randint(0, 256, (count, channels, height, width), generator=generator, dtype=torch.uint8)
     if real:
         masked = [patches - shape.kept_patches] * count
     else:
@@ -47,7 +48,12 @@ def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:
         images = images.contiguous(memory_format=torch.channels_last)
     if name == "past the end":
         images = images.to(dtype) / 256
-    pred = torch.randn(len(ids_mask), 3 * patch * patch, generator=generator, dtype=torch.float64)
-    options = {"patch_size": patch, "mean": MEAN[:3], "std": STD[:3], "norm_pix": "norm_pix" in name}
+    pred = torch.randn(len(ids_mask), channels * patch * patch, generator=generator, dtype=torch.float64)
+    options = {
+        "patch_size": patch,
+        "mean": (MEAN * 3)[:channels],
+        "std": (STD * 3)[:channels],
+        "norm_pix": "norm_pix" in name,
+    }
     options["reduction"] = {"sum": "sum", "none": "none", "mean": "mean", "mae_base": "mean"}.get(first, "sample_mean")
     return Call((pred.to(dtype).requires_grad_(), images, ids_mask, SeqLens(masked)), options)
