@@ -1,4 +1,4 @@
-"""The house stays in order: every op has its folders, its test and its benchmark under one name."""
+"""The layout of the repository: every op has its folders, its test and its benchmark under one name."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""The floors of the house, as CONTRIBUTING shows them: no import runs upward, no two modules import each other."""
+"""The layers of the package, as CONTRIBUTING shows them: no import runs upward, no two modules import each other."""
 
 import ast
 import graphlib
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 COMPILED = {"m3ae_fast._C", "m3ae_fast._cuda"}
-GROUND = "ground"  # the files beside the folders
+BASE = "base"  # the files beside the folders
 
 
 def modules() -> dict[str, str]:
@@ -34,36 +34,36 @@ def imports(source: str, known: set[str]) -> set[str]:
 
 
 def diagram() -> dict[str, list[str]]:
-    """What each floor may import, from the highest to the lowest."""
+    """What each layer may import, from the highest to the lowest."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    lines = re.search(r"^floor +may import\n(.*?)^```$", text, re.M | re.S)[1].splitlines()
-    return {floor: below for floor, *below in map(str.split, lines)}
+    lines = re.search(r"^layer +may import\n(.*?)^```$", text, re.M | re.S)[1].splitlines()
+    return {layer: below for layer, *below in map(str.split, lines)}
 
 
 MODULES = modules()
 GRAPH = {name: imports(source, set(MODULES)) for name, source in MODULES.items()}
-FLOORS = diagram()
+LAYERS = diagram()
 
 
-def floor(module: str) -> str:
+def layer(module: str) -> str:
     """Where a module is."""
     name = module.removeprefix("m3ae_fast.").split(".")[0].replace("__main__", "cli")
-    return name if name in FLOORS else GROUND
+    return name if name in LAYERS else BASE
 
 
 def test_the_diagram_shows_every_folder_and_no_way_up():
     folders = {path.parent.name for path in (ROOT / "m3ae_fast").glob("*/__init__.py")}
-    assert set(FLOORS) == {"m3ae_fast", "cli", *folders}
-    highest_first = list(FLOORS)
+    assert set(LAYERS) == {"m3ae_fast", "cli", *folders}
+    highest_first = list(LAYERS)
     for i, name in enumerate(highest_first):
-        assert set(FLOORS[name]) <= set(highest_first[i + 1 :]), f"{name} must import what is below it"
+        assert set(LAYERS[name]) <= set(highest_first[i + 1 :]), f"{name} must import what is below it"
 
 
-@pytest.mark.parametrize("name", [*FLOORS, GROUND])
+@pytest.mark.parametrize("name", [*LAYERS, BASE])
 def test_no_import_runs_upward(name):
-    allowed = {name, GROUND, *FLOORS.get(name, ())}
-    here = [module for module in GRAPH if floor(module) == name]
-    upward = [(module, other) for module in here for other in GRAPH[module] if floor(other) not in allowed]
+    allowed = {name, BASE, *LAYERS.get(name, ())}
+    here = [module for module in GRAPH if layer(module) == name]
+    upward = [(module, other) for module in here for other in GRAPH[module] if layer(other) not in allowed]
     assert here and not upward, "\n".join(f"{module} imports {other}" for module, other in upward)
 
 
