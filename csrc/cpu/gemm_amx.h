@@ -12,11 +12,16 @@ inline constexpr bool kDenseLeft<Pair> = true;
 
 constexpr int64_t kTile = 16;  // rows of a tile; its columns of sums; pairs that it contracts
 
+template <>
+inline constexpr int64_t kTileHeight<Pair> = kTile;
+template <>
+inline constexpr int64_t kWholeRows<Pair> = 2 * kTile;
+
 // Configurations of a block by its rows, 1 to 32. Tiles 0 1 / 2 3 are sums, 4 and 5 rows of `a`, 6 and 7 columns of `b`.
 struct TileConfigs {
-  TileConfig of[2 * kTile + 1];
+  TileConfig of[kWholeRows<Pair> + 1];
   constexpr TileConfigs() : of() {
-    for (int rows = 1; rows <= 2 * kTile; ++rows) {
+    for (int rows = 1; rows <= kWholeRows<Pair>; ++rows) {
       const int above = rows < kTile ? rows : kTile, below = rows - above;
       const int height[8] = {above, above, below, below, above, below, kTile, kTile};
       for (int tile = 0; tile < 8; ++tile) {
@@ -27,6 +32,15 @@ struct TileConfigs {
   }
 };
 inline constexpr TileConfigs kTileConfigs;
+
+// Tiles are configured for whole blocks. oneDNN, on the same threads, has its own configuration.
+template <>
+struct Multiplying<Pair> {
+  Multiplying() { TILE_CONFIGURE(kTileConfigs.of[kWholeRows<Pair>]); }
+  ~Multiplying() { TILE_RELEASE(); }
+  Multiplying(const Multiplying&) = delete;
+  Multiplying& operator=(const Multiplying&) = delete;
+};
 
 // Where the tiles of a step are loaded from; strides in bytes.
 struct TileStep {
@@ -102,9 +116,36 @@ M3AE_INLINE void transpose_rows(const Pair* from, int64_t step, int64_t rows, in
     }
 }
 
+// Blocks of so many rows each, one below the other, for which the tiles are configured.
+inline void multiply_blocks(const Product<Pair>& p, int64_t blocks, int64_t rows, int64_t n) {
+  constexpr int64_t kColumns = 2 * kTile;
+  const int64_t tiles = p.steps / kTile, rest = p.steps % kTile;
+  alignas(64) Pair a_rest[kWholeRows<Pair> * kTile], b_rest[kTile * kColumns];
+  const TileStep last{a_rest, a_rest + kTile * kTile, kTile * 4, b_rest, kColumns * 4};
+  for (int64_t column = 0; column < n; column += kColumns) {
+    const bool two_columns = n - column > kTile;
+    const Pair* right = p.b + column;
+    if (rest)
+      copy_padded(right + tiles * kTile * p.b_step, p.b_step, rest, two_columns ? kColumns : kTile, b_rest, kTile,
+                  kColumns);
+    for (int64_t row = 0; row < blocks * rows; row += rows) {
+      const Pair* left = p.a + row * p.a_row;
+      const TileStep step{left, left + kTile * p.a_row, p.a_row * 4, right, p.b_step * 4};
+      if (rest && (column == 0 || blocks > 1))
+        copy_padded(left + tiles * kTile, p.a_row, rows, rest, a_rest, rows, kTile);
+      float* c = p.c + row * p.c_row + column;
+      const auto run = [&](auto block) {
+        block(step, tiles, p.b_step, rest ? &last : nullptr, c, p.c_row, p.accumulate);
+      };
+      if (rows > kTile) two_columns ? run(multiply_block<true, true>) : run(multiply_block<true, false>);
+      else two_columns ? run(multiply_block<false, true>) : run(multiply_block<false, false>);
+    }
+  }
+}
+
 template <>
 inline void multiply<Pair>(const Product<Pair>& p, int64_t m, int64_t n) {
-  constexpr int64_t kRows = 2 * kTile, kMost = 256;  // steps that are transposed at a time
+  constexpr int64_t kRows = kWholeRows<Pair>, kMost = 256;  // steps that are transposed at a time
   if (p.a_step != 1) {
     alignas(64) Pair dense[kRows * (kMost + kTile)];
     for (int64_t row = 0; row < m; row += kRows) {
@@ -120,29 +161,16 @@ inline void multiply<Pair>(const Product<Pair>& p, int64_t m, int64_t n) {
     }
     return;
   }
-  const int64_t tiles = p.steps / kTile, rest = p.steps % kTile;
-  alignas(64) Pair a_rest[kRows * kTile], b_rest[kTile * kRows];
-  int64_t configured = 0;
-  for (int64_t column = 0; column < n; column += kRows) {
-    const bool two_columns = n - column > kTile;
-    const Pair* right = p.b + column;
-    if (rest)
-      copy_padded(right + tiles * kTile * p.b_step, p.b_step, rest, two_columns ? kRows : kTile, b_rest, kTile, kRows);
-    for (int64_t row = 0; row < m; row += kRows) {
-      const int64_t rows = m - row < kRows ? m - row : kRows;
-      if (rows != configured) TILE_CONFIGURE(kTileConfigs.of[rows]);
-      configured = rows;
-      const Pair* left = p.a + row * p.a_row;
-      const TileStep step{left, left + kTile * p.a_row, p.a_row * 4, right, p.b_step * 4};
-      const TileStep last{a_rest, a_rest + kTile * kTile, kTile * 4, b_rest, kRows * 4};
-      if (rest) copy_padded(left + tiles * kTile, p.a_row, rows, rest, a_rest, rows, kTile);
-      float* c = p.c + row * p.c_row + column;
-      const auto run = [&](auto block) { block(step, tiles, p.b_step, rest ? &last : nullptr, c, p.c_row, p.accumulate); };
-      if (rows > kTile) two_columns ? run(multiply_block<true, true>) : run(multiply_block<true, false>);
-      else two_columns ? run(multiply_block<false, true>) : run(multiply_block<false, false>);
-    }
-  }
-  TILE_RELEASE();
+  const int64_t whole = m / kRows, rows = m % kRows;
+  if (whole > 0) multiply_blocks(p, whole, kRows, n);
+  if (rows == 0) return;
+  Product<Pair> below = p;
+  below.a += whole * kRows * p.a_row;
+  below.c += whole * kRows * p.c_row;
+  const bool thin = rows % kTile != 0;
+  if (thin) TILE_CONFIGURE(kTileConfigs.of[rows]);
+  multiply_blocks(below, 1, rows, n);
+  if (thin) TILE_CONFIGURE(kTileConfigs.of[kRows]);
 }
 
 }  // namespace m3ae::M3AE_ISA

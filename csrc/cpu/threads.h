@@ -82,12 +82,16 @@ void parallel_for_dynamic(int64_t count, const Body& body) {
   for (int64_t i = 0; i < count; ++i) body(i, 0);
 }
 
-// Rows [begin, end) of chunk `c` out of `chunks`, the same for any thread count.
+// Rows [begin, end) of chunk `c` out of `chunks`, the same for any thread count; each begins at a multiple of `whole`.
 struct Range {
   int64_t begin, end;
 };
-inline Range chunk_range(int64_t count, int64_t chunks, int64_t c) {
-  return {count * c / chunks, count * (c + 1) / chunks};
+inline Range chunk_range(int64_t count, int64_t chunks, int64_t c, int64_t whole = 1) {
+  const auto begin_of = [&](int64_t chunk) {
+    const int64_t begin = (count + whole - 1) / whole * chunk / chunks * whole;
+    return begin < count ? begin : count;
+  };
+  return {begin_of(c), begin_of(c + 1)};
 }
 
 // Work of fewer elements than this is not worth waking a thread.

@@ -16,7 +16,7 @@ struct Units {  // float and double
   static M3AE_INLINE V exp2(V x) { return m3ae::M3AE_ISA::exp2(x); }  // 2^x, as exact as a unit can hold
 };
 
-M3AE_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+M3AE_INLINE constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 template <class Unit>
 struct Product {
@@ -35,7 +35,27 @@ struct Product {
 template <class Unit>
 inline constexpr bool kDenseLeft = false;
 
-// m rows by n lanes, a multiple of the vector width.
+// Rows that a product computes together: blocks of rows are whole numbers of them, but for the last. And rows of a
+// tile: this one is best whole, too, where `a` and `c` have memory behind their last row.
+template <class Unit>
+inline constexpr int64_t kWholeRows = 1;
+template <class Unit>
+inline constexpr int64_t kTileHeight = 1;
+
+// Where share i of `count` rows begins; share `shares` would begin behind them.
+template <class Unit>
+int64_t share_begin(int64_t count, int64_t i, int64_t shares) {
+  const int64_t begin = (count + kWholeRows<Unit> - 1) / kWholeRows<Unit> * i / shares * kWholeRows<Unit>;
+  return begin < count ? begin : count;
+}
+
+// Exists while a task multiplies: amx configures its tiles once for all of a task's products.
+template <class Unit>
+struct Multiplying {
+  Multiplying() {}  // not a trivial one: a variable of this type is never unused
+};
+
+// m rows by n lanes, a multiple of the vector width; while a Multiplying<Unit> exists.
 template <class Unit>
 void multiply(const Product<Unit>& whole, int64_t m, int64_t n);
 

@@ -47,9 +47,11 @@ void multiply(LinearProduct& args) {
     // sum depends on it.
     const int64_t wanted = 4 * threads, least = (args.m + kBlockRows - 1) / kBlockRows;
     const int64_t chunks = std::clamp<int64_t>((wanted + least - 1) / least, 1, (args.panels + 1) / 2);
-    const int64_t bands = std::max(least, std::min((wanted + chunks - 1) / chunks, (args.m + kThinRows - 1) / kThinRows));
+    const int64_t thin = std::max(kThinRows, sizes.rows);
+    const int64_t bands = std::max(least, std::min((wanted + chunks - 1) / chunks, (args.m + thin - 1) / thin));
     each(bands * chunks, [&](int64_t i, char* mine) {
-      const Range rows = chunk_range(args.m, bands, i / chunks), columns = chunk_range(args.panels, chunks, i % chunks);
+      const Range rows = chunk_range(args.m, bands, i / chunks, sizes.rows);
+      const Range columns = chunk_range(args.panels, chunks, i % chunks);
       M3AE_DISPATCH_PRODUCT(linear_multiply)(args, mine, rows.begin, rows.end - rows.begin,
                                              args.first_panel + columns.begin, columns.end - columns.begin);
     });

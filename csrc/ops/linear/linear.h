@@ -35,6 +35,7 @@ struct LinearSizes {
   int64_t panel;    // bytes of a packed panel, all parts
   int64_t scratch;  // bytes, for a thread
   int64_t blocks;   // of kProductSteps at most, along k
+  int64_t rows;     // bands are whole numbers of so many, but for the last
 };
 
 constexpr int64_t kPanel = 64;         // columns of a tile on avx512

@@ -220,6 +220,7 @@ void product(const LinearProduct& a, char* scratch, int64_t row, int64_t rows, i
   using U = typename B::U;
   using Sum = typename B::Sum;
   const B b(a);
+  const Multiplying<U> multiplying;
   // [panels][rows][kPanel]
   Sum* sums = reinterpret_cast<Sum*>(scratch + B::packed_bytes + B::value_bytes + B::step_bytes);
   for (int64_t block = 0; block < b.blocks; ++block) {
@@ -256,7 +257,8 @@ LinearSizes linear_sizes(const LinearProduct& args) {
     using B = Block<decltype(element)>;
     const B b(args);
     return LinearSizes{static_cast<int64_t>(sizeof(typename B::U)) * b.steps * b.parts * kPanel,
-                       B::packed_bytes + B::value_bytes + B::step_bytes + B::sum_bytes, b.blocks};
+                       B::packed_bytes + B::value_bytes + B::step_bytes + B::sum_bytes, b.blocks,
+                       kWholeRows<typename B::U>};
   });
 }
 

@@ -114,6 +114,7 @@ void logits(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t en
   using U = typename B::U;
   using Accumulator = typename B::Accumulator;
   const B b(a);
+  const Multiplying<U> multiplying;
   const int64_t steps = B::steps(a.width);
   U* classes = reinterpret_cast<U*>(scratch);  // [parts, steps, kClassPanel]
   Accumulator* sums = reinterpret_cast<Accumulator*>(classes + b.parts * steps * kClassPanel);  // [count, kClassPanel]
@@ -285,13 +286,15 @@ void dx(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t end) {
   using U = typename B::U;
   using Accumulator = typename B::Accumulator;
   const B b(a);
+  const Multiplying<U> multiplying;
   U* classes = reinterpret_cast<U*>(scratch);  // [parts, kSteps, kDxColumns]
   Accumulator* sums = reinterpret_cast<Accumulator*>(classes + b.parts * kSteps * kDxColumns);  // [kDxRows, kDxColumns]
   T* rounded = reinterpret_cast<T*>(sums + kDxRows * kDxColumns);                               // [chunk, kDxColumns]
   const int64_t bands = (a.count + kDxRows - 1) / kDxRows, column_bands = (a.width + kDxColumns - 1) / kDxColumns;
   const bool packed = !std::is_same_v<T, U> || a.width % V::width != 0;  // whole vectors of the weight itself will do
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t band = task / column_bands, first = a.count * band / bands, rows = a.count * (band + 1) / bands - first;
+    const int64_t band = task / column_bands, first = share_begin<U>(a.count, band, bands);
+    const int64_t rows = share_begin<U>(a.count, band + 1, bands) - first;
     const int64_t d0 = task % column_bands * kDxColumns;
     const int64_t columns = a.width - d0 < kDxColumns ? a.width - d0 : kDxColumns;
     for (int64_t v = 0; v < a.vocab; v += B::chunk) {
@@ -326,6 +329,7 @@ void dweight(const CrossEntropyBlock& a, char* scratch, int64_t begin, int64_t e
   using U = typename B::U;
   using Accumulator = typename B::Accumulator;
   const B b(a);
+  const Multiplying<U> multiplying;
   const int64_t steps = B::steps(a.count);
   U* left = reinterpret_cast<U*>(scratch);  // [parts, steps, kClassPanel]
   Accumulator* sums = reinterpret_cast<Accumulator*>(left + b.parts * steps * kClassPanel);  // [kClassPanel, step_ld]

@@ -14,7 +14,7 @@ namespace py = pybind11;
 namespace m3ae {
 namespace {
 
-constexpr int64_t kWidestVector = 16;  // of any instruction set
+constexpr int64_t kWidestVector = 16, kMostWholeRows = 32;  // of any instruction set: csrc/cpu/units.h
 
 int64_t pieces(std::initializer_list<int64_t> counts, Dtype dtype) {
   int64_t bytes = 64;
@@ -28,16 +28,17 @@ int64_t pieces(std::initializer_list<int64_t> counts, Dtype dtype) {
 int64_t workspace_bytes(int64_t width, Dtype dtype) {
   const int64_t lanes = (width + kWidestVector - 1) / kWidestVector * kWidestVector;
   const int64_t keys = kKeyBlock + kWidestVector;
-  return pieces({lanes * keys, keys * lanes, kRowBlock * lanes, kScores + 8 * keys, kQueryBlock * lanes,
+  return pieces({lanes * keys, keys * lanes, kRowBlock * lanes, kScores + kMostWholeRows * keys, kQueryBlock * lanes,
                  3 * kQueryBlock, kRowBlock * kWidestVector}, dtype);
 }
 
 int64_t backward_workspace_bytes(int64_t width, int64_t longest_key, Dtype dtype) {
   const int64_t lanes = (width + kWidestVector - 1) / kWidestVector * kWidestVector;
   const int64_t queries = kGradQueryBlock + kWidestVector, keys = kGradKeyBlock + 1;
+  const int64_t key_rows = longest_key + kWidestVector;
   return pieces({lanes * queries, lanes * queries, queries * lanes, queries * lanes, queries, queries, queries, keys * lanes,
-                 keys * lanes, keys * lanes, kGradRowBlock * queries, keys * queries, keys * queries, queries * lanes,
-                 longest_key * lanes, longest_key * lanes}, dtype);
+                 keys * lanes, keys * lanes, kMostWholeRows * queries, keys * queries, keys * queries, queries * lanes,
+                 key_rows * lanes, key_rows * lanes}, dtype);
 }
 
 namespace {

@@ -14,6 +14,7 @@ struct HeadRows {
 // Tuning numbers. What a task holds at once: keys and values of a block in L2, scores of a row block in L1.
 constexpr int64_t kKeyBlock = 512;       // forward: keys packed together; beyond them the softmax is rescaled
 constexpr int64_t kQueryBlock = 384;     // forward: queries of one task, which packs the keys anew
+// A row block is a whole number of the rows that a product computes together (kWholeRows, csrc/cpu/units.h).
 constexpr int64_t kScores = 4096;        // forward: scores at a time: as many queries as that makes, in whole tiles
 constexpr int64_t kRowBlock = 48;        // forward: but no more than these
 constexpr int64_t kGradQueryBlock = 512; // backward: queries packed together

@@ -175,7 +175,8 @@ void forward(const VarlenAttention& a, const AttentionTask& t, int64_t head, Upc
   U* keys_t = arena.take<U>(steps * spread<V>(kKeyBlock));
   U* values = arena.take<U>(kKeyBlock / depth * lanes);
   U* queries = arena.take<U>(kRowBlock * row_units);
-  Float* scores = arena.take<Float>(kScores + kTileRows * spread<V>(kKeyBlock));
+  constexpr int64_t least = round_up(kTileRows, kWholeRows<U>), most = kRowBlock / least * least;  // rows of scores
+  Float* scores = arena.take<Float>(kScores + least * spread<V>(kKeyBlock));
   Float* sums = arena.take<Float>(kQueryBlock * lanes);
   Float* running = arena.take<Float>(3 * kQueryBlock);
   const Running<Float> all{running, running + kQueryBlock, running + 2 * kQueryBlock,
@@ -192,16 +193,18 @@ void forward(const VarlenAttention& a, const AttentionTask& t, int64_t head, Upc
   }
   const int64_t key_blocks = (t.keys + kKeyBlock - 1) / kKeyBlock;
   for (int64_t block = 0; block < key_blocks; ++block) {
-    const int64_t key = t.keys * block / key_blocks, keys = t.keys * (block + 1) / key_blocks - key;
+    const int64_t key = share_begin<U>(t.keys, block, key_blocks);
+    const int64_t keys = share_begin<U>(t.keys, block + 1, key_blocks) - key;
     const int64_t key_lanes = lanes_for<V>(keys), ld = spread<V>(key_lanes);
-    const int64_t fit = kScores / ld / kTileRows * kTileRows;
-    const int64_t row_block = fit < kTileRows ? kTileRows : fit < kRowBlock ? fit : kRowBlock;
+    const int64_t fit = kScores / ld / least * least;
+    const int64_t row_block = fit < least ? least : fit < most ? fit : most;
     const int64_t row_blocks = (t.queries + row_block - 1) / row_block;
     pack_columns(k + key * a.k.row, a.k.row, keys, width, keys_t, ld);
     pack_steps(v + key * a.v.row, a.v.row, keys, width, values, lanes);
     for (int64_t rows_block = 0; rows_block < row_blocks; ++rows_block) {
-      const int64_t row = t.queries * rows_block / row_blocks;
-      const int64_t rows = t.queries * (rows_block + 1) / row_blocks - row;
+      const int64_t row = share_begin<U>(t.queries, rows_block, row_blocks);
+      const int64_t rows = share_begin<U>(t.queries, rows_block + 1, row_blocks) - row;
+      const int64_t tile_rows = round_up(rows, kTileHeight<U>);  // what is behind the last row is used nowhere
       if (next.task && block == 0) {
         const AttentionTask& n = *next.task;
         prefetch<T>(a.q, n.query, n.queries, next.head, width, rows_block, row_blocks);
@@ -212,7 +215,7 @@ void forward(const VarlenAttention& a, const AttentionTask& t, int64_t head, Upc
       Float* sum = key_blocks == 1 ? sums : sums + row * lanes;  // one block: its rows are finished at once
       pack_rows(q + row * a.q.row, a.q.row, rows, width, queries, row_units);
       if (a.scale < 0) negate(queries, rows * row_units);
-      multiply<U>({queries, row_units, 1, keys_t, ld, scores, ld, steps, false}, rows, key_lanes);
+      multiply<U>({queries, row_units, 1, keys_t, ld, scores, ld, steps, false}, tile_rows, key_lanes);
       const Running<Float> state{all.largest + row, all.total + row, all.rescale + row, all.partial};
       softmax_rows<U>(scores, ld, rows, keys, a.scale, state, [&] {
         forget_lost_scores(scores, ld, rows, keys, q + row * a.q.row, a.q.row, k + key * a.k.row, a.k.row, width,
@@ -221,7 +224,7 @@ void forward(const VarlenAttention& a, const AttentionTask& t, int64_t head, Upc
       for (int64_t i = 0; i < rows && block > 0; ++i)
         write_row<V>(sum + i * lanes, state.rescale[i], sum + i * lanes, lanes);
       const U* weights = reinterpret_cast<U*>(scores);
-      multiply<U>({weights, ld, 1, values, lanes, sum, lanes, (keys + depth - 1) / depth, block > 0}, rows, lanes);
+      multiply<U>({weights, ld, 1, values, lanes, sum, lanes, (keys + depth - 1) / depth, block > 0}, tile_rows, lanes);
       if (block + 1 < key_blocks) continue;
       for (int64_t i = 0; i < rows; ++i)
         write_row<V>(sum + i * lanes, 1 / state.total[i], out + (row + i) * a.heads * width, width);
@@ -255,7 +258,7 @@ void multiply_rows(const T* out, int64_t stride, int64_t width, const QueryBlock
     for (int64_t i = 0; i < b.count; i += V::width) {
       const int64_t rows = b.count - i < V::width ? b.count - i : V::width;
       pack_rows(out + i * stride, stride, rows, width, units, row_units);
-      multiply<U>({units, row_units, 1, b.dout_t + i, b.ld, square, V::width, steps, false}, rows, V::width);
+      multiply<U>({units, row_units, 1, b.dout_t + i, b.ld, square, V::width, steps, false}, V::width, V::width);
       for (int64_t r = 0; r < rows; ++r) b.delta[i + r] = square[r * (V::width + 1)];
     }
   } else {
@@ -336,7 +339,8 @@ void backward(const VarlenAttentionBackward& a, const AttentionTask& t, int64_t 
   constexpr int depth = Units<U>::depth;
   const int64_t width = a.width, steps = (width + depth - 1) / depth, lanes = lanes_for<V>(width);
   const int64_t row_units = lanes_for<V>(steps);
-  const int64_t most_lanes = spread<V>(kGradQueryBlock);
+  const int64_t most_lanes = spread<V>(kGradQueryBlock), key_rows = round_up(t.keys, kTileHeight<U>);
+  constexpr int64_t row_block = round_up(kGradRowBlock, kWholeRows<U>);
   const T* k = head_rows<T>(a.k, t.key, key_head);
   const T* v = head_rows<T>(a.v, t.key, key_head);
   T* dk = head_rows_out<T>(a.dk, t.key, key_head);
@@ -354,12 +358,12 @@ void backward(const VarlenAttentionBackward& a, const AttentionTask& t, int64_t 
   U* k_rows = arena.take<U>(kGradKeyBlock * row_units);
   U* v_rows = arena.take<U>(kGradKeyBlock * row_units);
   U* k_steps = arena.take<U>((kGradKeyBlock + 1) / depth * lanes);
-  Float* scores = arena.take<Float>(kGradRowBlock * most_lanes);
-  Float* dscores = arena.take<Float>((depth == 1 ? kGradKeyBlock : kGradRowBlock) * most_lanes);
+  Float* scores = arena.take<Float>(row_block * most_lanes);
+  Float* dscores = arena.take<Float>((depth == 1 ? kGradKeyBlock : row_block) * most_lanes);
   U* dscore_pairs = arena.take<U>(depth == 1 ? 0 : kGradKeyBlock / depth * most_lanes);
   Float* dq_sum = arena.take<Float>(most_lanes * lanes);
-  Float* dk_sum = arena.take<Float>(t.keys * lanes);
-  Float* dv_sum = arena.take<Float>(t.keys * lanes);
+  Float* dk_sum = arena.take<Float>(key_rows * lanes);
+  Float* dv_sum = arena.take<Float>(key_rows * lanes);
 
   const Float scale = static_cast<Float>(a.scale);
   const int64_t query_blocks = (t.queries + kGradQueryBlock - 1) / kGradQueryBlock;
@@ -373,27 +377,29 @@ void backward(const VarlenAttentionBackward& a, const AttentionTask& t, int64_t 
       pack_queries<T>(a, t.query + first, head, b, lanes, dq_sum);
       const int64_t query_steps = (b.count + depth - 1) / depth, query_lanes = lanes_for<V>(b.count);
       for (int64_t block = 0; block < key_blocks; ++block) {
-        const int64_t key = t.keys * block / key_blocks, keys = t.keys * (block + 1) / key_blocks - key;
+        const int64_t key = share_begin<U>(t.keys, block, key_blocks);
+        const int64_t keys = share_begin<U>(t.keys, block + 1, key_blocks) - key;
         pack_rows(k + key * a.k.row, a.k.row, keys, width, k_rows, row_units);
         pack_rows(v + key * a.v.row, a.v.row, keys, width, v_rows, row_units);
         if (depth > 1) pack_steps(k + key * a.k.row, a.k.row, keys, width, k_steps, lanes);
-        for (int64_t r = 0; r < keys; r += kGradRowBlock) {
-          const int64_t rows = keys - r < kGradRowBlock ? keys - r : kGradRowBlock;
+        for (int64_t r = 0; r < keys; r += row_block) {
+          const int64_t rows = keys - r < row_block ? keys - r : row_block;
+          const int64_t tile_rows = round_up(rows, kTileHeight<U>);
           Float* dscore_rows = depth == 1 ? dscores + r * b.ld : dscores;  // pairs: kept in dscore_pairs instead
-          multiply<U>({k_rows + r * row_units, row_units, 1, b.q_t, b.ld, scores, b.ld, steps, false}, rows,
+          multiply<U>({k_rows + r * row_units, row_units, 1, b.q_t, b.ld, scores, b.ld, steps, false}, tile_rows,
                       query_lanes);
-          multiply<U>({v_rows + r * row_units, row_units, 1, b.dout_t, b.ld, dscore_rows, b.ld, steps, false}, rows,
-                      query_lanes);
+          multiply<U>({v_rows + r * row_units, row_units, 1, b.dout_t, b.ld, dscore_rows, b.ld, steps, false},
+                      tile_rows, query_lanes);
           score_gradients<U>(scores, dscore_rows, dscore_pairs + r / depth * b.ld, rows, b, a.scale);
           Float *dv_rows = dv_sum + (key + r) * lanes, *dk_rows = dk_sum + (key + r) * lanes;
           multiply<U>({reinterpret_cast<U*>(scores), b.ld, 1, b.dout, lanes, dv_rows, lanes, query_steps, accumulate},
-                      rows, lanes);
+                      tile_rows, lanes);
           multiply<U>({reinterpret_cast<U*>(dscore_rows), b.ld, 1, b.q, lanes, dk_rows, lanes, query_steps, accumulate},
-                      rows, lanes);
+                      tile_rows, lanes);
         }
         const U* along_keys = depth == 1 ? reinterpret_cast<U*>(dscores) : dscore_pairs;
         multiply<U>({along_keys, 1, b.ld, depth == 1 ? k_rows : k_steps, lanes, dq_sum, lanes,
-                     (keys + depth - 1) / depth, block > 0}, b.count, lanes);
+                     (keys + depth - 1) / depth, block > 0}, round_up(b.count, kTileHeight<U>), lanes);
       }
       accumulate = true;
       T* dq = head_rows_out<T>(a.dq, t.query + first, head);
@@ -414,21 +420,21 @@ void backward(const VarlenAttentionBackward& a, const AttentionTask& t, int64_t 
 }  // namespace
 
 void varlen_attention(const VarlenAttention& a, const AttentionTask& t, const AttentionTask* next, void* workspace) {
-  for (int64_t head = t.head; head < t.head + t.heads; ++head) {
-    const bool last = head + 1 == t.head + t.heads;
-    const Upcoming upcoming = last ? Upcoming{next, next ? next->head : 0} : Upcoming{&t, head + 1};
-    if (a.dtype == Dtype::f64) forward<double>(a, t, head, upcoming, workspace);
-    else if (a.dtype == Dtype::bf16) forward<bfloat16>(a, t, head, upcoming, workspace);
-    else forward<float>(a, t, head, upcoming, workspace);
-  }
+  with_element(a.dtype, [&](auto element) {
+    const Multiplying<Unit<decltype(element)>> multiplying;
+    for (int64_t head = t.head; head < t.head + t.heads; ++head) {
+      const bool last = head + 1 == t.head + t.heads;
+      const Upcoming upcoming = last ? Upcoming{next, next ? next->head : 0} : Upcoming{&t, head + 1};
+      forward<decltype(element)>(a, t, head, upcoming, workspace);
+    }
+  });
 }
 
 void varlen_attention_backward(const VarlenAttentionBackward& a, const AttentionTask& t, void* workspace) {
-  for (int64_t head = t.head; head < t.head + t.heads; ++head) {
-    if (a.dtype == Dtype::f64) backward<double>(a, t, head, workspace);
-    else if (a.dtype == Dtype::bf16) backward<bfloat16>(a, t, head, workspace);
-    else backward<float>(a, t, head, workspace);
-  }
+  with_element(a.dtype, [&](auto element) {
+    const Multiplying<Unit<decltype(element)>> multiplying;
+    for (int64_t head = t.head; head < t.head + t.heads; ++head) backward<decltype(element)>(a, t, head, workspace);
+  });
 }
 
 }  // namespace m3ae::M3AE_ISA
