@@ -19,9 +19,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("unavailable_isas", &unavailable_isas, "the other instruction sets, each with the reason");
   module.def("active_isa", [] { return isa_name(active_isa()); });
   module.def("set_isa", &set_isa, pybind11::arg("name"), "'' takes the best this machine has");
-  module.def("products_of", [](const Tensor& like, const std::string& precision) {
-    return static_cast<int>(products_of(like.dtype(), precision));
-  }, pybind11::arg("like"), pybind11::arg("precision"), "who multiplies, and what: Products of csrc/cpu/isa.h");
+  module.def("set_products", &set_products, pybind11::arg("name"), "'' takes the fastest, 'torch' its, 'own' ours");
+  module.def("products_of", [](const Tensor& like, const std::string& precision, bool intel) {
+    return static_cast<int>(products_of(like.dtype(), precision, intel));
+  }, pybind11::arg("like"), pybind11::arg("precision"), pybind11::arg("intel") = made_by_intel(),
+     "who multiplies, and what: Products of csrc/cpu/isa.h; intel: whether the CPU is Intel's");
   module.def("num_threads", &max_threads, "threads a kernel may use: torch.set_num_threads rules it");
 #ifdef _OPENMP
   module.attr("openmp") = true;

@@ -1,4 +1,4 @@
-"""The compiled CPU module, loaded after torch and set to the instruction set asked for (M3AE_FAST_ISA)."""
+"""The compiled CPU module, loaded after torch and set to what is asked for (M3AE_FAST_ISA, M3AE_FAST_PRODUCTS)."""
 
 import os
 
@@ -13,6 +13,7 @@ except ImportError as error:
     ) from error
 
 _C.set_isa(os.environ.get("M3AE_FAST_ISA", ""))
+_C.set_products(os.environ.get("M3AE_FAST_PRODUCTS", ""))
 
 # Private to torch, so it may be missing: what the settings below call, at a tenth of their time.
 try:

@@ -46,7 +46,9 @@ def explain() -> str:
         cpu += [f"                  not {isa}: {why}" for isa, why in missing.items()]
         sharing = "OpenMP" if _C.openmp else "built without OpenMP"
         cpu.append(f"threads           {_C.num_threads()} ({sharing}; torch has {torch.get_num_threads()})")
-        cpu.append(f"products          {_backends.LOADED['linear']['cpp'].library()}")
+        forced = os.environ.get("M3AE_FAST_PRODUCTS")
+        why = f" (M3AE_FAST_PRODUCTS={forced})" if forced else ""
+        cpu.append(f"products          {_backends.LOADED['linear']['cpp'].library()}{why}")
     except ImportError as error:
         cpu = [f"compiled module   missing: {error}"]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch sees"

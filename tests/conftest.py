@@ -66,6 +66,19 @@ def isa(request):
 
 
 @pytest.fixture
+def own_products():
+    """`linear` multiplies by our kernels, also where torch's products are faster."""
+    if not testing.isas():  # no compiled module
+        yield
+        return
+    from m3ae_fast._cpp import _C
+
+    _C.set_products("own")
+    yield
+    _C.set_products(os.environ.get("M3AE_FAST_PRODUCTS", ""))
+
+
+@pytest.fixture
 def command_line(capsys):
     """command_line(*arguments): (status, stdout, stderr) of m3ae-fast."""
     from m3ae_fast import cli

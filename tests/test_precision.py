@@ -16,7 +16,7 @@ CASES = [(function, size) for function, sizes in SIZES.items() for size in sizes
 
 pytestmark = [
     pytest.mark.skipif("cpp" not in testing.impls("linear"), reason="the compiled module is missing"),
-    pytest.mark.usefixtures("poison"),
+    pytest.mark.usefixtures("poison", "own_products"),
 ]
 
 
@@ -74,8 +74,7 @@ def test_medium_is_as_exact_as_bf16(function, case, isa, ask):
     of_each, changed = errors(function, case, "medium", SEEDS if isa in PAIRS else 1, ask)
     for ours, fp32, bf16 in of_each:
         assert ours <= 2 * bf16 + fp32
-    if (function, isa) != (linear, "scalar"):  # whose products are torch's
-        assert changed == (isa in PAIRS and case not in ("empty", "all_ignored"))
+    assert changed == (isa in PAIRS and case not in ("empty", "all_ignored"))
 
 
 @pytest.mark.parametrize(("function", "case"), CASES)
@@ -86,16 +85,13 @@ def test_high_is_nearly_as_exact_as_fp32(function, case, isa, ask):
     of_each, changed = errors(function, case, "high", SEEDS if isa in TILES else 1, ask)
     for ours, fp32, bf16 in of_each:
         assert ours <= 2 * fp32 + bf16 / 128
-    if (function, isa) != (linear, "scalar"):
-        assert changed == (isa in TILES and case not in ("empty", "all_ignored"))
+    assert changed == (isa in TILES and case not in ("empty", "all_ignored"))
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
 @pytest.mark.parametrize(("function", "case"), [each for each in CASES if not isinstance(each[1], str)])
 def test_thread_counts_give_the_same_bits(function, case, precision, isa, threads, ask):
     ask(precision)
-    if (function, isa) == (linear, "scalar"):
-        pytest.skip("its products are torch's")
     call, results = make(function, case), []
     for count in (1, 2, 3):
         threads(count)

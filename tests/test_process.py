@@ -34,6 +34,16 @@ def test_an_instruction_set_that_is_not_there_is_refused(python):
 
 
 @needs_cpp
+def test_who_multiplies_can_be_forced(python):
+    code = "import m3ae_fast; print(m3ae_fast.explain())"
+    torchs, own = (python(code, M3AE_FAST_PRODUCTS=name).stdout for name in ("torch", "own"))
+    assert re.search(r"^products +fp32 and bf16 and fp64 by torch's [^;]*\(M3AE_FAST_PRODUCTS=torch\)$", torchs, re.M)
+    assert re.search(r"^products +fp32 and bf16 and fp64 by m3ae_fast[^;]*\(M3AE_FAST_PRODUCTS=own\)$", own, re.M)
+    refused = python("import m3ae_fast", M3AE_FAST_PRODUCTS="mkl")
+    assert "M3AE_FAST_PRODUCTS must be torch or own, got 'mkl'" in refused.stderr
+
+
+@needs_cpp
 @pytest.mark.parametrize("isa", testing.isas())
 def test_loops_that_are_slower_than_torch_are_not_preferred(isa, python):
     """Without vector instructions of ours None takes PyTorch at some ops, and explain() says so; "cpp" is obeyed."""

@@ -23,9 +23,11 @@ constexpr int bf16_parts(Products products) {
   return products == Products::bf16 ? 1 : products == Products::two_bf16 ? 2 : 0;
 }
 
-// The fastest that the dtype and, for fp32, the precision allow. The one place that decides: never by size. precision:
-// torch.backends.mkldnn.matmul.fp32_precision.
-Products products_of(Dtype dtype, const std::string& precision);
-void set_isa(const std::string& name);      // "" takes the best; throws ValueError text for one that cannot run here
+// The fastest that the dtype and, for fp32, the precision allow. The one place that decides: by the set in use and the
+// CPU's maker, never by size. precision: torch.backends.mkldnn.matmul.fp32_precision. intel: see made_by_intel().
+Products products_of(Dtype dtype, const std::string& precision, bool intel);
+bool made_by_intel();                        // this machine's CPU
+void set_products(const std::string& name);  // "" takes the fastest, "torch" always its products, "own" always ours
+void set_isa(const std::string& name);       // "" takes the best; throws ValueError text for one that cannot run here
 
 }  // namespace m3ae

@@ -97,6 +97,7 @@ def assert_same_pass(model, batch, plan, other_batch, other_plan, bitwise=True):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
 @pytest.mark.parametrize("lengths", [(5, 3, 8, 2), (0, 0, 1, 0), (8,) * 60])
+@pytest.mark.usefixtures("own_products")
 def test_a_plan_of_a_bucket_gives_the_same_bits(model, monkeypatch, threads, lengths, impl, precision):
     """Gradients, too, where sums over rows are of our kernels on the CPU; elsewhere how they are split follows the
     number of rows."""

@@ -87,6 +87,7 @@ def test_opcheck(op, impl, device, case):
 
 
 @pytest.mark.parametrize(("op", "impl", "device", "case"), THREADED)
+@pytest.mark.usefixtures("own_products")
 def test_thread_counts_give_the_same_bits(op, impl, device, case, threads):
     call = make(op, impl, case).on(device)
     results = []

@@ -1,9 +1,12 @@
 """linear: what the contract tests do not cover."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import m3ae_fast
 from m3ae_fast import linear, testing
 from m3ae_fast.ops.linear import cases
 from m3ae_fast.ops.linear import op as linear_op
@@ -157,6 +160,29 @@ def test_products_of_several_column_groups(impl, dtype, sizes):
     call = testing.Call(tuple(t.requires_grad_() for t in tensors(*sizes, dtype)))
     references = (each.run(linear, impl="reference") for each in (call, call.to(torch.float64)))
     testing.assert_error_rules(call.run(linear, impl=impl), *references)
+
+
+@pytest.mark.skipif("cpp" not in testing.impls("linear"), reason="the compiled module is missing")
+def test_fp32_products_are_torchs_on_intel(isa, monkeypatch):
+    """Where torch's settings ask for no bf16 that this set has; explain() says so, and the results are F.linear's."""
+    backend, torchs, ours = linear_op.BACKENDS["cpp"], 0, 1
+    like = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)}
+
+    def of(dtype, precision, intel):
+        return backend._C.products_of(like[dtype], precision, intel)
+
+    for precision in ("none", "ieee", "tf32", "bf16"):
+        elsewhere = of(torch.float32, precision, False)
+        assert of(torch.float32, precision, True) == (torchs if elsewhere == ours else elsewhere)
+        for dtype in (torch.bfloat16, torch.float64):
+            assert of(dtype, precision, True) == of(dtype, precision, False)
+    assert of(torch.float32, "ieee", False) == (torchs if isa == "scalar" else ours)
+
+    monkeypatch.setattr(backend, "products", lambda dtype: of(dtype, "ieee", True))
+    line = next(line for line in m3ae_fast.explain().splitlines() if line.startswith("products"))
+    assert re.search(r"fp32[^;]* by torch's F\.linear", line)
+    x, weight, bias = tensors(rows=50, inner=70, outer=67)
+    assert torch.equal(linear(x, weight, bias, impl="cpp"), F.linear(x, weight, bias))
 
 
 def test_errors():

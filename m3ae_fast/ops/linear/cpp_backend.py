@@ -9,7 +9,7 @@ from m3ae_fast._cpp import _C, products
 FP32_PARAMETERS = (torch.bfloat16,)  # see _backends.for_product
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}  # torch's names
 WHO = (  # by Products of csrc/cpu/isa.h
-    "torch's F.linear",
+    "torch's F.linear, whose bits may change with the number of threads",
     "m3ae_fast, the same bits for any thread count",
     "m3ae_fast rounded to bf16, the same bits for any thread count",
     "m3ae_fast as sums of two bf16, the same bits for any thread count",
