@@ -199,6 +199,8 @@ def _convert(args: argparse.Namespace) -> int:
     from m3ae_fast import convert
     from m3ae_fast.convert.torch_files import SAFETENSORS, is_torch
 
+    if not args.source.exists():
+        raise FileNotFoundError(f"there is no file or folder {args.source}")
     options = dict(args.options or ())
     published = args.source.is_dir() or args.source.suffix == SAFETENSORS or is_torch(args.source)
     if options and (args.to or not published):

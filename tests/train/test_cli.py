@@ -103,6 +103,8 @@ def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
         (["reconstruct", "x", "a.png", "--data", "shapes"], "give images or --data, not both"),
         (["reconstruct", "x", "a.png", "--caption", "a", "--caption", "b"], "--caption must be given once for each"),
         (["convert", "nowhere.pkl", "out.safetensors"], "nowhere.pkl"),
+        (["convert", "nowhere.pth", "out"], "there is no file or folder nowhere.pth"),
+        (["convert", "nowhere", "out", "--to", "timm"], "there is no file or folder nowhere"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(run, tmp_path, arguments, message):
