@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as _Tokenizer
@@ -115,6 +116,19 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The text's ids, [] for a blank one; a word outside the vocabulary is [UNK]."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def words(self, text: str) -> Iterator[tuple[str, list[str]]]:
+        """Each word of a text, as it is written there, and the vocabulary entries that stand for it: several where the
+        word itself is none of them."""
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        entries = zip(encoded.word_ids, encoded.offsets, encoded.tokens, strict=True)
+        for _, pieces in itertools.groupby(entries, key=lambda entry: entry[0]):
+            _, places, tokens = zip(*pieces, strict=True)
+            yield text[places[0][0] : places[-1][1]], list(tokens)
+
+    def id_of(self, token: str) -> int | None:
+        """The number of a vocabulary entry; None: it is none."""
+        return self._tokenizer.token_to_id(token)
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The vocabulary entry of each id; ValueError for an id outside."""

@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from m3ae_fast._files import naming
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data import Loader, StreamedDataset, Tokenizer, open_dataset
+from m3ae_fast.data.coverage import warn_of_words
 from m3ae_fast.models import OBJECTIVES, Model
 from m3ae_fast.models.config import RENAMED, ModelConfig
 from m3ae_fast.nn.positions import resample_positions
@@ -189,6 +190,8 @@ def create(folder: Path, config: RunConfig):
             raise ValueError(f"data must have captions to train {config.objective}, got {config.data} without any")
     changes["vocab_size"] = tokenizer.vocab_size if tokenizer else 0
     model_config = _model_config(config, changes)
+    if tokenizer is not None:
+        warn_of_words(tokenizer, dataset.captions(), model_config.max_text_length)
     chosen = {name: getattr(model_config, name, None) for name in names}
     as_json = json.loads(json.dumps(model_config.to_dict()))  # tuples become lists, as they will be when read back
     return dataclasses.replace(config, **chosen, model_config=as_json), dataset, tokenizer
