@@ -14,6 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from m3ae_fast import _checks
 from m3ae_fast._files import replacing
 from m3ae_fast.data.limits import check_file
+from m3ae_fast.data.vocabularies import find_vocab
 
 UNKNOWN = "[UNK]"
 SPECIALS = ("[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]")  # M3AE uses [UNK] alone; BERT's tools expect all five
@@ -40,10 +41,13 @@ class Tokenizer:
     def from_vocab(cls, path: str | os.PathLike) -> Tokenizer:
         """A vocabulary made elsewhere: `vocab.txt`, a token a line, or a `tokenizer.json` (any name ending in .json).
 
+        Args:
+            path: of the file, of a folder that holds it, or a model's name in a cache of Hugging Face's,
+                "bert-base-uncased" (`find_vocab`).
         Raises:
-            OSError, ValueError: naming the file and what is wrong in it.
+            OSError, ValueError: naming the file and what is wrong in it, or where it was looked for.
         """
-        path = Path(path)
+        path = find_vocab(path)
         if path.suffix == ".json":
             return cls.load(path)
         check_file(path)

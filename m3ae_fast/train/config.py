@@ -10,6 +10,7 @@ from pathlib import Path
 from m3ae_fast._files import read_json, write_json
 from m3ae_fast._settings import check, documented, free, setting
 from m3ae_fast.data.specs import absolute, is_streamed, listed, without_place
+from m3ae_fast.data.vocabularies import is_name
 from m3ae_fast.models import OBJECTIVES, M3AEConfig, MAMOConfig, Model
 from m3ae_fast.models.config import SIZES
 
@@ -93,8 +94,9 @@ class RunConfig:
         "the model takes over", RUN, "RUN",
     )  # fmt: skip
     text_vocab: str | None = setting(
-        None, "vocab.txt or tokenizer.json; default: WordPiece trained on the data's captions", RUN, "FILE"
-    )
+        None, "vocab.txt or tokenizer.json, a folder with one, or the name of a model in Hugging Face's cache, such as "
+        "bert-base-uncased; default: WordPiece trained on the data's captions", RUN, "FILE|NAME",
+    )  # fmt: skip
     paired_share: float = setting(
         1.0, "share of images that keep their captions, the same ones in every epoch", RUN, "S", "(0, 1]"
     )
@@ -197,9 +199,10 @@ class RunConfig:
         values["data"] = absolute(self.data) if isinstance(self.data, str) else [absolute(spec) for spec in self.data]
         if self.val_data is not None:
             values["val_data"] = absolute(self.val_data)
-        for name in ("init", "text_vocab"):
-            if values[name] is not None:
-                values[name] = os.path.abspath(values[name])
+        if self.init is not None:
+            values["init"] = os.path.abspath(self.init)
+        if self.text_vocab is not None and not is_name(self.text_vocab):
+            values["text_vocab"] = os.path.abspath(self.text_vocab)
         return RunConfig(**values)
 
     def to_dict(self) -> dict:
