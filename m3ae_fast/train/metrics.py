@@ -1,4 +1,4 @@
-"""A run's numbers: `metrics.jsonl`, a row a step, and TensorBoard."""
+"""A run's numbers: `metrics.jsonl`, a row a step, and TensorBoard, which has its pictures and settings, too."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import json
 import os
 import warnings
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from m3ae_fast._files import naming, replacing
 from m3ae_fast._warning import M3AEFastWarning
@@ -48,6 +51,32 @@ class Metrics:
             for name, value in row.items():
                 if name != "step" and value is not None:
                     self._board.add_scalar(name, value, row["step"])
+
+    def describe(self, settings: dict, names: list[str]) -> None:
+        """The run's hyperparameters, for TensorBoard's table of runs beside one another.
+
+        Args:
+            settings: of `RunConfig.to_dict`; those of model_config are called model.NAME.
+            names: numbers of the rows that the table shows, too.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        settings = settings | {f"model.{name}": value for name, value in settings["model_config"].items()}
+        shown = {name: value for name, value in settings.items() if name not in ("model_config", "options")}
+        plain = {name: value if isinstance(value, str | float | int | None) else json.dumps(value)
+                 for name, value in shown.items()}  # fmt: skip
+        with naming(self._board_path):
+            for summary in hparams(plain, dict.fromkeys(names, 0)):
+                self._board.file_writer.add_summary(summary)
+
+    def add_picture(self, kind: str, path: Path, step: int) -> None:
+        """A picture of the run, into TensorBoard.
+
+        Args:
+            kind: its name there. path: of the PNG. step: steps taken.
+        """
+        with Image.open(path) as image, naming(self._board_path):
+            self._board.add_image(kind, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def flush(self) -> None:
         """Everything written so far is on the disk: called before a checkpoint that counts on it."""

@@ -39,9 +39,10 @@ def draw_pictures(
     step: int,
     device: torch.device,
     shown: Callable[[], Shown],
-) -> None:
+) -> Path | None:
     """Write pictures/losses.png of a run and, of a model that rebuilds what it cannot see, a picture of that, named by
-    its kind (`Model.PICTURE`): pictures/reconstruction-<step>.png or pictures/words-<step>.png.
+    its kind (`Model.PICTURE`): pictures/reconstruction-<step>.png or pictures/words-<step>.png. Returns the latter's
+    path, None where there is none.
 
     Args:
         shown: gives the samples of those, and is asked for them only then.
@@ -49,13 +50,14 @@ def draw_pictures(
     (folder / "pictures").mkdir(exist_ok=True)
     draw_losses(metrics.read(folder / "metrics.jsonl"), folder / "pictures" / "losses.png", model.METRICS)
     if model.PICTURE is None:
-        return
+        return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", M3AEFastWarning)  # the training loader has told of files it cannot read
         batch, labels = shown()
     draw = {"reconstruction": draw_reconstruction, "words": draw_words}[model.PICTURE]
     path = folder / "pictures" / f"{model.PICTURE}-{step:08d}.png"
     draw(model, tokenizer, batch, path, seed=config.seed, device=device, labels=labels)
+    return path
 
 
 class Shown(NamedTuple):

@@ -186,6 +186,7 @@ class Trainer:
             self.summary = self._new_summary()
             if self.is_first:
                 self.metrics = stack.enter_context(Metrics(self.folder, self.done))
+                self.metrics.describe(config.to_dict(), self._figures())
             if not self.resumed:
                 self.save()  # a full disk shows now, and there is always a checkpoint to resume from
                 distributed.on_first(lambda: (self._store.set(self._begun, ""), config.save(self.folder)))
@@ -207,6 +208,10 @@ class Trainer:
             saved = RunConfig.load(self.folder)
             if self.config.steps > saved.steps or self.config.data != saved.data:  # given more steps, or moved
                 self.config.save(self.folder)
+
+    def _figures(self) -> list[str]:
+        """What a run is compared by with others."""
+        return [*self.model.METRICS, *([] if self._validation is None else ["val_loss"])]
 
     def _close(self) -> None:
         self.loader.close()
@@ -275,7 +280,9 @@ class Trainer:
                 drawn.load_state_dict(weights)
         if self.is_first:
             shown = lambda: self._shown  # noqa: E731
-            draw_pictures(self.folder, drawn, self.tokenizer, self.config, self.done, self.device, shown)
+            path = draw_pictures(self.folder, drawn, self.tokenizer, self.config, self.done, self.device, shown)
+            if path is not None:
+                self.metrics.add_picture(drawn.PICTURE, path, self.done)
 
     @functools.cached_property
     def _shown(self) -> Shown:
