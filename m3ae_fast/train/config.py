@@ -135,6 +135,14 @@ class RunConfig:
         500, "steps between validations, by val_share or val_data; 0: only at the end", FILES, "STEPS", "[0, inf)",
         free=True,
     )  # fmt: skip
+    knn_every: int = setting(
+        0, "steps between k-NN probes of the class token on what val_share or val_data holds out, where the data have "
+        "classes, and one at the end; 0: none", FILES, "STEPS", "[0, inf)", free=True,
+    )  # fmt: skip
+    knn_samples: int = setting(
+        1000, "samples trained on that vote in a k-NN probe, and at most as many held out that are classified", FILES,
+        "N", "[1, inf)", free=True,
+    )  # fmt: skip
     picture_every: int | None = setting(
         None, "steps between pictures; 0: only at the end; default: a quarter of all", FILES, "STEPS", "[0, inf)",
         free=True,
@@ -153,6 +161,11 @@ class RunConfig:
             raise ValueError(f"val_share must be 0 beside val_data, got {self.val_share:g}")
         if self.val_data is not None and is_streamed(self.val_data):
             raise ValueError(f"val_data must not be streamed, got {self.val_data}")
+        if self.knn_every and not self.val_share and self.val_data is None:
+            raise ValueError(
+                f"knn_every must be 0 without val_share or val_data, which hold out what is classified, "
+                f"got {self.knn_every}"
+            )
         if self.paired_share < 1 and self.model_class.CAPTIONS == "required":
             raise ValueError(f"paired_share must be 1 for {self.objective}, which trains on pairs alone")
         if self.cuda_graphs and not self.model_class.BUCKETS:

@@ -21,7 +21,12 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # not later: its default arguments would hold the process group for ever
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -222,6 +227,7 @@ def spread(model: nn.Module, device: torch.device, *, shard: bool, bf16: bool, u
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
     for module in (*(m for m in model.modules() if isinstance(m, Block)), model):  # the model last: what is left
         fully_shard(module, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "encode_cls")  # it gathers what it needs, as a forward pass does
     return model
 
 

@@ -32,6 +32,7 @@ from m3ae_fast.train import checkpoint, distributed, run
 from m3ae_fast.train.average import Average
 from m3ae_fast.train.bad_steps import BadSteps, NotFinite
 from m3ae_fast.train.config import RunConfig
+from m3ae_fast.train.knn import KNNProbe
 from m3ae_fast.train.metrics import Metrics
 from m3ae_fast.train.pictures import Shown, draw_pictures, samples_to_show
 from m3ae_fast.train.schedule import learning_rate
@@ -119,7 +120,7 @@ class Trainer:
         self.sharded = self.config.shard and self.processes > 1
         self.done, self.stopping, self.bad_steps = 0, False, BadSteps(self.folder, self.config)
         self._request, self._opened, self.loader, self.metrics = StopRequest(), None, None, None
-        self._validation = None
+        self._validation = self._knn = None
         self.build()
         if self.resumed:
             self.resume()
@@ -178,6 +179,9 @@ class Trainer:
         )  # fmt: skip
         if self.held_out is not None:
             self._validation = Validation(self.held_out, self.tokenizer, model, config, self.device)
+            if config.knn_every:
+                size = model.config.image_size
+                self._knn = KNNProbe(self.dataset, self.held_out, config, size, self.device)
         self._start = self._clock = time.perf_counter()
         with contextlib.ExitStack() as stack:
             distributed.on_first(lambda: self._open_folder(stack))
@@ -211,11 +215,12 @@ class Trainer:
 
     def _figures(self) -> list[str]:
         """What a run is compared by with others."""
-        return [*self.model.METRICS, *([] if self._validation is None else ["val_loss"])]
+        more = {"val_loss": self._validation, "knn_accuracy": self._knn}
+        return [*self.model.METRICS, *(name for name, source in more.items() if source is not None)]
 
     def _close(self) -> None:
         self.loader.close()
-        self._opened = self.loader = self._waiting = self._validation = self.metrics = None
+        self._opened = self.loader = self._waiting = self._validation = self._knn = self.metrics = None
 
     def __exit__(self, *error) -> None:
         self._opened.__exit__(*error)
@@ -251,12 +256,18 @@ class Trainer:
         row["tokens_per_second"] = tokens / (self._clock - before)
         self.summary.last, self.summary.tokens = row, self.summary.tokens + int(tokens)
         self._waiting.look(self._clock)
-        if self._validation is not None and (self.done == config.steps or is_due(config.val_every, self.done)):
+        if self._validation is not None and self._due(config.val_every):
             row |= self._validation.losses(self.spread, self.average)
-            self._clock = time.perf_counter()  # the rate of the next step is its own
+        if self._knn is not None and self._due(config.knn_every):
+            row |= self._knn.scores(self.spread, self.average)
+        self._clock = time.perf_counter()  # the rate of the next step is its own
         if self.metrics is not None:
             self.metrics.write(row)
         return row
+
+    def _due(self, every: int) -> bool:
+        """Whether it is time for what is measured every so many steps, and at the end."""
+        return self.done == self.config.steps or is_due(every, self.done)
 
     def save(self) -> None:
         """Write a checkpoint; the newest two are kept."""

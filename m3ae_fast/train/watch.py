@@ -74,7 +74,7 @@ class Progress:
             total=config.steps, initial=done, disable=not shown, mininterval=interval, dynamic_ncols=True,
             bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
         )  # fmt: skip
-        self._folder, self._shown, self._rate, self._validated = folder, shown, None, ""
+        self._folder, self._shown, self._rate, self._validated, self._probed = folder, shown, None, "", ""
 
     def __enter__(self) -> Progress:
         return self
@@ -90,6 +90,8 @@ class Progress:
         self._rate = rate if self._rate is None else 0.95 * self._rate + 0.05 * rate
         if "val_loss" in row:
             self._validated = f", validation {as_text(row['val_loss'])}"
-        losses = f"loss {as_text(row['loss'])}{self._validated}"
+        if "knn_accuracy" in row:
+            self._probed = f", k-NN {as_text(row['knn_accuracy'])} (chance {row['knn_chance']:.4f})"
+        losses = f"loss {as_text(row['loss'])}{self._validated}{self._probed}"
         self._bar.set_postfix_str(f"{losses}, {self._rate:,.0f} tokens/s", refresh=False)
         self._bar.update()

@@ -292,6 +292,19 @@ def not_finite_in_one(folder, **changes):
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_both_share_a_knn_probe(pair, alone, tmp_path, way):
+    changes = {"data": "cluttered", "val_data": "cluttered", "knn_every": 2, "knn_samples": 16, "val_every": 0}
+    expected, _ = alone(**changes)
+    (_, rows), (other, _) = pair(functools.partial(train, **changes, **WAYS[way]), tmp_path / "two")
+    found, wanted = (
+        [(row["step"], row["knn_accuracy"], row["knn_chance"]) for row in each if "knn_accuracy" in row]
+        for each in (rows, expected)
+    )
+    assert found == wanted and [step for step, *_ in found] == [2, 4, 6]
+    assert other.last["knn_accuracy"] == rows[-1]["knn_accuracy"]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(pair, tmp_path, way):
     (summary, rows), (other, _) = pair(functools.partial(not_finite_in_one, **WAYS[way]), tmp_path / "run")
     assert summary.bad_steps == other.bad_steps == 1 and summary.step == 6
