@@ -63,6 +63,7 @@ def _score(model: MAMO, x: Tensor, layout: FusionLayout, at: int) -> tuple[Tenso
 def _step(block: Block, x: Tensor, update: Tensor | None, seqlens: SeqLens) -> tuple[Tensor, Tensor, list[Tensor]]:
     """A block in plain PyTorch, a sequence at a time: its attention weights [H, S, S] are leaves of the graph."""
     y, x = (block.norm1(x), x) if update is None else block.norm1(update, residual=x)
+    goes_on = y if block.post_norm else x
     attn, out, weights = block.attn, [], []
     qkv = attn.qkv(y).view(-1, 3, attn.heads, attn.head_dim)
     for part in qkv.split(seqlens.lengths):
@@ -70,8 +71,8 @@ def _step(block: Block, x: Tensor, update: Tensor | None, seqlens: SeqLens) -> t
         weight = (q @ k.transpose(1, 2) / attn.head_dim**0.5).softmax(-1).detach().requires_grad_()
         weights.append(weight)
         out.append((weight @ v).transpose(0, 1).flatten(1))
-    y, x = block.norm2(attn.proj(torch.cat(out)), residual=x)
-    return x, block.mlp(y), weights
+    y, x = block.norm2(attn.proj(torch.cat(out)), residual=goes_on)
+    return y if block.post_norm else x, block.mlp(y), weights
 
 
 def to_pixels(maps: Tensor, config: ModelConfig) -> Tensor:

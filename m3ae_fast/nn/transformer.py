@@ -1,4 +1,4 @@
-"""The pre-LayerNorm Transformer of MAE and M3AE over packed sequences."""
+"""The Transformer of MAE and M3AE over packed sequences, with LayerNorms before the branches; or BERT's."""
 
 from __future__ import annotations
 
@@ -15,32 +15,38 @@ from m3ae_fast.seqlens import SeqLens
 
 
 class Mlp(nn.Module):
-    """fc2(gelu(fc1(x))); of the hidden rows only fc1(x) is stored.
+    """fc2(gelu(fc1(x))); of the hidden rows only fc1(x) is stored, but for "quick_gelu".
 
     Args:
         width: of the rows that go in and come out. hidden: of those between.
-        activation: "gelu_tanh" (M3AE) or "gelu" (erf: MAE, timm).
+        activation: "gelu_tanh" (M3AE), "gelu" (erf: MAE, timm) or "quick_gelu" (x sigmoid(1.702 x): OpenAI's CLIP; in
+            operations of PyTorch, which keep three times as much).
     """
 
     def __init__(self, width: int, hidden: int, *, activation: str = "gelu_tanh"):
         super().__init__()
+        self.quick_gelu = activation == "quick_gelu"
         self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width, input_activation=activation)
+        self.fc2 = Linear(hidden, width, input_activation=None if self.quick_gelu else activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> [..., width]."""
-        return self.fc2(self.fc1(x))
+        hidden = self.fc1(x)
+        return self.fc2(hidden * (1.702 * hidden).sigmoid() if self.quick_gelu else hidden)
 
 
 class Block(nn.Module):
     """x + attn(norm1(x)), then x + mlp(norm2(x)); every residual add happens inside the LayerNorm that follows it.
+
+    With `post_norm`, y = norm1(x), y = norm2(y + attn(y)), then y + mlp(y): what the LayerNorms put out goes on, as in
+    BERT, whose layers begin between these LayerNorms (their last one is the next block's first, or a Transformer's).
 
     The backward pass normalises again what the LayerNorms put out: two passes over memory, for a sixth of what a block
     would keep.
 
     Args:
         width: D, a multiple of heads. mlp_ratio: hidden rows of the MLP, as a multiple of the width.
-        activation: of the MLP, "gelu_tanh" or "gelu". eps: of the LayerNorms.
+        activation: of the MLP, as of `Mlp`. eps: of the LayerNorms. post_norm: BERT's order.
 
     Attributes:
         drop_path: probability that a sequence goes past attn, and another that it goes past the mlp, while training;
@@ -48,9 +54,11 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, *, mlp_ratio: float = 4.0, activation: str = "gelu_tanh", eps: float = 1e-6
-    ):
+        self, width: int, heads: int, *, mlp_ratio: float = 4.0, activation: str = "gelu_tanh", eps: float = 1e-6,
+        post_norm: bool = False,
+    ):  # fmt: skip
         super().__init__()
+        self.post_norm = post_norm
         self.norm1 = LayerNorm(width, eps)
         self.attn = Attention(width, heads)
         self.norm2 = LayerNorm(width, eps)
@@ -86,18 +94,21 @@ class Block(nn.Module):
             y = self.norm1(x)
         else:
             y, x = self.norm1(update, residual=x)
+        goes_on = y if self.post_norm else x
         with self.norm1.recomputed(y, x):
             y = self.attn(y, seqlens, rows, rows_seqlens)
-        y, x = self.norm2(block_node.scaled(y, scales[0]), residual=x if rows is None else take_rows(x, rows))
+        residual = goes_on if rows is None else take_rows(goes_on, rows)
+        y, x = self.norm2(block_node.scaled(y, scales[0]), residual=residual)
+        goes_on = y if self.post_norm else x
         with self.norm2.recomputed(y, x):
             y = self.mlp(y)
         y = block_node.scaled(y, scales[1])
-        return (x, y) if apart else x + y
+        return (goes_on, y) if apart else goes_on + y
 
     def _layers(self) -> tuple[LayerNorm | Linear, ...]:
         """norm1, qkv, proj, norm2, fc1, fc2, where calling the block's parts is calling these; else nothing."""
         untouched, attn, mlp = block_node.untouched, self.attn, self.mlp
-        if not (untouched(attn, Attention) and untouched(mlp, Mlp)):
+        if self.post_norm or mlp.quick_gelu or not (untouched(attn, Attention) and untouched(mlp, Mlp)):
             return ()
         norms, linears = (self.norm1, self.norm2), (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
         if not (all(untouched(x, LayerNorm) for x in norms) and all(untouched(x, Linear) for x in linears)):

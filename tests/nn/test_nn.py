@@ -67,6 +67,43 @@ def transformer():
     return module
 
 
+def plain_post_norm(transformer, s):
+    """BERT's layers: a LayerNorm of what goes in, then layers with one after each residual sum."""
+
+    def norm(layer, x):
+        return F.layer_norm(x, (WIDTH,), layer.weight, layer.bias, 1e-6)
+
+    s = norm(transformer.blocks[0].norm1, s)
+    after = [*(block.norm1 for block in transformer.blocks[1:]), transformer.norm]
+    for block, last in zip(transformer.blocks, after, strict=True):
+        s = norm(block.norm2, s + multihead(block.attn, s, None))
+        hidden = block.mlp.fc1(s)
+        hidden = hidden * torch.sigmoid(1.702 * hidden) if block.mlp.quick_gelu else F.gelu(hidden)
+        s = norm(last, s + F.linear(hidden, block.mlp.fc2.weight, block.mlp.fc2.bias))
+    return s
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("rows", [None, [0, 3, 7, 20, 24]], ids=["all", "rows"])
+def test_post_norm(packed, activation, rows):
+    """Output and every gradient."""
+    x, seqlens = packed
+    torch.manual_seed(1)
+    module = nn.Transformer(WIDTH, 3, HEADS, activation=activation, post_norm=True).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    weights, found = torch.randn(x.shape, dtype=x.dtype), []
+    asked = () if rows is None else (torch.tensor(rows), SeqLens([2, 1, 0, 0, 2]))
+    rows = slice(None) if rows is None else rows
+    for plain in (False, True):
+        module.zero_grad()
+        y = torch.cat([plain_post_norm(module, s) for s in each(x) if len(s)])[rows] if plain else None
+        y = module(x, seqlens, *asked) if y is None else y
+        (y * weights[rows]).sum().backward()
+        found.append({"y": y.detach(), **{name: p.grad.clone() for name, p in module.named_parameters()}})
+    torch.testing.assert_close(*found)
+
+
 def test_block(packed, transformer):
     x, seqlens = packed
     block = transformer.blocks[0]
