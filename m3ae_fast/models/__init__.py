@@ -3,7 +3,7 @@
 import torch
 
 from m3ae_fast.models.clip import CLIP, CLIPOutput
-from m3ae_fast.models.config import EncodersConfig, M3AEConfig, MAMOConfig, ModelConfig, SupervisedConfig
+from m3ae_fast.models.config import EncoderForm, EncodersConfig, M3AEConfig, MAMOConfig, ModelConfig, SupervisedConfig
 from m3ae_fast.models.graphs import GraphedStep
 from m3ae_fast.models.m3ae import M3AE, Encoded, M3AEOutput, Reconstruction
 from m3ae_fast.models.mae import MAE
@@ -41,6 +41,7 @@ __all__ = [
     "OBJECTIVES",
     "CLIPOutput",
     "Encoded",
+    "EncoderForm",
     "EncodersConfig",
     "GraphedStep",
     "M3AEConfig",

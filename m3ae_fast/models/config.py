@@ -235,10 +235,44 @@ class M3AEConfig(ModelConfig):
 
 
 @dataclasses.dataclass
+class EncoderForm:
+    """How an encoder computes, where published ones differ. The default is that of every encoder here.
+
+    Attributes:
+        activation: of the MLPs, "gelu" (erf), "gelu_tanh" or "quick_gelu" (x sigmoid(1.702 x): OpenAI's CLIP).
+        norm_eps: of the LayerNorms.
+        norm_tokens: a LayerNorm of the tokens with their positions, before the first block (CLIP).
+        post_norm: LayerNorms after the residual sums (BERT; see `nn.Block`).
+    """
+
+    activation: str = "gelu"
+    norm_eps: float = 1e-6
+    norm_tokens: bool = False
+    post_norm: bool = False
+
+    def __post_init__(self):
+        _checks.choice("activation", self.activation, ("gelu", "gelu_tanh", "quick_gelu"))
+        _checks.real("norm_eps", self.norm_eps, "(0, 1)")
+
+    @staticmethod
+    def of(value: EncoderForm | dict[str, Any] | None, name: str, activation: str) -> EncoderForm:
+        """One that a configuration holds, where it is called `name`. ValueError: it has other fields."""
+        if isinstance(value, EncoderForm):
+            return value
+        known = {field.name for field in dataclasses.fields(EncoderForm)}
+        if not isinstance(value, dict | None) or not known.issuperset(value or ()):
+            raise ValueError(f"{name} must have fields of {', '.join(sorted(known))}, got {value!r}")
+        return EncoderForm(**{"activation": activation} | (value or {}))
+
+
+@dataclasses.dataclass
 class EncodersConfig(ModelConfig):
     """An image encoder and a text encoder that meet in an embedding: a CLIP-style model, and the first half of a MAMO.
 
     Attributes, beside ModelConfig's:
+        image_form, text_form: how they compute, an `EncoderForm` or some of its fields; the fusion encoder of a MAMO
+            has the text encoder's. Converted weights set them. Activations are those of `activation` by default.
+        text_positions: of words, as `positions` of patches.
         text_depth: blocks of the text encoder.
         projection: width of the embedding that images and texts share.
         temperature: of the contrastive loss, at the start; it is learned, within [0.001, 0.5].
@@ -248,9 +282,17 @@ class EncodersConfig(ModelConfig):
     text_depth: int = 6
     projection: int = 256
     temperature: float = 0.07
+    image_form: EncoderForm | dict | None = None
+    text_form: EncoderForm | dict | None = None
+    text_positions: str = "sincos"
 
     def __post_init__(self):
         super().__post_init__()
+        self.image_form = EncoderForm.of(self.image_form, "image_form", self.activation)
+        self.text_form = EncoderForm.of(self.text_form, "text_form", self.activation)
+        _checks.choice("text_positions", self.text_positions, ("sincos", "given"))
+        if self.text_form.norm_tokens:
+            raise ValueError("text_form must not have norm_tokens, got true: with post_norm it is the first LayerNorm")
         self._integers(1, "vocab_size", "projection")
         self._integers(0, "text_depth")
         self._numbers("temperature")

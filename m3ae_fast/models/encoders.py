@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from m3ae_fast import nn as fast
 from m3ae_fast.batch import ImageTextBatch
-from m3ae_fast.models.config import EncodersConfig, ModelConfig
+from m3ae_fast.models.config import EncoderForm, EncodersConfig, ModelConfig
 from m3ae_fast.models.masking import Masked, keep_all, sample_of, within
 from m3ae_fast.models.placed import ON_HOST
 from m3ae_fast.nn.positions import FixedPositions
@@ -70,30 +70,61 @@ def whole(lengths: Sequence[int], device: torch.device) -> Views:
     return Views.make([keep_all(lengths)], device)
 
 
-class ImageEncoder(FixedPositions):
-    """A ViT over kept patches: [CLS; patches] of every view, fixed sine-cosine positions, a LayerNorm at the end."""
+class _Encoder(FixedPositions):
+    """What the two kinds have in common: CLS, a Transformer and a position table."""
+
+    def __init__(self, config: ModelConfig, form: EncoderForm):
+        super().__init__()
+        self.config, self.form = config, form
+
+    def _build(self, depth: int) -> None:
+        """What follows the parameters that make tokens of patches or words: their order is that of the draws."""
+        c, form = self.config, self.form
+        self.cls_token = nn.Parameter(torch.empty(c.width))
+        self.transformer = fast.Transformer(
+            c.width, depth, c.heads, mlp_ratio=c.mlp_ratio, activation=form.activation, eps=form.norm_eps,
+            post_norm=form.post_norm,
+        )  # fmt: skip
+        self.start_positions()
+
+    @property
+    def positions(self) -> str:
+        """"sincos" or "given", as the configuration says."""
+        raise NotImplementedError
+
+    def sincos(self) -> Tensor:
+        """The table that follows from the sizes."""
+        raise NotImplementedError
+
+    def position_tables(self) -> dict[str, Tensor]:
+        """That of the tokens, unless it is given."""
+        return {"position": self.sincos()} if self.positions == "sincos" else {}
+
+    def given_tables(self) -> dict[str, Tensor]:
+        """That of the tokens, if it is given."""
+        return {"position": self.sincos()} if self.positions == "given" else {}
+
+
+class ImageEncoder(_Encoder):
+    """A ViT over kept patches: [CLS; patches] of every view, fixed positions, a LayerNorm at the end."""
 
     def __init__(self, config: ModelConfig, depth: int):
-        super().__init__()
-        c = config
+        c, form = config, getattr(config, "image_form", EncoderForm(config.activation))
+        super().__init__(c, form)
         self.patch_embed = fast.PatchEmbed(
             c.patch_size, c.width, channels=c.channels, mean=c.image_mean, std=c.image_std
         )
-        self.cls_token = nn.Parameter(torch.empty(c.width))
-        self.transformer = fast.Transformer(c.width, depth, c.heads, mlp_ratio=c.mlp_ratio, activation=c.activation)
-        self.config = c
-        self.start_positions()
+        self._build(depth)
+        self.norm_tokens = fast.LayerNorm(c.width, form.norm_eps) if form.norm_tokens else None
 
-    def position_tables(self) -> dict[str, Tensor]:
-        """That of the patches, unless it is given."""
-        return {} if self.config.positions == "given" else self._table()
+    @property
+    def positions(self) -> str:
+        """Of the patches."""
+        return self.config.positions
 
-    def given_tables(self) -> dict[str, Tensor]:
-        """That of the patches, if it is given."""
-        return self._table() if self.config.positions == "given" else {}
-
-    def _table(self) -> dict[str, Tensor]:
-        return {"position": fast.sincos_2d(*self.config.grid, self.config.width)}
+    def sincos(self) -> Tensor:
+        """Of the patches, [P, D]."""
+        return fast.sincos_2d(*self.config.grid, self.config.width)
 
     def forward(self, images: Tensor, views: Views) -> Tensor:
         """images [N, C, H, W] -> [views.sequences.total, D]; dropped patches are never read."""
@@ -102,29 +133,33 @@ class ImageEncoder(FixedPositions):
             patches, None, cls_token=self.cls_token, image_ids=views.ids, cu_image=views.views,
             image_position=self.position,
         )  # fmt: skip
+        if self.norm_tokens is not None:
+            tokens = self.norm_tokens(tokens)
         return self.transformer(tokens, views.sequences)
 
     def parts(self) -> tuple[list[nn.Parameter], fast.Transformer]:
         """(the parameters that make tokens of an image, the Transformer)."""
-        return [*self.patch_embed.parameters(), self.cls_token], self.transformer
+        norm = [] if self.norm_tokens is None else self.norm_tokens.parameters()
+        return [*self.patch_embed.parameters(), self.cls_token, *norm], self.transformer
 
 
-class TextEncoder(FixedPositions):
+class TextEncoder(_Encoder):
     """A Transformer over [CLS; words] of every view. Its last word, number V, is [MASK]."""
 
-    def __init__(self, config: ModelConfig, depth: int):
-        super().__init__()
-        c = config
-        self.embedding = nn.Embedding(c.vocab_size + 1, c.width)
-        self.cls_token = nn.Parameter(torch.empty(c.width))
-        self.transformer = fast.Transformer(c.width, depth, c.heads, mlp_ratio=c.mlp_ratio, activation=c.activation)
-        self.config = c
-        self.start_positions()
+    def __init__(self, config: EncodersConfig, depth: int):
+        super().__init__(config, config.text_form)
+        self.embedding = nn.Embedding(config.vocab_size + 1, config.width)
+        self._build(depth)
 
-    def position_tables(self) -> dict[str, Tensor]:
-        """That of the words."""
+    @property
+    def positions(self) -> str:
+        """Of the words."""
+        return self.config.text_positions
+
+    def sincos(self) -> Tensor:
+        """Of the words, [max_text_length, D]."""
         places = torch.arange(self.config.max_text_length, device="cpu")
-        return {"position": fast.sincos_1d(places, self.config.width)}
+        return fast.sincos_1d(places, self.config.width)
 
     @property
     def mask_id(self) -> int:

@@ -57,9 +57,11 @@ class Encoders(DualEncoder):
 
     def __init__(self, config: MAMOConfig):
         super().__init__(config)
-        c = config
-        options = {"mlp_ratio": c.mlp_ratio, "activation": c.activation}
-        self.fusion = fast.Transformer(c.width, c.fusion_depth, c.heads, **options)
+        c, form = config, config.text_form
+        self.fusion = fast.Transformer(
+            c.width, c.fusion_depth, c.heads, mlp_ratio=c.mlp_ratio, activation=form.activation, eps=form.norm_eps,
+            post_norm=form.post_norm,
+        )  # fmt: skip
         self.image_mask_token = nn.Parameter(torch.empty(c.width))
         self.image_type, self.text_type = nn.Parameter(torch.empty(c.width)), nn.Parameter(torch.empty(c.width))
 
