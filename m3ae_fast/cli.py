@@ -203,8 +203,11 @@ def _convert(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"there is no file or folder {args.source}")
     options = dict(args.options or ())
     published = args.source.is_dir() or args.source.suffix == SAFETENSORS or is_torch(args.source)
-    if options and (args.to or not published):
-        raise ValueError(f"--set must be given for weights of PyTorch or safetensors alone, got it for {args.source}")
+    for name, given_to in (("--set", options), ("--text-vocab", args.text_vocab)):
+        if given_to and args.to is not None:
+            raise ValueError(f"{name} must be given for weights that become ours alone, got it beside --to {args.to}")
+    if args.text_vocab is not None:
+        options["text_vocab"] = args.text_vocab
     if args.to is not None:
         from m3ae_fast.train import load_run
 
@@ -213,9 +216,11 @@ def _convert(args: argparse.Namespace) -> int:
         write(run.model, args.target)
         config = run.model.config.to_dict()
     elif published:
+        if args.text_vocab is not None:
+            raise ValueError(f"--text-vocab must be given for models that read words, {args.source} does not")
         config = convert.convert_vit(args.source, args.target, **options).to_dict()
     else:
-        config = convert.convert_flax_checkpoint(args.source, args.target)
+        config = convert.convert_flax_checkpoint(args.source, args.target, **options).to_dict()
     shown = ", ".join(f"{name} {value}" for name, value in config.items())
     print(f"{args.target}: {shown}")
     return 0
@@ -315,8 +320,14 @@ def _parser(named: str | None = None) -> argparse.ArgumentParser:
         help="mae_*.pth, a Vision Transformer of timm's (.pth, .safetensors), a ViTMAE's folder, model.pkl of the "
         "public JAX code; with --to, a run of ours or a checkpoint",
     )  # fmt: skip
-    convert.add_argument("target", type=path, metavar="OUT", help="a .safetensors; with --to vitmae, a folder")
+    convert.add_argument(
+        "target", type=path, metavar="OUT", help="a .safetensors; of what reads words, and with --to vitmae, a folder"
+    )
     convert.add_argument("--to", choices=("vitmae", "timm"), help="write for Transformers, or the encoder for timm")
+    convert.add_argument(
+        "--text-vocab", metavar="FILE|NAME",
+        help="of what reads words, as of pretrain (default: bert-base-uncased)",
+    )  # fmt: skip
     convert.add_argument(
         "--set", dest="options", type=name_and_value, action="append", metavar="NAME=VALUE",
         help="a field of the configuration that the weights do not show, such as heads=3, or norm_pix=false; "

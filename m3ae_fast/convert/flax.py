@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -13,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3ae_fast._files import write_tensors
 from m3ae_fast._pickle_data import Made
 from m3ae_fast.convert.pickled_arrays import attributes, load_content, resolve
+from m3ae_fast.convert.runs import write_run
 from m3ae_fast.convert.torch_files import check_regular, is_torch
+from m3ae_fast.convert.vit import HEADS, depth_of
+from m3ae_fast.models import M3AE, M3AEConfig
 
 # Their module -> ours. A Dense kernel is [in, out]; torch's weight is its transpose.
 _BLOCK = {
@@ -121,18 +122,15 @@ def config_from_flax(tree: Mapping[str, Any], **known: Any) -> dict[str, Any]:
             got = "none" if ours is None else f"shape {tuple(ours.shape)}"
             raise ValueError(f"tree must hold a two-dimensional {path!r}, got {got}")
 
-    def depth(part: str) -> int:
-        return 1 + max((int(n.split(".")[2]) for n in state if n.startswith(f"{part}.blocks.")), default=-1)
-
     width, patch_dim = state["patch_embed.proj.weight"].shape
     words = state.get("text_embedding.weight")
     return {
         "patch_size": round((patch_dim / 3) ** 0.5),
         "vocab_size": 0 if words is None else words.shape[0],
         "width": width,
-        "depth": depth("encoder"),
+        "depth": depth_of(state, "encoder"),
         "decoder_width": state["decoder_embed.weight"].shape[0],
-        "decoder_depth": depth("decoder"),
+        "decoder_depth": depth_of(state, "decoder"),
     } | known
 
 
@@ -176,22 +174,51 @@ def _parameters(content: Any) -> Mapping[str, Any]:
     return state
 
 
-def convert_flax_checkpoint(source: str | os.PathLike, target: str | os.PathLike) -> dict[str, Any]:
-    """Write a public checkpoint as safetensors (`m3ae-fast convert`), atomically; returns the configuration it shows.
-
-    The file's metadata holds that configuration as JSON under "config".
+def convert_flax_checkpoint(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    text_vocab: str | os.PathLike = "bert-base-uncased",
+    **known: Any,
+) -> M3AEConfig:
+    """Write a public checkpoint as the folder of a run of step 0, which `load_run` and `RunConfig(init=...)` take.
 
     Args:
-        source: the checkpoint, a pickle of which nothing is run. target: the file to write.
+        source: the checkpoint, a pickle of which nothing is run. target: the folder, made if need be.
+        text_vocab: as of `Tokenizer.from_vocab`; of a model that reads words. The public code's is the default.
+        known: fields of `M3AEConfig` that the file does not show (heads of an unusual width, an image_size other than
+            256, max_text_length), or other ones.
 
     Raises:
-        ValueError: `source`, which it names, is not a checkpoint of the public code. OSError: `target` cannot be
-            written.
+        ValueError: `source`, which it names, is not a checkpoint of the public code, or the vocabulary has another
+            number of entries. FileExistsError: `target` holds a run. OSError: it cannot be written.
     """
+    from m3ae_fast.data import Tokenizer  # the train extra
+
     tree = load_flax_checkpoint(source)
     try:
-        state, config = flax_to_torch(tree), config_from_flax(tree)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{os.fspath(source)} is not a checkpoint of the public M3AE code: {error}") from error
-    write_tensors(Path(target), state, {"format": "pt", "config": json.dumps(config)})
+        state, fields = flax_to_torch(tree), config_from_flax(tree)
+        heads = {"heads": HEADS.get(fields["width"]), "decoder_heads": HEADS.get(fields["decoder_width"])}
+        fields = fields | heads | known
+        for name in heads:
+            if fields[name] is None:
+                raise ValueError(f"{name} must be given (--set {name}=N), got none")
+        config = M3AEConfig.from_dict(fields)
+        with torch.device("meta"):
+            M3AE(config).load_state_dict(state, assign=True)  # no model is made before all sizes fit
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).partition("\n\t")[2] if isinstance(error, RuntimeError) else str(error)
+        reason = reason.partition("\n")[0]
+        raise ValueError(f"{os.fspath(source)} does not fit: {reason}") from error
+    tokenizer = None
+    if config.vocab_size:
+        tokenizer = Tokenizer.from_vocab(text_vocab)
+        if tokenizer.vocab_size != config.vocab_size:
+            raise ValueError(
+                f"text_vocab must have the {config.vocab_size} entries of {os.fspath(source)}, got "
+                f"{tokenizer.vocab_size} in {os.fspath(text_vocab)}"
+            )
+    model = M3AE(config)
+    model.load_state_dict(state)
+    write_run(Path(target), "m3ae", model, tokenizer)
     return config

@@ -21,9 +21,9 @@ from torch import Tensor
 from m3ae_fast._files import naming, read_json, write_json, write_tensors
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.convert import vit_names
+from m3ae_fast.convert.runs import run_fields
 from m3ae_fast.convert.torch_files import check_regular, read_weights
 from m3ae_fast.models import M3AE, MAE, M3AEConfig
-from m3ae_fast.models.config import SIZES
 from m3ae_fast.nn.positions import resample_positions, sincos_2d
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -76,19 +76,14 @@ def convert_vit(source: str | os.PathLike, target: str | os.PathLike, **known: A
     Raises:
         ValueError: as `load_vit`'s, or target has another ending. OSError: target cannot be written.
     """
-    from m3ae_fast.train import RunConfig, checkpoint  # the train extra
+    from m3ae_fast.train import checkpoint  # the train extra
 
     target = Path(target)
     if target.suffix != ".safetensors":
         raise ValueError(f"target must name a .safetensors file, got {target}")
     model = load_vit(source, **known)
-    config = model.config
-    sizes = {name: dataclasses.replace(config, **_sizes(name)) for name in SIZES}
-    size = next((name for name, same in sizes.items() if same == config), "small")
-    fields = json.loads(json.dumps(config.to_dict()))  # as they will be when read back
-    run = RunConfig(objective="mae", model=size, model_config=fields).resolved()
-    checkpoint.save(target, 0, run.to_dict(), model, None)
-    return config
+    checkpoint.save(target, 0, run_fields("mae", model.config), model, None)
+    return model.config
 
 
 def write_vitmae(model: M3AE, folder: str | os.PathLike) -> None:
@@ -156,10 +151,6 @@ def _positions(model: M3AE) -> dict[str, Tensor]:
     return {name: getattr(model, name) for name in ("image_position", "decoder_image_position")}
 
 
-def _sizes(name: str) -> dict[str, Any]:
-    return {key: value for key, value in SIZES[name].items() if key in ("width", "depth", "heads")}
-
-
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(MAE's state dict, fields of the configuration) of a file of facebookresearch/mae or timm."""
     state, args = read_weights(path)
@@ -177,15 +168,13 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The same of a folder of Transformers."""
-    about = _json(folder / "config.json")
+    about = read_about(folder / "config.json")
     kind, act = about.get("model_type"), about.get("hidden_act", "gelu")
     if kind != "vit_mae":
         raise ValueError(f"{folder}/config.json must be of model_type 'vit_mae', got {kind!r}")
     if not isinstance(act, str) or act not in ACTIVATIONS:
         raise ValueError(f"{folder}/config.json must have hidden_act of {', '.join(ACTIVATIONS)}, got {act!r}")
-    names = ("model.safetensors", "pytorch_model.bin")
-    weights = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
-    state = vit_names.mae_of_hf(read_weights(weights).state)
+    state = vit_names.mae_of_hf(read_weights(weights_in(folder)).state)
     channels = [vit_names.channels_of_mae(state)]
     for name, allowed in (("num_channels", channels), ("qkv_bias", [True]), ("norm_pix_loss", [False, True])):
         if about.get(name, allowed[0]) not in allowed:
@@ -196,14 +185,25 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "norm_eps": about.get("layer_norm_eps", 1e-12), "norm_pix": about.get("norm_pix_loss", False),
         "image_mask_ratio": about.get("mask_ratio", 0.75),
     }  # fmt: skip
-    if (folder / "preprocessor_config.json").exists():
-        images = _json(folder / "preprocessor_config.json")
-        found |= {n: [float(value) for value in images[n]] for n in ("image_mean", "image_std") if n in images}
-    return state, found
+    return state, found | pixels_of(folder)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    check_regular(path, "of the folder of a ViTMAE")
+def weights_in(folder: Path) -> Path:
+    """The file of weights of a folder of Transformers."""
+    names = ("model.safetensors", "pytorch_model.bin")
+    return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
+
+
+def pixels_of(folder: Path) -> dict[str, list[float]]:
+    """image_mean and image_std, where a folder of Transformers says them."""
+    path = folder / "preprocessor_config.json"
+    images = read_about(path) if path.exists() else {}
+    return {name: [float(value) for value in images[name]] for name in ("image_mean", "image_std") if name in images}
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """A JSON file of a folder of Transformers. FileNotFoundError. ValueError, naming it."""
+    check_regular(path, "of the folder of a ViTMAE or another model of Transformers")
     if path.stat().st_size > MAX_JSON:
         raise ValueError(f"{path} must be a configuration of at most {MAX_JSON:,} bytes, got {path.stat().st_size:,}")
     return read_json(path)
@@ -219,17 +219,17 @@ def _config(state: Mapping[str, Tensor], channels: int, known: Mapping[str, Any]
     patch = round((patch_dim / channels) ** 0.5)
     patches = len(state["image_position"])
     fields = {
-        "vocab_size": 0, "patch_size": patch, "channels": channels, "image_size": _side(patches) * patch or None,
+        "vocab_size": 0, "patch_size": patch, "channels": channels, "image_size": side_of(patches) * patch or None,
         "activation": "gelu",
         "image_mean": IMAGENET_MEAN if channels == 3 else None, "image_std": IMAGENET_STD if channels == 3 else None,
         "type_vectors": False, "width": width,
-        "depth": _depth(state, "encoder"), "mlp_ratio": _ratio(len(state["encoder.blocks.0.mlp.fc1.weight"]), width),
-        "heads": HEADS.get(width),
+        "depth": depth_of(state, "encoder"), "heads": HEADS.get(width),
+        "mlp_ratio": ratio_of(len(state["encoder.blocks.0.mlp.fc1.weight"]), width),
     }  # fmt: skip
     tables = {"image_position": (patches, width)}
     if decoder:
         wide = len(state["decoder_embed.weight"])
-        fields |= {"decoder_width": wide, "decoder_depth": _depth(state, "decoder"), "decoder_heads": HEADS.get(wide)}
+        fields |= {"decoder_width": wide, "decoder_depth": depth_of(state, "decoder"), "decoder_heads": HEADS.get(wide)}
         tables["decoder_image_position"] = (patches, wide)
     else:
         _say("there is no decoder in the weights: a new one is drawn from seed 0")
@@ -246,19 +246,20 @@ def _config(state: Mapping[str, Tensor], channels: int, known: Mapping[str, Any]
     return M3AEConfig.from_dict(fields)
 
 
-def _side(patches: int) -> int:
+def side_of(patches: int) -> int:
     """Of a square of patches; 0: they are none."""
     side = round(patches**0.5)
     return side if side * side == patches else 0
 
 
-def _ratio(hidden: int, width: int) -> float:
+def ratio_of(hidden: int, width: int) -> float:
     """The mlp_ratio whose product with the width, cut to a whole number, is `hidden`."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def _depth(state: Mapping[str, Tensor], part: str) -> int:
+def depth_of(state: Mapping[str, Tensor], part: str) -> int:
+    """The number of blocks of a part of our model. ValueError: one is missing."""
     numbers = {int(match[1]) for name in state if (match := re.match(rf"{part}\.blocks\.(\d+)\.", name))}
     if numbers != set(range(len(numbers))):
         raise ValueError(f"the {part} must have blocks 0 to {len(numbers) - 1}, got {max(numbers)}")
@@ -270,7 +271,7 @@ def _fit_positions(state: dict[str, Tensor], found: Mapping[str, Any], config: M
     patches, grid = len(state["image_position"]), config.grid
     if "image_size" in found:
         grid = dataclasses.replace(config, image_size=found["image_size"]).grid
-    elif side := _side(patches):
+    elif side := side_of(patches):
         grid = side, side
     if grid[0] * grid[1] != patches:
         raise ValueError(f"the position table must have {grid[0]} x {grid[1]} rows, got {patches}")

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from m3ae_fast import M3AEFastWarning
 from m3ae_fast.convert import config_from_flax, convert_flax_checkpoint, flax_to_torch, load_flax_checkpoint
 from m3ae_fast.models import M3AE, M3AEConfig
+from m3ae_fast.train import RunConfig, Trainer, load_run
 
 
 @pytest.fixture
@@ -129,13 +131,64 @@ def test_checkpoint_of_the_public_code(tmp_path, parameters, library, monkeypatc
     assert (config["depth"], config["decoder_depth"], config["vocab_size"], config["patch_size"]) == (11, 1, 31, 4)
     M3AE(M3AEConfig.from_dict(config)).load_state_dict(flax_to_torch(tree), strict=True)
 
-    shown = convert_flax_checkpoint(path, tmp_path / "model.safetensors")
-    assert shown["width"] == 24
-    from safetensors.torch import load_file
 
-    written = load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(written[name], tensor) for name, tensor in flax_to_torch(tree).items())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.pkl", "model.safetensors"]
+@pytest.fixture
+def converted(tmp_path, parameters):
+    """converted(words, **known): model.pkl with a vocabulary of so many words, as the folder of a run."""
+
+    def make(words=31, **known):
+        (tmp_path / "model.pkl").write_bytes(pickle.dumps({"state": {"params": parameters}}))
+        (tmp_path / "vocab.txt").write_text("\n".join(["[UNK]", *map(str, range(words - 1))]))
+        known = {"text_vocab": tmp_path / "vocab.txt", "image_size": 16, "heads": 3, "decoder_heads": 2} | known
+        return convert_flax_checkpoint(tmp_path / "model.pkl", tmp_path / "run", **known)
+
+    return make
+
+
+def test_a_converted_checkpoint_is_a_run_of_step_0(tmp_path, converted, parameters):
+    config = converted(max_text_length=5)
+    run = load_run(tmp_path / "run")
+    assert run.step == 0 and run.config.objective == "m3ae" and run.model.config == config
+    assert (config.width, config.heads, config.image_size, config.max_text_length) == (24, 3, 16, 5)
+    written = run.model.state_dict()
+    assert all(torch.equal(written[name], tensor) for name, tensor in flax_to_torch(parameters).items())
+    assert run.tokenizer.tokens([0, 3]) == ["[UNK]", "2"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "tokenizer.json"]
+
+
+def test_a_run_starts_from_a_converted_checkpoint(tmp_path, converted):
+    converted(image_size=32, max_text_length=40)
+    settings = {"init": str(tmp_path / "run"), "model": "small", "batch_size": 2, "device": "cpu", "data": "cluttered"}
+    with pytest.warns(M3AEFastWarning, match="are not in the vocabulary"):
+        Trainer(RunConfig(steps=1, **settings), tmp_path / "mine")
+
+
+def test_a_model_of_images_alone_needs_no_vocabulary(tmp_path, converted, parameters):
+    for name in [name for name in parameters if "text" in name]:
+        del parameters[name]
+    assert converted(text_vocab="nowhere").vocab_size == 0
+    assert load_run(tmp_path / "run").tokenizer is None
+
+
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        ({"words": 30}, r"text_vocab must have the 31 entries of .*model.pkl, got 30 in .*vocab.txt"),
+        ({"heads": None}, r"model.pkl does not fit: heads must be given \(--set heads=N\), got none"),
+        ({"depth": 12}, r"model.pkl does not fit: Missing key"),
+        ({"norm_pixs": True}, "fields of M3AEConfig only, got norm_pixs"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, converted, known, message):
+    with pytest.raises(ValueError, match=message):
+        converted(**known)
+    assert not (tmp_path / "run").exists()
+
+
+def test_blocks_that_are_missing_are_named(parameters):
+    del parameters["encoder"]["Block_3"]
+    with pytest.raises(ValueError, match="the encoder must have blocks 0 to 9, got 10"):
+        config_from_flax(parameters)
 
 
 def test_nested_and_flat_trees_agree(parameters):
@@ -216,8 +269,8 @@ def test_an_incomplete_tree_is_named(tmp_path):
     path = tmp_path / "model.pkl"
     path.write_bytes(pickle.dumps({"params": {"cls_token": np.zeros((1, 1, 8), "f")}}))
     with pytest.raises(ValueError, match=r"model\.pkl .*image_embedding/kernel"):
-        convert_flax_checkpoint(path, tmp_path / "out.safetensors")
-    assert not (tmp_path / "out.safetensors").exists()
+        convert_flax_checkpoint(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("zipped", [True, False])

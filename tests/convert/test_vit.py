@@ -19,7 +19,7 @@ from torch import nn
 from benchmarks.models import timm_alone
 from m3ae_fast import ImageTextBatch, M3AEFastWarning
 from m3ae_fast.convert import convert_vit, load_vit, vit_names, write_timm, write_vitmae
-from m3ae_fast.convert.vit import _ratio
+from m3ae_fast.convert.vit import ratio_of
 from m3ae_fast.models import M3AE, MAE, M3AEConfig
 from m3ae_fast.nn.positions import resample_positions, sincos_2d
 from m3ae_fast.train import load_run
@@ -458,7 +458,7 @@ def test_configurations_of_transformers(hf, changes, named):
 
 @pytest.mark.parametrize(("width", "hidden"), [(112, 976), (112, 3792), (1152, 4304), (768, 3072)])
 def test_hidden_rows_are_a_multiple_of_the_width_that_rounds_to_them(width, hidden):
-    assert int(width * _ratio(hidden, width)) == hidden
+    assert int(width * ratio_of(hidden, width)) == hidden
 
 
 def test_published_heads_are_known_and_others_are_asked_for(tmp_path, published):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from m3ae_fast._files import read_json, write_json
-from m3ae_fast.models import OBJECTIVES
+from m3ae_fast.models import MAE, OBJECTIVES, M3AEConfig
 from m3ae_fast.models.config import SIZES
 from m3ae_fast.train import RunConfig, checkpoint, load_run, trainer
 from m3ae_fast.train.config import DEFAULTS, LR_PER_256
@@ -187,11 +187,12 @@ def test_a_missing_extra_is_named(run, monkeypatch):
         assert status == 0 and "m3ae" in out
 
 
-def test_a_converted_file_that_cannot_be_written_is_named(run, monkeypatch):
+def test_a_converted_file_that_cannot_be_written_is_named(run, tmp_path, monkeypatch):
     """The library's own error for a full disk or a missing folder is no OSError."""
-    for name in ("load_flax_checkpoint", "flax_to_torch", "config_from_flax"):  # all but the writing
-        monkeypatch.setattr(f"m3ae_fast.convert.flax.{name}", lambda _: {})
-    status, _, err = run("convert", "model.pkl", "no folder/out.safetensors")
+    model = MAE(M3AEConfig.tiny(vocab_size=0))
+    monkeypatch.setattr("m3ae_fast.convert.vit.load_vit", lambda _: model)  # all but the writing
+    (tmp_path / "weights.safetensors").touch()
+    status, _, err = run("convert", "weights.safetensors", "no folder/out.safetensors")
     assert status == 2 and "error: no folder/out.safetensors cannot be written" in err
 
 
