@@ -203,7 +203,7 @@ def _convert(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"there is no file or folder {args.source}")
     options = dict(args.options or ())
     published = args.source.is_dir() or args.source.suffix == SAFETENSORS or is_torch(args.source)
-    for name, given_to in (("--set", options), ("--text-vocab", args.text_vocab)):
+    for name, given_to in (("--set", options), ("--text", args.text), ("--text-vocab", args.text_vocab)):
         if given_to and args.to is not None:
             raise ValueError(f"{name} must be given for weights that become ours alone, got it beside --to {args.to}")
     if args.text_vocab is not None:
@@ -215,6 +215,8 @@ def _convert(args: argparse.Namespace) -> int:
         write = {"vitmae": convert.write_vitmae, "timm": convert.write_timm}[args.to]
         write(run.model, args.target)
         config = run.model.config.to_dict()
+    elif args.text is not None:
+        config = convert.convert_mamo(args.source, args.text, args.target, **options).to_dict()
     elif published:
         if args.text_vocab is not None:
             raise ValueError(f"--text-vocab must be given for models that read words, {args.source} does not")
@@ -325,8 +327,12 @@ def _parser(named: str | None = None) -> argparse.ArgumentParser:
     )
     convert.add_argument("--to", choices=("vitmae", "timm"), help="write for Transformers, or the encoder for timm")
     convert.add_argument(
+        "--text", type=path, metavar="BERT",
+        help="make a MAMO: IN is its image encoder (CLIP's or DeiT's), this BERT its text and fusion encoder",
+    )  # fmt: skip
+    convert.add_argument(
         "--text-vocab", metavar="FILE|NAME",
-        help="of what reads words, as of pretrain (default: bert-base-uncased)",
+        help="of what reads words, as of pretrain (default: the one in the folder BERT, or bert-base-uncased)",
     )  # fmt: skip
     convert.add_argument(
         "--set", dest="options", type=name_and_value, action="append", metavar="NAME=VALUE",

@@ -40,11 +40,13 @@ def is_torch(path: Path) -> bool:
     return start.startswith(ZIP) or start == LEGACY
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: Path, *, without: str | None = None) -> Weights:
     """The state dict of a file of PyTorch (read by its `weights_only` loader) or of safetensors.
 
     Of a training checkpoint, the one under "model" or "state_dict".
 
+    Args:
+        without: the end of names that are left out, whatever is there.
     Raises:
         FileNotFoundError. ValueError, naming it: it is no regular file, is damaged, asks for more than tensors, or
             holds no state dict.
@@ -52,7 +54,7 @@ def read_weights(path: Path) -> Weights:
     check_regular(path, "a file of weights")
     try:
         content = read_tensors(path)[1] if path.suffix == SAFETENSORS else _load(path)
-        state, args = _state_of(content)
+        state, args = _state_of(content, without)
     except OSError:
         raise
     except Exception as error:  # what is hostile or cut short can fail in any way
@@ -73,12 +75,14 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def _state_of(content: Any) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+def _state_of(content: Any, without: str | None) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     if not isinstance(content, Mapping):
         raise TypeError(f"it holds a {type(content).__name__}")
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else {}
     state = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), Mapping)), content)
+    if without is not None:
+        state = {name: tensor for name, tensor in state.items() if not str(name).endswith(without)}
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise TypeError(f"it holds a {type(tensor).__name__} under {str(name)[:80]!r}")
