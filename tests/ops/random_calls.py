@@ -180,6 +180,8 @@ def linear_cross_entropy(p):
     inner, classes, lengths, past = p.one(0, *WIDTHS), p.one(*WIDTHS), p.lengths(), p.between(0, 2)
     reduction, rows = p.one(*REDUCTIONS), sum(lengths)
     call = {"reduction": reduction, "label_smoothing": p.one(0.0, 0.0, 0.1, 1.0), "ignore_index": p.one(-100, 0, 1)}
+    call |= {"lse_square_scale": p.one(0.0, 0.0, 0.1), "return_lse": p.one(True, False, False)}
+    call |= {"return_z_loss": p.one(True, False)}
     if reduction == "sample_mean" or p.one(True, False):
         call["cu_seqlens"], rows = p.offsets(lengths), rows + past
     call["x"], call["weight"] = (
@@ -188,6 +190,11 @@ def linear_cross_entropy(p):
     )
     target = p.ids(classes, sum(lengths), rows - sum(lengths))
     target[::3] = call["ignore_index"]
+    if p.one(True, False):
+        call["class_weight"] = p.floats(classes).detach().clamp(min=0)
+    if p.one(True, False, False):  # any leading dimensions
+        call["x"] = call["x"].detach()[:, None].requires_grad_(call["x"].requires_grad)
+        target = target[:, None]
     # Rounded logits may be equal where the logits are not: only wide ones say which is the largest.
     accuracy = p.dtype != torch.bfloat16 and not p.mixed and p.one(True, False)
     return call | {

@@ -19,7 +19,7 @@ CASES = {
     "gather_patches": ("planes",),
     "layer_norm": ("small", "residual", "300 columns"),
     "linear": ("small", "gelu", "gelu_tanh", "gelu_input"),
-    "linear_cross_entropy": ("small", "sum", "none"),
+    "linear_cross_entropy": ("small", "sum", "none", "weighted", "batch"),
     "masked_mse": ("mean norm_pix", "past the end", "float norm_pix"),
     "restore_tokens": ("small",),
     "varlen_attention": ("small", "ties"),

@@ -7,18 +7,20 @@ namespace m3ae {
 
 // A row that counts.
 struct CrossEntropyRow {
-  int32_t row;         // of x
-  int32_t target;      // in [0, vocab)
-  double share;        // what its loss weighs in the reduced one
-  double dloss, loss;  // as accumulators hold them (fp32; fp64 for Dtype::f64)
-  bool hit;            // the target's is the first of the largest logits
+  int32_t row;                               // of x
+  int32_t target;                            // in [0, vocab)
+  double weight;                             // of the target's class
+  double share = 1, loss_share = 1;          // what its hit and lse^2, and its loss, weigh in the reduced ones
+  double dloss = 0, dlse = 0, dsquares = 0;  // gradients of its loss (as accumulators hold it), its lse and its lse^2
+  double loss = 0, lse = 0;                  // cross entropy, as accumulators hold it (fp32; fp64 for Dtype::f64)
+  bool hit = false;                          // the target's is the first of the largest logits
 };
 
 // Linear and cross entropy over a block of rows whose logits stay in a workspace. Each stage is a kernel over tasks that
 // depend on nothing of their own stage, and no sum depends on how they are shared out:
 //   pack       rows of x                    x in the two layouts that products read (csrc/cpu/gemm.h)
 //   logits     panels of classes            x W^T + bias
-//   softmax    rows                         loss and hit; the logits become dloss (softmax - target)
+//   softmax    rows                         loss, lse and hit; the logits become their gradients
 //   dx         bands of rows x of columns   dlogits W
 //   dweight    panels of classes            (+)= dlogits^T x, and the same for dbias
 struct CrossEntropyBlock {
@@ -30,6 +32,8 @@ struct CrossEntropyBlock {
   void* dbias;            // accumulators [vocab]; null: not wanted
   int64_t width, vocab;
   double label_smoothing;
+  const void* class_weight;  // accumulators [vocab]; null: ones, or no smoothing, where the weights in `rows` will do
+  double mean_weight;        // of class_weight; 1 for null
   Dtype dtype;            // of x and dx
   Dtype parameter_dtype;  // of weight, bias and dweight: dtype, or fp32 where that is bf16
   int parts;              // how many bf16 numbers stand for an fp32 one in a product: csrc/cpu/isa.h

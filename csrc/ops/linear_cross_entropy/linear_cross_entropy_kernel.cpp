@@ -204,7 +204,10 @@ M3AE_INLINE V exp_of_unit(V x) {
   else return exp(x);
 }
 
-template <class T, class R, class P>
+// The cross entropy of a row, w the weights of classes, y its target, s the smoothing, V the vocabulary:
+//   (1 - s) w_y (lse - z_y) + s / V sum_v w_v (lse - z_v) = whole (lse - z_y) + s (mean(w) z_y - sum_v w_v z_v / V),
+// with whole = (1 - s) w_y + s mean(w), and its gradient: whole p_v - s / V w_v, less (1 - s) w_y where v = y.
+template <class T, class R, class P, bool Weighted>
 void softmax(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
   using V = Vec<T>;
   using U = typename Block<T, R>::U;
@@ -213,6 +216,10 @@ void softmax(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
   const Block<T, R> b(a);
   const int64_t vocab = a.vocab;
   const double smoothing = a.label_smoothing;
+  const auto weighted = [&](V x, int64_t v, int n) {
+    if constexpr (Weighted) return x * load_lanes<V>(as<Accumulator>(a.class_weight) + v, n);
+    else return x;
+  };
   for (int64_t i = begin; i < end; ++i) {
     Logit* logits = b.logits + i * b.stride;
     CrossEntropyRow& row = a.rows[i];
@@ -238,23 +245,27 @@ void softmax(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
       if (first_nan >= 0) sum = NAN;
     }
     const Accumulator wanted = at<V>(target);
-    double loss = std::log(sum) + (static_cast<double>(largest) - wanted);
+    const double whole = row.weight + smoothing * (a.mean_weight - row.weight);
+    double loss = whole * (std::log(sum) + (static_cast<double>(largest) - wanted));
     if (smoothing > 0) {
-      const double below = sum_lanes<V>(
-          vocab, [&](int64_t d, int n) { return (load_lanes<V>(logits + d, n) - shift).first_or(n, V::zero()); });
-      loss += smoothing * (static_cast<double>(wanted) - largest - below / vocab);
+      const double below = sum_lanes<V>(vocab, [&](int64_t d, int n) {
+        return weighted(load_lanes<V>(logits + d, n) - shift, d, n).first_or(n, V::zero());
+      });
+      loss += smoothing * (a.mean_weight * (static_cast<double>(wanted) - largest) - below / vocab);
     }
     row.loss = static_cast<Accumulator>(loss);
+    row.lse = std::log(sum) + largest;
     bool hit = first_nan < 0 ? wanted == largest : first_nan == row.target;
     for (const Logit* earlier = logits; hit && first_nan < 0 && earlier < target; ++earlier) hit = at<V>(earlier) < largest;
     row.hit = hit;
 
     if (!a.dx && !a.dweight && !a.dbias) continue;
-    const double dloss = row.dloss;
-    const V scale = V::set(static_cast<Accumulator>(dloss / sum));
+    const double dloss = row.dloss, dlse = row.dlse + 2 * row.dsquares * row.lse;
+    const V scale = V::set(static_cast<Accumulator>((dloss * whole + dlse) / sum));
     const V spread = V::set(static_cast<Accumulator>(-dloss * smoothing / vocab));
     const double p = std::exp(static_cast<double>(wanted) - largest) / sum;
-    const Accumulator of_target = static_cast<Accumulator>(dloss * (p - smoothing / vocab - (1 - smoothing)));
+    const double less_target = whole * p - row.weight * (smoothing / vocab) - row.weight * (1 - smoothing);
+    const Accumulator of_target = static_cast<Accumulator>(dloss * less_target + dlse * p);
     if constexpr (!std::is_same_v<T, R>) {
       alignas(64) Accumulator values[b.chunk];
       for (int64_t v = 0; v < b.stride; v += b.chunk) {
@@ -262,7 +273,8 @@ void softmax(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
         const int64_t classes = vocab - v < here ? vocab - v : here;
         std::memset(values + classes, 0, sizeof(Accumulator) * static_cast<size_t>(here - classes));
         for_lanes<V>(classes, [&](int64_t d, int n) {
-          store_lanes(V::fma(exp(load_lanes<V>(logits + v + d, n) - shift), scale, spread), values + d, n);
+          const V weight = exp(load_lanes<V>(logits + v + d, n) - shift);
+          store_lanes(V::fma(weight, scale, weighted(spread, v + d, n)), values + d, n);
         });
         if (row.target >= v && row.target < v + here) values[row.target - v] = of_target;
         for (int part = 0; part < b.parts; ++part)
@@ -272,7 +284,7 @@ void softmax(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
     }
     for_lanes<V>(vocab, [&](int64_t d, int n) {
       const V weight = exp_of_unit<U>(load_lanes<V>(logits + d, n) - shift);
-      store_rounded(V::fma(weight, scale, spread), logits + d, n);
+      store_rounded(V::fma(weight, scale, weighted(spread, d, n)), logits + d, n);
     });
     V::set(of_target).store_first(target, 1);
   }
@@ -380,7 +392,8 @@ void cross_entropy_logits(const CrossEntropyBlock& args, char* scratch, int64_t 
 }
 void cross_entropy_softmax(const CrossEntropyBlock& args, int64_t begin, int64_t end) {
   with_elements(args, [&](auto t, auto r, auto p) {
-    softmax<decltype(t), decltype(r), decltype(p)>(args, begin, end);
+    if (args.class_weight) softmax<decltype(t), decltype(r), decltype(p), true>(args, begin, end);
+    else softmax<decltype(t), decltype(r), decltype(p), false>(args, begin, end);
   });
 }
 void cross_entropy_dx(const CrossEntropyBlock& args, char* scratch, int64_t begin, int64_t end) {

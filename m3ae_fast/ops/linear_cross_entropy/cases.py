@@ -10,11 +10,15 @@ OPTIONS = {
     "mean": {"return_accuracy": True},
     "sum": {"reduction": "sum", "label_smoothing": 0.1, "return_accuracy": True},
     "none": {"reduction": "none", "label_smoothing": 0.3, "return_accuracy": True},
+    "weighted": {"label_smoothing": 0.1, "lse_square_scale": 0.01, "return_accuracy": True, "return_z_loss": True},
+    "lse": {"reduction": "sample_mean", "lse_square_scale": 0.01, "return_lse": True},
+    "batch": {"reduction": "none", "label_smoothing": 0.3, "return_lse": True, "return_z_loss": True},
     "all_ignored": {},
     "empty": {"reduction": "sample_mean"},
     "m3ae_small": {"reduction": "sample_mean"},
 }
-SMALL = ("small", "mean", "sum", "none", "no_bias", "all_ignored", "empty")
+WEIGHTED = ("weighted", "lse", "batch")
+SMALL = ("small", "mean", "sum", "none", *WEIGHTED, "no_bias", "all_ignored", "empty")
 REAL = ("m3ae_small", "batch_64")  # the masked words of a batch of 8; a third of 2048 rows ignored
 LOSS = True
 
@@ -36,4 +40,11 @@ def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:
     if options.get("reduction") == "sample_mean":
         options["cu_seqlens"] = lengths.cu
     bias = None if name in ("no_bias", *REAL) else param(vocab)
-    return Call((param(rows, width), param(vocab, width, scale=width**-0.5), target, bias), options)
+    x, weight = param(rows, width), param(vocab, width, scale=width**-0.5)
+    if name in WEIGHTED:
+        class_weight = param(vocab).detach().abs()
+        class_weight[::4] = 0
+        options["class_weight"] = class_weight
+    if name == "batch":
+        x, target = x.detach()[: rows // 2 * 2].view(2, -1, width).requires_grad_(), target[: rows // 2 * 2].view(2, -1)
+    return Call((x, weight, target, bias), options)
