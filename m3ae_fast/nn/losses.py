@@ -51,14 +51,29 @@ class LinearCrossEntropyLoss(nn.Module):
 
     Args:
         width: of the rows. vocab_size: classes. bias: whether the head has one.
+        class_weight: [vocab_size] floating or None, kept as a buffer, as torch.nn.CrossEntropyLoss keeps its `weight`.
         reduction, settings: as `linear_cross_entropy`'s.
     """
 
-    def __init__(self, width: int, vocab_size: int, *, bias: bool = True, reduction: str = "mean", **settings):
+    def __init__(
+        self,
+        width: int,
+        vocab_size: int,
+        *,
+        bias: bool = True,
+        class_weight: Tensor | None = None,
+        reduction: str = "mean",
+        **settings,
+    ):
         super().__init__()
         self.head = nn.Linear(width, vocab_size, bias=bias)
+        self.register_buffer("class_weight", class_weight)
         self.settings = {"reduction": reduction, **settings}
 
-    def forward(self, x: Tensor, target: Tensor, cu_seqlens: SeqLens | Tensor | None = None) -> Tensor:
-        """x [T, width], target [T] -> loss (reduction "sample_mean" needs cu_seqlens)."""
-        return linear_cross_entropy(x, self.head.weight, target, self.head.bias, cu_seqlens=cu_seqlens, **self.settings)
+    def forward(
+        self, x: Tensor, target: Tensor, cu_seqlens: SeqLens | Tensor | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
+        """x [..., width], target [...] -> loss, or the tuple that the settings ask for (reduction "sample_mean" needs
+        cu_seqlens)."""
+        options = self.settings | {"cu_seqlens": cu_seqlens, "class_weight": self.class_weight}
+        return linear_cross_entropy(x, self.head.weight, target, self.head.bias, **options)

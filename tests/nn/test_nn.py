@@ -176,6 +176,11 @@ def test_losses():
     x, target, seqlens = torch.randn(5, 8), torch.tensor([1, 2, -100, 4, 5]), SeqLens([3, 2])
     each = F.cross_entropy(head.head(x), target, reduction="none", ignore_index=-100)
     torch.testing.assert_close(head(x, target, seqlens), (each[:2].mean() + each[3:].mean()) / 2)
+    class_weight = torch.rand(11)
+    head = nn.LinearCrossEntropyLoss(8, 11, class_weight=class_weight)
+    batch = x.view(5, 1, 8), target.view(5, 1)
+    torch.testing.assert_close(head(*batch), F.cross_entropy(head.head(x), target, class_weight))
+    assert head.double().class_weight.dtype == torch.float64
     images, pred, ids = torch.rand(1, 3, 4, 8), torch.randn(1, 48), torch.tensor([1])
     loss = nn.MaskedMSELoss(4)(pred, images, ids, SeqLens([1]))
     torch.testing.assert_close(loss, F.mse_loss(pred[0], images[0, :, :, 4:].permute(1, 2, 0).flatten()))
