@@ -70,6 +70,7 @@ std::vector<AttentionTask> tasks(const int32_t* cu_q, const int32_t* cu_k, int64
   std::vector<AttentionTask> list;
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t queries = cu_q[b + 1] - cu_q[b], keys = cu_k[b + 1] - cu_k[b];
+    if (query_block && queries == 0) continue;  // forward: nothing is written
     const int64_t blocks = std::max<int64_t>(1, query_block ? (queries + query_block - 1) / query_block : 1);
     for (int64_t i = 0; i < blocks; ++i) {
       const Range range = chunk_range(queries, blocks, i);
