@@ -37,12 +37,13 @@ def _attention(q, k, v, cu_q, cu_k, max_q, max_k, scale):
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     total, heads = q.shape[:2]
     groups = heads // k.shape[1]
-    q_BSHD, _ = _pad(q.to(accumulate), cu_q, max_q)
+    q_BSHD, asked = _pad(q.to(accumulate), cu_q, max_q)
     k_BSHD, real = _pad(k.to(accumulate).repeat_interleave(groups, 1), cu_k, max_k)
     v_BSHD, _ = _pad(v.to(accumulate).repeat_interleave(groups, 1), cu_k, max_k)
     scores = torch.einsum("bqhd,bkhd->bhqk", q_BSHD, k_BSHD) * scale
-    # The least finite number, not -inf: a sequence without keys would turn the gradient into NaN.
-    scores = torch.where(real[:, None, None, :], scores, torch.finfo(accumulate).min)
+    # The least finite number, not -inf: a sequence without keys would turn the gradient into NaN. In the holes of the
+    # queries too: no key that is not asked gives its own gradient a NaN.
+    scores = torch.where(asked[:, None, :, None] & real[:, None, None, :], scores, torch.finfo(accumulate).min)
     weights = torch.softmax(scores, -1) * real[:, None, None, :]
     out = torch.einsum("bhqk,bkhd->bqhd", weights, v_BSHD)
     lse = torch.where(real.any(-1)[:, None, None], torch.logsumexp(scores, -1), -torch.inf).permute(0, 2, 1)
