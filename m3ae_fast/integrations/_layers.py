@@ -20,6 +20,21 @@ def offsets(batch: int, length: int, device: torch.device) -> Tensor:
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
 
 
+def without_unused(cu_q: Tensor, cu_k: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets of 2 B sequences for B of which only the first keys count: the queries of one with its used keys, then no
+    query with its other keys. Nothing is copied but offsets: keys that no query reads have gradients 0.
+
+    Args:
+        cu_q, cu_k: [B + 1] int32. used: [B] int32, how many keys count, at most as many as there are.
+
+    Returns:
+        (cu_q, cu_k), [2 B + 1] int32 each.
+    """
+    twice_q = cu_q[:, None].expand(-1, 2).flatten()[1:]
+    split_k = torch.stack([cu_k[:-1], cu_k[:-1] + used], 1).flatten()
+    return twice_q, torch.cat([split_k, cu_k[-1:]])
+
+
 def drops(dropout: nn.Module) -> bool:
     """Whether one of DROPOUT drops anything. Its own mode counts: some let it drop in a model that is evaluated."""
     return dropout.training and getattr(dropout, "p", 0) > 0

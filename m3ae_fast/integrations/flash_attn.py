@@ -1,4 +1,4 @@
-"""FlashAttention-2's functions over packed sequences, under its names: `flash_attn` and `flash_attn.bert_padding`.
+"""FlashAttention-2's functions under its names: `flash_attn` and `flash_attn.bert_padding`.
 
 Same arguments in the same order with the same defaults as flash_attn 2.7 and 2.8, on the CPU too and in fp32 and fp64.
 What `varlen_attention` has not (dropout, causal and sliding-window masks, soft-capping, ALiBi, paged keys) is refused.
@@ -10,8 +10,104 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3ae_fast import _checks
+from m3ae_fast import _checks, seqlens
+from m3ae_fast.integrations._layers import offsets, without_unused
 from m3ae_fast.ops import varlen_attention, varlen_attention_qkvpacked
+
+
+def flash_attn_func(
+    q,
+    k,
+    v,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+):
+    """Attention of a batch without padding: every query reads all keys of its sample.
+
+    Args:
+        q: [B, S, H, D] float16, bfloat16, float32 or float64. A batch whose samples do not lie one behind the other in
+            memory is copied, as in `varlen_attention` one whose last dimension is not contiguous.
+        k, v: [B, Sk, Hk, D]; H is a multiple of Hk.
+        softmax_scale: None is D ** -0.5.
+        deterministic: taken and met either way: the gradients are the same bits on every run.
+        return_attn_probs: return (out, softmax_lse, S_dmask).
+        dropout_p, causal, window_size, softcap, alibi_slopes: as of `flash_attn_varlen_func`.
+
+    Returns:
+        out [B, S, H, D]; with return_attn_probs also softmax_lse [B, H, S] float32 (float64 for float64) and S_dmask,
+        an empty tensor.
+
+    Raises:
+        NotImplementedError: what is not supported was asked for. ValueError, TypeError: shapes, devices, dtypes.
+
+    Source: arXiv:2307.08691; the arguments of flash_attn_func, flash_attn 2.8.
+    """
+    _plain(dropout_p, causal, window_size, softcap, alibi_slopes)
+    _checks.shape("q", q, (None, None, None, None))
+    _checks.shape("k", k, (q.shape[0], None, None, q.shape[3]))
+    _checks.shape("v", v, k.shape)
+    lengths = q.shape[1], k.shape[1]
+    result = varlen_attention(
+        *(x.flatten(0, 1) for x in (q, k, v)), *(offsets(len(q), length, q.device) for length in lengths), *lengths,
+        softmax_scale=softmax_scale, return_lse=return_attn_probs,
+    )  # fmt: skip
+    return _by_sample(result, q.shape[:2])
+
+
+def flash_attn_kvpacked_func(
+    q,
+    kv,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+):
+    """`flash_attn_func` of k, v = kv.unbind(2).
+
+    Args:
+        kv: [B, Sk, 2, Hk, D]. The others, what is returned and what is raised: see `flash_attn_func`.
+    """
+    _checks.shape("kv", kv, (None, None, 2, None, None))
+    return flash_attn_func(
+        q, *kv.unbind(2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_qkvpacked_func(
+    qkv,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+):
+    """`flash_attn_func` of q, k, v = qkv.unbind(2), whose gradient is written in one buffer.
+
+    Args:
+        qkv: [B, S, 3, H, D]. The others, what is returned and what is raised: see `flash_attn_func`.
+    """
+    _plain(dropout_p, causal, window_size, softcap, alibi_slopes)
+    _checks.shape("qkv", qkv, (None, None, 3, None, None))
+    batch, length = qkv.shape[:2]
+    result = varlen_attention_qkvpacked(
+        qkv.flatten(0, 1), offsets(batch, length, qkv.device), length, softmax_scale=softmax_scale,
+        return_lse=return_attn_probs,
+    )  # fmt: skip
+    return _by_sample(result, (batch, length))
 
 
 def flash_attn_varlen_func(
@@ -31,6 +127,8 @@ def flash_attn_varlen_func(
     deterministic=False,
     return_attn_probs=False,
     block_table=None,
+    *,
+    seqused_k=None,
 ):
     """Attention of packed queries to the packed keys of the same sequence.
 
@@ -44,6 +142,9 @@ def flash_attn_varlen_func(
         return_attn_probs: return (out, softmax_lse, S_dmask).
         dropout_p, causal, window_size, softcap, alibi_slopes, block_table: nothing but their defaults (or a softcap
             below 0, which is none).
+        seqused_k: [B] int32 or int64, at most the lengths: only the first so many keys of each sequence count. The
+            others may hold anything, NaN too; their gradients are 0. Nothing is copied: the sequences become twice as
+            many, every other one without queries. max_seqlen_k is of all keys, the unused ones too.
 
     Returns:
         out [Tq, H, D]; with return_attn_probs also softmax_lse [H, Tq] float32 (float64 for float64), the natural log
@@ -53,11 +154,16 @@ def flash_attn_varlen_func(
         FlashAttention drops it.
 
     Raises:
-        NotImplementedError: what is not supported was asked for. ValueError, TypeError: as `varlen_attention`.
+        NotImplementedError: what is not supported was asked for. ValueError, TypeError: as `varlen_attention`; more
+            keys are used than there are (the CPU looks; a GPU would have to sync for it).
 
-    Source: arXiv:2307.08691; the arguments of flash_attn_varlen_func, flash_attn 2.8.
+    Source: arXiv:2307.08691; the arguments of flash_attn_varlen_func, flash_attn 2.8; seqused_k as in FlashAttention-3.
     """
     _plain(dropout_p, causal, window_size, softcap, alibi_slopes, block_table)
+    if seqused_k is not None:
+        max_seqlen_q = _longest(cu_seqlens_q, max_seqlen_q)
+        max_seqlen_k = _longest(cu_seqlens_k, max_seqlen_k)
+        cu_seqlens_q, cu_seqlens_k = _of_used(cu_seqlens_q, cu_seqlens_k, seqused_k)
     result = varlen_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         softmax_scale=softmax_scale, return_lse=return_attn_probs,
@@ -138,9 +244,7 @@ def unpad_input(
 
     Source: flash_attn.bert_padding.unpad_input, flash_attn 2.7 and later (before, it returned the first four).
     """
-    if _checks.tensor("hidden_states", hidden_states).dim() < 2:
-        raise ValueError(f"hidden_states must have shape (B, S, ...), got {tuple(hidden_states.shape)}")
-    _checks.shape("attention_mask", attention_mask, hidden_states.shape[:2])
+    _check_padded(hidden_states, "attention_mask", attention_mask)
     valid = taken = attention_mask != 0
     if unused_mask is not None:
         _checks.shape("unused_mask", unused_mask, hidden_states.shape[:2])
@@ -151,6 +255,41 @@ def unpad_input(
     cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     rows = hidden_states.flatten(0, 1).index_select(0, indices)
     return rows, indices, cu_seqlens, longest, valid.sum(1, dtype=torch.int32)
+
+
+def unpad_input_for_concatenated_sequences(
+    hidden_states: Tensor, attention_mask_in_length: Tensor
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The rows of a padded batch whose samples hold several sequences each, packed: attention stays within a sequence.
+
+    Looks at the lengths' values: on a GPU that is a sync.
+
+    Args:
+        hidden_states: [B, S, ...], any dtype; the sequences of a sample lie one behind the other, from its first row.
+        attention_mask_in_length: [B, S] integers: the lengths of the sample's sequences, in their order, and zeros.
+
+    Returns:
+        rows [T, ...]; indices [T] int64, their places among the B * S; cu_seqlens [N + 1] int32 of the N sequences; the
+        longest length, an int. `pad_input` takes rows and indices back.
+
+    Raises:
+        ValueError: shapes disagree, or lengths are negative or more than S in a sample. TypeError: no integers.
+
+    Source: flash_attn.bert_padding.unpad_input_for_concatenated_sequences, flash_attn 2.8.
+    """
+    name, lengths = "attention_mask_in_length", attention_mask_in_length
+    _check_padded(hidden_states, name, lengths)
+    _checks.dtype(name, lengths, (torch.int64, torch.int32, torch.int16, torch.uint8))
+    lengths = lengths.to(torch.int64)
+    totals = lengths.sum(1, keepdim=True)
+    indices = (torch.arange(lengths.shape[1], device=lengths.device) < totals).flatten().nonzero().flatten()
+    lengths = lengths[lengths != 0]
+    cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    longest = int(lengths.max()) if len(lengths) else 0
+    if len(indices) != cu_seqlens[-1] or (lengths < 0).any():
+        most = hidden_states.shape[1]
+        raise ValueError(f"{name} must hold lengths of at most {most} rows in all in each sample, not negative")
+    return hidden_states.flatten(0, 1).index_select(0, indices), indices, cu_seqlens, longest
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
@@ -194,10 +333,43 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
     return input.index_select(0, indices)
 
 
+def _check_padded(hidden_states, name, mask):
+    if _checks.tensor("hidden_states", hidden_states).dim() < 2:
+        raise ValueError(f"hidden_states must have shape (B, S, ...), got {tuple(hidden_states.shape)}")
+    _checks.shape(name, mask, hidden_states.shape[:2])
+
+
 def _check_indices(indices, shape, rows):
     _checks.shape("indices", indices, shape)
     _checks.dtype("indices", indices, _checks.INTEGERS)
     _checks.within("indices", indices, 0, rows)
+
+
+def _longest(cu: seqlens.SeqLens | Tensor, longest: int | None) -> int | None:
+    return cu.max if longest is None and isinstance(cu, seqlens.SeqLens) else longest
+
+
+def _of_used(cu_q: seqlens.SeqLens | Tensor, cu_k: seqlens.SeqLens | Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    """The offsets of queries and keys, the keys that are not used in sequences of their own."""
+    cu_q, cu_k = seqlens.cu_seqlens("cu_seqlens_q", cu_q), seqlens.cu_seqlens("cu_seqlens_k", cu_k)
+    _checks.shape("cu_seqlens_k", cu_k, cu_q.shape)
+    used = _checks.ids("seqused_k", _checks.tensor("seqused_k", used), len(cu_k) - 1)
+    _checks.device("seqused_k", used, "cu_seqlens_k", cu_k)
+    if used.device.type == "cpu" and not torch.compiler.is_compiling():
+        lengths = cu_k.diff()
+        if (used < 0).any() or (used > lengths).any():
+            raise ValueError(
+                f"seqused_k must be at most the lengths of the sequences, {lengths.tolist()}, got {used.tolist()}"
+            )
+    return without_unused(cu_q, cu_k, used)
+
+
+def _by_sample(result, shape):
+    """What `varlen_attention` returned of a batch of (B, S) equal lengths, with the batch's dimensions."""
+    if isinstance(result, Tensor):
+        return result.unflatten(0, shape)
+    out, lse = result
+    return _with_empty_probs(out.unflatten(0, shape), lse.unflatten(1, shape).transpose(0, 1))
 
 
 def _with_empty_probs(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,6 +38,33 @@ class BlockDiagonalMask:
         return cls(q_seqinfo, q_seqinfo if kv_seqlen is None else SeqLenInfo.of(kv_seqlen, device))
 
 
+@dataclasses.dataclass
+class SeqLenInfoWithRoom(SeqLenInfo):
+    seqlen: torch.Tensor
+
+    @classmethod
+    def of(cls, starts, lengths):
+        starts = list(starts)
+        return cls(torch.tensor(starts, dtype=torch.int32), max(lengths), starts, torch.tensor(lengths).int())
+
+
+class BlockDiagonalPaddedKeysMask(BlockDiagonalMask):
+    @classmethod
+    def from_seqlens(cls, q_seqlen, kv_padding, kv_seqlen, *, device="cpu"):
+        starts = range(0, kv_padding * len(kv_seqlen) + 1, kv_padding)
+        return cls(SeqLenInfo.of(q_seqlen, device), SeqLenInfoWithRoom.of(starts, kv_seqlen))
+
+
+class BlockDiagonalGappyKeysMask(BlockDiagonalMask):
+    @classmethod
+    def from_seqlens(cls, q_seqlen, kv_seqstarts, kv_seqlen, *, device="cpu"):
+        return cls(SeqLenInfo.of(q_seqlen, device), SeqLenInfoWithRoom.of(kv_seqstarts, kv_seqlen))
+
+
+class BlockDiagonalCausalWithOffsetPaddedKeysMask(BlockDiagonalPaddedKeysMask):
+    pass
+
+
 class BlockDiagonalCausalMask(BlockDiagonalMask):
     pass
 
@@ -46,19 +73,25 @@ class LowerTriangularMask:
     pass
 
 
-MASKS = {"stand-in": BlockDiagonalMask}
+NAMES = ("BlockDiagonalMask", "BlockDiagonalPaddedKeysMask", "BlockDiagonalGappyKeysMask")
+MASKS = {"stand-in": {name: globals()[name] for name in NAMES}}
 with contextlib.suppress(ImportError):
-    from xformers.ops.fmha.attn_bias import BlockDiagonalMask as Published
+    from xformers.ops.fmha import attn_bias
 
-    MASKS["published"] = Published
+    MASKS["published"] = {name: getattr(attn_bias, name) for name in NAMES}
 
 
 @pytest.fixture(params=["stand-in", "published"])
 def mask_of(request):
-    """mask_of(q_lengths, k_lengths=None): a BlockDiagonalMask."""
+    """mask_of(q_lengths, k_lengths=None): a BlockDiagonalMask. mask_of(q_lengths, padding or starts of keys, k_lengths,
+    name=...): one of the others."""
     if request.param not in MASKS:
         pytest.skip("xformers cannot be imported here")
-    return lambda *lengths: MASKS[request.param].from_seqlens(*lengths, device=torch.device("cpu"))
+
+    def make(*lengths, name="BlockDiagonalMask"):
+        return MASKS[request.param][name].from_seqlens(*lengths, device=torch.device("cpu"))
+
+    return make
 
 
 def randn(*size, dtype=torch.float64, seed=0):
@@ -88,7 +121,7 @@ def test_a_block_diagonal_mask(mask_of, q_lengths, k_lengths, scale, dtype, by_s
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_published_mask_written_out(dtype, assert_as_good):
     """Its own materialize(), handed to scaled_dot_product_attention."""
-    mask = MASKS["published"].from_seqlens([3, 41, 1], [5, 27, 9], device=torch.device("cpu"))
+    mask = MASKS["published"]["BlockDiagonalMask"].from_seqlens([3, 41, 1], [5, 27, 9], device=torch.device("cpu"))
     q, k, v = randn(1, 45, 4, 20, dtype=dtype), randn(1, 41, 4, 20, dtype=dtype), randn(1, 41, 4, 20, dtype=dtype)
 
     def oracle(*qkv):
@@ -96,6 +129,75 @@ def test_the_published_mask_written_out(dtype, assert_as_good):
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv), bias).transpose(1, 2)
 
     assert_as_good(testing.Call((q, k, v)), lambda *qkv: ours.memory_efficient_attention(*qkv, mask), oracle)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("name", "room", "starts"),
+    [
+        ("BlockDiagonalPaddedKeysMask", 12, [0, 12, 24, 36, 48]),
+        ("BlockDiagonalGappyKeysMask", [0, 7, 19, 19, 31], [0, 7, 19, 19, 31]),
+    ],
+)
+def test_keys_with_room_between_them(mask_of, name, room, starts, dtype, by_sequence, assert_as_good):
+    """Each block has a number of keys and room behind them, where NaN stands; the last block has no query."""
+    q_lengths, k_lengths = [3, 41, 4, 0], [5, 12, 0, 9]
+    mask = mask_of(q_lengths, room, k_lengths, name=name)
+    counts = torch.zeros(starts[-1], dtype=torch.bool)
+    for start, length in zip(starts[:-1], k_lengths, strict=True):
+        counts[start : start + length] = True
+    q = randn(1, sum(q_lengths), 4, 20, dtype=dtype)
+    k, v = (randn(1, starts[-1], 4, 20, dtype=dtype, seed=seed).detach() for seed in (1, 2))
+    k, v = (x.masked_fill(~counts[:, None, None], torch.nan).requires_grad_() for x in (k, v))
+    call = testing.Call((q, k, v))
+    assert_as_good(
+        call,
+        lambda q, k, v: ours.memory_efficient_attention(q, k, v, mask),
+        lambda q, k, v: by_sequence(q[0], k[0, counts], v[0, counts], q_lengths, k_lengths)[0][None],
+    )
+    for gradient in call.run(lambda q, k, v: ours.memory_efficient_attention(q, k, v, mask))[1][1:]:
+        assert (gradient[0, ~counts] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_head(masked, dtype, assert_as_good):
+    """Three dimensions: the heads' is left out."""
+    q, k, v = (randn(1 if masked else 2, n, 20, dtype=dtype, seed=n) for n in (7, 9, 9))
+    mask = BlockDiagonalMask.from_seqlens([3, 4], [5, 4]) if masked else None
+
+    def oracle(q, k, v):
+        if not masked:
+            return F.scaled_dot_product_attention(q, k, v)
+        parts = [x.split(n, 1) for x, n in ((q, [3, 4]), (k, [5, 4]), (v, [5, 4]))]
+        return torch.cat([F.scaled_dot_product_attention(*qkv) for qkv in zip(*parts, strict=True)], 1)
+
+    assert_as_good(testing.Call((q, k, v)), lambda *qkv: ours.memory_efficient_attention(*qkv, mask), oracle)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shared", [False, True], ids=["apart", "expanded"])
+def test_groups_of_heads(shared, dtype, assert_as_good):
+    """Five dimensions: heads of a group, whose keys are one head, expanded, or each head's own."""
+    q = randn(2, 5, 3, 4, 20, dtype=dtype)
+    k, v = (randn(2, 7, 3, 1 if shared else 4, 20, dtype=dtype, seed=seed) for seed in (1, 2))
+
+    def expanded(attention):
+        return lambda q, k, v: attention(q, k.expand(-1, -1, -1, 4, -1), v.expand(-1, -1, -1, 4, -1))
+
+    def oracle(q, k, v):
+        return F.scaled_dot_product_attention(*(x.permute(0, 2, 3, 1, 4) for x in (q, k, v))).permute(0, 3, 1, 2, 4)
+
+    assert_as_good(testing.Call((q, k, v)), expanded(ours.memory_efficient_attention), expanded(oracle))
+
+
+def test_expanded_keys_are_read_once(monkeypatch):
+    rows = []
+    monkeypatch.setattr(ours, "varlen_attention", lambda q, *kv, **_: rows.extend([q, *kv[:2]]) or q)
+    k = torch.zeros(2, 7, 3, 1, 20)
+    ours.memory_efficient_attention(torch.zeros(2, 5, 3, 4, 20), *[k.expand(-1, -1, -1, 4, -1)] * 2)
+    assert [x.shape for x in rows] == [(10, 12, 20), (14, 3, 20), (14, 3, 20)]
+    assert all(x.data_ptr() == k.data_ptr() for x in rows[1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -152,7 +254,14 @@ X, MASK = torch.zeros(1, 7, 2, 8), BlockDiagonalMask.from_seqlens([3, 4])
     ("change", "error", "message"),
     [
         ({"attn_bias": BlockDiagonalCausalMask.from_seqlens([3, 4])}, NotImplementedError,
-         "attn_bias must be a BlockDiagonalMask or None, got BlockDiagonalCausalMask"),
+         "attn_bias must be None or a BlockDiagonalMask, BlockDiagonalPaddedKeysMask, BlockDiagonalGappyKeysMask, got "
+         "BlockDiagonalCausalMask"),
+        ({"attn_bias": BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens([7], 7, [7])}, NotImplementedError,
+         "attn_bias must be .*, got BlockDiagonalCausalWithOffsetPaddedKeysMask"),
+        ({"attn_bias": BlockDiagonalPaddedKeysMask.from_seqlens([3, 4], 4, [3, 4])}, ValueError,
+         "attn_bias must cover all 7 rows of key, got blocks of 8 rows"),
+        ({"attn_bias": BlockDiagonalGappyKeysMask.from_seqlens([7], [1, 7], [3])}, ValueError,
+         "attn_bias must cover all 7 rows of key, got blocks of 6 rows"),
         ({"attn_bias": LowerTriangularMask()}, NotImplementedError, "attn_bias must be .*, got LowerTriangularMask"),
         ({"attn_bias": torch.zeros(1, 2, 7, 7)}, NotImplementedError, "attn_bias must be .*, got Tensor"),
         ({"p": 0.1}, NotImplementedError, r"p must be 0\.0, got 0\.1"),
@@ -162,6 +271,9 @@ X, MASK = torch.zeros(1, 7, 2, 8), BlockDiagonalMask.from_seqlens([3, 4])
         ({"query": torch.zeros(1, 7, 1, 2, 8)}, ValueError, "query must have shape"),
         ({"key": torch.zeros(2, 7, 2, 8)}, ValueError, r"key must have shape \(1, any, any, 8\), got \(2, 7, 2, 8\)"),
         ({"value": torch.zeros(1, 7, 2, 9)}, ValueError, "value must have shape"),
+        ({"key": torch.zeros(7, 8)}, ValueError, r"key must have 3, 4 or 5 dimensions, got shape \(7, 8\)"),
+        ({"query": torch.zeros(1, 7, 2, 3, 8), "key": torch.zeros(1, 7, 2, 1, 8)}, ValueError,
+         r"key must have shape \(1, any, 2, 3, 8\), got \(1, 7, 2, 1, 8\)"),
         ({"query": X.expand(2, 7, 2, 8), "key": X.expand(2, 7, 2, 8), "value": X.expand(2, 7, 2, 8)}, ValueError,
          "query must have batch size 1 with a BlockDiagonalMask, got 2"),
         ({"attn_bias": BlockDiagonalMask.from_seqlens([3, 3], [3, 4])}, ValueError,
@@ -184,7 +296,10 @@ def test_seqlens_of_another_mask():
 
 @pytest.mark.skipif("published" not in MASKS, reason="xformers cannot be imported here")
 def test_other_published_masks_are_refused():
-    plain = MASKS["published"].from_seqlens([3, 4], device=torch.device("cpu"))
-    for mask in (plain.make_causal(), plain.make_causal_from_bottomright(), plain.make_local_attention(2)):
+    plain = MASKS["published"]["BlockDiagonalMask"].from_seqlens([3, 4], device=torch.device("cpu"))
+    offset = attn_bias.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
+        [3, 4], 4, [3, 4], device=torch.device("cpu")
+    )
+    for mask in (plain.make_causal(), plain.make_causal_from_bottomright(), plain.make_local_attention(2), offset):
         with pytest.raises(NotImplementedError, match=type(mask).__name__):
             ours.memory_efficient_attention(X, X, X, mask)
