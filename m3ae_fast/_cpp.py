@@ -31,6 +31,11 @@ def precision():
     return _fp32_precision("mkldnn", "matmul")
 
 
+def multiplies_bf16():
+    """Whether an instruction set of this CPU multiplies bf16 numbers: elsewhere they become fp32 first."""
+    return not {"avx512_bf16", "amx"}.isdisjoint(_C.available_isas())
+
+
 def products(dtype):
     """Who multiplies matrices of this dtype now, and what: `Products` of csrc/cpu/isa.h, 0 for torch."""
     return _C.products_of(OF_DTYPE[dtype], precision())

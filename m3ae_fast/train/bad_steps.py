@@ -16,6 +16,7 @@ from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.train import distributed
 from m3ae_fast.train.config import RunConfig
+from m3ae_fast.train.precision import autocast
 
 FORMAT = 1
 KEPT = 10  # files of a run: the first steps to go wrong tell most
@@ -82,7 +83,7 @@ class BadStep(NamedTuple):
 
     step: int  # counted from 1
     seed: int  # of the run: keys the masks, with the step and the samples' ids
-    precision: str  # "fp32", "bf16"
+    precision: str  # of `m3ae_fast.train.precision.DTYPES`
     reason: str  # what was not finite
     batches: list[ImageTextBatch]
 
@@ -97,7 +98,7 @@ class BadStep(NamedTuple):
         """
         device = next(model.parameters()).device
         torch.manual_seed((self.seed << 32) + self.step - 1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with autocast(self.precision, device):
             return [model(batch.to(device), seed=self.seed, step=self.step - 1) for batch in self.batches]
 
 

@@ -2,8 +2,8 @@
 (`m3ae_fast.train.sharded`), which hold the same; either is read into either.
 
 Tensors are named `model.<parameter>`, `optimiser.<parameter>.<moment>` and `ema.<parameter>`. The file's metadata holds
-one entry, `m3ae_fast`: JSON with the step, the configuration, the counts of bad steps and a SHA-256 over all of it,
-tensors included.
+one entry, `m3ae_fast`: JSON with the step, the configuration, the counts of bad steps, in fp16 the loss scale, and a
+SHA-256 over all of it, tensors included.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ FORMAT = 1
 class Checkpoint(NamedTuple):
     """step: steps taken. config: the run's configuration (RunConfig.to_dict). model: its state dict.
     optimiser: {parameter name: {moment name: tensor}}. bad_steps: those skipped, in all and just before this one.
-    average: {parameter name: averaged}, empty where the run keeps none."""
+    average: {parameter name: averaged}, empty where the run keeps none.
+    loss_scale: the state of the loss scaler, empty but in fp16."""
 
     step: int
     config: dict
@@ -35,6 +36,7 @@ class Checkpoint(NamedTuple):
     optimiser: dict[str, dict[str, Tensor]]
     bad_steps: tuple[int, int] = (0, 0)
     average: dict[str, Tensor] = {}  # noqa: RUF012  never changed
+    loss_scale: dict = {}  # noqa: RUF012  never changed
 
 
 def save(
@@ -45,6 +47,7 @@ def save(
     optimiser: torch.optim.Optimizer | None,
     bad_steps: tuple[int, int] = (0, 0),
     average: Average | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> None:
     """Write the checkpoint under a temporary name and move it into place once it is on the disk.
 
@@ -61,6 +64,8 @@ def save(
     if average is not None:
         tensors |= {f"ema.{name}": value for name, value in average.weights.items()}
     header = {"format": FORMAT, "step": step, "config": config, "bad_steps": list(bad_steps)}
+    if scaler is not None and scaler.is_enabled():
+        header["loss_scale"] = scaler.state_dict()
     if path.suffix:
         distributed.on_first(lambda: _save_file(path, header, tensors))
     else:
@@ -100,7 +105,8 @@ def load(path: Path, model: nn.Module | None = None) -> Checkpoint:
         else:
             parameter, _, moment = rest.rpartition(".")
             moments.setdefault(parameter, {})[moment] = value
-    return Checkpoint(header["step"], header["config"], model, moments, tuple(header.get("bad_steps", (0, 0))), average)
+    counts, loss_scale = tuple(header.get("bad_steps", (0, 0))), header.get("loss_scale", {})
+    return Checkpoint(header["step"], header["config"], model, moments, counts, average, loss_scale)
 
 
 def _load_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -125,9 +131,10 @@ def restore(
     model: nn.Module,
     optimiser: torch.optim.Optimizer | None = None,
     average: Average | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> None:
-    """Put a checkpoint's weights, moments and average into what was built from the same configuration, sharded or
-    not: copies of them, for one tensor that is kept would keep all of the file in memory."""
+    """Put a checkpoint's weights, moments, average and loss scale into what was built from the same configuration,
+    sharded or not: copies of them, for one tensor that is kept would keep all of the file in memory."""
     into = model.state_dict()
     placed = distributed.placed_like
     model.load_state_dict({n: placed(value, into[n]) if n in into else value for n, value in checkpoint.model.items()})
@@ -142,6 +149,8 @@ def restore(
                 }
     if average is not None:
         average.weights = {name: placed(checkpoint.average[name], value) for name, value in average.weights.items()}
+    if scaler is not None:
+        scaler.load_state_dict(checkpoint.loss_scale)
 
 
 def step_path(folder: Path, step: int, *, shards: bool = False) -> Path:

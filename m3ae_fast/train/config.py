@@ -13,6 +13,7 @@ from m3ae_fast.data.specs import absolute, is_streamed, listed, without_place
 from m3ae_fast.data.vocabularies import is_name
 from m3ae_fast.models import OBJECTIVES, M3AEConfig, MAMOConfig, Model
 from m3ae_fast.models.config import SIZES
+from m3ae_fast.train.precision import DTYPES
 
 # What None stands for, by size. tiny is set to show learning within three minutes on two cores, with the learning rate
 # of `Model.TINY_LR`; the others follow arXiv:2205.14204: 1.5e-4 for every 256 samples of a step.
@@ -67,8 +68,9 @@ class RunConfig:
     accumulate: int = setting(1, "forward passes of a step", RUN, "N", "[1, inf)")
     seed: int = setting(0, "of weights, data order and masks", RUN, "S", f"[0, {2**31})")
     precision: str = setting(
-        "fp32", "bf16: autocast, with weights and optimizer state in fp32", RUN, choices=("fp32", "bf16")
-    )
+        "fp32", "bf16: autocast, with weights and optimizer state in fp32; fp16: the same with loss scaling, on a GPU",
+        RUN, choices=tuple(DTYPES),
+    )  # fmt: skip
     lr: float | None = setting(None, f"peak learning rate; {_LR}", OPTIMIZER, "LR", "(0, inf)")
     warmup: int | None = setting(None, "linear warm-up steps; default: a tenth of all", OPTIMIZER, "STEPS", "[0, inf)")
     weight_decay: float = setting(0.05, "of weight matrices only", OPTIMIZER, "W", "[0, inf)")

@@ -203,14 +203,16 @@ def mean(values: Tensor) -> Tensor:
 # -- a model over several processes ----------------------------------------------------------------------------------
 
 
-def spread(model: nn.Module, device: torch.device, *, shard: bool, bf16: bool, unused: bool = False) -> nn.Module:
+def spread(
+    model: nn.Module, device: torch.device, *, shard: bool, dtype: torch.dtype | None, unused: bool = False
+) -> nn.Module:
     """The model to be called in training, itself where there is one process.
 
     Args:
         model: on `device`, with the same weights in every process.
         shard: FSDP2: every process keeps a share of each weight, gradient and moment, and the model is changed in
             place; a block is gathered when it runs. False: DDP, every process keeps all.
-        bf16: what is gathered is rounded to bfloat16 first; gradients are summed in float32 all the same.
+        dtype: what is gathered is rounded to it first; gradients are summed in float32 all the same. None: it is not.
         unused: not every parameter has a gradient in every step.
     """
     if world_size() == 1:
@@ -224,7 +226,7 @@ def spread(model: nn.Module, device: torch.device, *, shard: bool, bf16: bool, u
         )
     mesh = dist.init_device_mesh(device.type, (world_size(),))
     # inputs are left to autocast, as without sharding
-    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for module in (*(m for m in model.modules() if isinstance(m, Block)), model):  # the model last: what is left
         fully_shard(module, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "encode_cls")  # it gathers what it needs, as a forward pass does

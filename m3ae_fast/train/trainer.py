@@ -28,7 +28,7 @@ from m3ae_fast.data.specs import is_streamed, listed
 from m3ae_fast.models import OBJECTIVES, GraphedStep, Model
 from m3ae_fast.models.masking import BatchPlan
 from m3ae_fast.nn import checkpoint_blocks
-from m3ae_fast.train import checkpoint, distributed, run
+from m3ae_fast.train import checkpoint, distributed, precision, run
 from m3ae_fast.train.average import Average
 from m3ae_fast.train.bad_steps import BadSteps, NotFinite
 from m3ae_fast.train.config import RunConfig
@@ -99,6 +99,7 @@ class Trainer:
     Attributes:
         config: everything resolved. folder: of the run. done: steps taken, the bad ones too.
         model, optimiser, device; average: of the weights, or None. tokenizer: None for a model of images alone.
+        scaler: of the loss, enabled in fp16 alone.
         spread: the model as it is called in training, by DDP for instance. loader: gives the batches.
         dataset: trained on. held_out: for validation, or None.
         stopping: whether a process was asked to stop, by Ctrl-C or SIGTERM during `run`.
@@ -141,20 +142,24 @@ class Trainer:
         config = self.config
         distributed.on_first(lambda: _refuse_what_does_not_split(config, self.processes))
         self.device = run.pick_device(distributed.own_device(config.device))
+        distributed.on_first(lambda: precision.check(config.precision, self.device))
         self.model = run.build_model(config)
         if config.init is not None and not self.resumed:
             run.start_from(self.model, config.init)
         self.model.to(self.device)
         checkpoint_blocks(self.model, config.checkpoint_blocks)
         self.spread = distributed.spread(
-            self.model, self.device, shard=config.shard, bf16=config.precision == "bf16",
+            self.model, self.device, shard=config.shard, dtype=precision.DTYPES[config.precision],
             unused=not self.model.ALL_GRADIENTS,
         )  # fmt: skip
         self.optimiser = make_optimiser(self.model, lr=config.lr, weight_decay=config.weight_decay)
         self.average = Average(self.model, config.ema) if config.ema else None
+        self.scaler = precision.loss_scaler(config.precision, self.device)
         self.graphed = None
         if config.cuda_graphs:
-            self.graphed = GraphedStep(lambda batch, plan: passes(self.spread, batch, config, plan=plan), self.model)
+            self.graphed = GraphedStep(
+                lambda batch, plan: passes(self.spread, batch, config, self.scaler, plan=plan), self.model
+            )
 
     def resume(self) -> None:
         """Read the newest checkpoint."""
@@ -165,7 +170,7 @@ class Trainer:
             before = run.extended(before, self.config)
         run.refuse_differences(path, before, self.config)
         run.warn_of_other_readers(before, self.config, self.dataset)
-        checkpoint.restore(saved, self.model, self.optimiser, self.average)
+        checkpoint.restore(saved, self.model, self.optimiser, self.average, self.scaler)
         self.done, self.bad_steps = saved.step, BadSteps(self.folder, self.config, *saved.bad_steps)
 
     def __enter__(self) -> Trainer:
@@ -239,8 +244,9 @@ class Trainer:
         lr = learning_rate(self.done, steps=config.steps, warmup=config.warmup, peak=config.lr)
         try:
             losses = train_step(
-                self.spread, self.optimiser, micro_batches, config, self.done, lr, self.device, self.graphed
-            )
+                self.spread, self.optimiser, micro_batches, config, self.done, lr, self.device, self.scaler,
+                self.graphed,
+            )  # fmt: skip
             self.bad_steps.in_a_row = 0
             if self.average is not None:
                 self.average.update(self.model, self.done + 1)
@@ -276,7 +282,9 @@ class Trainer:
             self.metrics.flush()
         counts = (self.bad_steps.total, self.bad_steps.in_a_row)
         self._newest = path = checkpoint.step_path(self.checkpoints, self.done, shards=self.sharded)
-        checkpoint.save(path, self.done, self.config.to_dict(), self.model, self.optimiser, counts, self.average)
+        checkpoint.save(
+            path, self.done, self.config.to_dict(), self.model, self.optimiser, counts, self.average, self.scaler
+        )
         if self.is_first:
             checkpoint.keep_last(self.checkpoints)
 
@@ -380,9 +388,11 @@ def train_step(
     step: int,
     lr: float,
     device: torch.device,
+    scaler: torch.amp.GradScaler,
     graphed: GraphedStep | None = None,
 ) -> dict[str, float]:
-    """One optimiser step over the mean loss of the micro-batches; returns the means of the model's METRICS.
+    """One optimiser step over the mean loss of the micro-batches; returns the means of the model's METRICS, and in fp16
+    the loss_scale of the step.
 
     Micro-batches lie on the host, for a GPU in page-locked memory, each with its plan where the model plans ahead.
     Both are means over all processes, too: these have the same number of samples each.
@@ -400,12 +410,16 @@ def train_step(
             continue
         drawn = {"seed": config.seed, "step": step} if plan is None else {"plan": plan.to(device)}
         with distributed.summing_gradients(model, number == len(micro_batches)):
-            totals += passes(model, batch.to(device), config, **drawn)
+            totals += passes(model, batch.to(device), config, scaler, **drawn)
+    scaler.unscale_(optimiser)
     total_norm = nn.utils.get_total_norm(p.grad for p in own.parameters() if p.grad is not None)
     totals = distributed.mean(totals)
     norm = distributed.whole(total_norm).reshape(1)
     *values, norm = torch.cat([totals, norm]).tolist()  # the one wait for the device in a step
     values = dict(zip(names, values, strict=True))
+    if scaler.is_enabled():
+        values["loss_scale"] = scaler.get_scale()  # the device is idle: no wait
+        scaler.update()
     if not all(map(math.isfinite, (*values.values(), norm))):
         optimiser.zero_grad()
         for buffer, before in zip(own.buffers(), buffers, strict=True):
@@ -421,14 +435,14 @@ def train_step(
     return values
 
 
-def passes(model: nn.Module, batch: ImageTextBatch, config: RunConfig, **drawn) -> Tensor:
+def passes(model: nn.Module, batch: ImageTextBatch, config: RunConfig, scaler: torch.amp.GradScaler, **drawn) -> Tensor:
     """Forward and backward pass of a micro-batch, on its device; returns its share of the model's METRICS, [METRICS].
 
     drawn: seed and step of the masks, or the plan that was made of them.
     """
-    with torch.autocast(batch.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    with precision.autocast(config.precision, batch.device):
         output = model(batch, **drawn)
-    (output.loss / config.accumulate).backward()
+    scaler.scale(output.loss / config.accumulate).backward()
     values = [getattr(output, name).detach().float() for name in distributed.bare(model).METRICS]
     return torch.stack(values) / config.accumulate
 

@@ -18,6 +18,7 @@ from m3ae_fast.models import Model
 from m3ae_fast.train import distributed, run
 from m3ae_fast.train.average import Average
 from m3ae_fast.train.config import RunConfig
+from m3ae_fast.train.precision import autocast
 
 SAMPLES = 1000  # at most
 SEED = 2**31  # of scenes, order and masks: the same in every run, and no run's own
@@ -115,7 +116,7 @@ class Validation:
             torch.manual_seed(SEED)
             totals = torch.zeros(len(own.METRICS), device=self._device)
             for batch in self._batches:
-                with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16"):
+                with autocast(self._config.precision, self._device):
                     output = model(batch.to(self._device), seed=SEED, step=0)
                 totals += torch.stack([getattr(output, name).float() for name in own.METRICS])
             means = distributed.mean(totals / len(self._batches)).tolist()

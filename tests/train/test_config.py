@@ -28,7 +28,7 @@ WHOLE = RunConfig(model_config={"image_size": 64, "vocab_size": 9}).resolved().t
         ({"picture_every": -1}, ValueError, "picture_every must be at least 0"),
         ({"image_size": 0}, ValueError, "image_size must be at least 1"),
         ({"model": "giant"}, ValueError, "model must be one of 'tiny', .* got 'giant'"),
-        ({"precision": "fp8"}, ValueError, "precision must be one of 'fp32', 'bf16', got 'fp8'"),
+        ({"precision": "fp8"}, ValueError, "precision must be one of 'fp32', 'bf16', 'fp16', got 'fp8'"),
         ({"lr": 0.0}, ValueError, "lr must be finite and positive, got 0.0"),
         ({"lr": float("nan")}, ValueError, "lr must be finite and positive, got nan"),
         ({"lr": "1e-3"}, TypeError, "lr must be a number, got str"),

@@ -20,6 +20,7 @@ from m3ae_fast.train import (
     load_bad_step,
     load_run,
     metrics,
+    precision,
     pretrain,
     run,
     sharded,
@@ -36,8 +37,11 @@ def make_config(**changes):
     return RunConfig(**(settings | changes))
 
 
-def train(folder, resume=False, stop_after=None, sgd=False, **changes):
-    """(summary, rows of metrics.jsonl) of a run, or of a part of it; in one process or as one of two."""
+def train(folder, resume=False, stop_after=None, sgd=False, loss_scale=None, **changes):
+    """(summary, rows of metrics.jsonl) of a run, or of a part of it; in one process or as one of two.
+
+    loss_scale: where it begins, in fp16 or any other precision; None: the CPU is left as it is, without one.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "LEARN_WORDS_FROM", 300)
         patch.setattr(validation, "SAMPLES", 10)
@@ -46,6 +50,10 @@ def train(folder, resume=False, stop_after=None, sgd=False, **changes):
             patch.setattr(
                 trainer, "make_optimiser", lambda model, lr, weight_decay: torch.optim.SGD(model.parameters())
             )
+        if loss_scale is not None:
+            scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale)
+            patch.setattr(precision, "check", lambda *_: None)
+            patch.setattr(precision, "loss_scaler", lambda *_: scaler)
         config = make_config(**changes)
         summary = pretrain(config, folder, resume=resume, stop_after=stop_after, progress=False)
     return summary, metrics.read(folder / "metrics.jsonl")
@@ -142,6 +150,41 @@ def test_bf16_stays_close(pair, alone, tmp_path, way):
     expected, _ = alone(precision="bf16")
     (_, rows), _ = pair(functools.partial(train, precision="bf16", **WAYS[way]), tmp_path / "two")
     assert_same(rows, expected, rtol=5e-3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind, rtol", [("fp32", 1e-5), ("fp16", 5e-3)])
+def test_a_loss_scale_is_that_of_one_process(pair, alone, tmp_path, way, kind, rtol):
+    changes = {"precision": kind, "loss_scale": 1024.0, "accumulate": 2, "steps": 4}
+    expected, _ = alone(**changes)
+    (_, rows), (other, _) = pair(functools.partial(train, **changes, **WAYS[way]), tmp_path / "two")
+    assert_same(rows, expected, rtol=rtol)
+    assert other.last["loss_scale"] == 1024.0
+
+
+def overflowing(folder, **changes):
+    """In the third step, the gradient of one number, which is the second process's share of a parameter."""
+    forward, calls = M3AE.forward, []
+
+    def steep(self, *args, **options):
+        output = forward(self, *args, **options)
+        calls.append(None)
+        if len(calls) == 3:
+            last = self.cls_token[-1]
+            output.loss = output.loss + (last - last.detach()) * torch.finfo(torch.float32).max
+        return output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(M3AE, "forward", steep)
+        return train(folder, loss_scale=1024.0, **changes)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_overflow_in_one_share_halves_the_scale_of_all(pair, tmp_path, way):
+    (summary, rows), (other, _) = pair(functools.partial(overflowing, **WAYS[way]), tmp_path / "run")
+    assert [row["bad_steps"] for row in rows] == [0, 0, 1, 1, 1, 1]
+    assert [row["loss_scale"] for row in rows] == [1024.0] * 3 + [512.0] * 3
+    assert other.last["loss_scale"] == summary.last["loss_scale"] and other.bad_steps == 1
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -401,7 +444,7 @@ def test_a_sharded_model_is_gathered_by_the_first_process_if_it_is_drawn(pair, t
 
 
 def broadcasts():
-    model = distributed.spread(torch.nn.BatchNorm1d(3), torch.device("cpu"), shard=False, bf16=False)
+    model = distributed.spread(torch.nn.BatchNorm1d(3), torch.device("cpu"), shard=False, dtype=None)
     return model.broadcast_buffers
 
 
