@@ -10,6 +10,7 @@ from m3ae_fast.data.bad_sample import BadSample
 from m3ae_fast.data.cluttered import ClutteredShapes
 from m3ae_fast.data.folder import FolderDataset
 from m3ae_fast.data.hdf5 import HDF5Dataset
+from m3ae_fast.data.hf import HFDataset
 from m3ae_fast.data.images import EncodedImage
 from m3ae_fast.data.loader import Loader
 from m3ae_fast.data.mixture import MixedDataset
@@ -32,6 +33,7 @@ __all__ = [
     "EncodedImage",
     "FolderDataset",
     "HDF5Dataset",
+    "HFDataset",
     "JSONLinesDataset",
     "Loader",
     "MixedDataset",

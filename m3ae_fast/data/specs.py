@@ -11,6 +11,7 @@ from m3ae_fast.data.bad_sample import BadSample
 from m3ae_fast.data.cluttered import ClutteredShapes
 from m3ae_fast.data.folder import FolderDataset
 from m3ae_fast.data.hdf5 import HDF5Dataset
+from m3ae_fast.data.hf import HFDataset
 from m3ae_fast.data.mixture import MixedDataset
 from m3ae_fast.data.paired import PairedShare
 from m3ae_fast.data.rows import JSONLinesDataset
@@ -21,7 +22,7 @@ from m3ae_fast.data.split import Split
 from m3ae_fast.data.streamed import StreamedDataset
 
 DRAWN = {"shapes": ShapesDataset, "cluttered": ClutteredShapes}
-HDF5, JSON_LINES = (".h5", ".hdf5"), (".jsonl", ".ndjson")
+HDF5, JSON_LINES, SAVED = (".h5", ".hdf5"), (".jsonl", ".ndjson"), "hf:"
 SPLITS = ("train", "val")
 
 
@@ -42,6 +43,7 @@ def open_dataset(
         DIR                     FolderDataset: name.jpg + name.txt, or a subfolder for each class
         FILE.h5, FILE.hdf5      HDF5Dataset; FILE.h5:train and FILE.h5:val of a file of both
         FILE.jsonl, .ndjson     JSONLinesDataset
+        hf:DIR                  HFDataset, what datasets' save_to_disk wrote
         a-{00..11}.tar, *.tar   TarDataset
         URL.tar, pipe:COMMAND   StreamedDataset
 
@@ -90,6 +92,8 @@ def open_source(spec: str, *, image_size: int | tuple[int, int], seed: int, chan
 
 
 def _open_files(spec: str, channels: int, strict: bool) -> EncodedDataset:
+    if spec.startswith(SAVED):
+        return HFDataset(spec.removeprefix(SAVED), channels=channels)
     path, split = split_of(spec)
     suffix = Path(path).suffix.lower()
     if os.path.isdir(path):
@@ -142,7 +146,8 @@ def absolute(spec: str) -> str:
     name, _ = split_weight(spec)
     if name in DRAWN or is_streamed(name):
         return spec
-    return os.path.abspath(name) + spec[len(name) :]
+    kind = SAVED * name.startswith(SAVED)
+    return kind + os.path.abspath(name.removeprefix(kind)) + spec[len(name) :]
 
 
 def without_place(spec: str) -> str:
@@ -152,7 +157,8 @@ def without_place(spec: str) -> str:
     if name in DRAWN:
         return spec
     last = (name if name.startswith("pipe:") else name.partition("?")[0] if "://" in name else name).rpartition("/")[2]
-    return f"{'stream:' * is_streamed(name)}.../{last}{spec[len(name) :]}"
+    kind = "stream:" if is_streamed(name) else SAVED * name.startswith(SAVED)
+    return f"{kind}.../{last}{spec[len(name) :]}"
 
 
 def refuse_streamed(data: str | Sequence[str], named_by: str, instead: str) -> None:

@@ -50,9 +50,10 @@ class RunConfig:
     """
 
     data: str | list[str] = setting(
-        "shapes", "shapes or cluttered (synthetic, built in), a folder of NAME.jpg + NAME.txt, FILE.h5, FILE.jsonl, "
-        "'x-{00..11}.tar', or a URL of shards (docs/data.md). Several, in Python a list, are mixed by weights (1), "
-        "such as A.h5=3; after a command, or a URL with a ?, =WEIGHT follows a space", RUN, "SPEC[=WEIGHT]",
+        "shapes", "shapes or cluttered (synthetic, built in), a folder of NAME.jpg + NAME.txt, hf:DIR, FILE.h5, "
+        "FILE.jsonl, 'x-{00..11}.tar', or a URL of shards (docs/data.md). Several, in Python a list, are mixed by "
+        "weights (1), such as A.h5=3; after a command, or a URL with a ?, =WEIGHT follows a space", RUN,
+        "SPEC[=WEIGHT]",
     )  # fmt: skip
     objective: str = setting(next(iter(OBJECTIVES)), "what is trained", RUN, choices=OBJECTIVES)
     model: str = setting("tiny", "its size", RUN, choices=tuple(SIZES))

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from m3ae_fast.data import BadSample, EncodedImage, FolderDataset, HDF5Dataset, JSONLinesDataset, TarDataset
+from m3ae_fast.data import BadSample, EncodedImage, FolderDataset, HDF5Dataset, HFDataset, JSONLinesDataset, TarDataset
 from m3ae_fast.data.images import FORMATS, IMAGES, OTHERS, augment, open_image
 from m3ae_fast.data.seeds import SAMPLE, generator
 from tests.data_pipeline.test_limits import GOOD, member, no_waiting, sparse_gnu, sparse_pax  # noqa: F401  a fixture
@@ -298,8 +298,58 @@ def h5(**columns) -> bytes:
         return pairs_file(Path(folder) / "a.h5", **columns).read_bytes()
 
 
+def saved(folder: Path, data: bytes) -> Path:
+    """A folder with an Arrow file of its columns, as datasets saves it."""
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}
+    features["caption"] = {"_type": "List", "feature": {"_type": "Value", "dtype": "string"}}
+    (folder / "dataset_info.json").write_text(json.dumps({"features": features}))
+    (folder / "state.json").write_text('{"_data_files": [{"filename": "a.arrow"}]}')
+    (folder / "a.arrow").write_bytes(data)
+    return folder
+
+
+def arrow() -> bytes:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    ipc = pytest.importorskip("pyarrow.ipc")
+    image = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    types = {"image": image, "caption": pyarrow.list_(pyarrow.string()), "label": pyarrow.int64()}
+    images = [{"bytes": ENCODED[0], "path": "a.jpg"}, {"bytes": None, "path": "a.arrow"}, None]
+    table = pyarrow.table(
+        {"image": images, "caption": [["one", "two"], [], ["three"]], "label": [0, 1, -1]}, pyarrow.schema(types)
+    )
+    sink = pyarrow.BufferOutputStream()
+    with ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table, max_chunksize=2)
+    return sink.getvalue().to_pybytes()
+
+
+def in_a_process_of_its_own(fuzz) -> None:
+    """A library may do there to a damaged file what it likes, but to crash."""
+    child = multiprocessing.get_context("fork").Process(target=fuzz)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+
+
+def read_arrow(data: bytes) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        return read_all(lambda: HFDataset(saved(Path(folder), data)))
+
+
+def test_arrow_bytes():
+    signal.alarm(120)
+    whole = arrow()
+    assert read_arrow(whole) == 2
+
+    @seeded
+    @given(damaged([whole]))
+    def fuzz(data):
+        read_arrow(data)
+
+    in_a_process_of_its_own(fuzz)
+
+
 def test_hdf5_bytes():
-    """In a process of its own, where libhdf5 may do to a damaged file what it likes."""
     signal.alarm(120)
     files = [
         h5(jpg=[b"abc" * 20, ENCODED[0]], caption=["one", "two"]),
@@ -316,7 +366,4 @@ def test_hdf5_bytes():
             for split in (None, "train"):
                 read_all(lambda split=split: HDF5Dataset(path, split))
 
-    child = multiprocessing.get_context("fork").Process(target=fuzz)
-    child.start()
-    child.join()
-    assert child.exitcode == 0
+    in_a_process_of_its_own(fuzz)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from m3ae_fast.data import open_dataset
 from m3ae_fast.data.specs import absolute, split_weight, without_place
 from m3ae_fast.train import RunConfig
 
-PHOTOS = Path(__file__).parent.parent / "data" / "photos"
+PHOTOS, SAVED = (Path(__file__).parent.parent / "data" / name for name in ("photos", "hf_pairs"))
 
 
 @pytest.fixture
@@ -34,6 +35,7 @@ def files(tmp_path, monkeypatch):
             member = tarfile.TarInfo("a.txt")
             member.size = 3
             shard.addfile(member, io.BytesIO(b"one"))
+    shutil.copytree(SAVED, "saved=2")
     Path("dir=3").mkdir()
     Path("dir=3/a.txt").write_text("one")
     Path("file.csv").write_text("one")
@@ -45,6 +47,7 @@ def files(tmp_path, monkeypatch):
         ("shapes", "ShapesDataset", 2**31 - 1),
         (str(PHOTOS), "FolderDataset", 3),
         ("dir=3=1", "FolderDataset", 1),
+        ("hf:saved=2=1", "HFDataset", 3),
         ("pairs.h5", "HDF5Dataset", 2),
         ("imagenet.hdf5:val", "HDF5Dataset", 2),
         ("rows.jsonl", "JSONLinesDataset", 1),
@@ -117,6 +120,7 @@ def test_a_command_or_a_query_may_end_in_a_number():
 def test_a_run_keeps_what_it_was_given(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert absolute("a/b.h5:train=3") == f"{tmp_path}/a/b.h5:train=3" and absolute("shapes=2") == "shapes=2"
+    assert absolute("hf:a/b=3") == f"hf:{tmp_path}/a/b=3" and absolute("hf:/a") == "hf:/a"
     assert absolute("https://x/{0..9}.tar=2") == "https://x/{0..9}.tar=2" and absolute("pipe:cat a") == "pipe:cat a"
     config = RunConfig(data=["shapes=2", "t.jsonl"]).resolved()
     assert config.data == ["shapes=2", f"{tmp_path}/t.jsonl"] and config.resolved() == config
@@ -130,6 +134,7 @@ def test_what_a_specification_says_besides_the_place():
         ".../a-{0..3}.tar=2": ["/x/a-{0..3}.tar=2", "/y/z/a-{0..3}.tar=2"],
         "stream:.../a.tar": ["https://x/a.tar", "gs://y/z/a.tar?token=3", "pipe:cat /x/a.tar"],
         "stream:.../a.tar?b=3 =2": ["pipe:curl https://x/a.tar?b=3 =2"],
+        "hf:.../train=2": ["hf:/x/train=2", "hf:/y/z/train=2"],
         ".../a.h5:val": ["/x/a.h5:val"], "shapes=2": ["shapes=2"], ".../shapes": ["/x/shapes"],
     }  # fmt: skip
     for expected, specs in same.items():
@@ -138,6 +143,7 @@ def test_what_a_specification_says_besides_the_place():
 
 def test_a_run_is_named_after_its_data():
     names = {"shapes": "shapes", "/d/cc.h5=3": "cc", "/d/imagenet.h5:train": "imagenet", "/d/my data.v2": "my data.v2"}
+    names |= {"hf:/d/pairs=2": "pairs", "hf:pairs": "pairs"}
     names |= {"/d/cc12m-{00..11}.tar": "cc12m", "https://host/a-{0..3}.tar": "a", "x.jsonl": "x", ".": Path.cwd().name}
     assert {spec: _name_of(spec) for spec in names} == names
     assert _name_of(["/d/cc.h5=3", "t.jsonl"]) == "cc-t"

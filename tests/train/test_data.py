@@ -6,6 +6,7 @@ import re
 import shutil
 import tarfile
 import time
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -51,6 +52,7 @@ def jsonl(path, jpgs, captions):
     return str(path)
 
 
+SAVED = Path(__file__).parent.parent / "data" / "hf_pairs"
 FORMATS = {"pairs.h5": hdf5, "pairs.tar": tar, "pairs.jsonl": jsonl}
 
 
@@ -108,6 +110,16 @@ def test_a_mixture_is_resumed_to_the_bit(pairs, train, tmp_path, workers):
     assert train("stopped", resume=True, data=data, steps=9, workers=workers) == whole
     with pytest.raises(ValueError, match="is of another configuration: data: "):
         train("stopped", resume=True, data=data[:2], steps=9)
+
+
+def test_a_dataset_that_datasets_saved(train, tmp_path):
+    """tests/data/hf_pairs, moved between two halves of a run."""
+    for name in ("old", "new"):
+        shutil.copytree(SAVED, tmp_path / name / "pairs")
+    whole = train("whole", data=f"hf:{tmp_path}/old/pairs", steps=4)
+    train("moved", data=f"hf:{tmp_path}/old/pairs", steps=4, stop_after=2)
+    shutil.rmtree(tmp_path / "old")
+    assert train("moved", data=f"hf:{tmp_path}/new/pairs", steps=4, resume=True) == whole
 
 
 @pytest.mark.parametrize("kind", ["pairs.jsonl", "mixed", "pipe"])
