@@ -34,10 +34,8 @@ def flash_attn_func(
         q: [B, S, H, D] float16, bfloat16, float32 or float64. A batch whose samples do not lie one behind the other in
             memory is copied, as in `varlen_attention` one whose last dimension is not contiguous.
         k, v: [B, Sk, Hk, D]; H is a multiple of Hk.
-        softmax_scale: None is D ** -0.5.
-        deterministic: taken and met either way: the gradients are the same bits on every run.
-        return_attn_probs: return (out, softmax_lse, S_dmask).
-        dropout_p, causal, window_size, softcap, alibi_slopes: as of `flash_attn_varlen_func`.
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs: as of
+            `flash_attn_varlen_func`.
 
     Returns:
         out [B, S, H, D]; with return_attn_probs also softmax_lse [B, H, S] float32 (float64 for float64) and S_dmask,
@@ -309,9 +307,24 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
     """
     _checks.integer("batch", batch, 0)
     _checks.integer("seqlen", seqlen, 0)
-    _check_indices(indices, (_checks.tensor("hidden_states", hidden_states).shape[0],), batch * seqlen)
-    padded = hidden_states.new_zeros(batch * seqlen, *hidden_states.shape[1:])
-    return padded.index_copy_(0, indices.long(), hidden_states).unflatten(0, (batch, seqlen))
+    return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(0, (batch, seqlen))
+
+
+def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
+    """Rows in their places of [first_axis_dim, ...], zeros elsewhere: `pad_input` without a batch's dimensions.
+
+    Args:
+        values: [T, ...], any dtype.
+        indices: [T] int32 or int64, distinct, in [0, first_axis_dim).
+
+    Raises:
+        ValueError: as `pad_input`.
+
+    Source: flash_attn.bert_padding.index_put_first_axis.
+    """
+    _checks.integer("first_axis_dim", first_axis_dim, 0)
+    _check_indices(indices, (_checks.tensor("values", values).shape[0],), first_axis_dim)
+    return values.new_zeros(first_axis_dim, *values.shape[1:]).index_copy_(0, indices.long(), values)
 
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:

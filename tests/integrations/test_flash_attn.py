@@ -50,6 +50,7 @@ def arguments(q_lengths, k_lengths):
         ("unpad_input_for_concatenated_sequences", "hidden_states, attention_mask_in_length"),
         ("pad_input", "hidden_states, indices, batch, seqlen"),
         ("index_first_axis", "input, indices"),
+        ("index_put_first_axis", "values, indices, first_axis_dim"),
     ],
 )
 def test_signatures_are_those_published(name, parameters):
@@ -250,7 +251,9 @@ def test_pad_and_index_are_differentiable():
     torch.autograd.gradcheck(lambda x: flash_attn.index_first_axis(x, torch.tensor([4, 0, 4])), (x,))
     torch.autograd.gradcheck(lambda x: flash_attn.unpad_input(x, torch.tensor([[1, 0], [0, 1], [1, 1]]))[0],
                              (randn(3, 2, 4),))  # fmt: skip
+    torch.autograd.gradcheck(lambda x: flash_attn.index_put_first_axis(x, places, 10), (x,))
     padded = flash_attn.pad_input(x, places.int(), 2, 5)
+    assert torch.equal(flash_attn.index_put_first_axis(x, places, 10), padded.flatten(0, 1))
     assert padded.shape == (2, 5, 2, 3) and (padded.flatten(0, 1)[[1, 3, 5, 6, 8]] == 0).all()
     assert torch.equal(flash_attn.index_first_axis(padded.flatten(0, 1), places), x)
 
