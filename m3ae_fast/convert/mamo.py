@@ -171,7 +171,7 @@ def _read_image(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     of_clip = "norm_tokens.weight" in state
     if not about and (of_clip or library is names.VIT):
         about = {"norm_eps": 1e-5 if of_clip else 1e-12}
-    form = {"positions": "given", "norm_tokens": of_clip, "activation": about.get("activation")}
+    form = {"norm_tokens": of_clip, "activation": about.get("activation")}
     form["norm_eps"] = about.get("norm_eps", 1e-6)
     if not of_clip:
         form["activation"] = form["activation"] or "gelu"
@@ -181,7 +181,7 @@ def _read_image(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"the position table must be of a square of patches, got {len(state['position'])}")
     return state, {
         "width": width, "heads": _heads(about, width), **_sizes(state, "transformer", width), "patch_size": patch,
-        "image_size": side * patch, "image_mean": CLIP_MEAN if of_clip else IMAGENET_MEAN,
+        "image_size": side * patch, "positions": "given", "image_mean": CLIP_MEAN if of_clip else IMAGENET_MEAN,
         "image_std": CLIP_STD if of_clip else IMAGENET_STD,
         "image_form": {name: value for name, value in form.items() if value is not None}, **pixels_of(path),
     }  # fmt: skip
@@ -199,7 +199,7 @@ def _read_text(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     heads = form.pop("heads", None) or _heads({}, width)
     return state, {
         "vocab_size": count, "width": width, "heads": heads, "layers": sizes.pop("depth"), **sizes,
-        "text_form": form | {"positions": "given", "post_norm": True},
+        "text_positions": "given", "text_form": form | {"post_norm": True},
     }  # fmt: skip
 
 

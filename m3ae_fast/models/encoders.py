@@ -89,7 +89,7 @@ class _Encoder(FixedPositions):
 
     @property
     def positions(self) -> str:
-        """"sincos" or "given", as the configuration says."""
+        """ "sincos" or "given", as the configuration says."""
         raise NotImplementedError
 
     def sincos(self) -> Tensor:
