@@ -6,12 +6,22 @@ from m3ae_fast.nn.losses import FeatureRegressionLoss, LinearCrossEntropyLoss, M
 from m3ae_fast.nn.patch_embed import PatchEmbed
 from m3ae_fast.nn.positions import sincos_1d, sincos_2d
 from m3ae_fast.nn.rows import take_rows
-from m3ae_fast.nn.transformer import Block, Mlp, Transformer, checkpoint_blocks, drop_paths
+from m3ae_fast.nn.transformer import (
+    Block,
+    CrossBlock,
+    CrossTransformer,
+    Mlp,
+    Transformer,
+    checkpoint_blocks,
+    drop_paths,
+)
 
 __all__ = [
     "Attention",
     "Block",
     "CrossAttention",
+    "CrossBlock",
+    "CrossTransformer",
     "FeatureRegressionLoss",
     "LayerNorm",
     "Linear",

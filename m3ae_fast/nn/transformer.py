@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from m3ae_fast.nn import block_node
-from m3ae_fast.nn.attention import Attention
+from m3ae_fast.nn.attention import Attention, CrossAttention
 from m3ae_fast.nn.linear import LayerNorm, Linear
 from m3ae_fast.nn.rows import take_rows
 from m3ae_fast.ops.linear.op import ACTIVATIONS
@@ -127,6 +129,45 @@ class Block(nn.Module):
         return (kept / (1 - self.drop_path)).repeat_interleave(seqlens.cu.diff(), output_size=len(rows))[:, None]
 
 
+class CrossBlock(Block):
+    """x + attn(norm1(x), context), then x + mlp(norm2(x)): rows attend to a context, never to one another.
+
+    Args:
+        width, heads, options: as of `Block`. context_width: of the context's rows, which are not normalised here.
+    """
+
+    def __init__(self, width: int, heads: int, *, context_width: int, **options):
+        super().__init__(width, heads, **options)
+        self.attn = CrossAttention(width, heads, context_width=context_width)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        seqlens: SeqLens,
+        context_seqlens: SeqLens,
+        update: Tensor | None = None,
+        apart: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x [T, D], context [S, context_width]: sequence b of one attends to sequence b of the other -> [T, D].
+
+        Args:
+            update, apart: as of `Block.forward`.
+        """
+        scales = self._scale(x, seqlens), self._scale(x, seqlens)
+        if update is None:
+            y = self.norm1(x)
+        else:
+            y, x = self.norm1(update, residual=x)
+        with self.norm1.recomputed(y, x):
+            y = self.attn(y, context, seqlens, context_seqlens)
+        y, x = self.norm2(block_node.scaled(y, scales[0]), residual=x)
+        with self.norm2.recomputed(y, x):
+            y = self.mlp(y)
+        y = block_node.scaled(y, scales[1])
+        return (x, y) if apart else x + y
+
+
 class Transformer(nn.Module):
     """`depth` blocks and a final LayerNorm.
 
@@ -138,9 +179,11 @@ class Transformer(nn.Module):
             more work, the same bits. Settable at any time; `checkpoint_blocks` does it for a whole model.
     """
 
+    BLOCK: ClassVar[type[Block]] = Block
+
     def __init__(self, width: int, depth: int, heads: int, **options):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads, **options) for _ in range(depth))
+        self.blocks = nn.ModuleList(self.BLOCK(width, heads, **options) for _ in range(depth))
         self.norm = LayerNorm(width, options.get("eps", 1e-6))
         self.checkpoint = False
 
@@ -166,6 +209,23 @@ class Transformer(nn.Module):
         if self.checkpoint and torch.is_grad_enabled():
             return checkpoint(block, *args, apart=True, use_reentrant=False)
         return block(*args, apart=True)
+
+
+class CrossTransformer(Transformer):
+    """`depth` blocks whose rows attend to a context, and a final LayerNorm. A row's output depends on no other row.
+
+    Args:
+        width, heads, options: of each `CrossBlock`: context_width is one of them.
+    """
+
+    BLOCK = CrossBlock
+
+    def forward(self, x: Tensor, context: Tensor, seqlens: SeqLens, context_seqlens: SeqLens) -> Tensor:
+        """x [T, D], context [S, context_width]: sequence b of one attends to sequence b of the other -> [T, D]."""
+        update = None
+        for block in self.blocks:
+            x, update = self._run(block, x, context, seqlens, context_seqlens, update)
+        return self.norm(x) if update is None else self.norm(update, residual=x)[0]
 
 
 def checkpoint_blocks(module: nn.Module, enabled: bool = True) -> None:

@@ -49,11 +49,11 @@ def test_cross_attention(packed):
     torch.testing.assert_close(layer(x, context, seqlens, SeqLens(lengths)), expected)
 
 
-def plain_block(block, s):
+def plain_block(block, s, context=None):
     def norm(layer, x):
         return F.layer_norm(x, (WIDTH,), layer.weight, layer.bias, 1e-6)
 
-    s = s + multihead(block.attn, norm(block.norm1, s), None)
+    s = s + multihead(block.attn, norm(block.norm1, s), context)
     hidden = F.gelu(F.linear(norm(block.norm2, s), block.mlp.fc1.weight, block.mlp.fc1.bias), approximate="tanh")
     return s + F.linear(hidden, block.mlp.fc2.weight, block.mlp.fc2.bias)
 
@@ -120,6 +120,27 @@ def test_transformer(packed, transformer):
                 s = plain_block(block, s)
             expected.append(F.layer_norm(s, (WIDTH,), transformer.norm.weight, transformer.norm.bias, 1e-6))
     torch.testing.assert_close(transformer(x, seqlens), torch.cat(expected))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_cross_transformer(packed, depth):
+    """Against torch's layers; a row that is taken away changes no other one."""
+    torch.manual_seed(1)
+    module = nn.CrossTransformer(WIDTH, depth, HEADS, context_width=16).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    x, seqlens = packed
+    lengths = [3, 4, 5, 2, 6]
+    context = torch.randn(sum(lengths), 16, dtype=torch.float64)
+    expected = []
+    for s, c in zip(each(x), each(context, lengths), strict=True):
+        for block in module.blocks if len(s) else ():
+            s = plain_block(block, s, c)
+        expected.append(F.layer_norm(s, (WIDTH,), module.norm.weight, module.norm.bias, 1e-6))
+    out = module(x, context, seqlens, SeqLens(lengths))
+    torch.testing.assert_close(out, torch.cat(expected))
+    some = torch.arange(len(x)) != 3
+    torch.testing.assert_close(module(x[some], context, SeqLens([6, *LENGTHS[1:]]), SeqLens(lengths)), out[some])
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
