@@ -184,12 +184,15 @@ class M3AEConfig(ModelConfig):
     Attributes, beside ModelConfig's (vocab_size 0 makes a model of images alone, without any text parameter):
         image_mask_ratio, text_mask_ratio: share of tokens removed, in [0, 1).
         decoder_width, decoder_depth, decoder_heads: of the decoder.
+        predict_ratio: share of the masked tokens that a training step predicts, in (0, 1], drawn for each sample
+            and step, at least one; the others never enter the decoder. CrossMAE's prediction ratio is a share of all
+            tokens: 25 % there, of 75 % masked, is 1/3 here.
         image_loss_weight, text_loss_weight: of the two losses in their sum.
         masking: "sample": every sample has masks of its own, drawn over its real tokens, at least one kept and one
             masked (a text of one word is masked whole). "shared": as the paper's public code: one image mask and one
             text mask for the whole batch, the text mask drawn over max_text_length slots, padding included. The others
             differ from "sample" in images alone, "block" (`block_mask`) and "multi_block" (`multi_block_mask`, which
-            sets the share itself), or in how many tokens are masked, "ratio_range" and "dirichlet".
+            sets the shares itself), or in how many tokens are masked, "ratio_range" and "dirichlet".
         mask_ratio_range: (low, high) of the share that "ratio_range" masks of each image and each text
             (`random_mask`), in place of the two ratios.
         dirichlet_alpha: of "dirichlet" (`dirichlet_masks`), a number or one of images and one of texts: each sample
@@ -204,6 +207,7 @@ class M3AEConfig(ModelConfig):
     decoder_width: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16
+    predict_ratio: float = 1.0
     image_mask_ratio: float = 0.75
     text_mask_ratio: float = 0.75
     image_loss_weight: float = 1.0
@@ -220,6 +224,7 @@ class M3AEConfig(ModelConfig):
         self._integers(1, "decoder_width", "decoder_heads")
         self._integers(0, "decoder_depth")
         self._heads("decoder_width", "decoder_heads")
+        _checks.real("predict_ratio", self.predict_ratio, "(0, 1]")
         self._shares("image_mask_ratio", "text_mask_ratio")
         self._numbers("image_loss_weight", "text_loss_weight")
         _checks.choice("masking", self.masking, self.MASKINGS)

@@ -17,7 +17,7 @@ from m3ae_fast import nn as fast
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.models.config import M3AEConfig
 from m3ae_fast.models.encoders import check_sizes
-from m3ae_fast.models.masking import MaskSource, Plan, TokenLayout, given_or_drawn, keep_all
+from m3ae_fast.models.masking import MASKS, MaskSource, Plan, TokenLayout, drawn_part, given_or_drawn, keep_all
 from m3ae_fast.models.masks import with_masks
 from m3ae_fast.models.model import Metric, Model
 from m3ae_fast.nn import take_rows
@@ -29,12 +29,13 @@ from m3ae_fast.seqlens import SeqLens
 @dataclasses.dataclass
 class M3AEOutput:
     """What a training step needs. Losses and accuracy are fp32 scalars, means over the B samples of each sample's
-    own mean over its masked tokens (a sample without any counts as 0), so that they add up over micro-batches."""
+    own mean over its predicted tokens (a sample without any counts as 0), so that they add up over micro-batches.
+    Predicted are the masked tokens: with `predict_ratio` a part, with "multi_block" the blocks."""
 
     loss: Tensor  # image_loss_weight * image_loss + text_loss_weight * text_loss
-    image_loss: Tensor  # squared error of the masked patches
-    text_loss: Tensor  # cross-entropy of the masked words
-    text_accuracy: Tensor  # of the masked words; no gradient
+    image_loss: Tensor  # squared error of the predicted patches
+    text_loss: Tensor  # cross-entropy of the predicted words
+    text_accuracy: Tensor  # of the predicted words; no gradient
     image_mask: Tensor  # [B, P] bool on the host, True = removed
     text_mask: Tensor  # [B, longest text] bool on the host, True = removed
 
@@ -147,20 +148,20 @@ class M3AE(Model, FixedPositions):
 
         Args:
             batch: pairs, images alone and texts alone go through one packed pass.
-            seed, step: key the random masks together with batch.sample_ids: the same masks on every device, for any
-                split of a batch.
+            seed, step: key the random masks together with batch.sample_ids, and with `predict_ratio` which tokens are
+                predicted: the same on every device, for any split of a batch.
             image_mask, text_mask: instead of drawing: [B, P] and [B, L] bool, True = removed, any number in each
-                sample.
+                sample; or uint8: 0 = kept, 1 = removed and predicted, 2 = removed alone.
             plan: instead of all four: what `plan` made of them for this batch.
 
         Raises:
-            ValueError: neither a seed nor masks; images or texts of another size than the configuration's; a plan of
-                another batch.
+            ValueError: neither a seed nor masks, or no seed for `predict_ratio`; images or texts of another size than
+                the configuration's; a plan of another batch.
         """
         plan = self._plan(batch, MaskSource(seed, step, image_mask, text_mask), plan)
         image, text, layout = plan.image, plan.text, plan.layout
         encoded = self._encode(batch, layout)
-        decoded = self._decode(encoded, layout, layout.masked_rows, layout.masked)
+        decoded = self._decode(encoded, layout)
 
         rows = torch.cat([layout.image_rows, layout.text_rows])
         for_image, for_text = take_rows(decoded, rows).split([len(layout.image_rows), len(layout.text_rows)])
@@ -212,10 +213,11 @@ class M3AE(Model, FixedPositions):
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> Reconstruction:
-        """Predictions for every patch and every word, masked or not; arguments as `forward`'s."""
-        plan = self._plan(batch, MaskSource(seed, step, image_mask, text_mask))
+        """Predictions for every patch and every word, masked or not, whatever `predict_ratio`; arguments as
+        `forward`'s."""
+        plan = self._plan(batch, MaskSource(seed, step, image_mask, text_mask), every=True)
         image, text, layout = plan.image, plan.text, plan.layout
-        decoded = self._decode(self._encode(batch, layout), layout)
+        decoded = self._decode(self._encode(batch, layout), layout, every=True)
         patches = self.image_head(take_rows(decoded, layout.all_image_rows))
         pixels = patches.new_full((len(batch), self.config.patches, self.config.patch_dim), math.nan)
         pixels[torch.tensor(batch.has_image, dtype=torch.bool, device="cpu")] = patches.view(
@@ -251,19 +253,35 @@ class M3AE(Model, FixedPositions):
 
     # -- the two halves ----------------------------------------------------------------------------------------------
 
-    def _plan(self, batch: ImageTextBatch, source: MaskSource, plan: Plan | None = None, bucket: bool = False) -> Plan:
-        """The plan that a caller gave, checked, or else a new one."""
+    def _plan(
+        self,
+        batch: ImageTextBatch,
+        source: MaskSource,
+        plan: Plan | None = None,
+        bucket: bool = False,
+        every: bool = False,
+    ) -> Plan:
+        """The plan that a caller gave, checked, or else a new one; every: in which all masked tokens are predicted."""
         self._check(batch)
         c, ids = self.config, batch.sample_ids
         if plan is not None:
             plan.check(batch, c.patches, source)
             return plan
-        slots = (c.patches, c.max_text_length) if c.masking == "shared" else (None, None)
         patches, words = [c.patches if has else 0 for has in batch.has_image], batch.text_lengths.lengths
         source = with_masks(source, c, patches, words, ids)
-        image = given_or_drawn("image", source, patches, c.image_mask_ratio, sample_ids=ids, shared=slots[0])
-        text = given_or_drawn("text", source, words, c.text_mask_ratio, sample_ids=ids, shared=slots[1])
-        return Plan.make(image, text, c.patches, batch.has_image, batch.device, bucket)
+        modalities = []
+        for name, lengths, ratio, slots in (
+            ("image", patches, c.image_mask_ratio, c.patches),
+            ("text", words, c.text_mask_ratio, c.max_text_length),
+        ):
+            shared = slots if c.masking == "shared" else None
+            masked = given_or_drawn(name, source, lengths, ratio, sample_ids=ids, shared=shared, dtypes=MASKS)
+            if every:
+                masked = masked.predicting_all()
+            elif c.predict_ratio < 1:
+                masked = drawn_part(name, masked, c.predict_ratio, source, sample_ids=ids)
+            modalities.append(masked)
+        return Plan.make(*modalities, c.patches, batch.has_image, batch.device, bucket)
 
     def _encode(self, batch: ImageTextBatch, layout: TokenLayout) -> Tensor:
         """Kept patches and kept words -> [layout.kept.total, D]."""
@@ -283,15 +301,15 @@ class M3AE(Model, FixedPositions):
         tokens = assemble_tokens(patches, words, cls_token=self.cls_token, **inputs)
         return self.encoder(tokens, layout.kept)
 
-    def _decode(self, encoded: Tensor, layout: TokenLayout, *rows: Tensor | SeqLens) -> Tensor:
-        """[layout.kept.total, D] -> [layout.full.total, decoder width], or of `rows` alone (see Transformer)."""
+    def _decode(self, encoded: Tensor, layout: TokenLayout, every: bool = False) -> Tensor:
+        """[layout.kept.total, D] -> [layout.masked.total, decoder width]; every: [layout.full.total, decoder width]."""
         tokens = restore_tokens(
             self.decoder_embed(encoded), layout.rows, layout.slots,
             image_mask_token=self.image_mask_token, text_mask_token=self.text_mask_token,
             image_position=self.decoder_image_position, text_position=self.decoder_text_position,
             image_type=self.decoder_image_type, text_type=self.decoder_text_type,
         )  # fmt: skip
-        return self.decoder(tokens, layout.full, *rows)
+        return self.decoder(tokens, layout.full, *(() if every else (layout.masked_rows, layout.masked)))
 
     def _images(self, batch: ImageTextBatch) -> Tensor:
         """The batch's images, or none of them as a tensor: every parameter has a gradient in every step, zeros where a

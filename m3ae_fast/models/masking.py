@@ -1,12 +1,13 @@
 """Which tokens of a batch are kept and where every token stands. All of it is made on the host, where lengths live.
 
-Sequences are [CLS; image patches; words] throughout: the kept ones in the encoder, all of them in the decoder.
+Sequences are [CLS; image patches; words] throughout: the kept ones in the encoder, beside them those to be predicted in
+the decoder.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 STREAMS = {"image": 0, "text": 1}  # of sample_mask's random numbers, by modality
+PREDICTED_STREAMS = {"image": 2, "text": 3}  # likewise, of which masked tokens are predicted
+KEPT, PREDICTED, SKIPPED = 0, 1, 2  # what a uint8 mask says of a token
+MASKS = {torch.bool: "bool (True = removed)", torch.uint8: "uint8 (0 = kept, 1 = predicted, 2 = neither)"}
 ALIGNED = 4  # int32 numbers, 16 bytes: Triton compiles a kernel again for an address that is not a multiple
 
 
@@ -31,28 +35,44 @@ class MaskSource:
 
     seed: int | None = None  # keys the random numbers, together with step and the samples' numbers
     step: int = 0
-    image_mask: Tensor | None = None  # [B, P] bool, True = masked
-    text_mask: Tensor | None = None  # [B, at least the longest text] bool, True = masked
+    image_mask: Tensor | None = None  # [B, P] bool, True = masked, or uint8 (see `from_mask`)
+    text_mask: Tensor | None = None  # [B, at least the longest text], likewise
 
 
 @dataclasses.dataclass(frozen=True)
 class Masked:
     """The tokens of one modality, split: positions within the sample, packed over the B samples, on the host."""
 
-    ids_keep: Tensor  # int32
-    ids_mask: Tensor  # int32
+    ids_keep: Tensor  # int32, what the encoder reads
+    ids_mask: Tensor  # int32, what is removed and predicted
     keep: SeqLens
     mask: SeqLens
+    ids_skip: Tensor | None = None  # int32, what is removed and not predicted: neither network has it
+    skip: SeqLens | None = None  # None: there is nothing of that kind in any sample
 
     @property
     def lengths(self) -> list[int]:
-        return [k + m for k, m in zip(self.keep.lengths, self.mask.lengths, strict=True)]
+        parts = [part.lengths for part in (self.keep, self.mask, self.skip) if part is not None]
+        return [sum(counts) for counts in zip(*parts, strict=True)]
+
+    @property
+    def skipped(self) -> int:
+        """How many tokens are removed and not predicted, in all samples."""
+        return 0 if self.skip is None else self.skip.total
 
     def as_bool(self, columns: int) -> Tensor:
         """[B, columns] bool, True = removed; slots past a sample's length are False."""
         out = torch.zeros(len(self.keep), columns, dtype=torch.bool, device="cpu")
         out[sample_of(self.mask), self.ids_mask.long()] = True
+        if self.skipped:
+            out[sample_of(self.skip), self.ids_skip.long()] = True
         return out
+
+    def predicting_all(self) -> Masked:
+        """The same tokens kept, all others predicted."""
+        if not self.skipped:
+            return self
+        return from_mask("mask", self.as_bool(max(self.lengths)), self.lengths)
 
 
 def sample_of(seqlens: SeqLens) -> Tensor:
@@ -76,14 +96,20 @@ def keep_all(lengths: Sequence[int]) -> Masked:
     return Masked(ids, ids[:0], keep, SeqLens([0] * len(keep)))
 
 
-def from_bool(name: str, mask: Tensor, lengths: Sequence[int]) -> Masked:
-    """From a mask [B, columns], True = removed; what it says of slots past a sample's length does not matter.
+def from_mask(
+    name: str, mask: Tensor, lengths: Sequence[int], dtypes: Collection[torch.dtype] = (torch.bool,)
+) -> Masked:
+    """From a mask [B, columns]; what it says of slots past a sample's length does not matter.
 
     A mask on a GPU is copied to the host: a sync.
+
+    Args:
+        dtypes: which are allowed: bool, True = removed, and predicted; uint8, KEPT, PREDICTED or SKIPPED.
     """
     _checks.shape(name, mask, (len(lengths), None))
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name} must be of dtype bool (True = removed), got {mask.dtype}")
+    if mask.dtype not in dtypes:
+        allowed = " or ".join(MASKS[dtype] for dtype in dtypes)
+        raise TypeError(f"{name} must be of dtype {allowed}, got {mask.dtype}")
     longest = max(lengths, default=0)
     if mask.shape[1] < longest:
         raise ValueError(
@@ -91,9 +117,12 @@ def from_bool(name: str, mask: Tensor, lengths: Sequence[int]) -> Masked:
         )
     mask = mask.cpu()
     real = torch.arange(mask.shape[1], device="cpu") < torch.tensor(lengths, dtype=torch.int64, device="cpu")[:, None]
-    kept, masked = real & ~mask, real & mask
-    ids_keep, ids_mask = (x.nonzero()[:, 1].to(torch.int32) for x in (kept, masked))
-    return Masked(ids_keep, ids_mask, SeqLens(kept.sum(1)), SeqLens(masked.sum(1)))
+    parts = [real & (mask == state) for state in (KEPT, PREDICTED, SKIPPED)]
+    keep, predicted, skip = (SeqLens(part.sum(1)) for part in parts)
+    if keep.total + predicted.total + skip.total < sum(lengths):
+        raise ValueError(f"{name} must be 0 (kept), 1 (predicted) or 2 (neither), got {int(mask[real].max())}")
+    ids_keep, ids_mask, ids_skip = (part.nonzero()[:, 1].to(torch.int32) for part in parts)
+    return Masked(ids_keep, ids_mask, keep, predicted, *((ids_skip, skip) if skip.total else ()))
 
 
 def draw(
@@ -110,7 +139,7 @@ def draw(
         keep, _ = sample_mask([shared], [count], seed=seed, step=step, stream=stream, shared=True)
         mask = torch.ones(shared, dtype=torch.bool, device="cpu")
         mask[keep.long()] = False
-        return from_bool("mask", mask.expand(len(lengths), -1), lengths)
+        return from_mask("mask", mask.expand(len(lengths), -1), lengths)
     keep = [count_kept(n, ratio) for n in lengths]
     return draw_kept(lengths, keep, seed=seed, step=step, sample_ids=sample_ids, stream=stream)
 
@@ -134,8 +163,12 @@ def given_or_drawn(
     *,
     sample_ids: Tensor,
     shared: int | None = None,
+    dtypes: Collection[torch.dtype] = (torch.bool,),
 ) -> Masked:
     """The mask of a modality, "image" or "text", where the source has one, else a random one.
+
+    Args:
+        dtypes: of the source's mask, see `from_mask`.
 
     Raises:
         ValueError: neither a mask nor a seed to draw it with.
@@ -146,13 +179,36 @@ def given_or_drawn(
         patches = max(lengths, default=0) if modality == "image" else 0
         if patches:  # a wider one is of another grid; words may be followed by padding
             _checks.shape(name, mask, (len(lengths), patches))
-        return from_bool(name, mask, lengths)
+        return from_mask(name, mask, lengths, dtypes)
     if sum(lengths) == 0:
         return keep_all(lengths)
     if source.seed is None:
         raise ValueError(f"seed must be given to draw masks, or {name} must be, got neither")
     keys = {"seed": source.seed, "step": source.step, "stream": STREAMS[modality]}
     return draw(lengths, ratio, sample_ids=sample_ids, shared=shared, **keys)
+
+
+def drawn_part(modality: str, masked: Masked, ratio: float, source: MaskSource, *, sample_ids: Tensor) -> Masked:
+    """The same tokens kept, and of those to be predicted a random part: round(count * ratio) of each sample, at least
+    one where there is one.
+
+    Args:
+        modality: "image" or "text". ratio: in (0, 1).
+
+    Raises:
+        ValueError: the source has no seed to draw it with.
+    """
+    if source.seed is None:
+        raise ValueError(f"seed must be given to draw which masked tokens are predicted (predict_ratio {ratio:g})")
+    if not masked.mask.total:
+        return masked
+    count = SeqLens([max(round(n * ratio), min(n, 1)) for n in masked.mask.lengths])
+    keys = {"seed": source.seed, "step": source.step, "stream": PREDICTED_STREAMS[modality]}
+    numbers, _ = sample_mask(masked.mask, count, sample_ids=sample_ids, **keys)  # among the sample's masked tokens
+    of = sample_of(count)
+    mask = masked.as_bool(max(masked.lengths)).to(torch.uint8) * SKIPPED
+    mask[of, masked.ids_mask[(masked.mask.cu[:-1][of] + numbers).long()].long()] = PREDICTED
+    return from_mask(f"{modality}_mask", mask, masked.lengths, MASKS)
 
 
 def rounded(count: int, parts: int) -> int:
@@ -168,30 +224,39 @@ class Room(NamedTuple):
     images: int
     image_keep: int  # rows for kept patches, of all samples together; likewise
     image_mask: int
+    image_skip: int
     text_keep: int
     text_mask: int
+    text_skip: int
     longest: tuple[int, int, int]  # sequence that kernels expect: of kept, of all, of masked tokens
 
     @staticmethod
     def of(image: Masked, text: Masked, images: int, longest: tuple[int, int, int], bucket: bool) -> Room:
         """For `images` images. A bucket rounds up what differs from batch to batch: the number of images to an eighth
-        of a power of two, the encoder's and the decoder's rows to a 64th, the longest sequences to an eighth; patches,
-        where images keep different numbers of them, to a 16th."""
-        tokens = image.keep.total, image.mask.total, text.keep.total, text.mask.total
+        of a power of two, the encoder's rows, the decoder's and all tokens to a 64th, the longest sequences to an
+        eighth; patches, where images keep different numbers of them, to a 16th."""
+        image_keep, image_mask, image_skip = image.keep.total, image.mask.total, image.skipped
+        text_keep, text_mask, text_skip = text.keep.total, text.mask.total, text.skipped
         if not bucket:
-            return Room(images, *tokens, longest)
-        samples = len(image.keep)
-        ragged = image.keep.total < images * image.keep.max
+            return Room(images, image_keep, image_mask, image_skip, text_keep, text_mask, text_skip, longest)
+        samples, ragged = len(image.keep), image_keep < images * image.keep.max
         images = min(rounded(images, 8), samples)
-        image_keep, image_mask, text_keep, text_mask = images * image.keep.max, images * image.mask.max, *tokens[2:]
         if ragged:
-            image_keep, image_mask = (rounded(each, 16) for each in tokens[:2])
+            image_keep, image_mask = rounded(image_keep, 16), rounded(image_mask, 16)
+            image_skip = rounded(image_skip, 16) if image_skip else 0
+        else:
+            image_keep, image_mask = images * image.keep.max, images * image.mask.max
+            image_skip = images * image.skip.max if image_skip else 0
         if text_keep + text_mask:
             patches = samples + image_keep
             kept = rounded(patches + text_keep, 64)
             text_keep = kept - patches
-            text_mask = rounded(kept + image_mask + text_mask, 64) - kept - image_mask
-        return Room(images, image_keep, image_mask, text_keep, text_mask, tuple(rounded(n, 8) for n in longest))
+            decoded = rounded(kept + image_mask + text_mask, 64)
+            text_mask = decoded - kept - image_mask
+            if text_skip:
+                text_skip = rounded(decoded + image_skip + text_skip, 64) - decoded - image_skip
+        longest = tuple(rounded(n, 8) for n in longest)
+        return Room(images, image_keep, image_mask, image_skip, text_keep, text_mask, text_skip, longest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,27 +268,28 @@ class TokenLayout:
     """
 
     kept: SeqLens  # the encoder's sequences
-    full: SeqLens  # the decoder's sequences
-    masked: SeqLens  # masked tokens of each sequence
+    full: SeqLens  # the decoder's sequences: all but what is skipped
+    masked: SeqLens  # predicted tokens of each sequence
     image_keep: SeqLens  # kept patches of each sample
     text_keep: SeqLens  # kept words of each sample
-    text_mask: SeqLens  # masked words of each sample
+    text_mask: SeqLens  # predicted words of each sample
     images_keep: SeqLens  # kept patches of each image
-    images_mask: SeqLens  # masked patches of each image
+    images_mask: SeqLens  # predicted patches of each image
     index: Tensor  # the offsets of these and all that follows, in one piece
     rows: Tensor  # [full.total] for restore_tokens: the encoder row that stands there, -1 where masked
     slots: Tensor  # [full.total] for restore_tokens: patch number, or patches + word number, or -1 (CLS)
     cls_rows: Tensor  # [B] of the encoder's rows
-    masked_rows: Tensor  # decoder rows of the masked tokens, ascending
-    image_rows: Tensor  # of masked_rows: the masked patches
-    text_rows: Tensor  # of masked_rows: the masked words
-    all_image_rows: Tensor  # decoder rows of every patch
-    all_text_rows: Tensor  # decoder rows of every word
+    masked_rows: Tensor  # decoder rows of the predicted tokens, ascending
+    masked_slots: Tensor  # their slots
+    image_rows: Tensor  # of masked_rows: the predicted patches
+    text_rows: Tensor  # of masked_rows: the predicted words
+    all_image_rows: Tensor  # decoder rows of every patch, -1 where it is skipped
+    all_text_rows: Tensor  # decoder rows of every word, likewise
     image_ids_keep: Tensor
     image_ids_mask: Tensor
     text_ids_keep: Tensor
     words_keep: Tensor  # places of the kept words in the batch's packed text
-    words_mask: Tensor  # places of the masked words in the batch's packed text
+    words_mask: Tensor  # places of the predicted words in the batch's packed text
 
     @staticmethod
     def make(
@@ -233,15 +299,16 @@ class TokenLayout:
         image_lengths, text_lengths = SeqLens(image.lengths), SeqLens(text.lengths)
         batch = range(len(image.keep))
         kept = SeqLens([1 + image.keep.lengths[b] + text.keep.lengths[b] for b in batch])
-        full = SeqLens([1 + image_lengths.lengths[b] + text_lengths.lengths[b] for b in batch])
+        every = SeqLens([1 + image_lengths.lengths[b] + text_lengths.lengths[b] for b in batch])
         masked = SeqLens([image.mask.lengths[b] + text.mask.lengths[b] for b in batch])
+        full = SeqLens([k + m for k, m in zip(kept.lengths, masked.lengths, strict=True)])
         cls_rows = kept.cu[:-1]
-        image_start = full.cu[:-1] + 1
+        image_start = every.cu[:-1] + 1
         text_start = image_start + torch.tensor(image_lengths.lengths, dtype=torch.int32, device="cpu")
 
-        rows = torch.full((full.total,), -1, dtype=torch.int32, device="cpu")
-        slots = torch.full((full.total,), -1, dtype=torch.int32, device="cpu")
-        rows[full.cu[:-1].long()] = cls_rows
+        rows = torch.full((every.total,), -1, dtype=torch.int32, device="cpu")
+        slots = torch.full((every.total,), -1, dtype=torch.int32, device="cpu")
+        rows[every.cu[:-1].long()] = cls_rows
         places = []  # of each modality's masked tokens among all masked tokens
         kept_start, masked_start = cls_rows + 1, masked.cu[:-1]
         for split, start, first_slot in ((image, image_start, 0), (text, text_start, patches)):
@@ -250,26 +317,34 @@ class TokenLayout:
             rows[at] = kept_start[keep_of] + within(split.keep, keep_of)
             slots[at] = first_slot + split.ids_keep
             slots[(start[mask_of] + split.ids_mask).long()] = first_slot + split.ids_mask
+            if split.skipped:
+                rows[(start[sample_of(split.skip)] + split.ids_skip).long()] = -2
             places.append(masked_start[mask_of] + within(split.mask, mask_of))
             kept_start = kept_start + torch.tensor(split.keep.lengths, dtype=torch.int32, device="cpu")
             masked_start = masked_start + torch.tensor(split.mask.lengths, dtype=torch.int32, device="cpu")
-        masked_rows = (rows < 0).nonzero()[:, 0].to(torch.int32)
         all_rows = [
             start[sample_of(lengths)] + keep_all(lengths.lengths).ids_keep
             for start, lengths in ((image_start, image_lengths), (text_start, text_lengths))
         ]
+        if full.total < every.total:
+            there = rows > -2
+            numbers = torch.where(there, there.cumsum(0) - 1, -1).to(torch.int32)
+            rows, slots, all_rows = rows[there], slots[there], [numbers[each.long()] for each in all_rows]
+        masked_rows = (rows < 0).nonzero()[:, 0]
         words = text_lengths.cu[:-1]
         words_keep = words[sample_of(text.keep)] + text.ids_keep
         words_mask = words[sample_of(text.mask)] + text.ids_mask
         room = Room.of(image, text, sum(has_image), (kept.max, full.max, masked.max), bucket)
         of_images = (_of_images(counts, has_image, room.images) for counts in (image.keep, image.mask))
         sequences = kept, full, masked, image.keep, text.keep, text.mask, *of_images
-        patches, words = room.image_keep + room.image_mask, room.text_keep + room.text_mask
-        masks, tokens = room.image_mask + room.text_mask, len(kept) + patches + words
+        masks = room.image_mask + room.text_mask
+        tokens = len(kept) + room.image_keep + room.text_keep + masks
+        patches = room.image_keep + room.image_mask + room.image_skip
+        words = room.text_keep + room.text_mask + room.text_skip
         longest = *room.longest, *(x.max for x in sequences[3:])
         contents = (  # each with its room, and what is written where it has none itself
             (rows, tokens, -1), (slots, tokens, -1), (cls_rows, len(kept), -1), (masked_rows, masks, -1),
-            (places[0], room.image_mask, -1), (places[1], room.text_mask, -1),
+            (slots[masked_rows], masks, -1), (places[0], room.image_mask, -1), (places[1], room.text_mask, -1),
             (all_rows[0], patches, -1), (all_rows[1], words, -1),
             (image.ids_keep, room.image_keep, 0), (image.ids_mask, room.image_mask, 0),
             (text.ids_keep, room.text_keep, 0), (words_keep, room.text_keep, 0), (words_mask, room.text_mask, 0),

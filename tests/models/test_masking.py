@@ -8,7 +8,7 @@ from m3ae_fast.models import masking
 
 
 def loop_layout(image, text, patches):
-    """The same answer, token by token."""
+    """The same answer, token by token; what is skipped has no row."""
     rows, slots, kept_row, image_rows, text_rows = [], [], 0, [], []
     image_keep = iter(image.ids_keep.tolist())
     image_mask = iter(image.ids_mask.tolist())
@@ -26,30 +26,46 @@ def loop_layout(image, text, patches):
             start = len(rows)
             kept = [next(keep) for _ in range(masked.keep.lengths[b])]
             gone = [next(mask) for _ in range(masked.mask.lengths[b])]
-            for position in range(masked.lengths[b]):
+            there = [position for position in range(masked.lengths[b]) if position in kept or position in gone]
+            for position in there:
                 rows.append(kept_row + kept.index(position) if position in kept else -1)
                 slots.append(first + position)
             kept_row += len(kept)
-            out += [start + position for position in gone]
+            out += [start + there.index(position) for position in gone]
     return rows, slots, image_rows, text_rows
 
 
+@pytest.mark.parametrize("part", [1.0, 0.4])
 @pytest.mark.parametrize("seed", range(5))
-def test_layout_against_a_loop(seed):
+def test_layout_against_a_loop(seed, part):
     patches, lengths = 16, [3, 0, 9, 2, 1]
     images = [patches, patches, 0, patches, 0]
     ids = torch.arange(5) + 5 * seed
     image = masking.draw(images, 0.75, seed=seed, step=3, sample_ids=ids, stream=0, shared=None)
     text = masking.draw(lengths, 0.5, seed=seed, step=3, sample_ids=ids, stream=1, shared=None)
+    if part < 1:
+        source = masking.MaskSource(seed=seed, step=3)
+        image = masking.drawn_part("image", image, part, source, sample_ids=ids)
+        text = masking.drawn_part("text", text, part, source, sample_ids=ids)
     layout = masking.TokenLayout.make(image, text, patches, [n > 0 for n in images], torch.device("cpu"))
     rows, slots, image_rows, text_rows = loop_layout(image, text, patches)
     assert layout.rows.tolist() == rows
     assert layout.slots.tolist() == slots
     assert layout.masked_rows.tolist() == sorted(image_rows + text_rows)
+    assert layout.masked_slots.tolist() == [slots[row] for row in sorted(image_rows + text_rows)]
     assert layout.masked_rows[layout.image_rows].tolist() == image_rows
     assert layout.masked_rows[layout.text_rows].tolist() == text_rows
     assert layout.masked.lengths == tuple(i + t for i, t in zip(image.mask.lengths, text.mask.lengths, strict=True))
-    assert layout.full.lengths == tuple(1 + i + t for i, t in zip(images, lengths, strict=True))
+    skipped = [sum(each.skip.lengths[b] for each in (image, text) if each.skip) for b in range(5)]
+    assert layout.full.lengths == tuple(1 + i + t - s for i, t, s in zip(images, lengths, skipped, strict=True))
+    assert sum(skipped) == (0 if part == 1 else image.skipped + text.skipped) and (part == 1) == (not sum(skipped))
+    for found, first, count in ((layout.all_image_rows, 0, images), (layout.all_text_rows, patches, lengths)):
+        numbers = [number for n in count for number in range(n)]
+        assert len(found) == len(numbers)
+        for row, number in zip(found.tolist(), numbers, strict=True):
+            assert row == -1 or slots[row] == first + number
+        assert found[found >= 0].tolist() == [row for row, slot in enumerate(slots) if slot >= 0 and
+                                              (slot < patches) == (first == 0)]  # fmt: skip
     assert layout.kept.total == sum(row >= 0 for row in rows)
     starts = SeqLens(lengths).cu.tolist()
     words = [starts[b] + i for b, i in zip(masking.sample_of(text.mask).tolist(), text.ids_mask.tolist(), strict=True)]
@@ -83,16 +99,16 @@ def test_shared_masks_are_one_draw_over_every_slot():
 def test_masks_given_as_bool_round_trip():
     mask = torch.rand(4, 9) < 0.5
     lengths = [9, 4, 0, 7]
-    masked = masking.from_bool("text_mask", mask, lengths)
+    masked = masking.from_mask("text_mask", mask, lengths)
     real = torch.arange(9) < torch.tensor(lengths)[:, None]
     assert torch.equal(masked.as_bool(9), mask & real)
     assert masked.lengths == lengths
     with pytest.raises(TypeError, match="text_mask must be of dtype bool"):
-        masking.from_bool("text_mask", mask.float(), lengths)
+        masking.from_mask("text_mask", mask.float(), lengths)
     with pytest.raises(ValueError, match="text_mask must have at least 9 columns"):
-        masking.from_bool("text_mask", mask[:, :8], lengths)
+        masking.from_mask("text_mask", mask[:, :8], lengths)
     with pytest.raises(ValueError, match=r"text_mask must have shape \(3, any\)"):
-        masking.from_bool("text_mask", mask, lengths[:3])
+        masking.from_mask("text_mask", mask, lengths[:3])
 
 
 @pytest.mark.parametrize("columns", [8, 10])
