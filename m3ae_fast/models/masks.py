@@ -1,9 +1,9 @@
 """Ways to mask beside the uniform one: blocks, a ratio for each sample, budgets over modalities, scores.
 
-Each returns [B, columns] bool on the CPU, True = masked, False past a sample's length: what `M3AE.forward` takes as
-`image_mask` and `text_mask`. Random numbers are functions of (seed, step, sample id, stream) alone, so that a sample's
-mask is the same on every device and however samples are grouped into batches or ranks. Of two tokens or more at least
-one is kept and one masked; a single token is masked.
+Each returns [B, columns] bool on the CPU, True = masked, False past a sample's length (`multi_block_mask`: uint8):
+what `M3AE.forward` takes as `image_mask` and `text_mask`. Random numbers are functions of (seed, step, sample id,
+stream) alone, so that a sample's mask is the same on every device and however samples are grouped into batches or
+ranks. Of two tokens or more at least one is kept and one masked; a single token is masked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from m3ae_fast import _checks
 from m3ae_fast.models.config import M3AEConfig
-from m3ae_fast.models.masking import STREAMS, MaskSource, count_kept, draw_kept
+from m3ae_fast.models.masking import KEPT, PREDICTED, SKIPPED, STREAMS, MaskSource, count_kept, draw_kept
 
 ATTEMPTS = 10  # to place a block, as in BEiT's public code
 
@@ -147,38 +147,51 @@ def multi_block_mask(
     blocks: int = 4,
     scale: tuple[float, float] = (0.15, 0.2),
     aspect: tuple[float, float] = (0.75, 1.5),
+    context: tuple[float, float] = (0.85, 1.0),
 ) -> Tensor:
-    """A few large rectangles of one size in each image, which may overlap. [B, rows * columns] bool.
+    """I-JEPA's masks: a few large rectangles of one size in each image, which may overlap, are to be predicted from
+    what they leave of one larger square. [B, rows * columns] uint8: 0 = kept, 1 = to be predicted, 2 = neither.
 
-    They are I-JEPA's targets. All other patches are kept; I-JEPA also leaves out those outside of a context block. A
-    block that would leave no patch to keep is left out.
+    A block that would leave no patch is left out; where blocks leave nothing of the square, all other patches are kept.
 
     Args:
         grid: (rows, columns) of patches.
         seed, step, sample_ids, stream: the key, as of `sample_mask`.
         blocks: how many. scale: (low, high) of a block's share of the image. aspect: (low, high) of height / width.
+        context: (low, high) of the square's share of the image. It is cut to one row and one column less than the grid,
+            as blocks are.
 
     Raises:
         ValueError: a number outside its range, an empty range. TypeError: not a number.
 
-    Source: I-JEPA, arXiv:2301.08243, section 3; its public code draws a size for each batch.
+    Source: I-JEPA, arXiv:2301.08243, section 3; its public code draws the sizes for each batch.
     """
     patches = _patches(grid)
     _checks.integer("blocks", blocks, 1)
     _checks.interval("scale", scale, "(0, 1)")
     _checks.interval("aspect", aspect, "(0, inf)")
+    _checks.interval("context", context, "(0, 1]")
     draws = _draws(seed, step, sample_ids, stream)
-    out = np.zeros((len(draws), *grid), bool)
-    for mask, each in zip(out, draws, strict=True):
-        sides = _sides(each.uniform(*scale) * patches, each.uniform(*aspect))
-        height, width = (min(side, max(most - 1, 1)) for side, most in zip(sides, grid, strict=True))
+    out = np.full((len(draws), *grid), SKIPPED, np.uint8)
+    for states, each in zip(out, draws, strict=True):
+        mask, square = np.zeros((2, *grid), bool)
+        sides = _within(_sides(each.uniform(*scale) * patches, each.uniform(*aspect)), grid)
         for _ in range(blocks):
-            block = each.place(mask, height, width)
+            block = each.place(mask, *sides)
             before = block.copy()
             block[:] = True
             if mask.all() and patches > 1:
                 block[:] = before
+        each.place(square, *_within(_sides(each.uniform(*context) * patches, 1.0), grid))[:] = True
+        states[square & ~mask if (square & ~mask).any() else ~mask] = KEPT
+        states[mask] = PREDICTED
     return torch.from_numpy(out.reshape(len(draws), patches))
+
+
+def _within(sides: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a block, less than the grid's."""
+    height, width = (min(side, max(most - 1, 1)) for side, most in zip(sides, grid, strict=True))
+    return height, width
 
 
 def dirichlet_masks(

@@ -71,7 +71,8 @@ def loop_block(sample, grid, ratio, min_patches=16, aspect=(0.3, 1 / 0.3)):
     return masked
 
 
-def loop_multi_block(sample, grid, blocks=4, scale=(0.15, 0.2), aspect=(0.75, 1.5)):
+def loop_multi_block(sample, grid, blocks=4, scale=(0.15, 0.2), aspect=(0.75, 1.5), context=(0.85, 1)):
+    """(to be predicted, kept)."""
     numbers, masked = Numbers(sample), set()
     total = grid[0] * grid[1]
     area = numbers.between(*scale) * total
@@ -82,7 +83,10 @@ def loop_multi_block(sample, grid, blocks=4, scale=(0.15, 0.2), aspect=(0.75, 1.
         union = masked | cells(numbers, grid, height, width)
         if len(union) < total or total == 1:
             masked = union
-    return masked
+    side = round((numbers.between(*context) * total) ** 0.5) or 1
+    square = cells(numbers, grid, *(max(min(side, most - 1), 1) for most in grid))
+    everything = {(row, column) for row in range(grid[0]) for column in range(grid[1])}
+    return masked, square - masked or everything - masked
 
 
 def as_sets(mask, grid):
@@ -99,11 +103,20 @@ def test_block_mask_against_a_loop(grid, ratio):
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("options", [{}, {"blocks": 1}, {"blocks": 9, "scale": (0.5, 0.99), "aspect": (0.1, 9)}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"blocks": 1, "context": (1, 1)},
+        {"blocks": 9, "scale": (0.5, 0.99), "aspect": (0.1, 9)},
+        {"context": (0.01, 0.2)},
+    ],
+)
 def test_multi_block_mask_against_a_loop(grid, options):
     mask = multi_block_mask(grid, sample_ids=IDS, **options, **KEY)
-    assert as_sets(mask, grid) == [loop_multi_block(sample, grid, **options) for sample in IDS]
-    assert mask.any(1).all() and (grid == (1, 1) or not mask.all(1).any())
+    predicted, kept = zip(*(loop_multi_block(sample, grid, **options) for sample in IDS), strict=True)
+    assert as_sets(mask == 1, grid) == list(predicted) and as_sets(mask == 0, grid) == list(kept)
+    assert (mask == 1).any(1).all() and (grid == (1, 1) or (mask == 0).any(1).all()) and mask.max() <= 2
 
 
 def uniform(lengths, keep, stream=0):
@@ -247,7 +260,7 @@ def test_masking_of_a_model(masking):
     if masking == "block":
         image = block_mask((8, 8), 0.6, **key)
     elif masking == "multi_block":
-        image = multi_block_mask((8, 8), **key)
+        image = multi_block_mask((8, 8), **key) > 0
     elif masking == "ratio_range":
         image, text = random_mask(images, (0.2, 0.4), **key), random_mask(words, (0.2, 0.4), stream=1, **key)
     else:
@@ -295,6 +308,7 @@ def test_a_callers_mask_goes_before_that_of_the_model():
         (lambda: multi_block_mask((4, 4), sample_ids=[0], seed=0, blocks=0), ValueError, "blocks must be at least 1"),
         (lambda: multi_block_mask((4, 4), sample_ids=[0], seed=0, scale=(0, 1)), ValueError, "scale must be in"),
         (lambda: multi_block_mask((4, 4), sample_ids=[0], seed=0, aspect=(0, 1)), ValueError, "aspect must be finite"),
+        (lambda: multi_block_mask((4, 4), sample_ids=[0], seed=0, context=(0, 1)), ValueError, "context must be in"),
         (lambda: random_mask([4], (0.5, 1), sample_ids=[0], seed=0), ValueError, "ratio_range must be in"),
         (lambda: random_mask([4], (0.5, None), sample_ids=[0], seed=0), TypeError, "ratio_range must be a number"),
         (lambda: random_mask([4, 5], (0.5, 0.6), sample_ids=[0], seed=0), ValueError, "lengths must have 1 entries"),
