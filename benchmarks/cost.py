@@ -34,19 +34,24 @@ def products(config: M3AEConfig, words: int = WORDS) -> dict[str, float]:
     many."""
     c = config
     patches, kept_words = int(c.patches * (1 - c.image_mask_ratio)), max(int(words * (1 - c.text_mask_ratio)), 1)
-    masked = c.patches - patches + words - kept_words
-    seen, every = 1 + patches + kept_words, 1 + c.patches + words
+    of_image, of_text = (round(n * c.predict_ratio) for n in (c.patches - patches, words - kept_words))  # predicted
+    seen, predicted = 1 + patches + kept_words, of_image + of_text
 
-    def block(width: int, tokens: int, rows: int) -> float:
-        """Keys and values of all tokens; queries, projection and MLP of `rows` of them."""
-        return (4 * tokens + 2 * rows + 2 * rows + 4 * c.mlp_ratio * rows) * width**2 + 4 * rows * tokens * width
+    def block(width: int, tokens: int, rows: int, token_width: int | None = None) -> float:
+        """Keys and values of all tokens; queries, projection and MLP of `rows`, some of them or others."""
+        keys = 4 * tokens * (token_width or width) * width
+        return keys + (2 * rows + 2 * rows + 4 * c.mlp_ratio * rows) * width**2 + 4 * rows * tokens * width
 
-    decoder = (c.decoder_depth - 1) * block(c.decoder_width, every, every)  # the last one makes masked rows alone
-    text_head = 2 * (words - kept_words) * c.decoder_width * c.vocab_size
+    if c.decoder == "cross":
+        decoder = c.decoder_depth * block(c.decoder_width, seen, predicted, c.width)
+    else:
+        every = seen + predicted
+        decoder = (c.decoder_depth - 1) * block(c.decoder_width, every, every)  # the last makes predicted rows alone
+        decoder += block(c.decoder_width, every, predicted) + 2 * seen * c.width * c.decoder_width
     return {
         "encoder": c.depth * block(c.width, seen, seen) + 2 * patches * c.patch_dim * c.width,
-        "decoder": decoder + block(c.decoder_width, every, masked) + 2 * seen * c.width * c.decoder_width,
-        "heads": 2 * (c.patches - patches) * c.decoder_width * c.patch_dim + text_head,
+        "decoder": decoder,
+        "heads": 2 * c.decoder_width * (of_image * c.patch_dim + of_text * c.vocab_size),
     }
 
 

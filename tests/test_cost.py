@@ -19,6 +19,9 @@ DOCS = Path(__file__).parents[1] / "docs"
     [
         M3AEConfig.tiny(vocab_size=1000),
         M3AEConfig.tiny(vocab_size=50, depth=1, decoder_depth=3, width=256, image_mask_ratio=0.5, text_mask_ratio=0.25),
+        M3AEConfig.tiny(vocab_size=1000, predict_ratio=0.4),
+        M3AEConfig.tiny(vocab_size=1000, decoder="cross", width=256),
+        M3AEConfig.tiny(vocab_size=1000, decoder="cross", decoder_depth=3, predict_ratio=0.4),
     ],
 )
 def test_products_are_those_of_a_step(config):

@@ -29,11 +29,11 @@ def test_a_batch_is_taken_apart_and_together():
     assert pytree.tree_map(lambda x: x + 1, SeqLens([2, 3])).cu.tolist() == [1, 3, 6]
 
 
-@pytest.fixture(scope="module")
-def exported():
+@pytest.fixture(scope="module", params=[{}, {"decoder": "cross", "predict_ratio": 0.5}], ids=["default", "cross"])
+def exported(request):
     """A tiny M3AE, and the program that torch.export makes of it."""
     torch.manual_seed(0)
-    model = M3AE(M3AEConfig.tiny(vocab_size=50, image_size=32, max_text_length=8))
+    model = M3AE(M3AEConfig.tiny(vocab_size=50, image_size=32, max_text_length=8, **request.param))
     return model, torch.export.export(model, (pairs(0),), {"plan": model.plan(pairs(0), seed=0)})
 
 

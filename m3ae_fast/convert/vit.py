@@ -92,12 +92,14 @@ def write_vitmae(model: M3AE, folder: str | os.PathLike) -> None:
     Token types go into the position tables; whatever is of words is left out.
 
     Args:
-        model: an MAE or an M3AE. folder: made if need be.
+        model: an MAE or an M3AE, with the joint decoder. folder: made if need be.
 
     Raises:
-        OSError: it cannot be written.
+        ValueError: it has another decoder, which no ViTMAE has. OSError: it cannot be written.
     """
     folder, c = Path(folder), model.config
+    if c.decoder != "joint":
+        raise ValueError(f"the model must have decoder 'joint' to be written as a ViTMAE, got {c.decoder!r}")
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
     state = vit_names.mae_of_ours(model.state_dict(), _positions(model), channels=c.channels, decoder=True)
@@ -292,6 +294,8 @@ def _check_names(state: Mapping[str, Tensor], config: M3AEConfig) -> None:
     with torch.device("meta"):
         expected = MAE(config).state_dict()
     partly = "decoder_embed.weight" in state
+    if partly and config.decoder != "joint":
+        raise ValueError(f"decoder must be 'joint', as that in the weights is, got {config.decoder!r}")
     for name, tensor in expected.items():
         if name in state and state[name].shape != tensor.shape:
             shapes = tuple(tensor.shape), tuple(state[name].shape)

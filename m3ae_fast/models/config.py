@@ -183,6 +183,10 @@ class M3AEConfig(ModelConfig):
 
     Attributes, beside ModelConfig's (vocab_size 0 makes a model of images alone, without any text parameter):
         image_mask_ratio, text_mask_ratio: share of tokens removed, in [0, 1).
+        decoder: "joint": a Transformer over kept and mask tokens. "cross": CrossMAE's (arXiv:2401.14391, section 3),
+            blocks of cross-attention and an MLP through which mask tokens attend to the encoder's output, and not to
+            one another. Inter-block attention, CrossMAE's learned mixture of the outputs of all encoder blocks for
+            each decoder block, is not there: every block reads the encoder's output.
         decoder_width, decoder_depth, decoder_heads: of the decoder.
         predict_ratio: share of the masked tokens that a training step predicts, in (0, 1], drawn for each sample
             and step, at least one; the others never enter the decoder. CrossMAE's prediction ratio is a share of all
@@ -202,8 +206,10 @@ class M3AEConfig(ModelConfig):
         norm_eps: of the LayerNorms.
     """
 
+    DECODERS: ClassVar[tuple[str, ...]] = ("joint", "cross")
     MASKINGS: ClassVar[tuple[str, ...]] = ("sample", "shared", "block", "multi_block", "ratio_range", "dirichlet")
 
+    decoder: str = "joint"
     decoder_width: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16
@@ -224,6 +230,7 @@ class M3AEConfig(ModelConfig):
         self._integers(1, "decoder_width", "decoder_heads")
         self._integers(0, "decoder_depth")
         self._heads("decoder_width", "decoder_heads")
+        _checks.choice("decoder", self.decoder, self.DECODERS)
         _checks.real("predict_ratio", self.predict_ratio, "(0, 1]")
         self._shares("image_mask_ratio", "text_mask_ratio")
         self._numbers("image_loss_weight", "text_loss_weight")

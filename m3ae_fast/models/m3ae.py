@@ -7,6 +7,7 @@ Source: arXiv:2205.14204, and the authors' public code, which `masking="shared"`
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
@@ -91,11 +92,13 @@ class M3AE(Model, FixedPositions):
         self.image_type, self.text_type = token(c.width, types), token(c.width, texts and types)
         self.encoder = fast.Transformer(c.width, c.depth, c.heads, **options)
 
-        self.decoder_embed = fast.Linear(c.width, c.decoder_width)
+        cross = c.decoder == "cross"
+        self.decoder_embed = None if cross else fast.Linear(c.width, c.decoder_width)
         self.image_mask_token, self.text_mask_token = token(c.decoder_width), token(c.decoder_width, texts)
         self.decoder_image_type = token(c.decoder_width, types)
         self.decoder_text_type = token(c.decoder_width, texts and types)
-        self.decoder = fast.Transformer(c.decoder_width, c.decoder_depth, c.decoder_heads, **options)
+        decoder = functools.partial(fast.CrossTransformer, context_width=c.width) if cross else fast.Transformer
+        self.decoder = decoder(c.decoder_width, c.decoder_depth, c.decoder_heads, **options)
         self.image_head = fast.Linear(c.decoder_width, c.patch_dim)
         self.text_head = fast.Linear(c.decoder_width, c.vocab_size) if texts else None
         self.reset_parameters()
@@ -302,13 +305,21 @@ class M3AE(Model, FixedPositions):
         return self.encoder(tokens, layout.kept)
 
     def _decode(self, encoded: Tensor, layout: TokenLayout, every: bool = False) -> Tensor:
-        """[layout.kept.total, D] -> [layout.masked.total, decoder width]; every: [layout.full.total, decoder width]."""
-        tokens = restore_tokens(
-            self.decoder_embed(encoded), layout.rows, layout.slots,
-            image_mask_token=self.image_mask_token, text_mask_token=self.text_mask_token,
-            image_position=self.decoder_image_position, text_position=self.decoder_text_position,
-            image_type=self.decoder_image_type, text_type=self.decoder_text_type,
-        )  # fmt: skip
+        """[layout.kept.total, D] -> [layout.masked.total, decoder width], or every token's, [layout.full.total, ...].
+
+        The cross decoder has a query for each, mask token + position + type, whatever it asks for: kept tokens, too.
+        """
+        parameters = {
+            "image_mask_token": self.image_mask_token, "text_mask_token": self.text_mask_token,
+            "image_position": self.decoder_image_position, "text_position": self.decoder_text_position,
+            "image_type": self.decoder_image_type, "text_type": self.decoder_text_type,
+        }  # fmt: skip
+        if self.config.decoder == "cross":
+            slots, seqlens = (layout.slots, layout.full) if every else (layout.masked_slots, layout.masked)
+            nothing = encoded.new_empty(0, self.config.decoder_width)
+            queries = restore_tokens(nothing, torch.full_like(slots, -1), slots, **parameters)
+            return self.decoder(queries, encoded, seqlens, layout.kept)
+        tokens = restore_tokens(self.decoder_embed(encoded), layout.rows, layout.slots, **parameters)
         return self.decoder(tokens, layout.full, *(() if every else (layout.masked_rows, layout.masked)))
 
     def _images(self, batch: ImageTextBatch) -> Tensor:

@@ -197,6 +197,21 @@ def test_an_encoder_alone_of_transformers(tmp_path, hf):
     assert ours.config.decoder_depth == 1
 
 
+def test_a_cross_decoder_is_in_no_published_format(tmp_path, hf):
+    """A new one goes with an encoder; as a ViTMAE it is refused by name, its encoder goes to timm."""
+    model, folder = hf
+    with pytest.raises(ValueError, match="decoder must be 'joint', as that in the weights is, got 'cross'"):
+        load_vit(folder, decoder="cross")
+    model.vit.save_pretrained(tmp_path / "encoder")
+    with pytest.warns(M3AEFastWarning, match="there is no decoder in the weights"):
+        ours = load_vit(tmp_path / "encoder", decoder="cross", decoder_width=32, decoder_depth=1, decoder_heads=4)
+    with pytest.raises(ValueError, match="must have decoder 'joint' to be written as a ViTMAE, got 'cross'"):
+        write_vitmae(ours, tmp_path / "vitmae")
+    assert not (tmp_path / "vitmae").exists()
+    write_timm(ours, tmp_path / "vit.safetensors")
+    assert not [name for name in load_file(tmp_path / "vit.safetensors") if "decoder" in name]
+
+
 def test_weights_in_a_file_of_torch_are_the_same(hf):
     _, folder = hf
     expected = load_vit(folder).state_dict()

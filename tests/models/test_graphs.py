@@ -49,10 +49,13 @@ def gradients(model):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("to_none", [True, False])
-@pytest.mark.parametrize("kind", [M3AE, MAE])
-def test_replays_are_the_eager_passes(kind, to_none, precision):
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [(M3AE, {}), (MAE, {}), (M3AE, {"decoder": "cross", "predict_ratio": 0.5}), (M3AE, {"predict_ratio": 0.5})],
+)
+def test_replays_are_the_eager_passes(kind, changes, to_none, precision):
     torch.manual_seed(0)
-    model = kind(CONFIG)
+    model = kind(dataclasses.replace(CONFIG, **changes))
     passes = make_passes(model, precision)
     step, buckets = GraphedStep(passes, model), set()
     for seed in range(12):

@@ -9,6 +9,7 @@ from PIL import Image
 from m3ae_fast import M3AEFastWarning
 from m3ae_fast.models import OBJECTIVES
 from m3ae_fast.train import RunConfig, load_run, metrics, pretrain, trainer
+from m3ae_fast.train.pictures import draw_reconstruction, held_out
 
 QUEUE = {"queue_size": 8, "soft_targets": 0.4}
 
@@ -54,6 +55,26 @@ def test_masking_is_a_setting_of_the_run(go, tmp_path, objective, masking):
     assert run.config.masking == run.model.config.masking == masking
     with pytest.raises(ValueError, match=f"masking: '{masking}' there, 'sample' asked for"):
         go(objective, "parts", masking="sample", resume=True)
+
+
+@pytest.mark.parametrize("objective", ["m3ae", "mae"])
+def test_the_decoder_is_a_setting_of_the_run(go, tmp_path, objective):
+    """Of a part, by cross-attention: it resumes, validates, encodes and draws as any other."""
+    settings = {"options": {"decoder": "cross", "predict_ratio": 0.5}, "val_data": "shapes"}
+    whole, plain = go(objective, "whole", **settings), go(objective, "plain", val_data="shapes")
+    go(objective, "parts", stop_after=2, **settings)
+    assert go(objective, "parts", resume=True) == whole
+    assert whole[-1]["val_loss"] != plain[-1]["val_loss"]
+    run = load_run(tmp_path / "parts")
+    assert (run.model.config.decoder, run.model.config.predict_ratio) == ("cross", 0.5)
+    state = load_run(tmp_path / "whole").model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in run.model.state_dict().items())
+    batch = held_out(run.model.config, run.tokenizer, run.config, count=3)
+    assert run.model.encode_cls(batch).isfinite().all()
+    draw_reconstruction(run.model, run.tokenizer, batch, tmp_path / "drawn.png")
+    assert min(Image.open(tmp_path / "drawn.png").size) > 100
+    with pytest.raises(ValueError, match=r"options\.decoder: 'cross' there, 'joint' asked for"):
+        go(objective, "parts", resume=True, options={"decoder": "joint"})
 
 
 def test_the_momentum_network_moves_once_a_step(go, tmp_path):

@@ -12,9 +12,9 @@ every_device = pytest.mark.parametrize("device", testing.devices())
 every_precision = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 
 
-def make_model(model, device):
+def make_model(model, device, **changes):
     torch.manual_seed(0)
-    return model({M3AE: M3AEConfig, MAMO: MAMOConfig}[model].tiny(vocab_size=101)).to(device)
+    return model({M3AE: M3AEConfig, MAMO: MAMOConfig}[model].tiny(vocab_size=101, **changes)).to(device)
 
 
 def make_batch(device, lengths=(5, 3, 8)):
@@ -41,9 +41,9 @@ def step(model, batch, bf16):
 
 @every_device
 @every_precision
-@pytest.mark.parametrize("model", [M3AE, MAMO])
-def test_a_model_with_checkpointed_blocks(model, device, bf16):
-    model, batch = make_model(model, device), make_batch(device)
+@pytest.mark.parametrize(("model", "changes"), [(M3AE, {}), (M3AE, {"decoder": "cross"}), (MAMO, {})])
+def test_a_model_with_checkpointed_blocks(model, changes, device, bf16):
+    model, batch = make_model(model, device, **changes), make_batch(device)
     loss, gradients, kept = step(model, batch, bf16)
     checkpoint_blocks(model)
     loss_again, gradients_again, kept_again = step(model, batch, bf16)

@@ -22,6 +22,7 @@ from m3ae_fast.models import M3AE, MAMO, M3AEConfig, MAMOConfig
 from m3ae_fast.nn import Block, checkpoint_blocks
 
 STEPS = 3
+CROSS = {"decoder": "cross", "predict_ratio": 0.5}
 MODELS = {"m3ae": (M3AE, M3AEConfig), "mamo": (MAMO, MAMOConfig)}
 
 
@@ -125,12 +126,12 @@ def ddp(name, kinds, options, settings):
     return mean(losses), {name: value.detach() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("kinds", ["pairs", "mixed"])
-def test_ddp_of_m3ae_is_one_process_with_all_samples(pair, kinds):
+@pytest.mark.parametrize(("kinds", "options"), [("pairs", {}), ("mixed", {}), ("mixed", CROSS)])
+def test_ddp_of_m3ae_is_one_process_with_all_samples(pair, kinds, options):
     """Masks are keyed by the samples' numbers. "mixed": one process has no text, the other no image."""
-    found = pair(ddp, "m3ae", kinds, {}, {})
-    assert_same_run(found, alone("m3ae", kinds, whole=True))
-    assert_same_run(found, alone("m3ae", kinds))
+    found = pair(ddp, "m3ae", kinds, options, {})
+    assert_same_run(found, alone("m3ae", kinds, whole=True, **options))
+    assert_same_run(found, alone("m3ae", kinds, **options))
 
 
 @pytest.mark.parametrize("loss", ["text", "image"])
@@ -170,8 +171,8 @@ def sharded(name, options, device="cpu", **settings):
     return fully_shard(model, mesh=init_device_mesh("cpu", (2,)), **settings)
 
 
-def fsdp(name, kinds, checkpointed):
-    model = sharded(name, {})
+def fsdp(name, kinds, checkpointed, options):
+    model = sharded(name, options)
     checkpoint_blocks(model, checkpointed)
     assert all(isinstance(p, DTensor) for p in model.parameters())
     losses = train(model, make_optimiser(model), mine(kinds))
@@ -179,11 +180,17 @@ def fsdp(name, kinds, checkpointed):
 
 
 @pytest.mark.parametrize(
-    ("name", "kinds", "checkpointed"),
-    [("m3ae", "pairs", False), ("m3ae", "mixed", True), ("mamo", "pairs", False), ("mamo", "pairs", True)],
+    ("name", "kinds", "checkpointed", "options"),
+    [
+        ("m3ae", "pairs", False, {}),
+        ("m3ae", "mixed", True, {}),
+        ("m3ae", "mixed", True, CROSS),
+        ("mamo", "pairs", False, {}),
+        ("mamo", "pairs", True, {}),
+    ],
 )
-def test_fsdp_is_one_process(pair, name, kinds, checkpointed):
-    assert_same_run(pair(fsdp, name, kinds, checkpointed), alone(name, kinds))
+def test_fsdp_is_one_process(pair, name, kinds, checkpointed, options):
+    assert_same_run(pair(fsdp, name, kinds, checkpointed, options), alone(name, kinds, **options))
 
 
 def deferred(name):
