@@ -29,7 +29,10 @@ def peak_beyond(function: Callable, *args) -> int:
     Raises:
         RuntimeError: the process failed, or this is not Linux (whose /proc gives the peak).
     """
-    command = [sys.executable, __file__, f"{function.__module__}:{function.__name__}", json.dumps(args)]
+    module = function.__module__
+    if module == "__main__":
+        module = sys.modules[module].__spec__.name  # by which the other process finds it
+    command = [sys.executable, __file__, f"{module}:{function.__name__}", json.dumps(args)]
     # glibc would keep much of what is freed, in holes: what is measured then is its heap, not what the step holds.
     path = os.pathsep.join([*sys.path, str(ROOT)])  # what this process can import, and `benchmarks`
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "PYTHONPATH": path}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cost
+from benchmarks import cost, decoder
 from benchmarks.models import bench_m3ae
 from m3ae_fast import testing
 from m3ae_fast.models import M3AE, M3AEConfig
@@ -28,6 +28,12 @@ def test_products_are_those_of_a_step(config):
     shape = testing.ModelShape(2, 64, 8, config.width, config.heads, 128, 4, config.vocab_size, (20, 20))
     _, loss_of = bench_m3ae.make_model(config, "m3ae_fast", [bench_m3ae.make_batch(config, shape, 0)])
     assert bench_m3ae.flops_of(loss_of) == pytest.approx(2 * cost.training(config, words=20), rel=0.02)
+
+
+def test_the_decoders_page_has_what_is_counted():
+    page = (DOCS / "decoder.md").read_text(encoding="utf-8")
+    for way, changes in decoder.WAYS.items():
+        assert f"| {way} | {cost.training(M3AEConfig.small(**changes)) / 1e9:.0f} |" in page
 
 
 def test_parameters_are_those_of_the_model():
