@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -25,19 +26,24 @@ class ImageTextBatch:
     Args:
         images: [N, C, H, W], C in 1 .. 16, uint8 (raw pixels) or float (already normalised: on the CPU, with a warning
             where they are all between 0 and 1), or None. Any strides: channels-last memory is the fastest for uint8. N
-            is B, or the number of true entries in `has_image`, in sample order.
+            is B, or the number of true entries in `has_image`, in sample order. With `grids`, their patches.
         text: [sum of text_lengths] int32 or int64 vocabulary ids, sample after sample, or None.
         text_lengths: B lengths (ints, tensor or SeqLens), 0 for a sample without a text; None: no texts.
         has_image: B bools, None: every sample has an image (or none, where images is None).
         sample_ids: [B] the samples' numbers in the whole data set, in [0, 2**56): what masks are keyed by, so that they
             do not depend on how samples are grouped into batches or ranks. None: 0 .. B-1.
         labels: [B, classes] bool, which classes a sample shows; None: not known.
+        grids: of images of mixed sizes (`from_images`): N pairs, rows and columns of patches. `images` are then
+            [sum of rows * columns, 3, p, p], image after image, each row by row. None: images are whole, of one size.
+
+    Attributes:
+        patch_places: [sum of rows * columns, 2] int32, row and column of each patch in its image; None without grids.
 
     Raises:
         ValueError: sizes disagree, or a sample has neither an image nor a text. TypeError: dtypes.
     """
 
-    __slots__ = ("has_image", "images", "labels", "sample_ids", "text", "text_lengths")
+    __slots__ = ("grids", "has_image", "images", "labels", "patch_places", "sample_ids", "text", "text_lengths")
 
     def __init__(
         self,
@@ -48,6 +54,7 @@ class ImageTextBatch:
         has_image: Iterable[bool] | None = None,
         sample_ids: Sequence[int] | Tensor | None = None,
         labels: Tensor | None = None,
+        grids: Iterable[tuple[int, int]] | None = None,
     ):
         if images is None and text is None:
             raise ValueError("images and text must not both be None: a batch needs one of them")
@@ -56,7 +63,7 @@ class ImageTextBatch:
             if not 1 <= images.shape[1] <= MAX_CHANNELS:
                 raise ValueError(f"images must have 1 to {MAX_CHANNELS} channels, got shape {tuple(images.shape)}")
             _checks.dtype("images", images, (torch.uint8, *_checks.FLOATS))
-            if images.dtype != torch.uint8 and images.device.type == "cpu" and _looks_raw(images):
+            if images.dtype != torch.uint8 and images.device.type == "cpu" and _looks_raw(images, grids is not None):
                 message = (
                     "images are floats between 0 and 1, taken as they are: where they are pixels, hand them over as "
                     "uint8, which the model normalises, or subtract each channel's mean and divide by its deviation"
@@ -64,12 +71,14 @@ class ImageTextBatch:
                 warnings.warn(message, M3AEFastWarning, stacklevel=2)
         if text is not None:
             _checks.tensor("text", text)
+        if grids is not None:
+            grids = _checked_grids(grids, images)
         has_image = None if has_image is None else tuple(map(bool, has_image))
         device = (images if images is not None else text).device
         if (text is None) != (text_lengths is None):
             raise ValueError("text and text_lengths must be given together")
         if text is None:
-            batch = len(has_image) if has_image is not None else images.shape[0]
+            batch = len(has_image) if has_image is not None else len(images if grids is None else grids)
             text = torch.zeros(0, dtype=torch.int32, device=device)
             text_lengths = SeqLens([0] * batch).at(torch.zeros(batch + 1, dtype=torch.int32, device=device))
         if not isinstance(text_lengths, SeqLens):
@@ -85,7 +94,7 @@ class ImageTextBatch:
             has_image = (images is not None,) * batch
         if len(has_image) != batch:
             raise ValueError(f"has_image must have {batch} entries, as text_lengths has, got {len(has_image)}")
-        stored = 0 if images is None else images.shape[0]
+        stored = 0 if images is None else len(images if grids is None else grids)
         if stored != sum(has_image):
             raise ValueError(f"images must hold the {sum(has_image)} images of {batch} samples, got {stored}")
         for i, (image, length) in enumerate(zip(has_image, text_lengths.lengths, strict=True)):
@@ -105,7 +114,50 @@ class ImageTextBatch:
         if text_lengths.device != device:
             text_lengths = text_lengths.to(device)
         self.images, self.text, self.text_lengths, self.labels = images, text, text_lengths, labels
-        self.has_image, self.sample_ids = has_image, sample_ids
+        self.has_image, self.sample_ids, self.grids = has_image, sample_ids, grids
+        self.patch_places = None if grids is None else _places(grids).to(device, non_blocking=True)
+
+    @classmethod
+    def from_images(
+        cls,
+        images: Sequence[Tensor],
+        text: Tensor | None = None,
+        text_lengths: SeqLens | Iterable[int] | Tensor | None = None,
+        *,
+        patch_size: int,
+        has_image: Iterable[bool] | None = None,
+        sample_ids: Sequence[int] | Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> ImageTextBatch:
+        """A batch of images of mixed sizes, which `M3AE` and `MAE` take: each is cut into patches, none is padded.
+
+        Args:
+            images: N of [3, h, w] on one device, uint8 or float as of ImageTextBatch; h and w are multiples of
+                patch_size, and may differ from image to image.
+            patch_size: pixels a side, the model's.
+            text, text_lengths, has_image, sample_ids, labels: as of ImageTextBatch.
+
+        Raises:
+            ValueError: no image, one that is not of whole patches, or as ImageTextBatch. TypeError: as ImageTextBatch,
+                or images of several dtypes.
+        """
+        _checks.integer("patch_size", patch_size, 1)
+        if not len(images):
+            raise ValueError("images must hold at least one, got none")
+        grids = []
+        for i, image in enumerate(images):
+            _checks.shape(f"images[{i}]", image, (3, None, None))
+            _checks.dtype(f"images[{i}]", image, (images[0].dtype,))
+            _checks.device(f"images[{i}]", image, "images[0]", images[0])
+            height, width = image.shape[1:]
+            if not height or not width or height % patch_size or width % patch_size:
+                raise ValueError(
+                    f"images[{i}] must be multiples of patch_size {patch_size} high and wide, got {height} x {width}"
+                )
+            grids.append((height // patch_size, width // patch_size))
+        patches = torch.cat([_cut(image, patch_size) for image in images]).permute(0, 3, 1, 2)
+        others = {"has_image": has_image, "sample_ids": sample_ids, "labels": labels}
+        return cls(patches, text, text_lengths, grids=grids, **others)
 
     @classmethod
     def from_padded(
@@ -146,13 +198,35 @@ class ImageTextBatch:
     def device(self) -> torch.device:
         return self.text.device
 
+    def sample_grids(self, grid: tuple[int, int]) -> list[tuple[int, int]]:
+        """[B] rows and columns of patches of each sample's image: `grid`, unless sizes are mixed; (0, 0) of none."""
+        if self.grids is None:
+            return [grid if has else (0, 0) for has in self.has_image]
+        own = iter(self.grids)
+        return [next(own) if has else (0, 0) for has in self.has_image]
+
+    def patch_counts(self, grid: tuple[int, int]) -> list[int]:
+        """[B] how many patches they are."""
+        return [rows * columns for rows, columns in self.sample_grids(grid)]
+
+    def whole_images(self) -> list[Tensor]:
+        """N images, [3, h, w] each; those of mixed sizes are put together from their patches."""
+        if self.grids is None:
+            return [] if self.images is None else list(self.images)
+        parts = self.images.split([rows * columns for rows, columns in self.grids])
+        return [
+            patches.unflatten(0, grid).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+            for patches, grid in zip(parts, self.grids, strict=True)
+        ]
+
     def _map(self, function) -> ImageTextBatch:
         moved = object.__new__(ImageTextBatch)
         moved.images = None if self.images is None else function(self.images)
         moved.text = function(self.text)
         moved.labels = None if self.labels is None else function(self.labels)
         moved.text_lengths = self.text_lengths.at(function(self.text_lengths.cu))
-        moved.has_image, moved.sample_ids = self.has_image, self.sample_ids
+        moved.has_image, moved.sample_ids, moved.grids = self.has_image, self.sample_ids, self.grids
+        moved.patch_places = None if self.patch_places is None else function(self.patch_places)
         return moved
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> ImageTextBatch:
@@ -175,8 +249,10 @@ class ImageTextBatch:
             images, words: how many, at least those there are. What is past the batch's own belongs to no sample.
 
         Raises:
-            ValueError: there are more.
+            ValueError: there are more, or images are of mixed sizes.
         """
+        if self.grids is not None:
+            raise ValueError("images must be of one size to make room for others, got mixed sizes")
         for name, given, stored in (("images", images, self.images), ("words", words, self.text)):
             if stored is not None and given < len(stored):
                 raise ValueError(f"{name} must be at least the {len(stored)} that the batch has, got {given}")
@@ -191,8 +267,10 @@ class ImageTextBatch:
         """Take over another batch for which there is room, in place on the device.
 
         Raises:
-            ValueError: not as many samples, images where there were none, more than there is room for.
+            ValueError: not as many samples, images where there were none, more than there is room for, mixed sizes.
         """
+        if self.grids is not None or other.grids is not None:
+            raise ValueError("other must be a batch of images of one size, as this one, got mixed sizes")
         counts = [(len(x), 0 if x.images is None else len(x.images), len(x.text)) for x in (self, other)]
         if counts[0][0] != counts[1][0] or any(ours < theirs for ours, theirs in zip(*counts, strict=True)):
             raise ValueError(
@@ -208,13 +286,48 @@ class ImageTextBatch:
 
 
 # text_lengths before text: torch.export's guards replace names in this order, and one is the beginning of the other
-_pytree.register(ImageTextBatch, ("images", "text_lengths", "text", "labels", "sample_ids"), ("has_image",))
+_pytree.register(
+    ImageTextBatch,
+    ("images", "text_lengths", "text", "labels", "sample_ids", "patch_places"),
+    ("has_image", "grids"),
+)
 
 
-def _looks_raw(images: Tensor) -> bool:
-    """Whether a few pixels of a few images are all between 0 and 1, as transforms' ToTensor leaves them."""
+def _checked_grids(grids: Iterable[tuple[int, int]], images: Tensor | None) -> tuple[tuple[int, int], ...]:
+    """Raises ValueError unless they are those of the patches."""
+    grids = tuple((rows, columns) for rows, columns in grids)
+    if not grids:
+        raise ValueError("grids must hold those of at least one image, got none")
+    for side in itertools.chain(*grids):
+        _checks.integer("grids", side, 1)
+    total = sum(rows * columns for rows, columns in grids)
+    if images is None or images.shape[0] != total or images.shape[2] != images.shape[3]:
+        got = None if images is None else tuple(images.shape)
+        raise ValueError(f"images must be the {total} square patches of grids, got shape {got}")
+    return grids
+
+
+def _cut(image: Tensor, size: int) -> Tensor:
+    """[3, h, w] -> [patches, size, size, 3], row by row."""
+    return image.unflatten(2, (-1, size)).unflatten(1, (-1, size)).permute(1, 3, 2, 4, 0).flatten(0, 1)
+
+
+def _places(grids: Sequence[tuple[int, int]]) -> Tensor:
+    """`patch_places`, on the CPU."""
+    rows, columns = torch.tensor(grids, dtype=torch.int32, device="cpu").unbind(1)
+    counts = rows * columns
+    first = counts.cumsum(0) - counts
+    number = torch.arange(int(counts.sum()), device="cpu") - first.repeat_interleave(counts)
+    columns = columns.repeat_interleave(counts)
+    return torch.stack([number // columns, number % columns], dim=1).int()
+
+
+def _looks_raw(images: Tensor, patches: bool) -> bool:
+    """Whether a few pixels of a few images, or of some of their patches, are all between 0 and 1, as transforms'
+    ToTensor leaves them."""
     if torch.compiler.is_compiling() or not _backends.plain((images,)) or not images.numel():
         return False
     step = max(1, min(images.shape[2:]) // 8)
-    low, high = images.detach()[:4, :, ::step, ::step].aminmax()
+    some = slice(None, None, max(1, len(images) // 64)) if patches else slice(4)
+    low, high = images.detach()[some, :, ::step, ::step].aminmax()
     return bool(low >= 0) and 0 < float(high) <= 1

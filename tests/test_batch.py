@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from m3ae_fast import ImageTextBatch, M3AEFastWarning, SeqLens
 
@@ -156,3 +157,78 @@ def test_padding_on_either_side_is_dropped(dtype):
         ImageTextBatch.from_padded(None, ids, mask[:, :3])
     with pytest.raises(TypeError, match="attention_mask must be"):
         ImageTextBatch.from_padded(None, ids, mask.float())
+
+
+MIXED = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8) for h, w in ((8, 24), (16, 8), (8, 8))]
+
+
+def test_images_of_mixed_sizes_are_stored_as_patches():
+    batch = ImageTextBatch.from_images(MIXED, TEXT, [2, 0, 3, 0], patch_size=8, has_image=[True, True, False, True])
+    assert batch.grids == ((1, 3), (2, 1), (1, 1)) and batch.images.shape == (6, 3, 8, 8)
+    assert batch.images.permute(0, 2, 3, 1).is_contiguous() and len(batch) == 4
+    assert batch.patch_places.tolist() == [[0, 0], [0, 1], [0, 2], [0, 0], [1, 0], [0, 0]]
+    for number, patch in enumerate((MIXED[0][:, :, :8], MIXED[0][:, :, 8:16], MIXED[0][:, :, 16:], MIXED[1][:, :8])):
+        assert torch.equal(batch.images[number], patch)
+    assert all(map(torch.equal, batch.whole_images(), MIXED))
+    assert batch.sample_grids((4, 4)) == [(1, 3), (2, 1), (0, 0), (1, 1)] and batch.patch_counts((4, 4)) == [3, 2, 0, 1]
+    assert ImageTextBatch(IMAGES, TEXT, [5, 0]).sample_grids((4, 4)) == [(4, 4), (4, 4)]
+    assert all(map(torch.equal, ImageTextBatch(IMAGES).whole_images(), IMAGES))
+    assert ImageTextBatch(text=TEXT, text_lengths=[5]).whole_images() == []
+
+
+def test_patches_of_mixed_sizes_move_with_their_batch(pinned):
+    batch = ImageTextBatch.from_images(MIXED, patch_size=8)
+    for moved in (batch.to("cpu"), batch.pin_memory(), pytree.tree_map(lambda x: x, batch)):
+        assert moved.grids == batch.grids and torch.equal(moved.patch_places, batch.patch_places)
+        assert all(map(torch.equal, moved.whole_images(), MIXED))
+    assert pinned(batch.pin_memory().patch_places)
+    assert batch.to("meta").patch_places.is_meta
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: ImageTextBatch.from_images([], patch_size=8), ValueError, "images must hold at least one, got none"),
+        (
+            lambda: ImageTextBatch.from_images([MIXED[0], MIXED[1][:, 1:]], patch_size=8), ValueError,
+            r"images\[1\] must be multiples of patch_size 8 high and wide, got 15 x 8",
+        ),
+        (
+            lambda: ImageTextBatch.from_images([MIXED[0][:, :, :0]], patch_size=8), ValueError,
+            r"images\[0\] must be multiples of patch_size 8 high and wide, got 8 x 0",
+        ),
+        (
+            lambda: ImageTextBatch.from_images([MIXED[0], MIXED[1].float()], patch_size=8), TypeError,
+            r"images\[1\] must be of dtype uint8, got float32",
+        ),
+        (lambda: ImageTextBatch.from_images(MIXED[0], patch_size=8), ValueError, r"images\[0\] must have shape"),
+        (lambda: ImageTextBatch.from_images(MIXED, patch_size=0), ValueError, "patch_size must be at least 1, got 0"),
+        (lambda: ImageTextBatch(IMAGES, grids=[(1, 3)]), ValueError, "images must be the 3 square patches of grids"),
+        (lambda: ImageTextBatch(IMAGES[:, :, 1:], grids=[(1, 2)]), ValueError, "images must be the 2 square patches"),
+        (lambda: ImageTextBatch(IMAGES[:0], grids=[]), ValueError, "grids must hold those of at least one image"),
+        (lambda: ImageTextBatch(IMAGES, grids=[(-1, -2)]), ValueError, "grids must be at least 1, got -1"),
+        (
+            lambda: ImageTextBatch(IMAGES, grids=[(1, 2)], has_image=[True, True]), ValueError,
+            "images must hold the 2 images of 2 samples, got 1",
+        ),
+        (
+            lambda: ImageTextBatch.from_images(MIXED, patch_size=8).with_room(9, 9), ValueError,
+            "images must be of one size to make room for others, got mixed sizes",
+        ),
+        (
+            lambda: ImageTextBatch(IMAGES).copy_(ImageTextBatch(IMAGES, grids=[(1, 1), (1, 1)])), ValueError,
+            "other must be a batch of images of one size, as this one, got mixed sizes",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_mixed_sizes(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_mixed_sizes_that_nobody_normalised():
+    """Patches are looked at all over the batch: some are between 0 and 1 in normalised images, too."""
+    images = [image / 255 for image in MIXED]
+    with pytest.warns(M3AEFastWarning, match="images are floats between 0 and 1"):
+        ImageTextBatch.from_images(images, patch_size=8)
+    ImageTextBatch.from_images([*images, images[0] - 0.5], patch_size=8)
