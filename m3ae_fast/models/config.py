@@ -61,6 +61,7 @@ class ModelConfig:
     positions: str = "sincos"
     image_mean: tuple[float, ...] | None = None
     image_std: tuple[float, ...] | None = None
+    max_patches: ClassVar[int | None] = None  # of images that keep their aspect: a model of one size reads none
 
     def __post_init__(self):
         if not isinstance(self.image_size, int):
@@ -204,6 +205,8 @@ class M3AEConfig(ModelConfig):
         norm_pix: normalise the target pixels of every patch (MAE's option; M3AE does not).
         type_vectors: learn a vector for each modality, added to its tokens. MAE's own code has none.
         norm_eps: of the LayerNorms.
+        max_patches: the data's images keep their aspect, each resized to at most so many patches; None: they are
+            cropped to image_size. The model takes both, and patches up to this number a side.
     """
 
     DECODERS: ClassVar[tuple[str, ...]] = ("joint", "cross")
@@ -224,10 +227,11 @@ class M3AEConfig(ModelConfig):
     norm_pix: bool = False
     type_vectors: bool = True
     norm_eps: float = 1e-6
+    max_patches: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        self._integers(1, "decoder_width", "decoder_heads")
+        self._integers(1, "decoder_width", "decoder_heads", *["max_patches"] * (self.max_patches is not None))
         self._integers(0, "decoder_depth")
         self._heads("decoder_width", "decoder_heads")
         _checks.choice("decoder", self.decoder, self.DECODERS)
@@ -244,6 +248,11 @@ class M3AEConfig(ModelConfig):
         for alpha in self.dirichlet_alpha if isinstance(self.dirichlet_alpha, tuple) else [self.dirichlet_alpha]:
             _checks.real("dirichlet_alpha", alpha, "[0.001, 1000]")
         _checks.real("norm_eps", self.norm_eps, "(0, 1)")
+
+    @property
+    def most_patches(self) -> int:
+        """A side of an image in a batch of mixed sizes has at most."""
+        return max(self.patches, self.max_patches or 0)
 
 
 @dataclasses.dataclass

@@ -233,13 +233,19 @@ def check_batch(batch: ImageTextBatch, config: ModelConfig) -> None:
     check_sizes(batch, config)
 
 
-def check_sizes(batch: ImageTextBatch, config: ModelConfig) -> None:
-    """ValueError unless images and texts are of the configuration's sizes."""
+def check_sizes(batch: ImageTextBatch, config: ModelConfig, *, most_patches: int = 0) -> None:
+    """ValueError unless images and texts are of the configuration's sizes.
+
+    Args:
+        most_patches: of a side of images of mixed sizes; 0: the model takes none of these.
+    """
     if batch.images is not None and batch.images.shape[1] != config.channels:
         raise ValueError(
             f"batch.images must have {config.channels} channels, as the configuration says, got {batch.images.shape[1]}"
         )
-    if batch.images is not None and tuple(batch.images.shape[2:]) != config.image_shape:
+    if batch.grids is not None:
+        _check_grids(batch, config, most_patches)
+    elif batch.images is not None and tuple(batch.images.shape[2:]) != config.image_shape:
         raise ValueError(
             f"batch.images must be of {config.image_shape[0]} x {config.image_shape[1]} pixels, as the configuration "
             f"says, got {batch.images.shape[2]} x {batch.images.shape[3]}"
@@ -248,6 +254,18 @@ def check_sizes(batch: ImageTextBatch, config: ModelConfig) -> None:
         raise ValueError(
             f"batch.text_lengths must be at most max_text_length {config.max_text_length}, got {batch.text_lengths.max}"
         )
+
+
+def _check_grids(batch: ImageTextBatch, config: ModelConfig, most_patches: int) -> None:
+    if not most_patches:
+        raise ValueError("batch.images must be of one size for this model, got images of mixed sizes")
+    size, longest = batch.images.shape[2], max(map(max, batch.grids))
+    if size != config.patch_size:
+        raise ValueError(
+            f"batch.images must be patches of {config.patch_size} pixels a side, as configured, got {size}"
+        )
+    if longest > most_patches:
+        raise ValueError(f"batch.images must have at most {most_patches} patches a side, got {longest}")
 
 
 def reset_parameters(module: nn.Module) -> None:

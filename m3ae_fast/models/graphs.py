@@ -85,7 +85,7 @@ class GraphedStep:
 
     def __init__(self, passes: Callable[[ImageTextBatch, Plan], Any], model: nn.Module):
         parameters = [p for p in model.parameters() if p.requires_grad]
-        self.passes, self.device, self.patches = passes, parameters[0].device, model.config.patches
+        self.passes, self.device, self.grid = passes, parameters[0].device, model.config.grid
         self.graphs = CudaGraphs(self.device)
         self.captured: dict[tuple, _Captured] = {}
         self.gradients = {parameter: torch.zeros_like(parameter) for parameter in parameters}
@@ -97,9 +97,9 @@ class GraphedStep:
             batch: on any device. plan: made of it with bucket=True, on any device.
 
         Raises:
-            ValueError: a plan of another batch.
+            ValueError: a plan of another batch, or images of mixed sizes.
         """
-        plan.check(batch, self.patches, MaskSource())  # a replay would not find it
+        plan.check(batch, self.grid, MaskSource())  # a replay would not find it
         key = plan.bucket, batch.text.dtype, None if batch.images is None else batch.images.dtype
         found = self.captured.get(key)
         first = found is None

@@ -22,7 +22,7 @@ from m3ae_fast.models.masking import MASKS, MaskSource, Plan, TokenLayout, drawn
 from m3ae_fast.models.masks import with_masks
 from m3ae_fast.models.model import Metric, Model
 from m3ae_fast.nn import take_rows
-from m3ae_fast.nn.positions import FixedPositions
+from m3ae_fast.nn.positions import FixedPositions, at_places, resample_positions
 from m3ae_fast.ops import assemble_tokens, linear_cross_entropy, masked_mse, restore_tokens
 from m3ae_fast.seqlens import SeqLens
 
@@ -37,7 +37,7 @@ class M3AEOutput:
     image_loss: Tensor  # squared error of the predicted patches
     text_loss: Tensor  # cross-entropy of the predicted words
     text_accuracy: Tensor  # of the predicted words; no gradient
-    image_mask: Tensor  # [B, P] bool on the host, True = removed
+    image_mask: Tensor  # [B, P] bool on the host, True = removed; of mixed sizes [B, most patches of an image]
     text_mask: Tensor  # [B, longest text] bool on the host, True = removed
 
 
@@ -45,7 +45,7 @@ class M3AEOutput:
 class Reconstruction:
     """Predictions for every token, kept or masked."""
 
-    image: Tensor  # [B, P, patch_dim] normalised pixels (row, column, channel); NaN for a sample without an image
+    image: Tensor  # [B, P, patch_dim] normalised pixels (row, column, channel), P as of image_mask; NaN: no patch
     text_logits: Tensor  # [sum of text lengths, V]
     image_mask: Tensor  # as in M3AEOutput
     text_mask: Tensor  # likewise
@@ -62,7 +62,11 @@ class Encoded:
 
 
 class M3AE(Model, FixedPositions):
-    """Args: config: see `M3AEConfig`; with vocab_size 0 the model is of images alone."""
+    """Images of the configured size, or of mixed sizes (`ImageTextBatch.from_images`). Positions of these are computed
+    from the row and column of each patch; given tables are resampled to each image's grid.
+
+    Args: config: see `M3AEConfig`; with vocab_size 0 the model is of images alone.
+    """
 
     METRICS: ClassVar = {  # of M3AEOutput
         "loss": Metric("loss"),
@@ -70,7 +74,7 @@ class M3AE(Model, FixedPositions):
         "text_loss": Metric("text loss", "cross-entropy of masked words", "text"),
         "text_accuracy": Metric("text accuracy", "share of masked words guessed", "share"),
     }
-    CAPTIONS, BUCKETS = "optional", True
+    CAPTIONS, BUCKETS, MIXED_SIZES = "optional", True, True
     PICTURE = "reconstruction"
     TINY_LR = 2e-3
 
@@ -104,12 +108,15 @@ class M3AE(Model, FixedPositions):
         self.reset_parameters()
 
     def position_tables(self) -> dict[str, Tensor | None]:
-        """Those of patches and words in the encoder and in the decoder; of patches, unless they are given."""
+        """Those of patches and words in the encoder and in the decoder; of patches, unless they are given: of the
+        configured size, and of rows or columns, for mixed sizes."""
         c = self.config
-        tables = self._patch_positions() if c.positions == "sincos" else {}
-        places = torch.arange(c.max_text_length, device="cpu")
+        computed = c.positions == "sincos"
+        tables = self._patch_positions() if computed else {}
+        places, sides = (torch.arange(count, device="cpu") for count in (c.max_text_length, c.most_patches))
         for prefix, width in (("", c.width), ("decoder_", c.decoder_width)):
             tables[f"{prefix}text_position"] = fast.sincos_1d(places, width) if c.vocab_size else None
+            tables[f"{prefix}side_position"] = fast.sincos_1d(sides, width // 2) if computed else None
         return tables
 
     def given_tables(self) -> dict[str, Tensor]:
@@ -154,7 +161,8 @@ class M3AE(Model, FixedPositions):
             seed, step: key the random masks together with batch.sample_ids, and with `predict_ratio` which tokens are
                 predicted: the same on every device, for any split of a batch.
             image_mask, text_mask: instead of drawing: [B, P] and [B, L] bool, True = removed, any number in each
-                sample; or uint8: 0 = kept, 1 = removed and predicted, 2 = removed alone.
+                sample; or uint8: 0 = kept, 1 = removed and predicted, 2 = removed alone. Of mixed sizes P is the most
+                patches of an image.
             plan: instead of all four: what `plan` made of them for this batch.
 
         Raises:
@@ -164,7 +172,7 @@ class M3AE(Model, FixedPositions):
         plan = self._plan(batch, MaskSource(seed, step, image_mask, text_mask), plan)
         image, text, layout = plan.image, plan.text, plan.layout
         encoded = self._encode(batch, layout)
-        decoded = self._decode(encoded, layout)
+        decoded = self._decode(batch, encoded, layout)
 
         rows = torch.cat([layout.image_rows, layout.text_rows])
         for_image, for_text = take_rows(decoded, rows).split([len(layout.image_rows), len(layout.text_rows)])
@@ -183,7 +191,7 @@ class M3AE(Model, FixedPositions):
                 reduction="sample_mean", cu_seqlens=layout.text_mask, return_accuracy=True,
             )  # fmt: skip
         loss = self.config.image_loss_weight * image_loss + self.config.text_loss_weight * text_loss
-        masks = image.as_bool(self.config.patches), text.as_bool(batch.text_lengths.max)
+        masks = image.as_bool(self._columns(batch)), text.as_bool(batch.text_lengths.max)
         return M3AEOutput(loss, image_loss, text_loss, text_accuracy, *masks)
 
     def plan(
@@ -220,24 +228,22 @@ class M3AE(Model, FixedPositions):
         `forward`'s."""
         plan = self._plan(batch, MaskSource(seed, step, image_mask, text_mask), every=True)
         image, text, layout = plan.image, plan.text, plan.layout
-        decoded = self._decode(self._encode(batch, layout), layout, every=True)
+        decoded = self._decode(batch, self._encode(batch, layout), layout, every=True)
         patches = self.image_head(take_rows(decoded, layout.all_image_rows))
-        pixels = patches.new_full((len(batch), self.config.patches, self.config.patch_dim), math.nan)
-        pixels[torch.tensor(batch.has_image, dtype=torch.bool, device="cpu")] = patches.view(
-            -1, self.config.patches, self.config.patch_dim
-        )
+        counts, columns = torch.tensor(image.lengths, device="cpu"), self._columns(batch)
+        pixels = patches.new_full((len(batch), columns, self.config.patch_dim), math.nan)
+        pixels[torch.arange(columns, device="cpu") < counts[:, None]] = patches
         logits = decoded.new_zeros(0, 0)
         if self.text_head is not None:
             logits = self.text_head(take_rows(decoded, layout.all_text_rows))
-        masks = image.as_bool(self.config.patches), text.as_bool(batch.text_lengths.max)
+        masks = image.as_bool(columns), text.as_bool(batch.text_lengths.max)
         return Reconstruction(pixels, logits, *masks, self.config.norm_pix)
 
     def encode(self, batch: ImageTextBatch) -> Encoded:
         """The encoder on whole samples: CLS features for probing and fine-tuning, and every token."""
         self._check(batch)
-        image = keep_all([self.config.patches if has else 0 for has in batch.has_image])
-        text = keep_all(batch.text_lengths.lengths)
-        layout = TokenLayout.make(image, text, self.config.patches, batch.has_image, batch.device)
+        image, text = keep_all(batch.patch_counts(self.config.grid)), keep_all(batch.text_lengths.lengths)
+        layout = TokenLayout.make(image, text, self._patches(batch), batch.has_image, batch.device)
         tokens = self._encode(batch, layout)
         return Encoded(take_rows(tokens, layout.cls_rows), tokens, layout.kept)
 
@@ -268,10 +274,13 @@ class M3AE(Model, FixedPositions):
         self._check(batch)
         c, ids = self.config, batch.sample_ids
         if plan is not None:
-            plan.check(batch, c.patches, source)
+            plan.check(batch, c.grid, source)
             return plan
-        patches, words = [c.patches if has else 0 for has in batch.has_image], batch.text_lengths.lengths
-        source = with_masks(source, c, patches, words, ids)
+        if batch.grids is not None and (bucket or c.masking == "shared"):
+            what = "bucket must be False" if bucket else "masking must not be 'shared', one mask for all,"
+            raise ValueError(f"{what} for images of mixed sizes")
+        patches, words = batch.patch_counts(c.grid), batch.text_lengths.lengths
+        source = with_masks(source, c, batch.sample_grids(c.grid), words, ids)
         modalities = []
         for name, lengths, ratio, slots in (
             ("image", patches, c.image_mask_ratio, c.patches),
@@ -284,7 +293,7 @@ class M3AE(Model, FixedPositions):
             elif c.predict_ratio < 1:
                 masked = drawn_part(name, masked, c.predict_ratio, source, sample_ids=ids)
             modalities.append(masked)
-        return Plan.make(*modalities, c.patches, batch.has_image, batch.device, bucket)
+        return Plan.make(*modalities, self._patches(batch), batch.has_image, batch.device, bucket)
 
     def _encode(self, batch: ImageTextBatch, layout: TokenLayout) -> Tensor:
         """Kept patches and kept words -> [layout.kept.total, D]."""
@@ -292,7 +301,8 @@ class M3AE(Model, FixedPositions):
         words = None
         inputs = {
             "image_ids": layout.image_ids_keep, "cu_image": layout.image_keep,
-            "image_position": self.image_position, "image_type": self.image_type,
+            "image_position": self._image_positions(batch, "image_position", "side_position"),
+            "image_type": self.image_type,
         }  # fmt: skip
         if self.text_embedding is not None:
             words = batch.text.index_select(0, layout.words_keep)
@@ -304,14 +314,17 @@ class M3AE(Model, FixedPositions):
         tokens = assemble_tokens(patches, words, cls_token=self.cls_token, **inputs)
         return self.encoder(tokens, layout.kept)
 
-    def _decode(self, encoded: Tensor, layout: TokenLayout, every: bool = False) -> Tensor:
+    def _decode(
+        self, batch: ImageTextBatch, encoded: Tensor, layout: TokenLayout, every: bool = False
+    ) -> Tensor:
         """[layout.kept.total, D] -> [layout.masked.total, decoder width], or every token's, [layout.full.total, ...].
 
         The cross decoder has a query for each, mask token + position + type, whatever it asks for: kept tokens, too.
         """
         parameters = {
             "image_mask_token": self.image_mask_token, "text_mask_token": self.text_mask_token,
-            "image_position": self.decoder_image_position, "text_position": self.decoder_text_position,
+            "image_position": self._image_positions(batch, "decoder_image_position", "decoder_side_position"),
+            "text_position": self.decoder_text_position,
             "image_type": self.decoder_image_type, "text_type": self.decoder_text_type,
         }  # fmt: skip
         if self.config.decoder == "cross":
@@ -324,9 +337,17 @@ class M3AE(Model, FixedPositions):
 
     def _images(self, batch: ImageTextBatch) -> Tensor:
         """The batch's images, or none of them as a tensor: every parameter has a gradient in every step, zeros where a
-        modality is missing, so that ranks which hold other modalities send each other the same."""
-        if batch.images is not None:
-            return batch.images
+        modality is missing, so that ranks which hold other modalities send each other the same.
+
+        Of mixed sizes every image is the whole batch, its patches one below the other, of which each has its own: as
+        they are counted in a `TokenLayout`.
+        """
+        images, size = batch.images, self.config.patch_size
+        if batch.grids is not None:
+            column = images.permute(0, 2, 3, 1).reshape(1, -1, size, images.shape[1])
+            return column.permute(0, 3, 1, 2).expand(len(batch.grids), -1, -1, -1)
+        if images is not None:
+            return images
         return torch.empty(0, self.config.channels, *self.config.image_shape, dtype=torch.uint8, device=batch.device)
 
     def _check(self, batch: ImageTextBatch) -> None:
@@ -335,4 +356,23 @@ class M3AE(Model, FixedPositions):
             raise TypeError(f"batch must be an ImageTextBatch, got {type(batch).__name__}")
         if batch.text_lengths.total and c.vocab_size == 0:
             raise ValueError("batch.text must be None: this model is of images alone (vocab_size 0)")
-        check_sizes(batch, c)
+        check_sizes(batch, c, most_patches=c.most_patches)
+
+    def _patches(self, batch: ImageTextBatch) -> int | None:
+        """As `TokenLayout.make` takes it."""
+        return self.config.patches if batch.grids is None else None
+
+    def _columns(self, batch: ImageTextBatch) -> int:
+        """Of masks and reconstructions."""
+        return self.config.patches if batch.grids is None else max(batch.patch_counts(self.config.grid))
+
+    def _image_positions(self, batch: ImageTextBatch, name: str, sides: str) -> Tensor:
+        """[P, D] of the configured size or, of mixed sizes, a row for each patch of the batch."""
+        table = getattr(self, name)
+        if batch.grids is None:
+            return table
+        if self.config.positions == "sincos":
+            return at_places(getattr(self, sides), batch.patch_places)
+        own = self.config.grid
+        resampled = {grid: table if grid == own else resample_positions(table, own, grid) for grid in set(batch.grids)}
+        return torch.cat([resampled[grid] for grid in batch.grids])

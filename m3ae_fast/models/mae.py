@@ -69,4 +69,4 @@ def _images(batch: ImageTextBatch | Tensor) -> ImageTextBatch:
     if all(batch.has_image) and not batch.text_lengths.total:
         return batch
     ids = batch.sample_ids[[i for i, has in enumerate(batch.has_image) if has]]
-    return ImageTextBatch(batch.images, sample_ids=ids)
+    return ImageTextBatch(batch.images, grids=batch.grids, sample_ids=ids)

@@ -206,7 +206,7 @@ class MAMO(Model):
         self._check(batch)
         if plan is None:
             return MAMOPlan.make(self.config, batch, source)
-        plan.check(batch, self.config.patches, source)
+        plan.check(batch, self.config.grid, source)
         return plan
 
     @torch.no_grad()

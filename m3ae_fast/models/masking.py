@@ -293,9 +293,11 @@ class TokenLayout:
 
     @staticmethod
     def make(
-        image: Masked, text: Masked, patches: int, has_image: Sequence[bool], device: torch.device, bucket: bool = False
-    ) -> TokenLayout:
-        """bucket: with room for more, see `Room`."""
+        image: Masked, text: Masked, patches: int | None, has_image: Sequence[bool], device: torch.device,
+        bucket: bool = False,
+    ) -> TokenLayout:  # fmt: skip
+        """patches: of an image, each of which counts its own; None, for mixed sizes: counted through the batch.
+        bucket: with room for more, see `Room`."""
         image_lengths, text_lengths = SeqLens(image.lengths), SeqLens(text.lengths)
         batch = range(len(image.keep))
         kept = SeqLens([1 + image.keep.lengths[b] + text.keep.lengths[b] for b in batch])
@@ -306,17 +308,20 @@ class TokenLayout:
         image_start = every.cu[:-1] + 1
         text_start = image_start + torch.tensor(image_lengths.lengths, dtype=torch.int32, device="cpu")
 
+        first_patch = image_lengths.cu[:-1] if patches is None else torch.zeros_like(cls_rows)
+        first_word = torch.full_like(cls_rows, image_lengths.total if patches is None else patches)
+
         rows = torch.full((every.total,), -1, dtype=torch.int32, device="cpu")
         slots = torch.full((every.total,), -1, dtype=torch.int32, device="cpu")
         rows[every.cu[:-1].long()] = cls_rows
         places = []  # of each modality's masked tokens among all masked tokens
         kept_start, masked_start = cls_rows + 1, masked.cu[:-1]
-        for split, start, first_slot in ((image, image_start, 0), (text, text_start, patches)):
+        for split, start, first in ((image, image_start, first_patch), (text, text_start, first_word)):
             keep_of, mask_of = sample_of(split.keep), sample_of(split.mask)
             at = (start[keep_of] + split.ids_keep).long()
             rows[at] = kept_start[keep_of] + within(split.keep, keep_of)
-            slots[at] = first_slot + split.ids_keep
-            slots[(start[mask_of] + split.ids_mask).long()] = first_slot + split.ids_mask
+            slots[at] = first[keep_of] + split.ids_keep
+            slots[(start[mask_of] + split.ids_mask).long()] = first[mask_of] + split.ids_mask
             if split.skipped:
                 rows[(start[sample_of(split.skip)] + split.ids_skip).long()] = -2
             places.append(masked_start[mask_of] + within(split.mask, mask_of))
@@ -331,6 +336,8 @@ class TokenLayout:
             numbers = torch.where(there, there.cumsum(0) - 1, -1).to(torch.int32)
             rows, slots, all_rows = rows[there], slots[there], [numbers[each.long()] for each in all_rows]
         masked_rows = (rows < 0).nonzero()[:, 0]
+        image_ids_keep = first_patch[sample_of(image.keep)] + image.ids_keep
+        image_ids_mask = first_patch[sample_of(image.mask)] + image.ids_mask
         words = text_lengths.cu[:-1]
         words_keep = words[sample_of(text.keep)] + text.ids_keep
         words_mask = words[sample_of(text.mask)] + text.ids_mask
@@ -346,7 +353,7 @@ class TokenLayout:
             (rows, tokens, -1), (slots, tokens, -1), (cls_rows, len(kept), -1), (masked_rows, masks, -1),
             (slots[masked_rows], masks, -1), (places[0], room.image_mask, -1), (places[1], room.text_mask, -1),
             (all_rows[0], patches, -1), (all_rows[1], words, -1),
-            (image.ids_keep, room.image_keep, 0), (image.ids_mask, room.image_mask, 0),
+            (image_ids_keep, room.image_keep, 0), (image_ids_mask, room.image_mask, 0),
             (text.ids_keep, room.text_keep, 0), (words_keep, room.text_keep, 0), (words_mask, room.text_mask, 0),
         )  # fmt: skip
         return TokenLayout._on_host(sequences, longest, contents).to(device)
@@ -430,15 +437,18 @@ class BatchPlan:
         """
         return placed(self, lambda x: x.to(device, non_blocking=non_blocking))
 
-    def check(self, batch: ImageTextBatch, patches: int, source: MaskSource) -> None:
-        """Raises ValueError unless it is of this batch, and nothing else says what is masked."""
+    def check(self, batch: ImageTextBatch, grid: tuple[int, int], source: MaskSource) -> None:
+        """Raises ValueError unless it is of this batch, and nothing else says what is masked. grid: the model's."""
         if source.seed is not None or source.image_mask is not None or source.text_mask is not None:
             raise ValueError("plan must be given instead of seed, image_mask and text_mask, not beside them")
         if torch.compiler.is_compiling():  # it would compile again for every order of images and texts
             return
-        images = [patches if has else 0 for has in batch.has_image]
-        if self.image.lengths != images or self.text.lengths != list(batch.text_lengths.lengths):
+        if not self._is_of(batch, grid):
             raise ValueError("plan must be of this batch, got one of a batch with other images or text lengths")
+
+    def _is_of(self, batch: ImageTextBatch, grid: tuple[int, int]) -> bool:
+        lengths = self.image.lengths, self.text.lengths
+        return lengths == (batch.patch_counts(grid), list(batch.text_lengths.lengths))
 
     def _copy_masks(self, other: BatchPlan) -> None:
         """Take over another plan's masks on the host. ValueError: other counts of kept or masked tokens."""
@@ -456,12 +466,18 @@ class Plan(BatchPlan):
     """M3AE's."""
 
     layout: TokenLayout
+    mixed: bool = dataclasses.field(metadata=ON_HOST)  # of images of mixed sizes
 
     @staticmethod
     def make(
-        image: Masked, text: Masked, patches: int, has_image: Sequence[bool], device: torch.device, bucket: bool = False
-    ) -> Plan:
-        return Plan(image, text, TokenLayout.make(image, text, patches, has_image, device, bucket))
+        image: Masked, text: Masked, patches: int | None, has_image: Sequence[bool], device: torch.device,
+        bucket: bool = False,
+    ) -> Plan:  # fmt: skip
+        layout = TokenLayout.make(image, text, patches, has_image, device, bucket)
+        return Plan(image, text, layout, patches is None)
+
+    def _is_of(self, batch: ImageTextBatch, grid: tuple[int, int]) -> bool:
+        return self.mixed == (batch.grids is not None) and super()._is_of(batch, grid)
 
     @property
     def bucket(self) -> tuple[int, ...]:
@@ -481,7 +497,8 @@ class Plan(BatchPlan):
     def clone_to(self, device: torch.device | str) -> Plan:
         """The same on a device, in memory of its own."""
         index = torch.empty_like(self.layout.index, device=device)
-        return Plan(self.image, self.text, self.layout.at(index.copy_(self.layout.index, non_blocking=True)))
+        layout = self.layout.at(index.copy_(self.layout.index, non_blocking=True))
+        return dataclasses.replace(self, layout=layout)
 
     def copy_(self, other: Plan) -> None:
         """Take over another plan of the same bucket, whatever its batch, in place on the device.
@@ -496,3 +513,4 @@ class Plan(BatchPlan):
             )
         self.layout.index.copy_(other.layout.index, non_blocking=True)
         self.image, self.text, self.layout = other.image, other.text, other.layout.at(self.layout.index)
+        self.mixed = other.mixed

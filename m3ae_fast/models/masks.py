@@ -9,8 +9,9 @@ ranks. Of two tokens or more at least one is kept and one masked; a single token
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -24,21 +25,27 @@ ATTEMPTS = 10  # to place a block, as in BEiT's public code
 
 
 def with_masks(
-    source: MaskSource, config: M3AEConfig, patches: Sequence[int], words: Sequence[int], sample_ids: Tensor
+    source: MaskSource,
+    config: M3AEConfig,
+    grids: Sequence[tuple[int, int]],
+    words: Sequence[int],
+    sample_ids: Tensor,
 ) -> MaskSource:
     """The same source with the masks that `config.masking` makes here; those that a caller gave stay.
 
     Args:
-        patches, words: [B] tokens of each sample.
+        grids: [B] rows and columns of patches of each sample's image; (0, 0) without one.
+        words: [B] of each sample.
     """
     if source.seed is None:
         return source
+    patches = [rows * columns for rows, columns in grids]
     keys = {"seed": source.seed, "step": source.step, "sample_ids": sample_ids}
     image = text = None
     if config.masking == "block":
-        image = block_mask(config.grid, config.image_mask_ratio, **keys)
+        image = _by_grid(functools.partial(block_mask, ratio=config.image_mask_ratio), grids, **keys)
     elif config.masking == "multi_block":
-        image = multi_block_mask(config.grid, **keys)
+        image = _by_grid(multi_block_mask, grids, **keys)
     elif config.masking == "ratio_range":
         image = random_mask(patches, config.mask_ratio_range, stream=STREAMS["image"], **keys)
         text = random_mask(words, config.mask_ratio_range, stream=STREAMS["text"], **keys)
@@ -49,6 +56,15 @@ def with_masks(
     given = source.image_mask, source.text_mask
     image, text = (mask if own is None else own for own, mask in zip(given, (image, text), strict=True))
     return dataclasses.replace(source, image_mask=image, text_mask=text)
+
+
+def _by_grid(make: Callable[..., Tensor], grids: Sequence[tuple[int, int]], *, sample_ids: Tensor, **keys) -> Tensor:
+    """[B, most patches] bool: the masks that make(grid, ...) makes of the images of each grid."""
+    out = torch.zeros(len(grids), max((math.prod(grid) for grid in grids), default=0), dtype=torch.bool, device="cpu")
+    for grid in set(grids) - {(0, 0)}:
+        of = torch.tensor([each == grid for each in grids], device="cpu")
+        out[of, : math.prod(grid)] = make(grid, sample_ids=sample_ids[of], **keys)
+    return out
 
 
 def random_mask(

@@ -50,6 +50,7 @@ class Model(nn.Module):
     COMPARES: ClassVar[bool] = False  # whether its losses compare the samples of a batch with one another
     ALL_GRADIENTS: ClassVar[bool] = True  # whether every parameter has a gradient in every step
     BUCKETS: ClassVar[bool] = False  # whether plan(batch, ..., bucket=True) makes plans of few sizes: for CUDA graphs
+    MIXED_SIZES: ClassVar[bool] = False  # whether the images of a batch may have mixed sizes
     PICTURE: ClassVar[str | None] = None  # a run draws: "reconstruction", "words" (of a MAMO), or no more than curves
     TINY_LR: ClassVar[float] = 1e-3  # peak learning rate at size tiny
 

@@ -33,6 +33,19 @@ def sincos_2d(rows: int, columns: int, width: int) -> Tensor:
     return torch.cat([sincos_1d(x, width // 2), sincos_1d(y, width // 2)], dim=1)
 
 
+def at_places(sides: Tensor, places: Tensor) -> Tensor:
+    """The rows that `sincos_2d` has at some places, bitwise, whatever the grids that these are in.
+
+    Args:
+        sides: [S, D / 2], `sincos_1d` of 0 .. S-1. places: [P, 2] int32 or int64, row and column of each, below S.
+
+    Returns:
+        [P, D] in the dtype of sides.
+    """
+    rows, columns = places.unbind(1)
+    return torch.cat([sides.index_select(0, columns), sides.index_select(0, rows)], dim=1)
+
+
 def resample_positions(table: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
     """A table of another grid, bicubic, as MAE's fine-tuning makes it.
 
