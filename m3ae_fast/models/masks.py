@@ -59,11 +59,13 @@ def with_masks(
 
 
 def _by_grid(make: Callable[..., Tensor], grids: Sequence[tuple[int, int]], *, sample_ids: Tensor, **keys) -> Tensor:
-    """[B, most patches] bool: the masks that make(grid, ...) makes of the images of each grid."""
+    """[B, most patches] bool or uint8: the masks that make(grid, ...) makes of the images of each grid."""
     out = torch.zeros(len(grids), max((math.prod(grid) for grid in grids), default=0), dtype=torch.bool, device="cpu")
     for grid in set(grids) - {(0, 0)}:
         of = torch.tensor([each == grid for each in grids], device="cpu")
-        out[of, : math.prod(grid)] = make(grid, sample_ids=sample_ids[of], **keys)
+        masks = make(grid, sample_ids=sample_ids[of], **keys)
+        out = out.to(masks.dtype)
+        out[of, : math.prod(grid)] = masks
     return out
 
 
