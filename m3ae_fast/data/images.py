@@ -5,6 +5,7 @@
     crop                        that part, decoded and resized to [height, width, channels] uint8
     augment, center_crop        what training and evaluation take of an image
     stack                       those of a batch: ImageTextBatch.images
+    keep_aspect, tensors        instead of these two, for images of mixed sizes: ImageTextBatch.from_images
 
 The model's `gather_patches` then reads the patches that are kept, and normalises them on the way.
 """
@@ -327,6 +328,47 @@ def center_crop(image: np.ndarray | EncodedImage | EncodedArray, size: Size) -> 
     """The box of `center_box` of the size's aspect, resized to it: for evaluation, so the image is decoded whole."""
     image = image if isinstance(image, np.ndarray) else image.decoded()
     return crop(image, center_box(*image.shape[:2], aspect_of(size)), size)
+
+
+def keep_aspect(
+    image: np.ndarray | EncodedImage, patch_size: int, max_patches: int, *, mirror: np.random.Generator | None = None
+) -> np.ndarray:
+    """The whole image, resized to the [height, width, 3] uint8 of `native_grid`.
+
+    Args:
+        image: [H, W, 3] uint8, or still encoded.
+        patch_size: pixels a side of a patch. max_patches: at least 1.
+        mirror: draws whether it is mirrored, half of the time; None: it is not.
+    """
+    height, width = image.shape[:2]
+    size = tuple(side * patch_size for side in native_grid(height, width, max_patches))
+    out = crop(image, (0, 0, width, height), size)
+    return out[:, ::-1] if mirror is not None and mirror.random() < 0.5 else out
+
+
+def native_grid(height: int, width: int, max_patches: int) -> tuple[int, int]:
+    """Rows and columns of patches: those of the largest image of this aspect, rounded up to whole patches, that has no
+    more than max_patches.
+
+    Source: as SigLIP 2 (arXiv:2502.14786, section 2.4.2) and timm's NaFlex have it, which search for the scale.
+    """
+    rows, columns = _most_along(height, width, max_patches), _most_along(width, height, max_patches)
+    if rows * width >= columns * height:  # the scale, patches for a pixel, is that of the side which allows more
+        return rows, -(-rows * width // height)
+    return -(-columns * height // width), columns
+
+
+def _most_along(side: int, other: int, max_patches: int) -> int:
+    """The most patches along a side, where the other one has as many as the aspect says, rounded up."""
+    count = math.isqrt(max_patches * side // other)
+    while count * -(-count * other // side) > max_patches:
+        count -= 1
+    return count
+
+
+def tensors(images: Sequence[np.ndarray]) -> list[Tensor]:
+    """Images of any sizes, [H, W, 3] uint8 each, as [3, H, W] in channels-last memory."""
+    return [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in images]
 
 
 def stack(images: Sequence[np.ndarray]) -> Tensor:

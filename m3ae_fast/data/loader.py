@@ -26,7 +26,7 @@ from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data.ahead import Ahead
 from m3ae_fast.data.bad_sample import BadSample
-from m3ae_fast.data.images import augment, center_crop, stack
+from m3ae_fast.data.images import augment, center_crop, keep_aspect, stack, tensors
 from m3ae_fast.data.mixture import MixedDataset
 from m3ae_fast.data.sample import Sample
 from m3ae_fast.data.seeds import ORDER, SAMPLE, check_seed, generator
@@ -64,13 +64,15 @@ class Loader:
             that no permutation of it is ever in memory), `classes` (names, default none: what `labels` count).
         tokenizer: a `Tokenizer`, or any object with its `encode`; None: images alone, captions are left out.
         image_size: pixels a side, or (height, width), of the images that come out.
+        max_patches: instead, whole images of mixed sizes come out, each resized to the most patches, up to this number,
+            that its aspect allows (`data.images.native_grid`). None: not so. patch_size: pixels a side of a patch.
         batch_size: samples in a batch.
         seed: of order, crops and choices, in [0, 2**63).
         max_text_length: words (vocabulary entries) after which a text is cut.
         start_step: the first step.
         workers: processes that read ahead; 0 reads in this one.
         strict: raise BadSample where a sample cannot be read, instead of replacing it.
-        augment: random crops and mirroring; False: the middle of each, for evaluation.
+        augment: random crops (but of whole images) and mirroring; False: the middle of each, for evaluation.
         pairs_only: what is not an image with a caption is left out: replaced and counted, as "unpaired", but warned of
             only once, and not decoded. labelled_only: the same of what has no label, "unlabelled".
         rank, world_size: of this process, where several share the work. Each gets batches of `batch_size` of its own,
@@ -80,7 +82,8 @@ class Loader:
         plan: plan(batch, step) makes what comes with a batch, as `M3AE.plan` does. None: nothing does.
 
     Yields:
-        step, and a batch whose images are uint8 [N, C, height, width] in channels-last memory, texts int32;
+        step, and a batch whose images are uint8 [N, C, height, width] in channels-last memory, or patches of images
+        (`ImageTextBatch.from_images`) where max_patches is given; texts int32;
         where `plan` is given, its plan, too.
 
     Attributes:
@@ -115,8 +118,13 @@ class Loader:
         world_size: int = 1,
         pin_memory: bool = False,
         plan: Callable[[ImageTextBatch, int], Any] | None = None,
+        max_patches: int | None = None,
+        patch_size: int | None = None,
     ):
         image_size = _checks.sides("image_size", image_size)
+        if max_patches is not None:
+            _checks.integer("max_patches", max_patches, 1)
+            _checks.integer("patch_size", patch_size, 1)
         _checks.integer("batch_size", batch_size, 1)
         _checks.integer("max_text_length", max_text_length, 1)
         _checks.integer("start_step", start_step, 0)
@@ -138,6 +146,8 @@ class Loader:
             pairs_only,
             labelled_only,
             readers=world_size * max(1, workers),
+            max_patches=max_patches,
+            patch_size=patch_size,
         )
         self._numbers = _Numbers(start_step * world_size + rank, world_size)
         self._loader = DataLoader(
@@ -359,6 +369,8 @@ class _Batches(Dataset):
     pairs_only: bool
     labelled_only: bool
     readers: int  # workers of all ranks: batches are dealt out to them in turns
+    max_patches: int | None
+    patch_size: int | None
 
     def __post_init__(self):
         self.sources = [
@@ -386,14 +398,17 @@ class _Batches(Dataset):
         prepared = [self._at(position, counters, skipped) for position in positions]
         counters.update(seen=len(prepared), images_skipped=sum(bad.kind not in LEFT_OUT for bad in skipped))
         images = [sample.image for sample in prepared if sample.image is not None]
-        batch = ImageTextBatch(
-            stack(images) if images else None,
-            torch.tensor([i for sample in prepared for i in sample.ids], dtype=torch.int32, device="cpu"),
-            [len(sample.ids) for sample in prepared],
-            has_image=[sample.image is not None for sample in prepared],
-            sample_ids=positions,
-            labels=self._labels(prepared),
-        )
+        ids = [sample.ids for sample in prepared]
+        text = torch.tensor([i for each in ids for i in each], dtype=torch.int32, device="cpu"), list(map(len, ids))
+        about = {
+            "has_image": [sample.image is not None for sample in prepared],
+            "sample_ids": positions,
+            "labels": self._labels(prepared),
+        }
+        if images and self.max_patches is not None:
+            batch = ImageTextBatch.from_images(tensors(images), *text, patch_size=self.patch_size, **about)
+        else:
+            batch = ImageTextBatch(stack(images) if images else None, *text, **about)
         return _Loaded(number, batch, counters, skipped, time.perf_counter() - start)
 
     def _start_streams(self, number: int) -> None:
@@ -445,6 +460,9 @@ class _Batches(Dataset):
             if not ids:
                 raise BadSample(sample.name, "there is neither an image nor a word in it")
             image = None
+        elif self.max_patches is not None:
+            mirror = rng if self.augment and source.flip else None
+            image = keep_aspect(sample.image, self.patch_size, self.max_patches, mirror=mirror)
         elif self.augment:
             image = augment(sample.image, self.image_size, rng, scale=source.crop_scale, flip=source.flip)
         else:

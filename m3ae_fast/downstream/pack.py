@@ -13,7 +13,7 @@ from m3ae_fast import _checks
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Tokenizer
-from m3ae_fast.data.images import aspect_of, center_box, center_crop, stack
+from m3ae_fast.data.images import aspect_of, center_box, center_crop, keep_aspect, stack, tensors
 
 
 def pack(
@@ -24,6 +24,8 @@ def pack(
     image_size: int | tuple[int, int],
     max_text_length: int,
     channels: int = 3,
+    max_patches: int | None = None,
+    patch_size: int | None = None,
     sample_ids: Sequence[int] | Tensor | None = None,
 ) -> ImageTextBatch:
     """B samples: image i with text i, or images alone, or texts alone.
@@ -36,9 +38,10 @@ def pack(
         image_size: pixels a side, or (height, width), of the model's images.
         max_text_length: words (vocabulary entries) that the model reads.
         channels: C.
+        max_patches, patch_size: as of `Loader`: images are whole then, of mixed sizes.
         sample_ids: as in ImageTextBatch.
     Returns:
-        On the CPU: images uint8 [B, C, height, width] in channels-last memory, text int32.
+        On the CPU: images uint8 [B, C, height, width] in channels-last memory, or patches of whole images; text int32.
     Raises:
         ValueError, TypeError: naming the entry that is no such image, or a text without a word; lengths differ.
     """
@@ -51,19 +54,26 @@ def pack(
     if not len(images if texts is None else texts):
         raise ValueError(f"{'images' if texts is None else 'texts'} must hold at least one, got none")
     ids = None if texts is None else _encode(texts, tokenizer, max_text_length)
-    return ImageTextBatch(
-        None if images is None else _stack(images, image_size, channels),
-        None if ids is None else torch.tensor([i for text in ids for i in text], dtype=torch.int32, device="cpu"),
-        None if ids is None else [len(text) for text in ids],
-        sample_ids=sample_ids,
-    )
+    text = ()
+    if ids is not None:
+        text = torch.tensor([i for text in ids for i in text], dtype=torch.int32, device="cpu"), list(map(len, ids))
+    if images is None:
+        return ImageTextBatch(None, *text, sample_ids=sample_ids)
+    _check_images(images, channels)
+    if max_patches is None:
+        whole = stack([center_crop(image, image_size) for image in images])
+        return ImageTextBatch(whole, *text, sample_ids=sample_ids)
+    resized = tensors([keep_aspect(image, patch_size, max_patches) for image in images])
+    return ImageTextBatch.from_images(resized, *text, patch_size=patch_size, sample_ids=sample_ids)
 
 
 def pack_for(
     model: nn.Module, images: Sequence[np.ndarray] | None, texts: Sequence[str] | None, tokenizer: Tokenizer | None
 ) -> ImageTextBatch:
     """`pack` at the sizes of a model's configuration."""
-    return pack(images, texts, tokenizer, max_text_length=model.config.max_text_length, **model.config.images)
+    config = model.config
+    sizes = {"max_text_length": config.max_text_length, "max_patches": config.max_patches}
+    return pack(images, texts, tokenizer, patch_size=config.patch_size, **sizes, **config.images)
 
 
 def crop_box(
@@ -89,14 +99,13 @@ def chunks(examples: Sequence, size: int) -> Iterator[list]:
         yield [examples[i] for i in range(start, min(start + size, len(examples)))]
 
 
-def _stack(images: Sequence[np.ndarray], size: tuple[int, int], channels: int) -> Tensor:
+def _check_images(images: Sequence[np.ndarray], channels: int) -> None:
     for i, image in enumerate(images):
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
             got = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
             raise TypeError(f"images[{i}] must be an array of uint8, got {got}")
         if image.ndim != 3 or image.shape[2] != channels or 0 in image.shape:
             raise ValueError(f"images[{i}] must have shape (height, width, {channels}), got {image.shape}")
-    return stack([center_crop(image, size) for image in images])
 
 
 def _encode(texts: Sequence[str], tokenizer: Tokenizer | None, longest: int) -> list[list[int]]:

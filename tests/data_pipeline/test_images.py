@@ -1,6 +1,7 @@
 """An image's way: the part that is wanted, whatever was decoded to get it; where crops are taken, what comes out."""
 
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 import m3ae_fast
 from m3ae_fast.data import BadSample, EncodedImage
-from m3ae_fast.data.images import FORMATS, augment, center_crop, crop, random_box, resize
+from m3ae_fast.data.images import FORMATS, augment, center_crop, crop, keep_aspect, native_grid, random_box, resize
 from m3ae_fast.data.seeds import SAMPLE, generator
 
 
@@ -309,3 +310,40 @@ def test_pages_that_lead_back_have_an_end():
     assert EncodedImage(bytes(data), "x", 2).decoded().shape == (20, 30, 2)
     with pytest.raises(BadSample, match="it has 1 channels, 9 are wanted"):
         EncodedImage(bytes(data), "x", 9)
+def test_a_part_may_be_resized_to_another_aspect():
+    image = smooth(300, 400)
+    for source in (np.asarray(image), EncodedImage(encoded(image, "PNG"), "x.png")):
+        got = crop(source, (0, 0, 400, 300), (24, 48))
+        assert got.shape == (24, 48, 3)
+        np.testing.assert_array_equal(got, resize(image, (0, 0, 400, 300), (24, 48)))
+
+
+@pytest.mark.parametrize("max_patches", [1, 7, 64, 256, 1000])
+def test_the_native_grid_is_the_largest_that_fits(max_patches):
+    """Against SigLIP 2's search: the scale is bisected, each side rounded up to whole patches."""
+    rng = np.random.default_rng(max_patches)
+    for height, width in [
+        (480, 640),
+        (640, 480),
+        (256, 256),
+        (1, 900),
+        (900, 1),
+        *rng.integers(1, 3000, (100, 2)).tolist(),
+    ]:
+        low, high = 1e-6, 100.0 * max_patches
+        for _ in range(100):
+            scale = (low + high) / 2
+            fits = max(math.ceil(height * scale), 1) * max(math.ceil(width * scale), 1) <= max_patches
+            low, high = (scale, high) if fits else (low, scale)
+        assert native_grid(height, width, max_patches) == (math.ceil(height * low), math.ceil(width * low))
+
+
+def test_an_image_that_keeps_its_aspect_is_whole():
+    image = smooth(300, 600)
+    for source in (np.asarray(image), EncodedImage(encoded(image, "PNG"), "x.png")):
+        np.testing.assert_array_equal(keep_aspect(source, 8, 32), resize(image, (0, 0, 600, 300), (32, 64)))
+    got = [keep_aspect(np.asarray(image), 8, 32, mirror=np.random.default_rng(seed)) for seed in range(8)]
+    mirrored = [bool(each[:, 0, 0].mean() > each[:, -1, 0].mean()) for each in got]
+    assert set(mirrored) == {False, True}
+    for each, is_mirrored in zip(got, mirrored, strict=True):
+        np.testing.assert_array_equal(each[:, ::-1] if is_mirrored else each, got[mirrored.index(False)])

@@ -18,7 +18,7 @@ from torch.utils.data._utils import signal_handling
 from m3ae_fast import M3AEFastWarning
 from m3ae_fast.data import BadSample, FolderDataset, Loader, Sample, ShapesDataset, Tokenizer
 from m3ae_fast.data import loader as loader_module
-from m3ae_fast.data.images import center_crop
+from m3ae_fast.data.images import center_crop, keep_aspect
 
 PHOTOS = Path(__file__).parent.parent / "data" / "photos"
 WORDS = [f"{w}{v}" for w in "bcdfghklmn" for v in "aeiou"]
@@ -524,6 +524,8 @@ def test_wait_is_measured():
         ({"start_step": -1}, "start_step must be at least 0, got -1"),
         ({"workers": -1}, "workers must be at least 0, got -1"),
         ({"seed": -1}, r"seed must be in \[0, "),
+        ({"max_patches": 0, "patch_size": 4}, "max_patches must be at least 1, got 0"),
+        ({"max_patches": 4, "patch_size": 0}, "patch_size must be at least 1, got 0"),
     ],
 )
 def test_arguments(options, message):
@@ -531,6 +533,32 @@ def test_arguments(options, message):
         loader(Marked(), **options)
     with pytest.raises(TypeError, match="must be an integer, got str"):
         loader(Marked(), **dict.fromkeys(options, "1"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_of_mixed_sizes_keep_their_aspect(workers):
+    """Each is whole, whatever the batch; mirrored, half of the time, in training alone."""
+    folder, options = FolderDataset(PHOTOS), {"max_patches": 20, "patch_size": 4, "workers": workers}
+    whole = [keep_aspect(folder[i].image, 4, 20).astype(int) for i in range(len(folder))]
+    assert len({image.shape for image in whole}) > 1
+    seen = set()
+    for augment in (False, True):
+        for _, batch in take(loader(folder, augment=augment, **options), 6):
+            assert batch.images.shape[2:] == (4, 4) and batch.text_lengths.total
+            for image in batch.whole_images():
+                pixels = image.permute(1, 2, 0).numpy()
+                for number, each in enumerate(whole):
+                    for mirrored in (False, True):
+                        if each.shape == pixels.shape and abs(each[:, :: -1 if mirrored else 1] - pixels).mean() < 8:
+                            seen.add((number, augment, mirrored))
+    numbers = range(len(folder))
+    assert seen == {(i, *how) for i in numbers for how in ((False, False), (True, False), (True, True))}
+
+
+def test_mixed_sizes_of_texts_alone_are_none():
+    texts = [Sample(None, (WORDS[i],), str(i)) for i in range(4)]
+    ((_, batch),) = take(loader(texts, max_patches=20, patch_size=4), 1)
+    assert batch.images is None and batch.grids is None and batch.text_lengths.lengths == (1,) * 4
 
 
 def test_an_empty_data_set():

@@ -6,8 +6,9 @@ import torch
 
 from m3ae_fast import M3AEFastWarning
 from m3ae_fast.data import Tokenizer
-from m3ae_fast.data.images import center_crop
-from m3ae_fast.downstream.pack import crop_box, pack
+from m3ae_fast.data.images import center_crop, keep_aspect
+from m3ae_fast.downstream.pack import crop_box, pack, pack_for
+from m3ae_fast.models import M3AE, M3AEConfig
 
 TEXTS = ["a red circle", "two stars", "a ring"]
 TOKENIZER = Tokenizer.train(TEXTS, 200)
@@ -30,6 +31,15 @@ def test_images_and_texts():
     assert batch.text.dtype == torch.int32
     for text, ids in zip(TEXTS, batch.text.split(batch.text_lengths.lengths), strict=True):
         assert TOKENIZER.decode(ids.tolist()) == text
+
+
+def test_images_of_mixed_sizes_are_whole():
+    batch = pack(IMAGES, TEXTS, TOKENIZER, **SIZES, max_patches=16, patch_size=4)
+    assert batch.grids == ((4, 4), (3, 5), (5, 3)) and batch.text_lengths.total
+    for image, packed in zip(IMAGES, batch.whole_images(), strict=True):
+        assert np.array_equal(keep_aspect(image, 4, 16), packed.permute(1, 2, 0).numpy())
+    tall = M3AE(M3AEConfig.tiny(image_size=(64, 32), vocab_size=0, max_patches=16))
+    assert pack_for(tall, IMAGES, None, None).grids == batch.grids
 
 
 def test_images_alone():
