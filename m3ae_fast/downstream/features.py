@@ -28,9 +28,10 @@ def extract(
     *,
     text: bool = False,
     labelled: bool = True,
+    cropped: bool = False,
     batch_size: int = 64,
 ) -> Features:
-    """Features of samples, images cropped to the middle, nothing masked, no gradient.
+    """Features of samples, images cropped to the middle (of a run of --max-patches: whole), nothing masked, no gradient.
 
     Args:
         model: it is left in the mode it was in.
@@ -39,6 +40,7 @@ def extract(
         text: encode each image beside its first caption (a model with a `joint_encoder`); False: images alone, whatever
             captions there are.
         labelled: False: samples may have any labels, and the features get -1.
+        cropped: images of a run of --max-patches are, too.
         batch_size: samples of a pass; it changes no feature beyond rounding.
     Raises:
         ValueError: a sample without an image, with no label or several, or (with `text`) without a caption, naming it;
@@ -53,7 +55,7 @@ def extract(
         for chunk in chunks(samples, batch_size):
             labels += [_label(sample, labelled) for sample in chunk]
             texts = [_caption(sample) for sample in chunk] if text else None
-            batch = pack_for(model, [sample.image for sample in chunk], texts, tokenizer)
+            batch = pack_for(model, [sample.image for sample in chunk], texts, tokenizer, cropped=cropped)
             cls.append(model.encode_cls(batch.to(device)).float().cpu())
     cls = torch.cat(cls).clone()  # outside inference mode: an ordinary tensor
     return Features(cls, torch.tensor(labels, device="cpu"))

@@ -68,11 +68,16 @@ def pack(
 
 
 def pack_for(
-    model: nn.Module, images: Sequence[np.ndarray] | None, texts: Sequence[str] | None, tokenizer: Tokenizer | None
+    model: nn.Module,
+    images: Sequence[np.ndarray] | None,
+    texts: Sequence[str] | None,
+    tokenizer: Tokenizer | None,
+    *,
+    squares: bool = False,
 ) -> ImageTextBatch:
-    """`pack` at the sizes of a model's configuration."""
+    """`pack` at the sizes of a model's configuration; squares: at its image_size, without its max_patches."""
     config = model.config
-    sizes = {"max_text_length": config.max_text_length, "max_patches": config.max_patches}
+    sizes = {"max_text_length": config.max_text_length, "max_patches": None if squares else config.max_patches}
     return pack(images, texts, tokenizer, patch_size=config.patch_size, **sizes, **config.images)
 
 

@@ -248,6 +248,8 @@ class M3AEConfig(ModelConfig):
         for alpha in self.dirichlet_alpha if isinstance(self.dirichlet_alpha, tuple) else [self.dirichlet_alpha]:
             _checks.real("dirichlet_alpha", alpha, "[0.001, 1000]")
         _checks.real("norm_eps", self.norm_eps, "(0, 1)")
+        if self.max_patches is not None and self.masking == "shared":
+            raise ValueError("masking must not be 'shared' with max_patches: images of mixed sizes share no mask")
 
     @property
     def most_patches(self) -> int:

@@ -22,7 +22,7 @@ FORMAT = 1
 KEPT = 10  # files of a run: the first steps to go wrong tell most
 NOTE = (
     "a step of m3ae-fast pretrain that was not finite: m3ae_fast.train.load_bad_step(path) reads it, "
-    ".replay(model) computes it again; images are [N, H, W, C] uint8, text is packed"
+    ".replay(model) computes it again; images are [N, H, W, C] uint8, with grids their patches, text is packed"
 )
 
 
@@ -104,7 +104,7 @@ class BadStep(NamedTuple):
 
 def save_bad_step(path: Path, step: int, config: RunConfig, reason: str, batches: list[ImageTextBatch]) -> None:
     """Write a safetensors file: of each batch `<number>.images`, `.text`, `.text_lengths`, `.has_image`,
-    `.sample_ids`, `.labels`, as far as it has them; the rest is JSON in the metadata's entry `m3ae_fast`.
+    `.sample_ids`, `.labels`, `.grids`, as far as it has them; the rest is JSON in the metadata's entry `m3ae_fast`.
 
     Args:
         path: of the file; its folder is made if need be.
@@ -162,11 +162,13 @@ def _tensors(batch: ImageTextBatch) -> dict[str, Tensor]:
         found["images"] = batch.images.permute(0, 2, 3, 1)  # as the loader has them in memory
     if batch.labels is not None:
         found["labels"] = batch.labels
+    if batch.grids is not None:
+        found["grids"] = torch.tensor(batch.grids, device="cpu")
     return found
 
 
 def _batch(tensors: dict[str, Tensor]) -> ImageTextBatch:
-    images = tensors.get("images")
+    images, grids = tensors.get("images"), tensors.get("grids")
     return ImageTextBatch(
         None if images is None else images.permute(0, 3, 1, 2),
         tensors["text"],
@@ -174,4 +176,5 @@ def _batch(tensors: dict[str, Tensor]) -> ImageTextBatch:
         has_image=tensors["has_image"].tolist(),
         sample_ids=tensors["sample_ids"],
         labels=tensors.get("labels"),
+        grids=None if grids is None else grids.tolist(),
     )

@@ -83,6 +83,10 @@ class RunConfig:
     image_size: int | tuple[int, int] | None = setting(
         None, "pixels a side, or height x width, such as 128x256; default: the model's", RUN, "PIXELS", "[1, inf)"
     )
+    max_patches: int | None = setting(
+        None, "of m3ae and mae: images keep their aspect, each resized to at most so many patches, in one packed batch "
+        "(docs/images.md); default: all are cropped to image_size", RUN, "N", "[1, inf)",
+    )  # fmt: skip
     image_mask_ratio: float | None = setting(None, "share of patches masked; default: the model's", RUN, "R", "[0, 1)")
     text_mask_ratio: float | None = setting(None, "share of words masked; default: the model's", RUN, "R", "[0, 1)")
     masking: str | None = setting(
@@ -173,6 +177,10 @@ class RunConfig:
             raise ValueError(f"paired_share must be 1 for {self.objective}, which trains on pairs alone")
         if self.cuda_graphs and not self.model_class.BUCKETS:
             raise ValueError(f"cuda_graphs must be False for {self.objective}, whose plans have no buckets")
+        if self.max_patches is not None and not self.model_class.MIXED_SIZES:
+            raise ValueError(f"max_patches must be None for {self.objective}, which reads images of one size")
+        if self.cuda_graphs and self.max_patches is not None:
+            raise ValueError("cuda_graphs must be False with max_patches: every batch has images of other sizes")
         if self.cuda_graphs and self.checkpoint_blocks:
             raise ValueError("cuda_graphs must be False with checkpoint_blocks, which looks at random numbers' state")
         if self.steps is not None and self.warmup is not None and self.warmup >= self.steps:

@@ -117,6 +117,7 @@ def _joined(batches: list[ImageTextBatch]) -> ImageTextBatch:
         torch.cat([batch.text for batch in batches]),
         [length for batch in batches for length in batch.text_lengths.lengths],
         has_image=[has for batch in batches for has in batch.has_image],
+        grids=[grid for batch in batches for grid in batch.grids or ()] or None,
     )
 
 
@@ -153,7 +154,8 @@ class _NoWords:
 def _first_batch(dataset, tokenizer, model_config: ModelConfig, count: int, **options) -> ImageTextBatch:
     loader = Loader(
         dataset, tokenizer or _NoWords(), image_size=model_config.image_size, batch_size=count,
-        max_text_length=model_config.max_text_length, augment=False, **options,
+        max_text_length=model_config.max_text_length, max_patches=model_config.max_patches,
+        patch_size=model_config.patch_size, augment=False, **options,
     )  # fmt: skip
     return next(loader)[1]
 
@@ -245,22 +247,20 @@ def draw_reconstruction(
     model.train(training)
     config = model.config
     image_mask, text_mask = result.image_mask.cpu(), result.text_mask.cpu()
-    originals = batch.images.cpu().permute(0, 2, 3, 1) if batch.images is not None else ()
-    predicted = result.image.float().cpu()
-    if result.norm_pix and len(originals):
-        has_image = torch.tensor(batch.has_image, device="cpu")
-        predicted[has_image] = with_patch_statistics(predicted[has_image], originals, config)
-    predicted, images = unpatchify(predicted, config), (original.numpy() for original in originals)
+    originals = iter(batch.whole_images())
     captions = iter(_captions(batch, tokenizer, result.text_logits, text_mask) if tokenizer else ())
-    stripes = striped(*config.image_shape)
     cards = []
-    for i, has_image in enumerate(batch.has_image):
-        panels = []
-        if has_image:
-            image = next(images)
-            hidden = pixel_mask(image_mask[i], config)[..., None].numpy()
-            image, rebuilt = visible(image), visible(predicted[i].numpy())
-            panels = [image, np.where(hidden, stripes, image), np.where(hidden, rebuilt, image)]
+    for i, (rows, columns) in enumerate(batch.sample_grids(config.grid)):
+        panels, patches = [], rows * columns
+        if patches:
+            original, predicted = next(originals).permute(1, 2, 0).cpu()[None], result.image[i : i + 1, :patches]
+            predicted = predicted.float().cpu()
+            if result.norm_pix:
+                predicted = with_patch_statistics(predicted, original, config)
+            rebuilt = unpatchify(predicted, config, (rows, columns))
+            hidden = pixel_mask(image_mask[i, :patches], config, (rows, columns))[..., None].numpy()
+            image, rebuilt = visible(original[0].numpy()), visible(rebuilt[0].numpy())
+            panels = [image, np.where(hidden, striped(*image.shape[:2]), image), np.where(hidden, rebuilt, image)]
         cards.append(Card(panels, next(captions, []), labels[i] if labels else ""))
     notes = [note_of_channels(config.channels)]
     if result.norm_pix:
@@ -310,9 +310,9 @@ def _captions(
     return found
 
 
-def unpatchify(patches: Tensor, config: ModelConfig) -> Tensor:
-    """[B, P, patch_dim] normalised pixels (row, column, channel) -> [B, H, W, C] uint8."""
-    (rows, columns), size = config.grid, config.patch_size
+def unpatchify(patches: Tensor, config: ModelConfig, grid: tuple[int, int] | None = None) -> Tensor:
+    """[B, P, patch_dim] normalised pixels (row, column, channel) -> [B, H, W, C] uint8; grid: None: the config's."""
+    (rows, columns), size = grid or config.grid, config.patch_size
     image = patches.view(-1, rows, columns, size, size, config.channels).transpose(2, 3)
     image = image.reshape(-1, rows * size, columns * size, config.channels)
     mean, std = (torch.tensor(each, device=patches.device) for each in (config.image_mean, config.image_std))
@@ -326,7 +326,8 @@ def with_patch_statistics(patches: Tensor, images: Tensor, config: ModelConfig) 
     Args:
         patches: [B, P, patch_dim]. images: [B, H, W, C] uint8, the originals.
     """
-    (rows, columns), size = config.grid, config.patch_size
+    size = config.patch_size
+    rows, columns = (side // size for side in images.shape[1:3])
     mean, std = (torch.tensor(each, device=images.device) for each in (config.image_mean, config.image_std))
     pixels = (images / 255 - mean) / std
     target = pixels.view(-1, rows, size, columns, size, config.channels).transpose(2, 3).reshape(patches.shape)
@@ -334,9 +335,10 @@ def with_patch_statistics(patches: Tensor, images: Tensor, config: ModelConfig) 
     return patches * (variance + NORM_PIX_EPS).sqrt() + level
 
 
-def pixel_mask(mask: Tensor, config: ModelConfig) -> Tensor:
-    """[P] bool -> [H, W] bool."""
-    return mask.view(config.grid).repeat_interleave(config.patch_size, 0).repeat_interleave(config.patch_size, 1)
+def pixel_mask(mask: Tensor, config: ModelConfig, grid: tuple[int, int] | None = None) -> Tensor:
+    """[P] bool -> [H, W] bool; grid: None: the config's."""
+    mask = mask.view(grid or config.grid)
+    return mask.repeat_interleave(config.patch_size, 0).repeat_interleave(config.patch_size, 1)
 
 
 def striped(height: int, width: int) -> np.ndarray:

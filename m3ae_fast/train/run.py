@@ -155,7 +155,7 @@ def open_run(folder: Path, config: RunConfig | None, *, resume: bool):
 def create(folder: Path, config: RunConfig):
     """Everything a new run needs, in memory: (config with its model_config, data set, tokenizer). Writes nothing."""
     refuse_used(folder)
-    names = ("image_size", "image_mask_ratio", "text_mask_ratio", "masking")
+    names = ("image_size", "max_patches", "image_mask_ratio", "text_mask_ratio", "masking")
     taken = sorted({*names, "vocab_size", "classes"} & set(config.options or {}))
     if taken:
         raise ValueError(
@@ -238,6 +238,7 @@ def make_loader(dataset, tokenizer: Tokenizer | None, model: Model, config: RunC
     """Of this process's share of the samples, those that the model can use; options: more of a `Loader`'s arguments."""
     return Loader(
         dataset, tokenizer, image_size=model.config.image_size, max_text_length=model.config.max_text_length,
+        max_patches=model.config.max_patches, patch_size=model.config.patch_size,
         rank=distributed.rank(), world_size=distributed.world_size(), strict=config.strict,
         pairs_only=model.CAPTIONS == "required", labelled_only=model.LABELS, **options,
     )  # fmt: skip

@@ -254,7 +254,7 @@ class Trainer:
             self.bad_steps.add(bad, [batch for batch, _ in micro_batches])
             losses = bad.values
         self.done += 1  # a step that was skipped, too: data order and masks go on
-        tokens = sum(count_tokens(batch, self.model.config.patches) for batch, _ in micro_batches)
+        tokens = sum(count_tokens(batch, self.model.config.grid) for batch, _ in micro_batches)
         tokens, requests = distributed.total(tokens, self._request.made)
         self.stopping = requests > 0  # all processes stop at the same step, whichever was asked to
         before, self._clock = self._clock, time.perf_counter()
@@ -464,6 +464,6 @@ def make_optimiser(model: nn.Module, *, lr: float, weight_decay: float) -> torch
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)
 
 
-def count_tokens(batch: ImageTextBatch, patches: int) -> int:
+def count_tokens(batch: ImageTextBatch, grid: tuple[int, int]) -> int:
     """Patches of the images and words of the texts, masked or not: what `tokens_per_second` counts."""
-    return patches * sum(batch.has_image) + batch.text_lengths.total
+    return sum(batch.patch_counts(grid)) + batch.text_lengths.total

@@ -47,12 +47,14 @@ def attend(model: Model, batch: ImageTextBatch, *, layer: int | None = None, rol
             through to each token if it is mixed as the weights say. In MAMO's fusion encoder patches have seen one
             another before it begins.
     Raises:
-        ValueError: a sample without an image, no such block, or both a layer and rollout.
+        ValueError: a sample without an image, images of mixed sizes, no such block, or both a layer and rollout.
 
     Source: arXiv:2005.00928 (rollout).
     """
     if batch.images is None or not all(batch.has_image):
         raise ValueError("batch must have an image in every sample, got one without")
+    if batch.grids is not None:
+        raise ValueError("batch must have images of one size, got mixed sizes (a run of --max-patches)")
     transformer = model.joint_encoder() if batch.text_lengths.total else None
     if transformer is None:
         batch, transformer = ImageTextBatch(batch.images), model.image_encoder()[1]

@@ -217,7 +217,7 @@ def load_classifier(path: str | os.PathLike, model: nn.Module) -> tuple[Classifi
 @torch.no_grad()
 def score_classifier(model: Classifier, samples: Sequence[Sample], *, batch_size: int = 64) -> Result:
     """Accuracy on samples of one label each, of the middle of each image; chance is their commonest class."""
-    features = extract(model.model, samples, batch_size=batch_size)
+    features = extract(model.model, samples, cropped=True, batch_size=batch_size)
     logits = model.classify(features.cls.to(model.head.weight.device))
     return score_logits(logits.cpu(), features.labels)
 
