@@ -34,7 +34,7 @@ class ImageTextBatch:
             do not depend on how samples are grouped into batches or ranks. None: 0 .. B-1.
         labels: [B, classes] bool, which classes a sample shows; None: not known.
         grids: of images of mixed sizes (`from_images`): N pairs, rows and columns of patches. `images` are then
-            [sum of rows * columns, 3, p, p], image after image, each row by row. None: images are whole, of one size.
+            [sum of rows * columns, C, p, p], image after image, each row by row. None: images are whole, of one size.
 
     Attributes:
         patch_places: [sum of rows * columns, 2] int32, row and column of each patch in its image; None without grids.
@@ -132,7 +132,7 @@ class ImageTextBatch:
         """A batch of images of mixed sizes, which `M3AE` and `MAE` take: each is cut into patches, none is padded.
 
         Args:
-            images: N of [3, h, w] on one device, uint8 or float as of ImageTextBatch; h and w are multiples of
+            images: N of [C, h, w] on one device, uint8 or float as of ImageTextBatch; h and w are multiples of
                 patch_size, and may differ from image to image.
             patch_size: pixels a side, the model's.
             text, text_lengths, has_image, sample_ids, labels: as of ImageTextBatch.
@@ -144,12 +144,12 @@ class ImageTextBatch:
         _checks.integer("patch_size", patch_size, 1)
         if not len(images):
             raise ValueError("images must hold at least one, got none")
-        grids = []
+        grids, channels = [], None
         for i, image in enumerate(images):
-            _checks.shape(f"images[{i}]", image, (3, None, None))
+            _checks.shape(f"images[{i}]", image, (channels, None, None))
             _checks.dtype(f"images[{i}]", image, (images[0].dtype,))
             _checks.device(f"images[{i}]", image, "images[0]", images[0])
-            height, width = image.shape[1:]
+            channels, height, width = image.shape
             if not height or not width or height % patch_size or width % patch_size:
                 raise ValueError(
                     f"images[{i}] must be multiples of patch_size {patch_size} high and wide, got {height} x {width}"
@@ -210,7 +210,7 @@ class ImageTextBatch:
         return [rows * columns for rows, columns in self.sample_grids(grid)]
 
     def whole_images(self) -> list[Tensor]:
-        """N images, [3, h, w] each; those of mixed sizes are put together from their patches."""
+        """N images, [C, h, w] each; those of mixed sizes are put together from their patches."""
         if self.grids is None:
             return [] if self.images is None else list(self.images)
         parts = self.images.split([rows * columns for rows, columns in self.grids])
@@ -308,7 +308,7 @@ def _checked_grids(grids: Iterable[tuple[int, int]], images: Tensor | None) -> t
 
 
 def _cut(image: Tensor, size: int) -> Tensor:
-    """[3, h, w] -> [patches, size, size, 3], row by row."""
+    """[C, h, w] -> [patches, size, size, C], row by row."""
     return image.unflatten(2, (-1, size)).unflatten(1, (-1, size)).permute(1, 3, 2, 4, 0).flatten(0, 1)
 
 
