@@ -66,6 +66,7 @@ def gradients(out, model):
     ("impl", "precision", "positions", "masking"),
     [
         ("reference", "fp32", "sincos", "sample"),
+        ("triton", "fp32", "sincos", "sample"),
         ("cpp", "bf16", "sincos", "sample"),
         ("cpp", "fp32", "sincos", "sample"),
         ("cpp", "fp32", "sincos", "block"),
@@ -75,7 +76,8 @@ def gradients(out, model):
     ],
 )
 def test_images_of_the_configured_size_give_the_same_bits(monkeypatch, impl, precision, positions, masking):
-    """Gradients, too, but for the reference's sums of a modality's vectors, which follow the number of positions."""
+    """Gradients, too, where sums over rows are of our kernels on the CPU; elsewhere how they are split may follow the
+    number of positions."""
     if any(impl not in ("reference", *backends.modules) for backends in _backends.LOADED.values()):
         pytest.skip(f"not all ops have {impl} here")
     monkeypatch.setattr(_backends, "_FORCED", impl)
@@ -88,7 +90,7 @@ def test_images_of_the_configured_size_give_the_same_bits(monkeypatch, impl, pre
         for name in ("loss", "image_loss", "text_loss", "text_accuracy", "image_mask", "text_mask"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
         for a, b in zip(gradients(ours, model), gradients(theirs, model), strict=True):
-            assert torch.equal(a, b) or impl == "reference"
+            assert torch.equal(a, b) or impl != "cpp"
             torch.testing.assert_close(a, b)
         assert torch.equal(model.encode(cut).tokens, model.encode(whole).tokens)
         ours, theirs = (model.reconstruct(batch, seed=5).image for batch in (cut, whole))

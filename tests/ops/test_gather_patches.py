@@ -76,6 +76,16 @@ def test_the_same_bits_as_the_reference(impl, case, pixel, out, isa, poison):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_images_may_be_one_and_the_same(impl, isa, poison):
+    """As those of mixed sizes are: each is one column of all patches, and names its own."""
+    column = pixels(1, 3, 6 * 8, 8).contiguous(memory_format=torch.channels_last)
+    ids, seqlens = torch.tensor([0, 2, 3, 3, 5]), SeqLens([2, 0, 3])
+    got = gather_patches(column.expand(3, -1, -1, -1), ids, seqlens, patch_size=8, mean=MEAN, std=STD, impl=impl)
+    alone = gather_patches(column, ids, SeqLens([5]), patch_size=8, mean=MEAN, std=STD, impl=impl)
+    assert torch.equal(got, alone)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_dropped_patches_are_never_read(impl):
     """A NaN there would show in no output; an unreadable page would crash: here only the NaN."""
     images = torch.full((1, 3, 8, 8), torch.nan)

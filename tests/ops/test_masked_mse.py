@@ -65,6 +65,20 @@ def test_values_and_gradients(impl, norm_pix, patch, isa, poison):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_images_may_be_one_and_the_same(impl, isa, poison):
+    """As those of mixed sizes are: each is one column of all patches, and names its own."""
+    generator = torch.Generator().manual_seed(0)
+    column = torch.randint(0, 256, (1, 6 * 8, 8, 3), generator=generator, dtype=torch.uint8).permute(0, 3, 1, 2)
+    shared, ids, seqlens = column.expand(3, -1, -1, -1), torch.tensor([0, 2, 3, 3, 5]), SeqLens([2, 0, 3])
+    found = []
+    for images in (shared, shared.contiguous(memory_format=torch.channels_last)):
+        pred = torch.randn(5, 192, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        loss = masked_mse(pred, images, ids, seqlens, patch_size=8, norm_pix=True, impl=impl)
+        found.append((loss, *torch.autograd.grad(loss, pred)))
+    assert all(map(torch.equal, *found)) and found[0][0] > 0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_flat_patches_stay_flat(impl, layout, isa):
     """In a patch of one colour the normalised target is 0 exactly: rounding must not be blown up by 1 / sqrt(1e-6)."""
