@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from m3ae_fast import ImageTextBatch, _backends
 from m3ae_fast.models import CLIP, M3AE, MAE, MAMO, EncodersConfig, M3AEConfig, MAMOConfig, masks
@@ -193,3 +194,14 @@ def test_what_does_not_go():
     for other in (CLIP(EncodersConfig.tiny(vocab_size=9)), MAMO(MAMOConfig.tiny(vocab_size=9))):
         with pytest.raises(ValueError, match=r"batch\.images must be of one size for this model, got images of mixed"):
             other(pair, seed=0, step=0)
+
+
+def test_one_program_serves_batches_of_any_sizes():
+    """torch.compile, where the plan is given: no grid is built in."""
+    model, programs = make_model(), CompileCounter()
+    compiled = torch.compile(lambda batch, plan: model(batch, plan=plan).loss, dynamic=True, backend=programs)
+    for sizes in (SIZES, [(8, 12), (24, 4), (4, 4), (20, 20)], SIZES[::-1]):
+        batch = make_batch(make_images(sizes))
+        plan = model.plan(batch, seed=0)
+        assert torch.equal(compiled(batch, plan), model(batch, plan=plan).loss)
+    assert programs.frame_count == 1
