@@ -35,12 +35,14 @@ class Statement:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Phrase:
     """A phrase and the image to find it in. box: where it is, (x0, y0, x1, y1) in pixels of `image`, x1 and y1 just
-    outside; None: not known, so that a picture can be drawn and nothing scored. name: what errors call it."""
+    outside; None: not known, so that a picture can be drawn and nothing scored. name: what errors call it. objects: how
+    many things the image shows, of which one is the phrase's; None: not known."""
 
     image: np.ndarray
     phrase: str
     box: tuple[int, int, int, int] | None
     name: str
+    objects: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -110,7 +110,8 @@ class ShapesPhrases(_Examples):
 
     def __getitem__(self, index: int) -> Phrase:
         scene, target = self._choose(index)
-        return Phrase(draw(scene, self.size), named(target.color, target.shape), target.box, f"shapes/{index}")
+        phrase, count = named(target.color, target.shape), len(scene.objects)
+        return Phrase(draw(scene, self.size), phrase, target.box, f"shapes/{index}", count)
 
     def scene(self, index: int) -> Scene:
         """What the image of example `index` shows."""

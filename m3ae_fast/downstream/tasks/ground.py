@@ -28,6 +28,9 @@ def ground(
 ) -> list[Result]:
     """Pointing accuracy: how often the highest pixel of the map lies in the phrase's box. Chance: a random pixel.
 
+    Where it is known of all phrases how many objects their images show, a second result says how often a random one of
+    them is the right one: a map that finds objects, but not by the phrase, is no better.
+
     Phrases without a box are left out, as are those whose box the crop in the middle cuts off.
 
     Args:
@@ -37,7 +40,7 @@ def ground(
         ValueError: none is left.
     """
     device, (height, width) = next(model.parameters()).device, model.config.image_shape
-    hits, shares = [], []
+    hits, shares, guesses = [], [], []
     for chunk in chunks(phrases, batch_size):
         batch = pack_for(model, [p.image for p in chunk], [p.phrase for p in chunk], tokenizer).to(device)
         best = points(maps_of(model, batch, block=block), model.config).tolist()
@@ -46,11 +49,16 @@ def ground(
             if box:
                 hits.append(box[0] <= x + 0.5 < box[2] and box[1] <= y + 0.5 < box[3])
                 shares.append((box[2] - box[0]) * (box[3] - box[1]) / (height * width))
+                guesses.append(phrase.objects and 1 / phrase.objects)
     if not hits:
         raise ValueError(
             f"phrases must have boxes to be scored, none of {len(phrases)} has one within the square in the middle"
         )
-    return [Result.of("pointing accuracy", hits, sum(shares) / len(shares))]
+    chance = sum(shares) / len(shares)
+    results = [Result.of("pointing accuracy", hits, chance)]
+    if all(guesses):
+        results.append(Result.of("a random object", guesses, chance))
+    return results
 
 
 def draw_ground(

@@ -51,6 +51,16 @@ def test_pointing_accuracy(peaks, size):
     assert result.value == pytest.approx(2 / 3) and result.chance == pytest.approx(sum(shares) / 3)
 
 
+def test_a_random_object_is_a_row_of_its_own(peaks):
+    """Where the number of objects is known of every phrase that is scored."""
+    known = [dataclasses.replace(phrase, objects=n) for phrase, n in zip(PHRASES, (2, 4, None, None, 4), strict=True)]
+    peaks(0, 0, 0, 0, 12, 0, 0)
+    pointing, guess = ground(make(), known, TOKENIZER)
+    assert (guess.name, guess.count, guess.chance) == ("a random object", 3, pointing.chance)
+    assert guess.value == pytest.approx((1 / 2 + 1 / 4 + 1 / 4) / 3)
+    assert len(ground(make(), [known[0], PHRASES[1]], TOKENIZER)) == 1
+
+
 def test_no_box_no_score(peaks):
     peaks(0, 0)
     with pytest.raises(ValueError, match="none of 2 has one within the square in the middle"):
