@@ -62,6 +62,8 @@ IMAGES, TEXT = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(5)
         ((None, TEXT, [5, 0]), {}, ValueError, "got neither in sample 1"),
         ((None, [1, 2], [2]), {}, TypeError, "text must be a tensor, got list"),
         ((IMAGES,), {"sample_ids": [0.5, 1.7]}, TypeError, "sample_ids must be of dtype int32, int64"),
+        ((IMAGES,), {"same": torch.ones(2, 3).bool()}, ValueError, r"same must have shape \(2, 2\), got \(2, 3\)"),
+        ((IMAGES,), {"same": torch.ones(2, 2)}, TypeError, "same must be of dtype bool, got float32"),
     ],
 )
 def test_bad_batches(args, options, error, message):

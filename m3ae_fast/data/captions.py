@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from m3ae_fast.data.scenes import SceneObject
 from m3ae_fast.data.seeds import choose
 
+Facts = frozenset[str]
 NUMBERS = ("no", "one", "two", "three", "four")
 ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")  # thirds of the image, by an object's middle
 
@@ -21,8 +23,11 @@ def describe(
     boxes: np.ndarray,
     rng: np.random.Generator,
     extent: tuple[float, float],
-) -> tuple[str, str, str]:
+) -> tuple[tuple[str, ...], Facts, tuple[Facts, ...]]:
     """A short caption (one object, or how many), a middling one (a place or a relation), and one that names all.
+
+    A caption is true of every scene that has the facts it says. Three stars are the facts "star 1" to "star 3", so that
+    two of them are among these.
 
     Args:
         background: its colour.
@@ -30,6 +35,9 @@ def describe(
         boxes: (x, y, side) of each, in shares of the image's shorter side: so the words do not depend on its pixels.
         rng: draws the wording.
         extent: the image's width and height, in the same unit.
+
+    Returns:
+        (captions, facts of the scene, what each caption says).
     """
 
     pick = functools.partial(choose, rng)
@@ -44,19 +52,31 @@ def describe(
     order = rng.permutation(len(objects))
     objects, boxes = [objects[i] for i in order], boxes[order].tolist()
     names = [named(item.size, item.color, item.shape) for item in objects]
+    colored = [named(item.color, item.shape) for item in objects]
     placed = [f"{name} {_place(box, extent)}" for name, box in zip(names, boxes, strict=True)]
-    pairs = [
-        f"{names[i]} {_relation(boxes[i], boxes[i + 1], pick)} {names[i + 1]}" for i in range(0, len(names) - 1, 2)
-    ]
+    related = {
+        (i, j): [f"{names[i]} {relation} {names[j]}" for relation in _relations(boxes[i], boxes[j])]
+        for i, j in itertools.permutations(range(len(names)), 2)
+    }
+    pairs = [pick(related[i, i + 1]) for i in range(0, len(names) - 1, 2)]
+    shapes = numbered(item.shape for item in objects)
 
-    short = [named(objects[0].color, objects[0].shape), _count(objects), _groups(objects)]
-    medium = [placed[0], *pairs[:1]]
-    everything = [_series(names)]
+    short = [(colored[0], {colored[0]}), (_count(objects), {_count(objects)}), (_groups(objects), shapes)]
+    medium = [(text, {text}) for text in (placed[0], *pairs[:1])]
+    everything = [(_series(names), numbered(names))]
     if len(names) <= 3:  # four places make a caption of over thirty words
-        everything.append(_series(placed))
+        everything.append((_series(placed), numbered(placed)))
     if pairs:
-        everything.append(", and ".join(pairs + names[2 * len(pairs) :]))
-    return sentence(pick(short)), sentence(pick(medium)), sentence(pick(everything))
+        everything.append((", and ".join(pairs + names[2 * len(pairs) :]), numbered(names) | set(pairs)))
+    told = [(sentence(text), frozenset([ground, *says])) for text, says in map(pick, (short, medium, everything))]
+    facts = shapes | numbered(names) | numbered(placed) | {ground, _count(objects), *colored, *placed}
+    captions, says = zip(*told, strict=True)
+    return captions, facts.union(*related.values()), says
+
+
+def numbered(words: Iterable[str]) -> Facts:
+    """ "star 1", "star 2" and "cross 1" of two stars and a cross."""
+    return frozenset(f"{word} {i + 1}" for word, count in Counter(words).items() for i in range(count))
 
 
 def named(*words: str) -> str:
@@ -93,8 +113,8 @@ def _place(box: Sequence[float], extent: tuple[float, float]) -> str:
     return "in the center"
 
 
-def _relation(a: Sequence[float], b: Sequence[float], pick: Callable[[Sequence[str]], str]) -> str:
-    """One of the true ones: boxes that do not overlap are apart in at least one direction."""
+def _relations(a: Sequence[float], b: Sequence[float]) -> list[str]:
+    """The true ones: boxes that do not overlap are apart in at least one direction."""
     (ax, ay, a_side), (bx, by, b_side) = a, b
     true = {
         "above": ay + a_side <= by,
@@ -102,4 +122,4 @@ def _relation(a: Sequence[float], b: Sequence[float], pick: Callable[[Sequence[s
         "to the left of": ax + a_side <= bx,
         "to the right of": bx + b_side <= ax,
     }
-    return pick([words for words, holds in true.items() if holds])
+    return [words for words, holds in true.items() if holds]

@@ -58,7 +58,8 @@ class ClutteredShapes:
         rng = generator(self.seed, CLUTTER, index=index)
         color, shape, caption = _content(rng)
         image = draw(color, shape, self.size, rng)
-        return Sample(image, (caption,), f"cluttered/{index}", (self.classes.index(color),))
+        facts = frozenset([f"{color} {shape}"])
+        return Sample(image, (caption,), f"cluttered/{index}", (self.classes.index(color),), facts, (facts,))
 
     def captions(self) -> Iterator[str]:
         """The captions of the first two thousand images: more than enough to meet every word."""

@@ -261,6 +261,9 @@ class _Prepared(NamedTuple):
     image: np.ndarray | None  # [height, width, C] uint8
     ids: list[int]
     labels: tuple[int, ...]
+    source: int
+    facts: frozenset[str]  # of the image
+    says: frozenset[str]  # the caption; empty: not known
 
 
 class _Numbers(Sampler):
@@ -404,6 +407,7 @@ class _Batches(Dataset):
             "has_image": [sample.image is not None for sample in prepared],
             "sample_ids": positions,
             "labels": self._labels(prepared),
+            "same": _right_pairs(prepared),
         }
         if images and self.max_patches is not None:
             batch = ImageTextBatch.from_images(tensors(images), *text, patch_size=self.patch_size, **about)
@@ -449,10 +453,12 @@ class _Batches(Dataset):
     def _prepare(self, sample: Sample, rng: np.random.Generator, source: _Source, counters: Counter) -> _Prepared:
         if self.labelled_only and not sample.labels:
             raise BadSample(sample.name, "labels are wanted, there is none", "unlabelled")
-        ids = []
+        ids, says = [], frozenset()
         captioned = bool(sample.captions) and self.tokenizer is not None
         if captioned:
-            ids = self.tokenizer.encode(sample.captions[rng.integers(len(sample.captions))])
+            chosen = rng.integers(len(sample.captions))
+            ids = self.tokenizer.encode(sample.captions[chosen])
+            says = sample.says[chosen] if sample.says else says
         if self.pairs_only and (sample.image is None or not ids):
             missing = "image" if sample.image is None else "caption"
             raise BadSample(sample.name, f"pairs are wanted, there is no {missing}", "unpaired")
@@ -469,4 +475,12 @@ class _Batches(Dataset):
             image = center_crop(sample.image, self.image_size)
         counters.update(texts_cut=len(ids) > self.max_text_length, captions_empty=captioned and not ids)
         labels = tuple(source.classes[label] for label in sample.labels)
-        return _Prepared(image, ids[: self.max_text_length], labels)
+        return _Prepared(image, ids[: self.max_text_length], labels, source.number, sample.facts, says)
+
+
+def _right_pairs(prepared: Sequence[_Prepared]) -> torch.Tensor | None:
+    """[B, B] bool: what text j says is true of image i of the same data set; None: no data set knows."""
+    if not any(sample.says for sample in prepared):
+        return None
+    right = [[bool(t.says) and i.source == t.source and t.says <= i.facts for t in prepared] for i in prepared]
+    return torch.tensor(right, device="cpu")

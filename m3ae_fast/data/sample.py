@@ -24,12 +24,17 @@ class Sample:
         captions: any number, of which training draws one at a time.
         labels: numbers of the classes it shows, in the data set's `classes`.
         name: what errors and warnings call it, a file's path within its folder for instance.
+        facts: what is known to be true of the image, in the data set's own words.
+        says: for each caption the facts that it takes to be true: it is right for every image of the data set that has
+            them all. Empty: a caption is known to be right for its own image alone.
     """
 
     image: np.ndarray | EncodedImage | EncodedArray | None
     captions: tuple[str, ...]
     name: str
     labels: tuple[int, ...] = ()
+    facts: frozenset[str] = frozenset()
+    says: tuple[frozenset[str], ...] = ()
 
 
 class EncodedDataset:

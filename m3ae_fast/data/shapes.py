@@ -73,7 +73,8 @@ class ShapesDataset:
         scene = self.scene(index)
         shown = {word for item in scene.objects for word in (item.shape, item.color)}
         labels = tuple(i for i, word in enumerate(self.classes) if word in shown)
-        return Sample(draw(scene, self.size), scene.captions, f"shapes/{index}", labels)
+        name = f"shapes/{index}"
+        return Sample(draw(scene, self.size), scene.captions, name, labels, scene.facts, scene.says)
 
     def captions(self) -> Iterator[str]:
         """The captions of the first two thousand scenes: more than enough to meet every word."""
@@ -93,7 +94,7 @@ class ShapesDataset:
         for size, (x, y, side) in zip(sizes, np.rint(boxes * self._unit).astype(int).tolist(), strict=True):
             box = (x, y, x + side, y + side)
             objects.append(SceneObject(choose(rng, list(SHAPES)), choose(rng, colors), size, box))
-        return Scene(background, tuple(objects), describe(background, objects, boxes, rng, self._extent))
+        return Scene(background, tuple(objects), *describe(background, objects, boxes, rng, self._extent))
 
 
 def _layout(rng: np.random.Generator, sides: np.ndarray, extent: tuple[float, float]) -> np.ndarray:

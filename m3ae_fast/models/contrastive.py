@@ -106,7 +106,8 @@ class ContrastiveLoss(nn.Module):
 
 
 def same_pairs(batch: ImageTextBatch, image_ids: Tensor | None = None) -> Tensor:
-    """[B, B] bool: image i belongs to text j: their own pair, or one whose image or text is the very same.
+    """[B, B] bool: image i belongs to text j: their own pair, or one whose image or text is the very same, or one that
+    the data knows to be right (batch.same).
 
     Images are compared by a 64-bit fingerprint of their bytes, or by `image_ids` [B]; texts by one of their words.
 
@@ -126,7 +127,8 @@ def same_pairs(batch: ImageTextBatch, image_ids: Tensor | None = None) -> Tensor
     place = torch.arange(lengths.total, device=batch.device) - lengths.cu[:-1][sample]
     words = torch.zeros(B, dtype=torch.int64, device=batch.device)
     words.index_add_(0, sample, (batch.text.long() + 1) * _weights(lengths.max, batch.device)[place])
-    return (image_ids[:, None] == image_ids) | (words[:, None] == words)
+    equal = (image_ids[:, None] == image_ids) | (words[:, None] == words)
+    return equal if batch.same is None else equal | batch.same
 
 
 def _fingerprints(rows: Tensor) -> Tensor:

@@ -104,7 +104,8 @@ class BadStep(NamedTuple):
 
 def save_bad_step(path: Path, step: int, config: RunConfig, reason: str, batches: list[ImageTextBatch]) -> None:
     """Write a safetensors file: of each batch `<number>.images`, `.text`, `.text_lengths`, `.has_image`,
-    `.sample_ids`, `.labels`, `.grids`, as far as it has them; the rest is JSON in the metadata's entry `m3ae_fast`.
+    `.sample_ids`, `.labels`, `.same`, `.grids`, as far as it has them; the rest is JSON in the metadata's entry
+    `m3ae_fast`.
 
     Args:
         path: of the file; its folder is made if need be.
@@ -160,8 +161,7 @@ def _tensors(batch: ImageTextBatch) -> dict[str, Tensor]:
     }
     if batch.images is not None:
         found["images"] = batch.images.permute(0, 2, 3, 1)  # as the loader has them in memory
-    if batch.labels is not None:
-        found["labels"] = batch.labels
+    found |= {name: x for name in ("labels", "same") if (x := getattr(batch, name)) is not None}
     if batch.grids is not None:
         found["grids"] = torch.tensor(batch.grids, device="cpu")
     return found
@@ -176,5 +176,6 @@ def _batch(tensors: dict[str, Tensor]) -> ImageTextBatch:
         has_image=tensors["has_image"].tolist(),
         sample_ids=tensors["sample_ids"],
         labels=tensors.get("labels"),
+        same=tensors.get("same"),
         grids=None if grids is None else grids.tolist(),
     )

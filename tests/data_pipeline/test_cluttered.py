@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from m3ae_fast.data import ClutteredShapes, PairedShare, open_dataset
-from m3ae_fast.data.shapes import COLORS
+from m3ae_fast.data.captions import plural
+from m3ae_fast.data.shapes import COLORS, SHAPES
 
 
 def test_image_depends_on_index_and_seed_alone():
@@ -50,6 +51,16 @@ def test_the_label_is_in_the_pixels_but_in_few():
         distance = np.abs(sample.image.astype(float) - COLORS[data.classes[sample.labels[0]]]).max(-1)
         shares.append((distance < 40).mean())
     assert min(shares) > 0.005 and np.mean(shares) < 0.15
+
+
+def test_a_caption_is_right_for_every_image_of_its_color_and_shape():
+    samples = [ClutteredShapes(48, seed=3)[i] for i in range(60)]
+    pairs = [(a, b) for a in samples for b in samples if a is not b]
+    right = [(a, b) for a, b in pairs if a.says[0] <= b.facts]
+    assert 5 < len(right) < 150
+    for a, b in pairs:
+        words = [set(re.findall("|".join([*COLORS, *map(plural, SHAPES)]), x.captions[0])) for x in (a, b)]
+        assert (a.says[0] <= b.facts) == (words[0] == words[1])
 
 
 def test_a_linear_function_of_the_pixels_tells_few_labels():

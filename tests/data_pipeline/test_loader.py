@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from m3ae_fast import M3AEFastWarning
-from m3ae_fast.data import BadSample, FolderDataset, Loader, Sample, ShapesDataset, Tokenizer
+from m3ae_fast.data import BadSample, FolderDataset, Loader, MixedDataset, Sample, ShapesDataset, Tokenizer
 from m3ae_fast.data import loader as loader_module
 from m3ae_fast.data.images import center_crop, keep_aspect
 
@@ -392,6 +392,30 @@ def test_a_huge_unreadable_data_set_is_not_read_to_its_end():
 
     with pytest.raises(ValueError, match="none of 1000 could be used; 999: the disk went away"):
         next(loader(Unreadable(2**31)))
+
+
+class Telling(Marked):
+    """Image i is even or odd; each caption says so, or nothing that is known."""
+
+    def __getitem__(self, index):
+        kind = frozenset([("even", "odd")[index % 2]])
+        return dataclasses.replace(super().__getitem__(index), facts=kind, says=(kind if index < 6 else frozenset(),))
+
+
+def test_a_batch_says_which_texts_are_right_for_which_images():
+    ((_, unknown),) = take(loader(Marked()), 1)
+    ((_, batch),) = take(loader(Telling(), batch_size=8), 1)
+    assert unknown.same is None
+    numbers = indices([(0, batch)])
+    assert batch.same.tolist() == [[j < 6 and i % 2 == j % 2 for j in numbers] for i in numbers]
+
+
+def test_what_one_data_set_says_is_not_known_of_the_images_of_another():
+    mixture = MixedDataset([Telling(6), Telling(6)], [1, 1])
+    _, batch = next(loader(mixture, batch_size=12))
+    numbers, sources = indices([(0, batch)]), [mixture.at(position, 3)[0] for position in range(12)]
+    kinds = [(source, number % 2) for source, number in zip(sources, numbers, strict=True)]
+    assert set(sources) == {0, 1} and batch.same.tolist() == [[a == b for b in kinds] for a in kinds]
 
 
 class Unlike(Marked):

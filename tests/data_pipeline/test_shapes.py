@@ -173,6 +173,24 @@ def test_scenes_fill_a_rectangle():
     assert columns == {0, 1, 2} and places > 30
 
 
+def test_what_a_caption_says_tells_of_which_other_scenes_it_is_true():
+    dataset = ShapesDataset(128, seed=4)
+    scenes = [dataset.scene(i) for i in range(SCENES)]
+    shared = Counter()
+    for scene, other in itertools.product(scenes, scenes):
+        for caption, says in zip(scene.captions, scene.says, strict=True):
+            told = says <= other.facts
+            assert told or scene is not other, caption
+            number = re.search(rf"\b({'|'.join(NUMBERS)}|one) shapes?\b", caption)
+            if number:  # as many on the same ground, no more and no fewer
+                assert told == (scene.background == other.background and len(scene.objects) == len(other.objects))
+            elif told:
+                assert scene.background == other.background
+                assert all(meant(phrase, other, 128) for phrase in PHRASE.finditer(caption)), (caption, other)
+            shared[bool(number)] += told and scene is not other
+    assert shared[True] > 300 and shared[False] > 20
+
+
 def test_captions_differ_in_length_and_read_well():
     dataset = ShapesDataset(32)
     captions = [caption for i in range(SCENES) for caption in dataset.scene(i).captions]

@@ -248,6 +248,19 @@ def test_negatives_are_never_the_same_image_or_text(told):
     assert len(seen) >= 12  # of the 16 that are left
 
 
+def test_what_the_data_knows_to_be_right_is_no_negative(told):
+    model, batch = make_model(), make_batch((4, 4, 4))
+    batch = ImageTextBatch(batch.images, batch.text, [4] * 3, same=torch.tensor([[1, 1, 0], [0, 1, 0], [0, 1, 1]]) > 0)
+    right = torch.eye(3).bool() | batch.same
+    assert torch.equal(same_pairs(batch), right)
+    assert torch.equal(same_pairs(batch, torch.tensor([7, 9, 7])), right | (torch.eye(3).fliplr() > 0))
+    seen = set()
+    for step in range(30):
+        model(batch, seed=0, step=step)
+        seen |= set(told[3:])
+    assert seen == {(0, 2), (1, 0), (1, 2), (2, 0)}
+
+
 def test_hard_negatives_are_likelier(told):
     model = make_model()
     batch = make_batch((4, 4, 4, 4))
