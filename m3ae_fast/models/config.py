@@ -336,12 +336,17 @@ class MAMOConfig(EncodersConfig):
         image_mask_ratio, text_mask_ratio: share of tokens masked, in [0, 1); at least one token of each kind is.
         masking: "two_pass": the image is masked beside the whole text, then the text beside the whole image (the
             paper's figure). "simultaneous": both at once, in one pass (its abstract, to the letter).
+        random_words, kept_words: of the masked words, the shares that another word, any of the vocabulary, stands in
+            for, and that are shown as they are, at most 1 together; the others become [MASK] (ALBEF: 0.1 each).
         momentum: of the target network, in [0, 1].
         mrm_weight, mim_weight, mlm_weight, itc_weight, itm_weight: of the losses; what has weight 0 is not computed.
         queue_size: entries of the momentum queue that ITC compares with besides the batch; 0: none, and ITC compares
             within the batch alone.
+        queue_start: "empty", or "random": full of random embeddings, as ALBEF's code has it.
         soft_targets: share of the momentum network's own similarities in ITC's targets, in [0, 1], once
             soft_targets_steps steps are taken; it grows to that from 0 (ALBEF: 0.4, over the first epoch).
+        soft_words: likewise, share of the momentum network's guesses in MLM's targets (ALBEF: 0.4), by the word head as
+            it is; the logits of all masked words are stored then.
     """
 
     MASKINGS: ClassVar[tuple[str, ...]] = ("two_pass", "simultaneous")
@@ -350,6 +355,8 @@ class MAMOConfig(EncodersConfig):
     image_mask_ratio: float = 0.75
     text_mask_ratio: float = 0.25
     masking: str = "two_pass"
+    random_words: float = 0.0
+    kept_words: float = 0.0
     momentum: float = 0.995
     mrm_weight: float = 1.0
     mim_weight: float = 1.0
@@ -357,18 +364,25 @@ class MAMOConfig(EncodersConfig):
     itc_weight: float = 1.0
     itm_weight: float = 1.0
     queue_size: int = 0
+    queue_start: str = "empty"
     soft_targets: float = 0.0
     soft_targets_steps: int = 0
+    soft_words: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
         self._integers(1, "fusion_depth")
         self._integers(0, "queue_size", "soft_targets_steps")
+        _checks.choice("queue_start", self.queue_start, ("empty", "random"))
         self._shares("image_mask_ratio", "text_mask_ratio")
         _checks.choice("masking", self.masking, self.MASKINGS)
         weights = [f"{name}_weight" for name in ("mrm", "mim", "mlm", "itc", "itm")]
-        for name in ("momentum", "soft_targets"):
+        for name in ("momentum", "soft_targets", "soft_words", "random_words", "kept_words"):
             _checks.real(name, getattr(self, name), "[0, 1]")
+        if self.random_words + self.kept_words > 1:
+            raise ValueError(
+                f"random_words and kept_words must be at most 1 together, got {self.random_words} and {self.kept_words}"
+            )
         for name in weights:
             _checks.real(name, getattr(self, name), "[0, inf)")
         if not any(getattr(self, name) for name in weights):

@@ -23,14 +23,15 @@ class ContrastiveLoss(nn.Module):
         width: of the embeddings.
         temperature: at the start; it is learned, and kept within [0.001, 0.5].
         queue_size: past embeddings of the momentum network to compare with besides the batch's; 0: none.
+        queue_start: "empty", or "random": full of random embeddings of unit length, as ALBEF's code has it.
 
     Source: InfoNCE as in CLIP (arXiv:2103.00020); queue and soft targets: ALBEF (arXiv:2107.07651), section 3.2.
     """
 
-    def __init__(self, width: int, *, temperature: float = 0.07, queue_size: int = 0):
+    def __init__(self, width: int, *, temperature: float = 0.07, queue_size: int = 0, queue_start: str = "empty"):
         super().__init__()
         self.temperature = nn.Parameter(torch.empty(1))  # [1]: FSDP2 takes no scalars
-        self.first_temperature, self.queue_size = temperature, queue_size
+        self.first_temperature, self.queue_size, self.queue_start = temperature, queue_size, queue_start
         if queue_size:
             self.register_buffer("image_queue", torch.empty(queue_size, width))
             self.register_buffer("text_queue", torch.empty(queue_size, width))
@@ -38,10 +39,14 @@ class ContrastiveLoss(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The temperature of the start, and an empty queue."""
+        """The temperature and the queue of the start."""
         nn.init.constant_(self.temperature, self.first_temperature)
         for buffer in self.buffers():
             buffer.zero_()
+        if self.queue_size and self.queue_start == "random":
+            for queue in (self.image_queue, self.text_queue):
+                queue.copy_(F.normalize(torch.randn_like(queue), dim=1))
+            self.queued.fill_(self.queue_size)
 
     def forward(
         self,

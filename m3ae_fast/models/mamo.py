@@ -41,7 +41,7 @@ class MAMOOutput:
     loss: Tensor  # the weighted sum
     mrm_loss: Tensor  # masked representations against the momentum network's fusion; mean of the two passes' means
     mim_loss: Tensor  # masked patches against the momentum network's image encoder
-    mlm_loss: Tensor  # masked words
+    mlm_loss: Tensor  # masked words, against the momentum network's guesses, too, where these are soft targets
     itc_loss: Tensor  # images and texts find one another, within the batch and the queue
     itm_loss: Tensor  # right pairs told from wrong ones
     mlm_accuracy: Tensor  # share of masked words guessed
@@ -105,14 +105,16 @@ class MAMO(Model):
         self.regressor = _mlp(c)  # of MIM
         self.word_head = fast.Linear(c.width, c.vocab_size)
         self.match_head = fast.Linear(c.width, 2)
-        self.contrast = ContrastiveLoss(c.projection, temperature=c.temperature, queue_size=c.queue_size)
+        self.contrast = ContrastiveLoss(
+            c.projection, temperature=c.temperature, queue_size=c.queue_size, queue_start=c.queue_start
+        )
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Xavier-uniform kernels, zero biases, N(0, .02) tokens and words, the temperature of the configuration, an
-        empty queue; the momentum network is a copy."""
+        """Xavier-uniform kernels, zero biases, N(0, .02) tokens and words, the temperature and the queue of the
+        configuration; the momentum network is a copy."""
         for module in (self.online, self.predictor, self.regressor, self.word_head, self.match_head):
             reset_parameters(module)
         self.contrast.reset_parameters()
@@ -165,9 +167,10 @@ class MAMO(Model):
         plan = self._plan(batch, MaskSource(seed, step, image_mask, text_mask), plan)
         c, online, layout = self.config, self.online, plan.layout
         losses = dict.fromkeys(self.METRICS, torch.zeros((), device=batch.device))
-        words = torch.cat([batch.text, self._hide(batch.text, plan.hidden)]).index_select(0, plan.words)
-        rows = torch.cat([online.image(batch.images, plan.images), online.text(words, plan.texts)])
-        targets = self._encode_target(batch, plan.target)
+        words = torch.cat([batch.text, self._hide(batch.text, plan.hidden, plan.shown)])  # as they are, and masked
+        texts = online.text(words.index_select(0, plan.words), plan.texts)
+        rows = torch.cat([online.image(batch.images, plan.images), texts])
+        targets = self._encode_target(batch, words, plan.target)
         if plan.cls is not None:
             embeddings = online.project(*take_rows(rows, plan.cls).chunk(2))
             same = same_pairs(batch, image_ids)
@@ -210,13 +213,13 @@ class MAMO(Model):
         return plan
 
     @torch.no_grad()
-    def _encode_target(self, batch: ImageTextBatch, plan: TargetPlan | None) -> Tensor | None:
-        """The momentum network's rows of whole images and whole texts, as far as the losses ask."""
+    def _encode_target(self, batch: ImageTextBatch, words: Tensor, plan: TargetPlan | None) -> Tensor | None:
+        """The momentum network's rows of whole images and of texts, as far as the losses ask."""
         if plan is None:
             return None
         rows = [self.target.image(batch.images, plan.images)]
         if plan.texts is not None:
-            rows.append(self.target.text(batch.text, plan.texts))
+            rows.append(self.target.text(words.index_select(0, plan.words), plan.texts))
         return torch.cat(rows)
 
     @torch.no_grad()
@@ -233,17 +236,18 @@ class MAMO(Model):
         c, found = self.config, {}
         counts = [len(layout.patches), len(layout.words)]
         patches, words = masked.split(counts)
-        if c.mrm_weight:
-            at = plan.target.layout
+        if plan.target is not None and (at := plan.target.layout) is not None:
             with torch.no_grad():
                 theirs = self.target.fuse(targets, at)
+        if c.mrm_weight:
             predicted = self.predictor(masked)
             losses = [
                 feature_regression(part, theirs, rows, distance="l2")
-                for part, rows in zip(predicted.split(counts), (at.patches, at.words), strict=True)
+                for part, rows in zip(predicted.split(counts), (at.patches, at.words[: counts[1]]), strict=True)
             ]
             found["mrm_loss"] = sum(losses) / len(losses)
-            found["target_std"], found["prediction_std"] = (_spread(x.detach()) for x in (theirs, predicted))
+            spread = theirs[: sum(counts)], predicted.detach()
+            found["target_std"], found["prediction_std"] = map(_spread, spread)
         if c.mim_weight:
             found["mim_loss"] = feature_regression(
                 self.regressor(patches), targets, plan.target.patches, distance="l1", normalize=False
@@ -253,6 +257,12 @@ class MAMO(Model):
             found["mlm_loss"], found["mlm_accuracy"] = linear_cross_entropy(
                 words, head.weight, answers, head.bias, return_accuracy=True
             )
+            if plan.soft_words:
+                guesses = take_rows(theirs, at.words[len(at.words) - counts[1] :])
+                with torch.no_grad():
+                    guessed = head(guesses).float().softmax(1)
+                soft = -(guessed * head(words).float().log_softmax(1)).sum() / max(counts[1], 1)
+                found["mlm_loss"] = (1 - plan.soft_words) * found["mlm_loss"] + plan.soft_words * soft
         return found
 
     def _itm(self, cls: Tensor, positives: int) -> dict[str, Tensor]:
@@ -283,9 +293,12 @@ class MAMO(Model):
                 given.append(every[possible])
         return torch.cat(images), torch.cat(texts)
 
-    def _hide(self, words: Tensor, places: Tensor) -> Tensor:
-        """The batch's words with [MASK] in these places."""
-        return words.index_fill(0, places, self.online.text.mask_id)
+    def _hide(self, words: Tensor, places: Tensor, shown: Tensor | None = None) -> Tensor:
+        """The batch's words with [MASK] in these places, or what `stand_ins` drew for them."""
+        if shown is None:
+            return words.index_fill(0, places, self.online.text.mask_id)
+        shown = torch.where(shown < 0, words.index_select(0, places), shown.to(words.dtype))
+        return words.index_copy(0, places, shown)
 
     def _check(self, batch: ImageTextBatch) -> None:
         c = self.config

@@ -15,36 +15,46 @@ from m3ae_fast.models.config import MAMOConfig
 from m3ae_fast.models.encoders import Views, whole
 from m3ae_fast.models.fusion import FusionLayout, Pairs
 from m3ae_fast.models.masking import BatchPlan, Masked, MaskSource, given_or_drawn, keep_all, sample_of
+from m3ae_fast.models.masks import stand_ins
 from m3ae_fast.models.placed import ON_HOST
 from m3ae_fast.seqlens import SeqLens
 
 
 @dataclasses.dataclass(frozen=True)
 class TargetPlan:
-    """What the momentum network reads: whole images and whole texts, as far as the losses need them."""
+    """What the momentum network reads: whole images, whole texts and masked ones, as far as the losses need them."""
 
     images: Views
-    texts: Views | None  # of MRM and ITC
+    texts: Views | None  # whole, of MRM and ITC, then masked, of MLM's soft targets
+    words: Tensor | None  # of `texts`, as MAMOPlan.words
     cls: Tensor | None  # of ITC, as MAMOPlan.cls
-    layout: FusionLayout | None  # of MRM: every image beside its text, the masked tokens wanted
+    layout: FusionLayout | None  # of MRM: every image beside its text, the masked tokens wanted; then of MLM: likewise,
+    # beside its masked text, the masked words wanted
     patches: Tensor | None  # of MIM: [M] rows of the masked patches
 
     @staticmethod
     def make(c: MAMOConfig, image: Masked, text: Masked, device: torch.device) -> TargetPlan | None:
         """None where no loss has targets."""
         contrast = bool(c.itc_weight and (c.queue_size or c.soft_targets))
-        if not (c.mrm_weight or c.mim_weight or contrast):
+        reads_whole_text, guesses = bool(c.mrm_weight or contrast), bool(c.mlm_weight and c.soft_words)
+        if not (reads_whole_text or c.mim_weight or guesses):
             return None
-        images = whole(image.lengths, device)
-        texts = whole(text.lengths, device) if c.mrm_weight or contrast else None
-        gone, layout, patches = image.as_bool(c.patches), None, None
+        images, texts, words, layout, patches = whole(image.lengths, device), None, None, None, None
+        gone, hidden = image.as_bool(c.patches), text.as_bool(max(text.lengths))
+        if reads_whole_text or guesses:
+            whole_text = keep_all(text.lengths)
+            texts = _views(device, (reads_whole_text, whole_text), (guesses, whole_text))
+            words = _words(texts, reads_whole_text)
+        pairs = []
         if c.mrm_weight:
-            words = text.as_bool(texts.views.max)
-            pairs = Pairs.make(images, texts, c.patches, patches=gone, words=words)
-            layout = FusionLayout.make([pairs], device)
+            pairs.append(Pairs.make(images, texts, c.patches, patches=gone, words=hidden))
+        if guesses:
+            pairs.append(Pairs.make(images, texts, c.patches, text_view=len(texts.kept) - 1, words=hidden))
+        if pairs:
+            layout = FusionLayout.make(pairs, device)
         if c.mim_weight:
             patches = images.rows(0, c.patches)[gone].to(device, non_blocking=True)
-        return TargetPlan(images, texts, _cls(images, texts) if contrast else None, layout, patches)
+        return TargetPlan(images, texts, words, _cls(images, texts) if contrast else None, layout, patches)
 
 
 @dataclasses.dataclass(eq=False)
@@ -58,12 +68,14 @@ class MAMOPlan(BatchPlan):
     texts: Views  # for the text encoder: likewise; a masked word stands there as [MASK]
     words: Tensor  # [texts.views.total] places among the batch's words, followed by them again, some of them [MASK]
     hidden: Tensor  # [text.mask.total] places of the masked words among the batch's words
+    shown: Tensor | None  # [text.mask.total] what is shown there, as `stand_ins` has it; None: [MASK]
     cls: Tensor | None  # [2B] rows of the class tokens of every whole image and text, where ITC or ITM compares them
     layout: FusionLayout | None  # what the fusion encoder reads; None: nothing, or `passes` and ITM's pairs
     passes: tuple[Pairs, ...] = dataclasses.field(metadata=ON_HOST)  # with ITM: its pairs for MRM, MIM and MLM
     whole: Pairs | None = dataclasses.field(metadata=ON_HOST)  # with ITM: what its pairs are taken from
     target: TargetPlan | None
     soft: float  # share of the momentum network's similarities in ITC's targets
+    soft_words: float  # and of its guesses in MLM's
     seed: int | None  # with `step`: keys the draw of ITM's negatives
     step: int
 
@@ -80,6 +92,15 @@ class MAMOPlan(BatchPlan):
             text = given_or_drawn("text", source, text.lengths, c.text_mask_ratio, sample_ids=ids)
         if c.itm_weight and source.seed is None:
             raise ValueError("seed must be given to draw ITM's negatives, got None (or set itm_weight to 0)")
+
+        shown = None
+        if c.random_words or c.kept_words:
+            if source.seed is None:
+                raise ValueError("seed must be given to draw what stands in for masked words, got None")
+            keys = {"seed": source.seed, "step": source.step, "sample_ids": ids}
+            shown = stand_ins(text.mask.lengths, c.vocab_size, random=c.random_words, kept=c.kept_words, **keys)
+            shown = shown.to(batch.device, non_blocking=True)
+        grown = min(1.0, (source.step + 1) / max(c.soft_targets_steps, 1))
 
         device, reads_whole_text = batch.device, compared or (image_pass and not both)
         images = _views(device, (text_pass or compared, whole_image), (image_pass, image))
@@ -102,14 +123,16 @@ class MAMOPlan(BatchPlan):
             text,
             images=images,
             texts=texts,
-            words=texts.places if reads_whole_text else texts.places + batch.text_lengths.total,
+            words=_words(texts, reads_whole_text),
             hidden=places(text).to(device, non_blocking=True),
+            shown=shown,
             cls=_cls(images, texts) if compared else None,
             layout=layout,
             passes=tuple(passes),
             whole=whole,
             target=TargetPlan.make(c, image, text, device),
-            soft=c.soft_targets * min(1.0, (source.step + 1) / max(c.soft_targets_steps, 1)),
+            soft=c.soft_targets * grown,
+            soft_words=c.soft_words * grown,
             seed=source.seed,
             step=source.step,
         )
@@ -127,15 +150,16 @@ class MAMOPlan(BatchPlan):
         """
         if self.whole is not None or other.whole is not None:
             raise ValueError("plans must be of models with itm_weight 0: a step with ITM waits for similarities")
-        if self.soft != other.soft:
-            raise ValueError(f"other must be a plan of the same share of soft targets, {self.soft}, got {other.soft}")
+        ours, theirs = (self.soft, self.soft_words), (other.soft, other.soft_words)
+        if ours != theirs:
+            raise ValueError(f"other must be a plan of the same share of soft targets, {ours}, got {theirs}")
         self._copy_masks(other)
         for ours, theirs in zip(self._drawn(), other._drawn(), strict=True):
             ours.copy_(theirs, non_blocking=True)
 
     def _drawn(self) -> list[Tensor]:
         """What the masks change on the device."""
-        found, layouts = [self.images.ids, self.hidden], [self.layout]
+        found, layouts = [self.images.ids, self.hidden, self.shown], [self.layout]
         if self.target is not None:
             found.append(self.target.patches)
             layouts.append(self.target.layout)
@@ -146,6 +170,12 @@ class MAMOPlan(BatchPlan):
 def places(text: Masked) -> Tensor:
     """[M] int64: the masked words' places among the batch's words."""
     return SeqLens(text.lengths).cu[sample_of(text.mask)].long() + text.ids_mask
+
+
+def _words(texts: Views, whole_first: bool) -> Tensor:
+    """[texts.views.total] places among the batch's words, followed by them again, masked. whole_first: whether the
+    first view is of the words as they are."""
+    return texts.places if whole_first else texts.places + texts.kept[0].keep.total
 
 
 def _views(device: torch.device, *views: tuple[bool, Masked]) -> Views:

@@ -270,6 +270,38 @@ def _deal(draws: _Draws, lengths: Sequence[int], budget: int, alphas: Sequence[f
     return keep
 
 
+def stand_ins(
+    counts: Sequence[int],
+    vocab_size: int,
+    *,
+    random: float,
+    kept: float,
+    seed: int,
+    step: int = 0,
+    sample_ids: Sequence[int] | Tensor,
+) -> Tensor:
+    """What is shown in the place of each masked word: [sum of counts] int64, a word of the vocabulary, vocab_size for
+    [MASK], or -1 for the word itself.
+
+    Args:
+        counts: [B] masked words of each sample. vocab_size: of words.
+        random, kept: probabilities of a random word and of the word itself; the rest is [MASK].
+        seed, step, sample_ids: the key, as of `sample_mask`.
+
+    Raises:
+        ValueError: a number outside its range, sizes that disagree. TypeError: not a number.
+
+    Source: BERT, arXiv:1810.04805, section 3.1, as ALBEF has it: any word of the vocabulary may stand in.
+    """
+    _entries("counts", counts, sample_ids)
+    shown = []
+    for count, draws in zip(counts, _draws(seed, step, sample_ids, 2), strict=True):  # a stream that no modality has
+        for _ in range(count):
+            share, word = draws.uniform(), draws.integer(vocab_size)
+            shown.append(-1 if share < kept else word if share < kept + random else vocab_size)
+    return torch.tensor(shown, dtype=torch.int64, device="cpu")
+
+
 def score_mask(scores: Tensor, ratio: float, *, highest: bool = True, lengths: Sequence[int] | None = None) -> Tensor:
     """The tokens with the highest scores, or the lowest: what a model attends to, for instance. [B, P] bool.
 

@@ -1,6 +1,7 @@
 """MAMO against plain PyTorch, a sample and a pass at a time, and each of its parts against a formula of its own."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -120,6 +121,41 @@ def test_a_loss_alone_is_the_same_loss(model, masking, only):
     torch.testing.assert_close(alone.loss, getattr(whole, f"{only}_loss"))
 
 
+@pytest.mark.parametrize("mrm", [0.0, 0.5])
+@pytest.mark.parametrize("masking", ["two_pass", "simultaneous"])
+def test_words_may_be_shown_and_guessed_as_albef_does(masking, mrm):
+    """80/10/10, and the momentum network's guesses, of the whole image beside the masked text, among the targets."""
+    shares = {"random_words": 0.3, "kept_words": 0.3, "soft_words": 0.4, "soft_targets_steps": 10}
+    weights = {"mrm_weight": mrm, "mim_weight": 0, "itc_weight": 0, "itm_weight": 0}
+    model, batch, alpha, every = make_model(masking=masking, **shares, **weights), make_batch(), 0.4 * 3 / 10, range(16)
+    for parameter in model.target.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    plan = model.plan(batch, seed=4, step=2)
+    out = model(batch, plan=plan)
+    words = torch.where(plan.shown < 0, batch.text[plan.hidden], plan.shown.int())
+    text = batch.text.index_copy(0, plan.hidden, words).long().split(batch.text_lengths.lengths)
+    assert {*plan.shown.tolist()} >= {-1, CONFIG.vocab_size} and len({*plan.shown.tolist()}) > 2
+    losses, hidden = [], out.text_mask
+    for b, words in enumerate(text):
+        kept = (~out.image_mask[b]).nonzero()[:, 0].tolist() if masking == "simultaneous" else list(every)
+        ours, theirs = (
+            plain_fusion(net, plain_image(net.image, CONFIG, batch.images[b], seen), seen, plain_text(net.text, words))
+            for net, seen in ((model.online, kept), (model.target, list(every)))
+        )
+        at = hidden[b, : len(words)].nonzero()[:, 0]
+        log_p, guess = (model.word_head(x[17 + at]).log_softmax(1) for x in (ours, theirs))
+        wanted = F.one_hot(batch.text.split(batch.text_lengths.lengths)[b][at].long(), CONFIG.vocab_size)
+        losses.append(-((alpha * guess.exp().detach() + (1 - alpha) * wanted) * log_p).sum(1))
+    torch.testing.assert_close(out.mlm_loss, torch.cat(losses).mean(), rtol=1e-5, atol=1e-6)
+    if mrm:
+        hard = make_model(masking=masking, **(shares | {"soft_words": 0.0}), **weights)
+        hard.load_state_dict(model.state_dict())
+        for name in ("mrm_loss", "target_std", "prediction_std"):
+            torch.testing.assert_close(getattr(hard(batch, seed=4, step=2), name), getattr(out, name))
+    with pytest.raises(ValueError, match="random_words and kept_words must be at most 1 together"):
+        MAMOConfig.tiny(random_words=0.6, kept_words=0.5)
+
+
 # -- the momentum network ---------------------------------------------------------------------------------------------
 
 
@@ -227,6 +263,20 @@ def test_a_queue_in_a_step(model):
     assert model.contrast.queued == 12
     assert torch.equal(model.contrast.image_queue[12:], torch.zeros(4, 12))
     torch.testing.assert_close(model.contrast.text_queue[:12].norm(dim=1), torch.ones(12))
+
+
+def test_a_queue_may_start_full_of_random_embeddings():
+    """As ALBEF's: they are compared with at once, and leave first."""
+    model = MAMO(dataclasses.replace(CONFIG, queue_size=6, queue_start="random"))
+    loss, image, text, image_m, text_m = model.contrast, *(units(2, seed=s) for s in range(4))
+    queues = loss.image_queue.clone(), loss.text_queue.clone()
+    assert not torch.equal(*queues) and all(torch.allclose(queue.norm(dim=1), torch.ones(6)) for queue in queues)
+    dense = [F.cross_entropy(a @ torch.cat([b, queue]).T / 0.07, torch.arange(2))
+             for a, b, queue in ((image, text_m, queues[1]), (text, image_m, queues[0]))]  # fmt: skip
+    torch.testing.assert_close(loss(image, text, momentum=(image_m, text_m)), sum(dense) / 2)
+    assert torch.equal(loss.image_queue, torch.cat([image_m, queues[0][2:]]))
+    with pytest.raises(ValueError, match="queue_start must be one of"):
+        dataclasses.replace(CONFIG, queue_start="full")
 
 
 # -- negatives --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from m3ae_fast.models import (
     random_mask,
     score_mask,
 )
+from m3ae_fast.models.masks import stand_ins
 
 KEY = {"seed": 2**63 + 5, "step": 7}
 IDS = [3, 0, 2**40 + 1, 8, 9, 10]
@@ -334,3 +335,17 @@ def test_a_callers_mask_goes_before_that_of_the_model():
 def test_errors_name_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_stand_ins():
+    """Shares as asked for, any word of the vocabulary, and each sample's the same in whatever batch."""
+    keys = {"random": 0.1, "kept": 0.2, "seed": 3}
+    shown = stand_ins([50] * 100, 30, sample_ids=range(100), **keys)
+    shares = [(shown == -1).float().mean(), (shown == 30).float().mean()]
+    assert shares == [pytest.approx(0.2, abs=0.03), pytest.approx(0.7, abs=0.03)]
+    assert set(shown.tolist()) == set(range(-1, 31))
+    assert torch.equal(stand_ins([3, 50], 30, sample_ids=[7, 9], **keys)[3:], shown[450:500])
+    assert not torch.equal(stand_ins([50] * 100, 30, sample_ids=range(100), step=1, **keys), shown)
+    assert stand_ins([], 30, sample_ids=[], **keys).tolist() == []
+    with pytest.raises(ValueError, match="counts must have 2 entries, as sample_ids has, got 1"):
+        stand_ins([1], 30, sample_ids=[0, 1], **keys)
