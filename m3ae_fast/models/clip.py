@@ -43,7 +43,7 @@ class CLIP(Model):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform kernels, zero biases, N(0, .02) tokens and words, the temperature of the configuration."""
+        """Xavier-uniform kernels, zero biases, N(0, 1) words, N(0, .02) tokens, the configuration's temperature."""
         reset_parameters(self.encoders)
         self.contrast.reset_parameters()
 

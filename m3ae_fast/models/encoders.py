@@ -269,7 +269,11 @@ def _check_grids(batch: ImageTextBatch, config: ModelConfig, most_patches: int) 
 
 
 def reset_parameters(module: nn.Module) -> None:
-    """Xavier-uniform kernels, zero biases, N(0, .02) words and tokens, fixed positions: how every model here starts."""
+    """Xavier-uniform kernels, zero biases, N(0, 1) words, N(0, .02) tokens, fixed positions: how all models here start.
+
+    A position is added to each word, of sines and cosines whose mean square is a half: words of N(0, .02), which fit
+    BERT's positions of the same size, would be lost beside it for hundreds of steps.
+    """
     for each in module.modules():
         if isinstance(each, nn.Linear):
             nn.init.xavier_uniform_(each.weight)
@@ -277,7 +281,7 @@ def reset_parameters(module: nn.Module) -> None:
         elif isinstance(each, nn.LayerNorm):
             each.reset_parameters()
         elif isinstance(each, nn.Embedding):
-            nn.init.normal_(each.weight, std=0.02)
+            nn.init.normal_(each.weight)
         elif isinstance(each, FixedPositions):
             each.start_positions()
         for parameter in each.parameters(recurse=False):

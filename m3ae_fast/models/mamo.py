@@ -113,7 +113,7 @@ class MAMO(Model):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Xavier-uniform kernels, zero biases, N(0, .02) tokens and words, the temperature and the queue of the
+        """Xavier-uniform kernels, zero biases, N(0, 1) words, N(0, .02) tokens, the temperature and the queue of the
         configuration; the momentum network is a copy."""
         for module in (self.online, self.predictor, self.regressor, self.word_head, self.match_head):
             reset_parameters(module)

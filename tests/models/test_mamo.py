@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from m3ae_fast import ImageTextBatch
+from m3ae_fast import ImageTextBatch, SeqLens
 from m3ae_fast.models import CLIP, MAMO, EncodersConfig, MAMOConfig, Supervised, SupervisedConfig
 from m3ae_fast.models.contrastive import ContrastiveLoss, same_pairs
 from tests.models.plain_mamo import CONFIG, SIZES, make_batch, make_model, mlp, plain_fusion, plain_image, plain_text
@@ -154,6 +154,16 @@ def test_words_may_be_shown_and_guessed_as_albef_does(masking, mrm):
             torch.testing.assert_close(getattr(hard(batch, seed=4, step=2), name), getattr(out, name))
     with pytest.raises(ValueError, match="random_words and kept_words must be at most 1 together"):
         MAMOConfig.tiny(random_words=0.6, kept_words=0.5)
+
+
+@pytest.mark.parametrize("kind", [MAMO, CLIP])
+def test_texts_are_told_apart_from_the_start(kind):
+    """By their words: two texts of other words were alike but for a cosine of 0.999, their positions'."""
+    torch.manual_seed(0)
+    model = kind((MAMOConfig if kind is MAMO else EncodersConfig)(**SIZES))
+    tokens = model.encode_texts(torch.arange(16, dtype=torch.int32), SeqLens([8, 8])).tokens
+    one, other = tokens.view(2, 9, -1)
+    assert F.cosine_similarity(one[1:], other[1:]).mean() < 0.7
 
 
 # -- the momentum network ---------------------------------------------------------------------------------------------
