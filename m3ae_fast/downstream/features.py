@@ -31,7 +31,7 @@ def extract(
     cropped: bool = False,
     batch_size: int = 64,
 ) -> Features:
-    """Features of samples, images cropped to the middle (of a run of --max-patches: whole), nothing masked, no gradient.
+    """Features of samples, images cropped to the middle (of a run of --max-patches: whole), nothing masked.
 
     Args:
         model: it is left in the mode it was in.

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3ae_fast import nn as fast
+from m3ae_fast._mixed_seed import mixed_seed
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.models.config import MAMOConfig
 from m3ae_fast.models.contrastive import ContrastiveLoss, same_pairs
@@ -282,7 +283,7 @@ class MAMO(Model):
         similarity = similarity.nan_to_num(-torch.inf)  # never drawn: what is no number shows in the loss
         similarity, same = torch.stack([similarity, same.float()]).cpu()  # the one wait
         every = torch.arange(len(same), device="cpu")
-        generator = torch.Generator().manual_seed(((seed << 32) + step) % 2**64)  # any seed that masks take
+        generator = torch.Generator().manual_seed(mixed_seed(seed, step))
         images, texts = [every], [every]
         for scores, wrong, given in ((similarity.T, images, texts), (similarity, texts, images)):
             chances = scores.masked_fill((same if wrong is texts else same.T) > 0, -torch.inf)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from m3ae_fast._files import naming, read_tensors, write_tensors
+from m3ae_fast._mixed_seed import mixed_seed
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.train import distributed
@@ -97,7 +98,7 @@ class BadStep(NamedTuple):
             model: of the run's objective, on any device.
         """
         device = next(model.parameters()).device
-        torch.manual_seed((self.seed << 32) + self.step - 1)
+        torch.manual_seed(mixed_seed(self.seed, self.step - 1))
         with autocast(self.precision, device):
             return [model(batch.to(device), seed=self.seed, step=self.step - 1) for batch in self.batches]
 

@@ -22,6 +22,7 @@ from torch.distributed import HashStore, Store
 
 from m3ae_fast import _checks
 from m3ae_fast._files import remove_unfinished
+from m3ae_fast._mixed_seed import mixed_seed
 from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data.specs import is_streamed, listed
@@ -399,7 +400,7 @@ def train_step(
     NotFinite: one of them or the gradient is not finite; then model and optimiser are as they were, in all processes.
     graphed: of `passes`, which it stands for.
     """
-    torch.manual_seed((config.seed << 32) + step)
+    torch.manual_seed(mixed_seed(config.seed, step))
     own = distributed.bare(model)
     names = tuple(own.METRICS)
     buffers = [buffer.clone() for buffer in own.buffers()]  # a forward pass may fill a queue

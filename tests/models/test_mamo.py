@@ -346,9 +346,14 @@ def test_all_the_same_leaves_no_negative(told):
 
 
 def test_negatives_take_any_seed_that_masks_take(told):
-    model, batch = make_model(), make_batch()
+    model, batch = make_model(), make_batch((4, 3, 5, 4, 3, 5))
+    drawn = set()
+    for seed, step in ((0, 7), (1, 7), (2**32, 7), (2**63, 7), (0, 8)):
+        model(batch, seed=seed, step=step)
+        drawn.add(tuple(told))
+    assert len(drawn) == 5  # every bit of a seed counts
     model(batch, seed=2**64 - 1, step=2**32 - 1)
-    assert len(told) == 12
+    assert len(told) == 18
 
 
 def test_what_is_not_a_number_shows_in_the_loss(told):
