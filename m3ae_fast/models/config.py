@@ -340,6 +340,8 @@ class MAMOConfig(EncodersConfig):
             for, and that are shown as they are, at most 1 together; the others become [MASK] (ALBEF: 0.1 each).
         momentum: of the target network, in [0, 1].
         mrm_weight, mim_weight, mlm_weight, itc_weight, itm_weight: of the losses; what has weight 0 is not computed.
+        hard_negatives_steps: steps over which ITM's negatives become as similar as ITC finds them, from any being as
+            likely as another; 0: they are from the start, as ALBEF's.
         queue_size: entries of the momentum queue that ITC compares with besides the batch; 0: none, and ITC compares
             within the batch alone.
         queue_start: "empty", or "random": full of random embeddings, as ALBEF's code has it.
@@ -363,6 +365,7 @@ class MAMOConfig(EncodersConfig):
     mlm_weight: float = 1.0
     itc_weight: float = 1.0
     itm_weight: float = 1.0
+    hard_negatives_steps: int = 0
     queue_size: int = 0
     queue_start: str = "empty"
     soft_targets: float = 0.0
@@ -372,7 +375,7 @@ class MAMOConfig(EncodersConfig):
     def __post_init__(self):
         super().__post_init__()
         self._integers(1, "fusion_depth")
-        self._integers(0, "queue_size", "soft_targets_steps")
+        self._integers(0, "hard_negatives_steps", "queue_size", "soft_targets_steps")
         _checks.choice("queue_start", self.queue_start, ("empty", "random"))
         self._shares("image_mask_ratio", "text_mask_ratio")
         _checks.choice("masking", self.masking, self.MASKINGS)

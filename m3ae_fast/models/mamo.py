@@ -278,8 +278,10 @@ class MAMO(Model):
         self, embeddings: tuple[Tensor, Tensor], same: Tensor, seed: int, step: int
     ) -> tuple[Tensor, Tensor]:
         """(image, text) of ITM's pairs, on the host: all right ones, then a wrong image for each text and a wrong text
-        for each image, drawn as similar as ITC finds them. A sample that is the same as all others gets none."""
-        similarity = embeddings[0] @ embeddings[1].T / self.contrast.temperature
+        for each image, as similar as ITC finds them (over config.hard_negatives_steps from any at all). A sample that
+        is the same as all others gets none."""
+        hardness = min(1.0, (step + 1) / max(self.config.hard_negatives_steps, 1))
+        similarity = embeddings[0] @ embeddings[1].T * (hardness / self.contrast.temperature)
         similarity = similarity.nan_to_num(-torch.inf)  # never drawn: what is no number shows in the loss
         similarity, same = torch.stack([similarity, same.float()]).cpu()  # the one wait
         every = torch.arange(len(same), device="cpu")

@@ -338,6 +338,21 @@ def test_hard_negatives_are_likelier(told):
     torch.testing.assert_close(counts / 400, chances.detach(), rtol=0, atol=0.08)
 
 
+def test_negatives_may_grow_hard(told):
+    """At first any is as likely as another."""
+    model = make_model(hard_negatives_steps=1000)
+    model.contrast.reset_parameters()
+    image, text = units(4, seed=1), units(4, seed=2)
+    chances = (image @ text.T / 0.07).fill_diagonal_(-torch.inf)
+    for step, hardness in ((0, 0.001), (499, 0.5), (999, 1.0), (5000, 1.0)):
+        counts = torch.zeros(4, 4)
+        for seed in range(400):
+            model._pairs_to_tell((image, text), torch.eye(4).bool(), seed, step)
+            for i, j in told[8:]:
+                counts[i, j] += 1
+        torch.testing.assert_close(counts / 400, (hardness * chances).softmax(1), rtol=0, atol=0.08)
+
+
 def test_all_the_same_leaves_no_negative(told):
     model, batch = make_model(), make_batch((3, 3))
     batch.images[1] = batch.images[0]
