@@ -90,7 +90,7 @@ class MAMO(Model):
         "itc_loss": Metric("ITC", "images against texts", "pair"),
         "itm_loss": Metric("ITM", "does the pair belong together?", "pair"),
         "mlm_accuracy": Metric("MLM accuracy", "share of masked words guessed", "share"),
-        "itm_accuracy": Metric("ITM accuracy", "share of pairs told right", "share"),
+        "itm_accuracy": Metric("ITM accuracy", "share of pairs told right; no to all: 2/3", "share"),
         "target_std": Metric("spread of MRM's targets", "to 0: collapse", "watch"),
         "prediction_std": Metric("spread of MRM's predictions", "to 0: collapse", "watch"),
     }
