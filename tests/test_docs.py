@@ -93,7 +93,8 @@ def test_the_api_reference_is_of_all_packages():
 def commands(path: Path) -> list[str]:
     """The command lines of ours in the blocks of a document, without comments."""
     blocks = re.findall(r"^```\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
-    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    whole = (block.replace("\\\n", " ") for block in blocks)  # a backslash goes on in the next line
+    lines = [line.strip().removeprefix("$ ") for block in whole for line in block.splitlines()]
     return [line for line in lines if re.match(r"m3ae-fast |torchrun .*-m m3ae_fast ", line) and "..." not in line]
 
 

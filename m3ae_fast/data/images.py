@@ -331,12 +331,16 @@ def center_crop(image: np.ndarray | EncodedImage | EncodedArray, size: Size) -> 
 
 
 def keep_aspect(
-    image: np.ndarray | EncodedImage, patch_size: int, max_patches: int, *, mirror: np.random.Generator | None = None
+    image: np.ndarray | EncodedImage | EncodedArray,
+    patch_size: int,
+    max_patches: int,
+    *,
+    mirror: np.random.Generator | None = None,
 ) -> np.ndarray:
-    """The whole image, resized to the [height, width, 3] uint8 of `native_grid`.
+    """The whole image, resized to the [height, width, C] uint8 of `native_grid`.
 
     Args:
-        image: [H, W, 3] uint8, or still encoded.
+        image: [H, W, C] uint8, or still encoded.
         patch_size: pixels a side of a patch. max_patches: at least 1.
         mirror: draws whether it is mirrored, half of the time; None: it is not.
     """
@@ -367,7 +371,7 @@ def _most_along(side: int, other: int, max_patches: int) -> int:
 
 
 def tensors(images: Sequence[np.ndarray]) -> list[Tensor]:
-    """Images of any sizes, [H, W, 3] uint8 each, as [3, H, W] in channels-last memory."""
+    """Images of any sizes, [H, W, C] uint8 each, as [C, H, W] in channels-last memory."""
     return [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in images]
 
 

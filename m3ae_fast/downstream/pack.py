@@ -73,12 +73,13 @@ def pack_for(
     texts: Sequence[str] | None,
     tokenizer: Tokenizer | None,
     *,
-    squares: bool = False,
+    cropped: bool = False,
 ) -> ImageTextBatch:
-    """`pack` at the sizes of a model's configuration; squares: at its image_size, without its max_patches."""
+    """`pack` at the sizes of a model's configuration; cropped: without its max_patches."""
     config = model.config
-    sizes = {"max_text_length": config.max_text_length, "max_patches": None if squares else config.max_patches}
-    return pack(images, texts, tokenizer, patch_size=config.patch_size, **sizes, **config.images)
+    max_patches = None if cropped else config.max_patches
+    sizes = {"max_patches": max_patches, "patch_size": config.patch_size, **config.images}
+    return pack(images, texts, tokenizer, max_text_length=config.max_text_length, **sizes)
 
 
 def crop_box(

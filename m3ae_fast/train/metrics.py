@@ -7,11 +7,9 @@ import os
 import warnings
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from m3ae_fast._files import naming, replacing
 from m3ae_fast._warning import M3AEFastWarning
+from m3ae_fast.data.images import EncodedImage
 
 
 class Metrics:
@@ -75,8 +73,8 @@ class Metrics:
         Args:
             kind: its name there. path: of the PNG. step: steps taken.
         """
-        with Image.open(path) as image, naming(self._board_path):
-            self._board.add_image(kind, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        with naming(self._board_path):
+            self._board.add_image(kind, EncodedImage(path, path.name).decoded(), step, dataformats="HWC")
 
     def flush(self) -> None:
         """Everything written so far is on the disk: called before a checkpoint that counts on it."""

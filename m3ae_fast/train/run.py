@@ -97,10 +97,10 @@ def at_size(model: Model, image_size: int | Sequence[int]) -> Model:
 
 
 def fitted_state(start: Model, model: Model) -> dict[str, torch.Tensor]:
-    """The weights of `start` for a model of another grid: given position tables are resampled, with a warning."""
+    """The weights of `start` for a model of another grid: given tables of patches are resampled, with a warning."""
     state, grids = start.state_dict(), (start.config.grid, model.config.grid)
     tables = dict(start.named_buffers())  # those that no state dict holds, too
-    given = [name for name in model.state_dict() if name.endswith("position")]
+    given = [name for name in model.state_dict() if name.endswith("position") and "text" not in name]
     state |= {name: resample_positions(tables[name], *grids) for name in given}
     if grids[0] != grids[1] and distributed.is_first():
         (rows, columns), (wanted_rows, wanted_columns) = grids
@@ -210,9 +210,9 @@ def _changes_of_started(saved: ModelConfig, changes: dict) -> dict:
 
 def start_from(model: Model, init: str) -> None:
     """Give a new model the weights of a run; position tables of another grid are resampled, with a warning."""
-    start = load_run(init).model
+    state = fitted_state(load_run(init).model, model)
     try:
-        model.load_state_dict(fitted_state(start, model))
+        model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"init must be of a model of these sizes, got {init}: {str(error).splitlines()[1]}") from None
 

@@ -198,7 +198,7 @@ def test_the_command_line_makes_one(tmp_path, clip, bert, command_line):
     option = ("--set", "text_depth=1", "--set", 'image_form={"activation": "gelu"}')
     status, out, err = command_line("convert", source, str(tmp_path / "start"), "--text", words, *option)
     assert (status, err) == (0, "") and out.startswith(
-        f"{tmp_path / 'start'}: image_size 32, patch_size 8, vocab_size 40"
+        f"{tmp_path / 'start'}: image_size 32, patch_size 8, channels 3, vocab_size 40"
     )
     config = load_run(tmp_path / "start").model.config
     assert (config.text_depth, config.fusion_depth, config.image_form.activation) == (1, 2, "gelu")

@@ -29,7 +29,7 @@ def test_words_are_counted_as_they_are_cut(tokenizer):
 def test_many_words_that_are_cut_are_told_of(tokenizer):
     with pytest.warns(M3AEFastWarning) as caught:
         warn_of_words(tokenizer, iter(["a cat sits , and a zebra"] * 2000), max_text_length=20)
-    assert [str(each.message) for each in caught] == [
+    assert [str(each.message) for each in caught if each.category is M3AEFastWarning] == [
         "14% of the words of the first 1,000 captions are not in the vocabulary and are cut into pieces: "
         "'zebra' -> z ##e ##b ##r ##a"
     ]
@@ -38,12 +38,12 @@ def test_many_words_that_are_cut_are_told_of(tokenizer):
 def test_captions_that_are_cut_off_are_told_of(tokenizer):
     with pytest.warns(M3AEFastWarning) as caught:
         warn_of_words(tokenizer, ["a cat sits and a cat"] * 3, max_text_length=3)
-    (message,) = [str(each.message) for each in caught]
+    (message,) = [str(each.message) for each in caught if each.category is M3AEFastWarning]
     assert message.startswith("50% of the vocabulary entries of the first 3 captions are behind max_text_length 3")
 
 
 def test_few_are_not(tokenizer):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", M3AEFastWarning)
         warn_of_words(tokenizer, ["a cat sits , and a cat , and a cat zebra"], max_text_length=16)
         warn_of_words(tokenizer, [], max_text_length=16)

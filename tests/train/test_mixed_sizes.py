@@ -56,7 +56,7 @@ def test_a_run_trains_on_whole_images(folder, tmp_path):
     config = RunConfig(data=str(folder), steps=1, batch_size=12, max_patches=12, device="cpu", picture_every=0)
     pretrain(config, tmp_path / "run", progress=False)
     found = load_run(tmp_path / "run")
-    dataset = run.open_data(found.config, found.model.config.image_size)
+    dataset = run.open_data(found.config, found.model.config.images)
     _, batch = next(run.make_loader(dataset, found.tokenizer, found.model, found.config, batch_size=12))
     assert set(batch.grids) == {(4, 2), (2, 6), (3, 3), (4, 3), (2, 4), (1, 12)}
     assert len(batch.grids) == 12 and batch.images.shape[2:] == (8, 8)
@@ -88,7 +88,7 @@ def test_a_bad_step_keeps_the_grids(folder, tmp_path):
     config = RunConfig(data=str(folder), steps=1, batch_size=4, max_patches=12, device="cpu", picture_every=0)
     pretrain(config, tmp_path / "run", progress=False)
     found = load_run(tmp_path / "run")
-    dataset = run.open_data(found.config, found.model.config.image_size)
+    dataset = run.open_data(found.config, found.model.config.images)
     _, batch = next(run.make_loader(dataset, found.tokenizer, found.model, found.config, batch_size=5))
     save_bad_step(tmp_path / "bad" / "step.safetensors", 1, found.config, "it is bad", [batch])
     (again,) = load_bad_step(tmp_path / "bad" / "step.safetensors").batches

@@ -107,7 +107,7 @@ def test_reason(command):
 def test_ground(command):
     status, out, _ = command("ground", "runs/mamo", "--samples", 8, "--picture", "p.png", "--out", "g.json")
     assert status == 0 and out.startswith("picture: p.png\n") and "pointing accuracy" in out
-    assert results("g.json")[1] == ["pointing accuracy"]
+    assert results("g.json")[1] == ["pointing accuracy", "a random object"]
     drawn = np.asarray(Image.open("p.png"))
     assert min(drawn.shape[:2]) > 500 and drawn.std() > 10
     assert command("ground", "runs/mamo", "--data", "phrases.jsonl", "--block", 1)[0] == 0
