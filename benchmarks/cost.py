@@ -34,7 +34,8 @@ def products(config: M3AEConfig, words: int = WORDS) -> dict[str, float]:
     many."""
     c = config
     patches, kept_words = int(c.patches * (1 - c.image_mask_ratio)), max(int(words * (1 - c.text_mask_ratio)), 1)
-    of_image, of_text = (round(n * c.predict_ratio) for n in (c.patches - patches, words - kept_words))  # predicted
+    masked = c.patches - patches, words - kept_words
+    of_image, of_text = (round(n * part) for n, part in zip(masked, c.predict_ratios, strict=True))  # predicted
     seen, predicted = 1 + patches + kept_words, of_image + of_text
 
     def block(width: int, tokens: int, rows: int, token_width: int | None = None) -> float:

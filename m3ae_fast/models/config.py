@@ -189,9 +189,10 @@ class M3AEConfig(ModelConfig):
             one another. Inter-block attention, CrossMAE's learned mixture of the outputs of all encoder blocks for
             each decoder block, is not there: every block reads the encoder's output.
         decoder_width, decoder_depth, decoder_heads: of the decoder.
-        predict_ratio: share of the masked tokens that a training step predicts, in (0, 1], drawn for each sample
-            and step, at least one; the others never enter the decoder. CrossMAE's prediction ratio is a share of all
-            tokens: 25 % there, of 75 % masked, is 1/3 here.
+        predict_ratio: share of the masked tokens that a training step predicts, in (0, 1], a number or one of images
+            and one of texts; they are drawn for each sample and step, at least one of each kind, and the others never
+            enter the decoder. CrossMAE's prediction ratio is a share of all tokens: 25 % there, of 75 % masked, is 1/3
+            here.
         image_loss_weight, text_loss_weight: of the two losses in their sum.
         masking: "sample": every sample has masks of its own, drawn over its real tokens, at least one kept and one
             masked (a text of one word is masked whole). "shared": as the paper's public code: one image mask and one
@@ -216,7 +217,7 @@ class M3AEConfig(ModelConfig):
     decoder_width: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16
-    predict_ratio: float = 1.0
+    predict_ratio: float | tuple[float, float] = 1.0
     image_mask_ratio: float = 0.75
     text_mask_ratio: float = 0.75
     image_loss_weight: float = 1.0
@@ -235,21 +236,32 @@ class M3AEConfig(ModelConfig):
         self._integers(0, "decoder_depth")
         self._heads("decoder_width", "decoder_heads")
         _checks.choice("decoder", self.decoder, self.DECODERS)
-        _checks.real("predict_ratio", self.predict_ratio, "(0, 1]")
+        self._by_modality("predict_ratio", "(0, 1]")
         self._shares("image_mask_ratio", "text_mask_ratio")
         self._numbers("image_loss_weight", "text_loss_weight")
         _checks.choice("masking", self.masking, self.MASKINGS)
         _checks.interval("mask_ratio_range", self.mask_ratio_range, "[0, 1)")
         self.mask_ratio_range = tuple(self.mask_ratio_range)
-        if isinstance(self.dirichlet_alpha, list | tuple):
-            self.dirichlet_alpha = tuple(self.dirichlet_alpha)
-            if len(self.dirichlet_alpha) != 2:
-                raise ValueError(f"dirichlet_alpha must be a number or (image, text), got {self.dirichlet_alpha}")
-        for alpha in self.dirichlet_alpha if isinstance(self.dirichlet_alpha, tuple) else [self.dirichlet_alpha]:
-            _checks.real("dirichlet_alpha", alpha, "[0.001, 1000]")
+        self._by_modality("dirichlet_alpha", "[0.001, 1000]")
         _checks.real("norm_eps", self.norm_eps, "(0, 1)")
         if self.max_patches is not None and self.masking == "shared":
             raise ValueError("masking must not be 'shared' with max_patches: images of mixed sizes share no mask")
+
+    def _by_modality(self, name: str, within: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, list | tuple):
+            value = tuple(value)
+            if len(value) != 2:
+                raise ValueError(f"{name} must be a number or (image, text), got {value}")
+            setattr(self, name, value)
+        for each in value if isinstance(value, tuple) else [value]:
+            _checks.real(name, each, within)
+
+    @property
+    def predict_ratios(self) -> tuple[float, float]:
+        """(of images, of texts)."""
+        ratio = self.predict_ratio
+        return ratio if isinstance(ratio, tuple) else (ratio, ratio)
 
     @property
     def most_patches(self) -> int:

@@ -282,16 +282,16 @@ class M3AE(Model, FixedPositions):
         patches, words = batch.patch_counts(c.grid), batch.text_lengths.lengths
         source = with_masks(source, c, batch.sample_grids(c.grid), words, ids)
         modalities = []
-        for name, lengths, ratio, slots in (
-            ("image", patches, c.image_mask_ratio, c.patches),
-            ("text", words, c.text_mask_ratio, c.max_text_length),
+        for name, lengths, ratio, slots, part in (
+            ("image", patches, c.image_mask_ratio, c.patches, c.predict_ratios[0]),
+            ("text", words, c.text_mask_ratio, c.max_text_length, c.predict_ratios[1]),
         ):
             shared = slots if c.masking == "shared" else None
             masked = given_or_drawn(name, source, lengths, ratio, sample_ids=ids, shared=shared, dtypes=MASKS)
             if every:
                 masked = masked.predicting_all()
-            elif c.predict_ratio < 1:
-                masked = drawn_part(name, masked, c.predict_ratio, source, sample_ids=ids)
+            elif part < 1:
+                masked = drawn_part(name, masked, part, source, sample_ids=ids)
             modalities.append(masked)
         return Plan.make(*modalities, self._patches(batch), batch.has_image, batch.device, bucket)
 

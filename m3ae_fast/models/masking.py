@@ -198,10 +198,10 @@ def drawn_part(modality: str, masked: Masked, ratio: float, source: MaskSource, 
     Raises:
         ValueError: the source has no seed to draw it with.
     """
-    if source.seed is None:
-        raise ValueError(f"seed must be given to draw which masked tokens are predicted (predict_ratio {ratio:g})")
     if not masked.mask.total:
         return masked
+    if source.seed is None:
+        raise ValueError(f"seed must be given to draw which masked tokens are predicted (predict_ratio {ratio:g})")
     count = SeqLens([max(round(n * ratio), min(n, 1)) for n in masked.mask.lengths])
     keys = {"seed": source.seed, "step": source.step, "stream": PREDICTED_STREAMS[modality]}
     numbers, _ = sample_mask(masked.mask, count, sample_ids=sample_ids, **keys)  # among the sample's masked tokens

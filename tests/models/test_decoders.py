@@ -14,7 +14,7 @@ CONFIG = M3AEConfig(
     decoder_width=24, decoder_depth=2, decoder_heads=3,
 )  # fmt: skip
 LENGTHS, HAS_IMAGE, IDS = (5, 0, 12, 2, 1), (True, True, False, True, False), (7, 3, 99, 2**40, 0)
-WAYS = [("joint", 0.4), ("cross", 1.0), ("cross", 0.4)]
+WAYS = [("joint", 0.4), ("cross", 1.0), ("cross", 0.4), ("cross", (0.4, 1.0))]
 
 
 def make_model(kind=M3AE, **changes):
@@ -111,6 +111,17 @@ def test_the_part_is_of_its_sample_and_step_alone(masking):
             assert set(some.tolist()) <= set(masked.tolist()) and some.tolist() == sorted(some.tolist())
 
 
+def test_patches_and_words_have_shares_of_their_own():
+    """A share of 1 draws nothing, so masks alone do, too."""
+    patches, words = (
+        make_model(predict_ratio=ratio).plan(make_batch(), seed=5) for ratio in ([0.25, 1.0], (1.0, 0.25))
+    )
+    assert patches.image.mask.lengths == (3, 3, 0, 3, 0) and not patches.text.skipped
+    assert words.text.mask.lengths == (1, 0, 2, 1, 1) and not words.image.skipped
+    mask = torch.ones(5, 12, dtype=torch.bool)
+    assert make_model(predict_ratio=(0.5, 1.0)).plan(make_batch([2]), text_mask=mask[:1]).text.mask.lengths == (12,)
+
+
 def test_every_masked_token_is_predicted_as_often_as_the_others():
     """Of 12 masked patches 4; over 3,000 samples of one mask."""
     samples = 3000
@@ -205,6 +216,8 @@ def test_a_cross_decoder_has_what_it_needs_and_no_more():
         ({"decoder": "self"}, "decoder must be one of 'joint', 'cross', got 'self'"),
         ({"predict_ratio": 0}, r"predict_ratio must be in \(0, 1\], got 0"),
         ({"predict_ratio": 1.5}, r"predict_ratio must be in \(0, 1\], got 1.5"),
+        ({"predict_ratio": [0.5, 0]}, r"predict_ratio must be in \(0, 1\], got 0"),
+        ({"predict_ratio": [0.5]}, r"predict_ratio must be a number or \(image, text\), got \(0.5,\)"),
     ],
 )
 def test_bad_configuration(changes, message):
@@ -213,7 +226,7 @@ def test_bad_configuration(changes, message):
 
 
 def test_bad_calls():
-    masks = {"image_mask": torch.zeros(5, 16, dtype=torch.bool), "text_mask": torch.zeros(5, 12, dtype=torch.bool)}
+    masks = {"image_mask": torch.ones(5, 16, dtype=torch.bool), "text_mask": torch.ones(5, 12, dtype=torch.bool)}
     with pytest.raises(ValueError, match=r"seed must be given to draw which masked tokens are predicted \(predict_rat"):
         make_model(predict_ratio=0.5)(make_batch(), **masks)
     assert make_model(predict_ratio=0.5).reconstruct(make_batch(), **masks).image_mask.shape == (5, 16)
