@@ -11,6 +11,7 @@ import datetime
 import os
 import re
 import statistics
+import textwrap
 from pathlib import Path
 
 import torch
@@ -75,7 +76,7 @@ def table(times: dict, extra: dict, about: str) -> str:
         cells += [f"{own[way]:.2f} s ({own[way] / own[first]:.2f})" for own in times.values()]
         cells += [f"{own[way]:,.0f} MiB ({own[way] / own[first]:.2f})" for own in extra.values()]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", about])
+    return "\n".join([*lines, "", textwrap.fill(about, 120)])
 
 
 def main(path: Path) -> None:

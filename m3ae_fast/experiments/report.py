@@ -31,7 +31,9 @@ def write_report(out: Path, tables: list[str], seeds: int, scale: Scale) -> Path
         picture = out / f"{name}.png"
         _plot(picture, TABLES[name], scores)
         parts += [f"## {TABLES[name].title}", _table(TABLES[name], scores), f"![{TABLES[name].title}]({picture.name})"]
-        parts.append("\n".join(f"- {_verdict(claim, scores)}" for claim in CLAIMS if claim.table == name))
+        claims = [f"- {_verdict(claim, scores)}" for claim in CLAIMS if claim.table == name]
+        if claims:
+            parts.append("\n".join(claims))
     write_json(out / "experiments.json", {"seeds": seeds, "steps": scale.steps, "scores": scores})
     path = out / "experiments.md"
     with replacing(path) as temporary:

@@ -26,6 +26,13 @@ def test_every_run_differs_from_m3ae_in_what_its_name_says():
             assert different == {"paired_share"} and config["paired_share"] == int(name[-2:]) / 100
         elif name.startswith("m3ae-ratio"):
             assert different == {"text_mask_ratio"} and config["text_mask_ratio"] == int(name[-2:]) / 100
+        elif name.startswith("m3ae-decoder"):
+            options = config["options"]
+            changed = {key: options[key] for key in options if options[key] != base["options"].get(key)}
+            assert different == {"options"} and options["width"] == 64 and changed.pop("decoder_depth") == 2
+            del changed["width"], changed["heads"]
+            assert changed.get("predict_ratio") == {"part": 1 / 3, "words": [1 / 3, 1.0]}.get(name.rpartition("-")[2])
+            assert ("decoder" in changed) == ("cross" in name) and set(changed) <= {"predict_ratio", "decoder"}
         elif name.endswith(("-narrow", "-wide")):
             assert different == ({"options"} if name.startswith("m3ae") else {"options", "objective"})
         elif name in ("mae", "untrained"):
