@@ -56,8 +56,8 @@ def main() -> None:
 def table(out: Path) -> str:
     """What is there so far, in Markdown."""
     lines = [
-        "| losses | steps | seeds | ITC alone, R@1 text / image | re-ranked by ITM, R@1 text / image | the paper's |",
-        "|---|---|---|---|---|---|",
+        "| losses | steps | seeds | ITC, R@1 text / image | re-ranked by ITM | re-ranked by both | the paper's |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row, (_, paper) in ROWS.items():
         runs = [json.loads(path.read_text()) for path in out.glob(f"{folder_of(out, row, '*').name}/retrieval.json")]
@@ -66,7 +66,7 @@ def table(out: Path) -> str:
         found = [{each["name"]: 100 * each["value"] for each in run["results"]} for run in runs]
         figures = [
             " / ".join(spread([each[f"{how}{side} R@1"] for each in found]) for side in ("text", "image"))
-            for how in ("ITC ", "")
+            for how in ("ITC ", "", "ITC + ITM ")
         ]
         steps = runs[0]["about"]["step"]
         lines.append(f"| {row} | {steps} | {len(runs)} | {' | '.join(figures)} | {paper[0]} / {paper[1]} |")

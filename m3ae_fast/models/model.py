@@ -38,7 +38,8 @@ class Model(nn.Module):
             which is fine-tuned with `config.for_retrieval()`.
         match(images, texts, of_image, of_text): how sure it is that image and text belong together, see `MAMO`.
         pair(images, texts, of_image, of_text, every=False): encoded images beside encoded texts for a fusion encoder.
-            The tasks that ask for it, and the picture "words", also read `online` and `match_head` of a `MAMO`.
+            The tasks that ask for it or for `match`, and the picture "words", also read `online`, `match_head` and
+            `contrast` of a `MAMO`.
 
     Args:
         config: its sizes, an object of the class beside it in OBJECTIVES.

@@ -31,8 +31,12 @@ RERANK = 16  # of ITC's best, for each query
 def retrieve(
     model: Model, pairs: Sequence[Pair], tokenizer: Tokenizer, *, rerank: int = RERANK, batch_size: int = 64
 ) -> list[Result]:
-    """R@1, 5 and 10 both ways: "ITC text R@1" and so on; of a model that offers `match` "text R@1", too, after
-    re-ranking.
+    """R@1, 5 and 10 both ways: "ITC text R@1" and so on. Of a model that offers `match` also after re-ranking, by ITM
+    alone ("text R@1", as ALBEF has it) and by both ("ITC + ITM text R@1").
+
+    By both, a pair's score is its similarity / temperature + ITM's log-odds. In training ITM told right pairs from
+    wrong ones, drawn in proportion to exp(similarity / temperature), so its odds say how much likelier than ITC thinks
+    a pair is: a correction of ITC, not a score by itself (noise-contrastive estimation).
 
     Texts and images that are there twice are right for one another's.
 
@@ -67,10 +71,12 @@ def retrieve(
     truth, same = torch.tensor(truth, device="cpu"), {"texts": captions, "images": keys}
     results = [named("ITC ", r) for r in recalls(scores, truth, **same)]
     if again:
-        by_image, by_text = _reranked(model, _Store(images), _Store(texts), scores, rerank, batch_size)
-        # each way has scores of its own: an image's best texts, a text's best images
-        results += [r for r in recalls(by_image, truth, **same) if r.name.startswith("text")]
-        results += [r for r in recalls(by_text, truth, **same) if r.name.startswith("image")]
+        tables = _reranked(model, _Store(images), _Store(texts), scores, rerank, batch_size)
+        for prefix, (by_image, by_text) in zip(("", "ITC + ITM "), tables, strict=True):
+            # each way has scores of its own: an image's best texts, a text's best images
+            found = [r for r in recalls(by_image, truth, **same) if r.name.startswith("text")]
+            found += [r for r in recalls(by_text, truth, **same) if r.name.startswith("image")]
+            results += [named(prefix, r) for r in found]
     return results
 
 
@@ -94,13 +100,14 @@ class _Store:
 
 def _reranked(
     model: Model, images: _Store, texts: _Store, scores: Tensor, count: int, batch_size: int
-) -> tuple[Tensor, Tensor]:
-    """[N, M] twice: for each image its `count` best texts by ITM before all others by ITC, and for each text images."""
+) -> list[tuple[Tensor, Tensor]]:
+    """[N, M] twice: for each image its `count` best texts before all others by ITC, and for each text images; these by
+    ITM alone, then by ITC and ITM."""
     found = []
     for table, first, second in ((scores, images, texts), (scores.T, texts, images)):
         k = min(count, table.shape[1])
         best = table.topk(k, dim=1).indices.cpu()
-        out = table.double()
+        outs = table.double(), table.double()
         for start in range(0, len(table), max(batch_size // k, 1)):
             asking = list(range(start, min(start + max(batch_size // k, 1), len(table))))
             candidates = sorted(set(best[asking].flatten().tolist()))
@@ -109,11 +116,13 @@ def _reranked(
             of_first = torch.arange(len(asking), device="cpu").repeat_interleave(k)
             of_second = torch.tensor([place[c] for c in best[asking].flatten().tolist()], device="cpu")
             sides = (one, other, of_first, of_second) if first is images else (other, one, of_second, of_first)
-            told = model.match(*sides).view(len(asking), k)
-            lifted = 3 + told.double() / (1 + told.double().abs())  # in the same order, above every cosine
-            out[start : start + len(asking)].scatter_(1, best[asking].to(out.device), lifted)
-        found.append(out)
-    return found[0], found[1].T
+            told, at = model.match(*sides).view(len(asking), k).double(), best[asking].to(table.device)
+            itc = table[start : start + len(asking)].gather(1, at).double() / model.contrast.temperature
+            for out, score in zip(outs, (told, told + itc), strict=True):
+                lifted = 3 + score / (1 + score.abs())  # in the same order, above every cosine
+                out[start : start + len(asking)].scatter_(1, at, lifted)
+        found.append(outs)
+    return [(by_image, by_text.T) for by_image, by_text in zip(*found, strict=True)]
 
 
 def finetune_retrieval(model: Model, pairs: Sequence[Pair], tokenizer: Tokenizer, **settings) -> list[float]:

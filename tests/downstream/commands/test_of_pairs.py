@@ -49,16 +49,17 @@ def results(path):
 
 BOTH_WAYS = [f"{way} R@{k}" for way in ("text", "image") for k in (1, 5, 10)]
 ITC = [f"ITC {name}" for name in BOTH_WAYS]
+RERANKED = [*ITC, *BOTH_WAYS, *(f"ITC + ITM {name}" for name in BOTH_WAYS)]
 
 
 def test_retrieve(command):
     status, out, _ = command("retrieve", "runs/mamo", "--samples", 5, "--rerank", 3, "--seed", 7, "--out", "r.json")
     assert status == 0 and out.splitlines()[0].split() == ["result", "+/-", "chance", "examples"]
-    assert [line.split("   ")[0].strip() for line in out.splitlines()[1:13]] == ITC + BOTH_WAYS
+    assert [line.split("   ")[0].strip() for line in out.splitlines()[1:19]] == RERANKED
     assert out.endswith("results: r.json\n")
     about = {"command": "retrieve", "run": "runs/mamo", "step": 2, "data": "shapes", "seed": 7}
     about |= {"samples": 5, "rerank": 3, "finetune": 0, "train": None, "lr": 5e-4, "device": "cpu", "image_size": None}
-    assert results("r.json") == (about, ITC + BOTH_WAYS)
+    assert results("r.json") == (about, RERANKED)
 
 
 @pytest.mark.parametrize("arguments", [["runs/mamo", "--rerank", 0], ["runs/clip"]])

@@ -41,7 +41,9 @@ def brute_force(model, pairs, k):
 
     tables = {"ITC ": (itc, itc.T)}
     if k:
+        both = itc / model.contrast.temperature.double() + itm
         tables[""] = (reranked(itc, itm), reranked(itc.T, itm.T))
+        tables["ITC + ITM "] = (reranked(itc, both), reranked(itc.T, both.T))
     found = {}
     for prefix, (by_image, by_text) in tables.items():
         for top in (1, 5, 10):
@@ -63,7 +65,7 @@ def test_retrieval_is_a_loop_over_all_pairs(k):
     with torch.no_grad():
         wanted = brute_force(model, PAIRS, k)
     found = values(retrieve(model, PAIRS, TOKENIZER, rerank=k))
-    assert found == pytest.approx(wanted) and len(found) == (12 if k else 6)
+    assert found == pytest.approx(wanted) and len(found) == (18 if k else 6)
     assert 0 < found["ITC text R@5"] < 1 and 0 < found["ITC image R@5"] < 1
 
 
@@ -71,9 +73,14 @@ def test_reranking_ranks_again():
     """Of all candidates it is ITM's order, of fewer ITC's choice: the test above would not tell, were they alike."""
     model = make(spread=0.3)
     ranked = [values(retrieve(model, PAIRS, TOKENIZER, rerank=k)) for k in (1, 3, 100)]
-    itc = {name.removeprefix("ITC "): value for name, value in ranked[0].items() if name.startswith("ITC")}
-    again = [{name: value for name, value in each.items() if not name.startswith("ITC")} for each in ranked]
+
+    def of(found, prefix):
+        names = [f"{way} R@{k}" for way in ("text", "image") for k in (1, 5, 10)]
+        return [found[prefix + name] for name in names]
+
+    itc, again = of(ranked[0], "ITC "), [of(each, "") for each in ranked]
     assert again[0] == itc and again[1] != itc and again[2] not in (itc, again[1])
+    assert of(ranked[2], "ITC + ITM ") not in (itc, again[2])
 
 
 def test_chunks_change_nothing():
