@@ -35,8 +35,10 @@ class ImageTextBatch:
         labels: [B, classes] bool, which classes a sample shows; None: not known.
         grids: of images of mixed sizes (`from_images`): N pairs, rows and columns of patches. `images` are then
             [sum of rows * columns, C, p, p], image after image, each row by row. None: images are whole, of one size.
-        same: [B, B] bool, text j is right for image i, as far as the data knows, besides those that are equal: losses
-            that compare pairs take none of them for wrong. None: nothing is known.
+        facts: [B, F] int64, numbers that stand for what is known to be true of each image, 0 for nothing; None: nothing
+            is known.
+        says: [B, S] int64, likewise what each text takes to be true. A text is right for every image that has all of
+            these facts: losses that compare pairs do not take it for wrong. Given with `facts`.
 
     Attributes:
         patch_places: [sum of rows * columns, 2] int32, row and column of each patch in its image; None without grids.
@@ -45,7 +47,9 @@ class ImageTextBatch:
         ValueError: sizes disagree, or a sample has neither an image nor a text. TypeError: dtypes.
     """
 
-    __slots__ = ("grids", "has_image", "images", "labels", "patch_places", "same", "sample_ids", "text", "text_lengths")
+    __slots__ = (
+        "facts", "grids", "has_image", "images", "labels", "patch_places", "sample_ids", "says", "text", "text_lengths",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -57,7 +61,8 @@ class ImageTextBatch:
         sample_ids: Sequence[int] | Tensor | None = None,
         labels: Tensor | None = None,
         grids: Iterable[tuple[int, int]] | None = None,
-        same: Tensor | None = None,
+        facts: Tensor | None = None,
+        says: Tensor | None = None,
     ):
         if images is None and text is None:
             raise ValueError("images and text must not both be None: a batch needs one of them")
@@ -114,14 +119,17 @@ class ImageTextBatch:
             _checks.shape("labels", labels, (batch, None))
             _checks.dtype("labels", labels, (torch.bool,))
             _checks.device("labels", labels, "text", text)
-        if same is not None:
-            _checks.shape("same", same, (batch, batch))
-            _checks.dtype("same", same, (torch.bool,))
-            _checks.device("same", same, "text", text)
+        if (facts is None) != (says is None):
+            raise ValueError("facts and says must be given together")
+        for name, numbers in (("facts", facts), ("says", says)):
+            if numbers is not None:
+                _checks.shape(name, numbers, (batch, None))
+                _checks.dtype(name, numbers, (torch.int64,))
+                _checks.device(name, numbers, "text", text)
         if text_lengths.device != device:
             text_lengths = text_lengths.to(device)
         self.images, self.text, self.text_lengths = images, text, text_lengths
-        self.labels, self.same = labels, same
+        self.labels, self.facts, self.says = labels, facts, says
         self.has_image, self.sample_ids, self.grids = has_image, sample_ids, grids
         self.patch_places = None if grids is None else _places(grids).to(device, non_blocking=True)
 
@@ -136,7 +144,8 @@ class ImageTextBatch:
         has_image: Iterable[bool] | None = None,
         sample_ids: Sequence[int] | Tensor | None = None,
         labels: Tensor | None = None,
-        same: Tensor | None = None,
+        facts: Tensor | None = None,
+        says: Tensor | None = None,
     ) -> ImageTextBatch:
         """A batch of images of mixed sizes, which `M3AE` and `MAE` take: each is cut into patches, none is padded.
 
@@ -144,7 +153,7 @@ class ImageTextBatch:
             images: N of [C, h, w] on one device, uint8 or float as of ImageTextBatch; h and w are multiples of
                 patch_size, and may differ from image to image.
             patch_size: pixels a side, the model's.
-            text, text_lengths, has_image, sample_ids, labels, same: as of ImageTextBatch.
+            text, text_lengths, has_image, sample_ids, labels, facts, says: as of ImageTextBatch.
 
         Raises:
             ValueError: no image, one that is not of whole patches, or as ImageTextBatch. TypeError: as ImageTextBatch,
@@ -165,7 +174,7 @@ class ImageTextBatch:
                 )
             grids.append((height // patch_size, width // patch_size))
         patches = torch.cat([_cut(image, patch_size) for image in images]).permute(0, 3, 1, 2)
-        others = {"has_image": has_image, "sample_ids": sample_ids, "labels": labels, "same": same}
+        others = {"has_image": has_image, "sample_ids": sample_ids, "labels": labels, "facts": facts, "says": says}
         return cls(patches, text, text_lengths, grids=grids, **others)
 
     @classmethod
@@ -178,14 +187,15 @@ class ImageTextBatch:
         has_image: Iterable[bool] | None = None,
         sample_ids: Sequence[int] | Tensor | None = None,
         labels: Tensor | None = None,
-        same: Tensor | None = None,
+        facts: Tensor | None = None,
+        says: Tensor | None = None,
     ) -> ImageTextBatch:
         """A batch of padded texts, as tokenizers of Transformers return them; the padding, on either side, is dropped.
 
         Args:
             input_ids: [B, S] int32 or int64 vocabulary ids.
             attention_mask: [B, S] bool, int32 or int64, 0 where there is padding. On a GPU its sums are waited for.
-            images, has_image, sample_ids, labels, same: as of ImageTextBatch.
+            images, has_image, sample_ids, labels, facts, says: as of ImageTextBatch.
 
         Raises:
             ValueError, TypeError: as ImageTextBatch.
@@ -195,8 +205,8 @@ class ImageTextBatch:
         _checks.dtype("attention_mask", attention_mask, (torch.bool, *_checks.INTEGERS))
         _checks.device("attention_mask", attention_mask, "input_ids", input_ids)
         real = attention_mask != 0
-        others = {"has_image": has_image, "sample_ids": sample_ids, "labels": labels, "same": same}
-        return cls(images, input_ids[real], real.sum(1), **others)
+        others = {"has_image": has_image, "sample_ids": sample_ids, "labels": labels}
+        return cls(images, input_ids[real], real.sum(1), facts=facts, says=says, **others)
 
     def __len__(self) -> int:
         return len(self.text_lengths)
@@ -233,8 +243,9 @@ class ImageTextBatch:
         moved = object.__new__(ImageTextBatch)
         moved.images = None if self.images is None else function(self.images)
         moved.text = function(self.text)
-        moved.labels = None if self.labels is None else function(self.labels)
-        moved.same = None if self.same is None else function(self.same)
+        for name in ("labels", "facts", "says"):
+            value = getattr(self, name)
+            setattr(moved, name, None if value is None else function(value))
         moved.text_lengths = self.text_lengths.at(function(self.text_lengths.cu))
         moved.has_image, moved.sample_ids, moved.grids = self.has_image, self.sample_ids, self.grids
         moved.patch_places = None if self.patch_places is None else function(self.patch_places)
@@ -254,7 +265,7 @@ class ImageTextBatch:
         return self._map(lambda x: x.pin_memory())
 
     def with_room(self, images: int, words: int) -> ImageTextBatch:
-        """A copy, without labels and `same`, with room for other batches: see `copy_`.
+        """A copy, without labels and facts, with room for other batches: see `copy_`.
 
         Args:
             images, words: how many, at least those there are. What is past the batch's own belongs to no sample.
@@ -268,7 +279,7 @@ class ImageTextBatch:
             if stored is not None and given < len(stored):
                 raise ValueError(f"{name} must be at least the {len(stored)} that the batch has, got {given}")
         roomy = self._map(Tensor.clone)
-        roomy.labels, roomy.same = None, None
+        roomy.labels = roomy.facts = roomy.says = None
         roomy.text_lengths = self.text_lengths.at(self.text_lengths.cu.clone())
         if self.images is not None:
             roomy.images = F.pad(self.images, (0,) * 7 + (images - len(self.images),))
@@ -300,7 +311,7 @@ class ImageTextBatch:
 # text_lengths before text: torch.export's guards replace names in this order, and one is the beginning of the other
 _pytree.register(
     ImageTextBatch,
-    ("images", "text_lengths", "text", "labels", "same", "sample_ids", "patch_places"),
+    ("images", "text_lengths", "text", "labels", "facts", "says", "sample_ids", "patch_places"),
     ("has_image", "grids"),
 )
 

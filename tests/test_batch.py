@@ -43,6 +43,7 @@ def test_bad_lengths(lengths, error, message):
 
 
 IMAGES, TEXT = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(5)
+FACTS = torch.ones(2, 3, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +63,9 @@ IMAGES, TEXT = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(5)
         ((None, TEXT, [5, 0]), {}, ValueError, "got neither in sample 1"),
         ((None, [1, 2], [2]), {}, TypeError, "text must be a tensor, got list"),
         ((IMAGES,), {"sample_ids": [0.5, 1.7]}, TypeError, "sample_ids must be of dtype int32, int64"),
-        ((IMAGES,), {"same": torch.ones(2, 3).bool()}, ValueError, r"same must have shape \(2, 2\), got \(2, 3\)"),
-        ((IMAGES,), {"same": torch.ones(2, 2)}, TypeError, "same must be of dtype bool, got float32"),
+        ((IMAGES,), {"facts": FACTS}, ValueError, "facts and says must be given together"),
+        ((IMAGES,), {"facts": FACTS, "says": FACTS[:1]}, ValueError, r"says must have shape \(2, any\), got \(1, 3\)"),
+        ((IMAGES,), {"facts": FACTS.int(), "says": FACTS}, TypeError, "facts must be of dtype int64, got int32"),
     ],
 )
 def test_bad_batches(args, options, error, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import os
 import signal
@@ -407,7 +408,7 @@ class _Batches(Dataset):
             "has_image": [sample.image is not None for sample in prepared],
             "sample_ids": positions,
             "labels": self._labels(prepared),
-            "same": _right_pairs(prepared),
+            **_facts(prepared),
         }
         if images and self.max_patches is not None:
             batch = ImageTextBatch.from_images(tensors(images), *text, patch_size=self.patch_size, **about)
@@ -478,9 +479,20 @@ class _Batches(Dataset):
         return _Prepared(image, ids[: self.max_text_length], labels, source.number, sample.facts, says)
 
 
-def _right_pairs(prepared: Sequence[_Prepared]) -> torch.Tensor | None:
-    """[B, B] bool: what text j says is true of image i of the same data set; None: no data set knows."""
+def _facts(prepared: Sequence[_Prepared]) -> dict[str, torch.Tensor]:
+    """A batch's `facts` and `says`; {}: no data set knows of any."""
     if not any(sample.says for sample in prepared):
-        return None
-    right = [[bool(t.says) and i.source == t.source and t.says <= i.facts for t in prepared] for i in prepared]
-    return torch.tensor(right, device="cpu")
+        return {}
+    return {name: _numbers_of(prepared, name) for name in ("facts", "says")}
+
+
+def _numbers_of(prepared: Sequence[_Prepared], name: str) -> torch.Tensor:
+    """[B, most facts] int64: the same fact of the same data set has the same number in every process."""
+    rows = [[_fact_number(sample.source, fact) for fact in sorted(getattr(sample, name))] for sample in prepared]
+    width = max(map(len, rows))
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64, device="cpu")
+
+
+def _fact_number(source: int, fact: str) -> int:
+    digest = hashlib.blake2b(f"{source} {fact}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

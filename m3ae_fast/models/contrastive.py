@@ -112,7 +112,7 @@ class ContrastiveLoss(nn.Module):
 
 def same_pairs(batch: ImageTextBatch, image_ids: Tensor | None = None) -> Tensor:
     """[B, B] bool: image i belongs to text j: their own pair, or one whose image or text is the very same, or one that
-    the data knows to be right (batch.same).
+    the data knows to be right: the image has all facts that the text says.
 
     Images are compared by a 64-bit fingerprint of their bytes, or by `image_ids` [B]; texts by one of their words.
 
@@ -133,7 +133,15 @@ def same_pairs(batch: ImageTextBatch, image_ids: Tensor | None = None) -> Tensor
     words = torch.zeros(B, dtype=torch.int64, device=batch.device)
     words.index_add_(0, sample, (batch.text.long() + 1) * _weights(lengths.max, batch.device)[place])
     equal = (image_ids[:, None] == image_ids) | (words[:, None] == words)
-    return equal if batch.same is None else equal | batch.same
+    return equal if batch.facts is None else equal | _says_true(batch.facts, batch.says)
+
+
+def _says_true(facts: Tensor, says: Tensor) -> Tensor:
+    """[N, n] bool: image i [N, F] has all facts that text j [n, S] says, and that says some."""
+    true = (says != 0).any(1).expand(len(facts), -1)
+    for fact in says.unbind(1):
+        true = true & ((facts[:, :, None] == fact).any(1) | (fact == 0))
+    return true
 
 
 def _fingerprints(rows: Tensor) -> Tensor:

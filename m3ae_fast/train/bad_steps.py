@@ -105,7 +105,7 @@ class BadStep(NamedTuple):
 
 def save_bad_step(path: Path, step: int, config: RunConfig, reason: str, batches: list[ImageTextBatch]) -> None:
     """Write a safetensors file: of each batch `<number>.images`, `.text`, `.text_lengths`, `.has_image`,
-    `.sample_ids`, `.labels`, `.same`, `.grids`, as far as it has them; the rest is JSON in the metadata's entry
+    `.sample_ids`, `.labels`, `.facts`, `.says`, `.grids`, as far as it has them; the rest is JSON in the metadata's entry
     `m3ae_fast`.
 
     Args:
@@ -162,7 +162,7 @@ def _tensors(batch: ImageTextBatch) -> dict[str, Tensor]:
     }
     if batch.images is not None:
         found["images"] = batch.images.permute(0, 2, 3, 1)  # as the loader has them in memory
-    found |= {name: x for name in ("labels", "same") if (x := getattr(batch, name)) is not None}
+    found |= {name: x for name in ("labels", "facts", "says") if (x := getattr(batch, name)) is not None}
     if batch.grids is not None:
         found["grids"] = torch.tensor(batch.grids, device="cpu")
     return found
@@ -177,6 +177,7 @@ def _batch(tensors: dict[str, Tensor]) -> ImageTextBatch:
         has_image=tensors["has_image"].tolist(),
         sample_ids=tensors["sample_ids"],
         labels=tensors.get("labels"),
-        same=tensors.get("same"),
+        facts=tensors.get("facts"),
+        says=tensors.get("says"),
         grids=None if grids is None else grids.tolist(),
     )

@@ -310,8 +310,9 @@ def test_negatives_are_never_the_same_image_or_text(told):
 
 def test_what_the_data_knows_to_be_right_is_no_negative(told):
     model, batch = make_model(), make_batch((4, 4, 4))
-    batch = ImageTextBatch(batch.images, batch.text, [4] * 3, same=torch.tensor([[1, 1, 0], [0, 1, 0], [0, 1, 1]]) > 0)
-    right = torch.eye(3).bool() | batch.same
+    facts, says = torch.tensor([[5, 7, 8], [7, 0, 0], [9, 7, 0]]), torch.tensor([[5, 8], [7, 0], [9, 9]])
+    batch = ImageTextBatch(batch.images, batch.text, [4] * 3, facts=facts, says=says)
+    right = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 1, 1]]).bool()
     assert torch.equal(same_pairs(batch), right)
     assert torch.equal(same_pairs(batch, torch.tensor([7, 9, 7])), right | (torch.eye(3).fliplr() > 0))
     seen = set()

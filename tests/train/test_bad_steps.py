@@ -117,13 +117,14 @@ def test_a_batch_is_saved_as_the_loader_made_it(config, tmp_path):
     images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     mixed = ImageTextBatch(
         images, torch.tensor([3, 4, 5], dtype=torch.int32), [0, 1, 2], has_image=[True, False, True],
-        sample_ids=[7, 2**40, 9], labels=torch.eye(3, dtype=torch.bool), same=torch.ones(3, 3).bool(),
+        sample_ids=[7, 2**40, 9], labels=torch.eye(3, dtype=torch.bool),
+        facts=torch.ones(3, 4).long(), says=torch.eye(3).long(),
     )  # fmt: skip
     words = ImageTextBatch(None, torch.tensor([3, 4]), [1, 1], sample_ids=[1, 2])
     bad_steps.save_bad_step(tmp_path / "bad" / "b.safetensors", 9, config(seed=5), "why", [mixed, words])
     bad = load_bad_step(tmp_path / "bad" / "b.safetensors")
     for saved, batch in zip(bad.batches, [mixed, words], strict=True):
-        for name in ("images", "text", "sample_ids", "labels", "same"):
+        for name in ("images", "text", "sample_ids", "labels", "facts", "says"):
             ours, theirs = getattr(saved, name), getattr(batch, name)
             assert (ours is None) == (theirs is None)
             assert ours is None or (torch.equal(ours, theirs) and ours.dtype == theirs.dtype)
