@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.models.config import EncodersConfig
-from m3ae_fast.models.contrastive import ContrastiveLoss, same_pairs
+from m3ae_fast.models.contrastive import ContrastiveLoss, meet, same_pairs
 from m3ae_fast.models.encoders import DualEncoder, EncodedView, check_batch, reset_parameters
 from m3ae_fast.models.model import Metric, Model
 from m3ae_fast.nn import Transformer
@@ -22,7 +22,7 @@ class CLIPOutput:
     """fp32 scalars."""
 
     loss: Tensor  # mean of both directions' cross-entropies
-    image_accuracy: Tensor  # share of texts whose image is found among the batch's; no gradient
+    image_accuracy: Tensor  # share of texts whose image is found among all that are compared; no gradient
     text_accuracy: Tensor  # share of images whose text is
 
 
@@ -34,7 +34,7 @@ class CLIP(Model):
         "image_accuracy": Metric("image accuracy", "texts whose image is found in the batch", "share"),
         "text_accuracy": Metric("text accuracy", "images whose text is found in the batch", "share"),
     }
-    CAPTIONS, COMPARES = "required", True
+    CAPTIONS = "required"
 
     def __init__(self, config: EncodersConfig):
         super().__init__(config)
@@ -47,6 +47,10 @@ class CLIP(Model):
         reset_parameters(self.encoders)
         self.contrast.reset_parameters()
 
+    def update_target(self) -> None:
+        """As `Model.update_target`: the temperature stays within its bounds."""
+        self.contrast.bound_temperature()
+
     def forward(
         self,
         batch: ImageTextBatch,
@@ -55,25 +59,29 @@ class CLIP(Model):
         step: int = 0,
         image_ids: Tensor | None = None,
     ) -> CLIPOutput:
-        """The loss of a batch of at least two pairs.
+        """The loss of a batch of at least two pairs; of joined processes each has its part of it, of one or more.
 
         Args:
             seed, step: not needed: nothing is drawn. They are taken for the sake of trainers.
-            image_ids: [B] integers, equal where two samples show the same image; None: its bytes tell.
+            image_ids: [B] integers, equal where two samples of any process show the same image; None: its bytes tell.
 
         Raises:
             ValueError: a sample without an image or a word, fewer than two, sizes other than the configuration's.
         """
         check_batch(batch, self.config)
-        if len(batch) < 2:
+        if len(batch) < 2 and not self.joined:
             raise ValueError(f"batch must hold at least 2 pairs, since they are compared, got {len(batch)}")
         image, text = self.encode_images(batch.images).embedding, self.encode_texts(batch.text, batch.text_lengths)
-        text, same = text.embedding, same_pairs(batch, image_ids)
-        loss = self.contrast(image, text, same)
+        text = text.embedding
+        peers = meet(self.joined, batch)
+        share, same = peers.share("pairs"), same_pairs(batch, image_ids, peers)
+        images, texts = peers.gather("pairs", image, text)
+        loss = self.contrast(image, text, *same, answers=(images, texts)) * share
         with torch.no_grad():
-            best = image @ text.T
-            right = same.gather(1, best.argmax(1)[:, None]), same.gather(0, best.argmax(0)[None])
-            text_accuracy, image_accuracy = (x.float().mean() for x in right)
+            best = image @ texts.T
+            best_text, best_image = best.argmax(1), (best if peers.alone else images @ text.T).argmax(0)
+            right = same[0].gather(1, best_text[:, None]), same[1].gather(0, best_image[None])
+            text_accuracy, image_accuracy = (x.float().mean() * share for x in right)
         return CLIPOutput(loss, image_accuracy, text_accuracy)
 
     def encode_images(self, images: Tensor) -> EncodedView:

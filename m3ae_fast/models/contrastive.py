@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from m3ae_fast import _checks
 from m3ae_fast.batch import ImageTextBatch
+from m3ae_fast.models.peers import Peers
 
 LOWEST, HIGHEST = 0.001, 0.5  # temperature
 
@@ -48,12 +49,18 @@ class ContrastiveLoss(nn.Module):
                 queue.copy_(F.normalize(torch.randn_like(queue), dim=1))
             self.queued.fill_(self.queue_size)
 
+    def bound_temperature(self) -> None:
+        """Bring it back within its bounds. `forward` does so, but a sharded model has only a copy of it there."""
+        self.temperature.data.clamp_(LOWEST, HIGHEST)  # .data: the backward pass of another forward may be to come
+
     def forward(
         self,
         image: Tensor,
         text: Tensor,
         same: Tensor | None = None,
+        same_text: Tensor | None = None,
         *,
+        answers: tuple[Tensor, Tensor] | None = None,
         momentum: tuple[Tensor, Tensor] | None = None,
         soft: float = 0.0,
     ) -> Tensor:
@@ -61,17 +68,21 @@ class ContrastiveLoss(nn.Module):
 
         Args:
             image, text: [B, E] embeddings of unit length.
-            same: [B, B] bool, image i and text j belong together; None: the diagonal.
-            momentum: image and text embeddings of the momentum network, [B, E]: what the others are compared with
-                then, together with the queue's. They are put into the queue in training.
+            same: [B, N] bool, image i and the text of answer j belong together; None: the diagonal (N is B then).
+            same_text: [N, B] bool, the image of answer i and text j do; None: `same`.
+            answers: [N, E] image and text embeddings to compare with, those of all processes, together with the
+                queue's. They are put into the queue in training. None: `momentum`, or else `image` and `text`.
+            momentum: image and text embeddings of the momentum network, [B, E], for soft targets.
             soft: share of the momentum network's own similarities in the targets.
         """
-        self.temperature.data.clamp_(LOWEST, HIGHEST)  # .data: the backward pass of another forward may be to come
+        self.bound_temperature()
         with torch.autocast(image.device.type, enabled=False):
             image, text = image.float(), text.float()
             if same is None:
                 same = torch.eye(len(image), dtype=torch.bool, device=image.device)
-            of_images, of_texts = (image, text) if momentum is None else map(Tensor.float, momentum)
+            same_text = same if same_text is None else same_text
+            image_teacher, text_teacher = (None, None) if momentum is None else map(Tensor.float, momentum)
+            of_images, of_texts = map(Tensor.float, answers or momentum or (image, text))
             images, texts, real = of_images, of_texts, None
             if self.queue_size:
                 images = torch.cat([of_images, self.image_queue])
@@ -79,8 +90,8 @@ class ContrastiveLoss(nn.Module):
                 waiting = torch.arange(self.queue_size, device=image.device) < self.queued
                 real = torch.cat([torch.ones_like(same[0]), waiting])
             loss = (
-                self._one_way(image, texts, same, real, of_images if momentum is not None else None, soft)
-                + self._one_way(text, images, same.T, real, of_texts if momentum is not None else None, soft)
+                self._one_way(image, texts, same, real, image_teacher, soft)
+                + self._one_way(text, images, same_text.T, real, text_teacher, soft)
             ) / 2
             if self.queue_size and self.training:
                 self._enqueue(of_images, of_texts)
@@ -110,11 +121,25 @@ class ContrastiveLoss(nn.Module):
         self.queued.add_(count)  # after .data.clamp_, a compiled += would be returned as the loss
 
 
-def same_pairs(batch: ImageTextBatch, image_ids: Tensor | None = None) -> Tensor:
-    """[B, B] bool: image i belongs to text j: their own pair, or one whose image or text is the very same, or one that
-    the data knows to be right: the image has all facts that the text says.
+def meet(joined: bool, batch: ImageTextBatch, **counts: int) -> Peers:
+    """The processes that compare their pairs, which are counted, and whatever else they count; arguments as Peers'."""
+    facts, says = (0 if x is None else x.shape[1] for x in (batch.facts, batch.says))
+    return Peers(joined, pairs=len(batch), facts=facts, says=says, **counts)
+
+
+def same_pairs(
+    batch: ImageTextBatch, image_ids: Tensor | None = None, peers: Peers | None = None
+) -> tuple[Tensor, Tensor]:
+    """Image i belongs to text j: their own pair, or one whose image or text is the very same, or one that the data
+    knows to be right: the image has all facts that the text says.
 
     Images are compared by a 64-bit fingerprint of their bytes, or by `image_ids` [B]; texts by one of their words.
+
+    Args:
+        peers: the processes that have B of all N pairs each, as `meet` has them; None: this one, which has all.
+
+    Returns:
+        ([B, N] bool of this process's images and all texts, [N, B] of all images and this process's texts).
 
     Raises:
         ValueError, TypeError: image_ids are not B integers.
@@ -132,8 +157,21 @@ def same_pairs(batch: ImageTextBatch, image_ids: Tensor | None = None) -> Tensor
     place = torch.arange(lengths.total, device=batch.device) - lengths.cu[:-1][sample]
     words = torch.zeros(B, dtype=torch.int64, device=batch.device)
     words.index_add_(0, sample, (batch.text.long() + 1) * _weights(lengths.max, batch.device)[place])
-    equal = (image_ids[:, None] == image_ids) | (words[:, None] == words)
-    return equal if batch.facts is None else equal | _says_true(batch.facts, batch.says)
+    peers = meet(False, batch) if peers is None else peers
+    all_images, all_words = peers.gather("pairs", image_ids.long(), words)
+    same = (image_ids[:, None] == all_images) | (words[:, None] == all_words)
+    if not any(peers.counts["says"]):
+        return same, same.T
+    facts, says = (_widened(getattr(batch, name), words, max(1, *peers.counts[name])) for name in ("facts", "says"))
+    (all_facts,), (all_says,) = peers.gather("pairs", facts), peers.gather("pairs", says)
+    of_images = same | _says_true(facts, all_says)
+    return of_images, of_images if peers.alone else same.T | _says_true(all_facts, says)
+
+
+def _widened(numbers: Tensor | None, like: Tensor, width: int) -> Tensor:
+    """[B, width], as other processes have them: `numbers` [B, F], or those of nothing, as many rows as `like` has."""
+    numbers = like[:, None][:, :0] if numbers is None else numbers
+    return F.pad(numbers, (0, width - numbers.shape[1]))
 
 
 def _says_true(facts: Tensor, says: Tensor) -> Tensor:

@@ -22,12 +22,13 @@ from m3ae_fast import nn as fast
 from m3ae_fast._mixed_seed import mixed_seed
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.models.config import MAMOConfig
-from m3ae_fast.models.contrastive import ContrastiveLoss, same_pairs
+from m3ae_fast.models.contrastive import ContrastiveLoss, meet, same_pairs
 from m3ae_fast.models.encoders import DualEncoder, EncodedView, check_batch, reset_parameters
 from m3ae_fast.models.fusion import FusionLayout, Pairs
 from m3ae_fast.models.mamo_plan import MAMOPlan, TargetPlan, places
 from m3ae_fast.models.masking import MaskSource, given_or_drawn
 from m3ae_fast.models.model import Metric, Model
+from m3ae_fast.models.peers import Peers
 from m3ae_fast.nn.rows import repeat_rows, take_rows
 from m3ae_fast.ops import feature_regression, linear_cross_entropy, restore_tokens
 from m3ae_fast.seqlens import SeqLens
@@ -94,7 +95,7 @@ class MAMO(Model):
         "target_std": Metric("spread of MRM's targets", "to 0: collapse", "watch"),
         "prediction_std": Metric("spread of MRM's predictions", "to 0: collapse", "watch"),
     }
-    CAPTIONS, COMPARES = "required", True
+    CAPTIONS = "required"
     ALL_GRADIENTS = False  # what is of a loss of weight 0 has none
     PICTURE = "words"
 
@@ -123,17 +124,15 @@ class MAMO(Model):
 
     @torch.no_grad()
     def update_target(self) -> None:
-        """target = momentum * target + (1 - momentum) * online, all tensors in one call."""
+        """target = momentum * target + (1 - momentum) * online, all tensors in one call; the temperature is bounded."""
         target, online = list(self.target.parameters()), list(self.online.parameters())
         torch._foreach_lerp_(target, online, 1 - self.config.momentum)
+        self.contrast.bound_temperature()
 
     @classmethod
-    def check_processes(cls, config: MAMOConfig, processes: int) -> None:
-        """Refuse a queue: it is no part of what processes share."""
-        if config.queue_size:
-            raise ValueError(
-                f"queue_size must be 0 in {processes} processes, each of which would have a queue of its own"
-            )
+    def losses_of_own_batch(cls, config: MAMOConfig) -> tuple[str, ...]:
+        """ITM: its negatives are of the process's own batch, as ALBEF's are."""
+        return ("itm_loss",) if config.itm_weight else ()
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -151,11 +150,12 @@ class MAMO(Model):
         """Losses of one step.
 
         Args:
-            batch: pairs of an image and a text of at least one word; two or more where ITC or ITM counts.
+            batch: pairs of an image and a text of at least one word; two or more where ITC or ITM counts (of joined
+                processes, ITM alone).
             seed, step: key the random masks (with batch.sample_ids) and the draw of ITM's negatives.
             image_mask, text_mask: instead of drawing: [B, P] and [B, L] bool, True = masked.
-            image_ids: [B] integers, equal where two samples show the same image; None: its bytes tell. A sample is
-                never the negative of another with the same image or the same text, and ITC takes both for right.
+            image_ids: [B] integers, equal where two samples of any process show the same image; None: its bytes tell. A
+                sample is never the negative of another with the same image or text, and ITC takes both for right.
             plan: instead of seed, step and masks: what `plan` made of them for this batch.
 
         On a GPU ITM waits for the [B, B] similarities: which pairs it reads, and so the sizes of all that follows,
@@ -167,6 +167,7 @@ class MAMO(Model):
         """
         plan = self._plan(batch, MaskSource(seed, step, image_mask, text_mask), plan)
         c, online, layout = self.config, self.online, plan.layout
+        peers = meet(self.joined, batch, patches=plan.image.mask.total, words=plan.text.mask.total)
         losses = dict.fromkeys(self.METRICS, torch.zeros((), device=batch.device))
         words = torch.cat([batch.text, self._hide(batch.text, plan.hidden, plan.shown)])  # as they are, and masked
         texts = online.text(words.index_select(0, plan.words), plan.texts)
@@ -174,15 +175,18 @@ class MAMO(Model):
         targets = self._encode_target(batch, words, plan.target)
         if plan.cls is not None:
             embeddings = online.project(*take_rows(rows, plan.cls).chunk(2))
-            same = same_pairs(batch, image_ids)
+            same = same_pairs(batch, image_ids, peers)
             if c.itc_weight:
                 momentum = self._momentum_embeddings(targets, plan.target)
-                losses["itc_loss"] = self.contrast(*embeddings, same, momentum=momentum, soft=plan.soft)
+                answers = peers.gather("pairs", *(momentum or embeddings))
+                loss = self.contrast(*embeddings, *same, answers=answers, momentum=momentum, soft=plan.soft)
+                losses["itc_loss"] = loss * peers.share("pairs")
             if c.itm_weight:
-                layout = plan.with_pairs(*self._pairs_to_tell(embeddings, same, plan.seed, plan.step))
+                own = peers.own(same[0], "pairs")
+                layout = plan.with_pairs(*self._pairs_to_tell(embeddings, own, plan.seed, plan.step))
         if layout is not None:
             fused = online.fuse(rows, layout)
-            losses |= self._masked_losses(batch, plan, layout, take_rows(fused, layout.masked), targets)
+            losses |= self._masked_losses(batch, plan, layout, take_rows(fused, layout.masked), targets, peers)
             if c.itm_weight:
                 losses |= self._itm(take_rows(fused, layout.cls), len(batch))
         losses["loss"] = sum(getattr(c, f"{name}_weight") * losses[f"{name}_loss"] for name in LOSSES)
@@ -231,39 +235,45 @@ class MAMO(Model):
         return self.target.project(*take_rows(targets, plan.cls).chunk(2))
 
     def _masked_losses(
-        self, batch: ImageTextBatch, plan: MAMOPlan, layout: FusionLayout, masked: Tensor, targets: Tensor | None
+        self,
+        batch: ImageTextBatch,
+        plan: MAMOPlan,
+        layout: FusionLayout,
+        masked: Tensor,
+        targets: Tensor | None,
+        peers: Peers,
     ) -> dict[str, Tensor]:
         """MRM, MIM and MLM of the masked tokens [M, D], patches, then words."""
         c, found = self.config, {}
-        counts = [len(layout.patches), len(layout.words)]
+        counts, shares = [len(layout.patches), len(layout.words)], [peers.share("patches"), peers.share("words")]
         patches, words = masked.split(counts)
         if plan.target is not None and (at := plan.target.layout) is not None:
             with torch.no_grad():
                 theirs = self.target.fuse(targets, at)
         if c.mrm_weight:
             predicted = self.predictor(masked)
+            wanted = at.patches, at.words[: counts[1]]
             losses = [
-                feature_regression(part, theirs, rows, distance="l2")
-                for part, rows in zip(predicted.split(counts), (at.patches, at.words[: counts[1]]), strict=True)
+                feature_regression(part, theirs, rows, distance="l2") * share
+                for part, rows, share in zip(predicted.split(counts), wanted, shares, strict=True)
             ]
             found["mrm_loss"] = sum(losses) / len(losses)
             spread = theirs[: sum(counts)], predicted.detach()
             found["target_std"], found["prediction_std"] = map(_spread, spread)
         if c.mim_weight:
-            found["mim_loss"] = feature_regression(
-                self.regressor(patches), targets, plan.target.patches, distance="l1", normalize=False
-            )
+            predicted = self.regressor(patches)
+            loss = feature_regression(predicted, targets, plan.target.patches, distance="l1", normalize=False)
+            found["mim_loss"] = loss * shares[0]
         if c.mlm_weight:
             head, answers = self.word_head, batch.text.index_select(0, plan.hidden)
-            found["mlm_loss"], found["mlm_accuracy"] = linear_cross_entropy(
-                words, head.weight, answers, head.bias, return_accuracy=True
-            )
+            loss, accuracy = linear_cross_entropy(words, head.weight, answers, head.bias, return_accuracy=True)
             if plan.soft_words:
                 guesses = take_rows(theirs, at.words[len(at.words) - counts[1] :])
                 with torch.no_grad():
                     guessed = head(guesses).float().softmax(1)
                 soft = -(guessed * head(words).float().log_softmax(1)).sum() / max(counts[1], 1)
-                found["mlm_loss"] = (1 - plan.soft_words) * found["mlm_loss"] + plan.soft_words * soft
+                loss = (1 - plan.soft_words) * loss + plan.soft_words * soft
+            found["mlm_loss"], found["mlm_accuracy"] = loss * shares[1], accuracy * shares[1]
         return found
 
     def _itm(self, cls: Tensor, positives: int) -> dict[str, Tensor]:
@@ -306,7 +316,8 @@ class MAMO(Model):
     def _check(self, batch: ImageTextBatch) -> None:
         c = self.config
         check_batch(batch, c)
-        if c.itc_weight + c.itm_weight > 0 and len(batch) < 2:
+        compares_own = c.itm_weight if self.joined else c.itc_weight + c.itm_weight
+        if compares_own > 0 and len(batch) < 2:
             raise ValueError(
                 f"batch must hold at least 2 pairs, since ITC and ITM compare them, got {len(batch)}: "
                 "one is enough with itc_weight and itm_weight 0"

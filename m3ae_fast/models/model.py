@@ -43,12 +43,16 @@ class Model(nn.Module):
 
     Args:
         config: its sizes, an object of the class beside it in OBJECTIVES.
+
+    Attributes:
+        joined: whether the batches of all processes are one batch, for losses that compare samples or are means over
+            words: see `Peers`. All processes must then call `forward` together, and the losses of one process are
+            their mean. The trainer sets it where there are several.
     """
 
     METRICS: ClassVar[Mapping[str, Metric]]  # numbers of its output that a run records; the first is "loss"
     CAPTIONS: ClassVar[str] = "unused"  # in training, or "optional", or "required": images without one are left out
     LABELS: ClassVar[bool] = False  # whether it trains on the classes of images; those without are left out then
-    COMPARES: ClassVar[bool] = False  # whether its losses compare the samples of a batch with one another
     ALL_GRADIENTS: ClassVar[bool] = True  # whether every parameter has a gradient in every step
     BUCKETS: ClassVar[bool] = False  # whether plan(batch, ..., bucket=True) makes plans of few sizes: for CUDA graphs
     MIXED_SIZES: ClassVar[bool] = False  # whether the images of a batch may have mixed sizes
@@ -58,6 +62,7 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.joined = False
 
     @classmethod
     def offers(cls, *methods: str) -> bool:
@@ -70,11 +75,13 @@ class Model(nn.Module):
         return cls.offers("plan") and "plan" in inspect.signature(cls.forward).parameters
 
     @classmethod
-    def check_processes(cls, config: ModelConfig, processes: int) -> None:
-        """Raise ValueError, naming the field of `config`, if more than one process cannot train it."""
+    def losses_of_own_batch(cls, config: ModelConfig) -> tuple[str, ...]:
+        """The METRICS that compare a sample with those of its own process alone, even if it is `joined`."""
+        return ()
 
     def update_target(self) -> None:
-        """Move the momentum network, if there is one: called once for each step that is taken, before the next one."""
+        """Move the momentum network, if there is one, and bring back what has bounds: called once for each step that is
+        taken, before the next one."""
 
     def image_encoder(self) -> tuple[list[nn.Parameter], Transformer]:
         """What an image goes through: the parameters that make tokens of it, and the Transformer."""

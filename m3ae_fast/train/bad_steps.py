@@ -92,7 +92,8 @@ class BadStep(NamedTuple):
         """The model's outputs for the batches, with the masks, random numbers and precision of the run.
 
         They are the run's own, to the bit, where the model has the weights it had then: bad steps change none, so
-        `--resume --stop-after` the step before makes them.
+        `--resume --stop-after` the step before makes them. Of several processes, a model that compares pairs has here
+        those of one of them alone.
 
         Args:
             model: of the run's objective, on any device.

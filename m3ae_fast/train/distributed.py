@@ -220,7 +220,7 @@ def spread(
     if not shard:
         return DistributedDataParallel(
             model,
-            **{BUFFERS: False},  # they are constant: positions (a queue is refused)
+            **{BUFFERS: False},  # positions, and queues that all processes fill alike
             gradient_as_bucket_view=True,
             find_unused_parameters=unused,
         )

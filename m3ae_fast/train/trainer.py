@@ -148,6 +148,7 @@ class Trainer:
         if config.init is not None and not self.resumed:
             run.start_from(self.model, config.init)
         self.model.to(self.device)
+        self.model.joined = self.processes > 1
         checkpoint_blocks(self.model, config.checkpoint_blocks)
         self.spread = distributed.spread(
             self.model, self.device, shard=config.shard, dtype=precision.DTYPES[config.precision],
@@ -363,11 +364,12 @@ def _refuse_what_does_not_split(config: RunConfig, processes: int) -> None:
     if config.cuda_graphs:
         raise ValueError(f"cuda_graphs must be False in {processes} processes: the gradients they send are in no graph")
     model, model_config = OBJECTIVES[config.objective]
-    model.check_processes(model_config.from_dict(config.model_config), processes)
-    if model.COMPARES:
+    own = model.losses_of_own_batch(model_config.from_dict(config.model_config))
+    if own:
         warnings.warn(
-            f"{config.objective} compares the pairs that a process has, {config.batch_size // processes} of the "
-            f"{config.batch_size} of a pass: its losses are not those of one process, and change with their number",
+            f"{' and '.join(own)} of {config.objective} compares the pairs that a process has, "
+            f"{config.batch_size // processes} of the {config.batch_size} of a pass: it is not that of one process, "
+            "and changes with their number",
             M3AEFastWarning,
             stacklevel=2,
         )

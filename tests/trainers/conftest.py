@@ -1,4 +1,4 @@
-"""Two processes that talk by gloo, kept for all tests of a module."""
+"""Two processes that talk by gloo, or four, kept for all tests."""
 
 import os
 import traceback
@@ -11,16 +11,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SECONDS = 120  # for one call, and for one process to wait for the other
+SECONDS = 120  # for one call, and for one process to wait for the others
 
 
-def serve(rank, rendezvous, pipe):
+def serve(rank, count, rendezvous, pipe):
     """Answer (function, args) with (True, result) or (False, traceback), until the pipe closes."""
     torch.set_num_threads(1)
     if Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's own name may not resolve
     limit = timedelta(seconds=SECONDS)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=limit)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count, timeout=limit)
     while True:
         try:
             function, args = pipe.recv()
@@ -33,15 +33,15 @@ def serve(rank, rendezvous, pipe):
             pipe.send((False, traceback.format_exc()))
 
 
-class Pair:
-    """Two processes; pair(function, *args) -> what function(*args) returned in each. A failure takes both down."""
+class Processes:
+    """processes(function, *args) -> what function(*args) returned in each of them. A failure takes all down."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, count):
         context = mp.get_context("spawn")
         self.pipes, self.processes = [], []
-        for rank in range(2):
+        for rank in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, folder / "rendezvous", theirs), daemon=True)
+            process = context.Process(target=serve, args=(rank, count, folder / "rendezvous", theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -51,7 +51,7 @@ class Pair:
         for pipe in self.pipes:
             pipe.send((function, args))
         results = {}
-        while len(results) < 2:
+        while len(results) < len(self.pipes):
             ready = wait([pipe for pipe in self.pipes if pipe not in results], SECONDS)
             if not ready:
                 self.close()
@@ -62,7 +62,7 @@ class Pair:
                 except EOFError:
                     fine, results[pipe] = False, "it died"
                 if not fine:
-                    self.close()  # the other one may be waiting for it
+                    self.close()  # the others may be waiting for it
                     raise RuntimeError(f"in process {self.pipes.index(pipe)}:\n{results[pipe]}")
         return [results[pipe] for pipe in self.pipes]
 
@@ -76,20 +76,21 @@ class Pair:
 
 
 @pytest.fixture(scope="session")
-def _pair(tmp_path_factory):
-    pairs = []
+def processes(tmp_path_factory):
+    """processes(count): see Processes; others are started after some that failed."""
+    started = {}
 
-    def get():
-        if not pairs or not all(process.is_alive() for process in pairs[-1].processes):
-            pairs.append(Pair(tmp_path_factory.mktemp("pair")))
-        return pairs[-1]
+    def get(count):
+        if count not in started or not all(process.is_alive() for process in started[count].processes):
+            started[count] = Processes(tmp_path_factory.mktemp("processes"), count)
+        return started[count]
 
     yield get
-    for pair in pairs:
-        pair.close()
+    for each in started.values():
+        each.close()
 
 
 @pytest.fixture
-def pair(_pair):
-    """See Pair; another one is started after one that failed."""
-    return _pair()
+def pair(processes):
+    """Two of them."""
+    return processes(2)

@@ -29,6 +29,8 @@ from m3ae_fast.train import (
 )
 
 NAMES = ("loss", "image_loss", "text_loss", "text_accuracy", "lr")
+QUEUE = {"objective": "mamo", "options": {"itm_weight": 0.0, "queue_size": 6, "soft_targets": 0.4}}
+MAMO_NAMES = ("loss", "mrm_loss", "mim_loss", "mlm_loss", "itc_loss", "mlm_accuracy", "lr")
 WAYS = {"DDP": {}, "FSDP2": {"shard": True}}
 
 
@@ -78,9 +80,9 @@ def alone(tmp_path):
     return lambda **changes: of(tuple(sorted(changes.items())))
 
 
-def assert_same(rows, expected, rtol=1e-5):
+def assert_same(rows, expected, rtol=1e-5, names=NAMES):
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
-    found, wanted = (torch.tensor([[row[name] for name in NAMES] for row in each]) for each in (rows, expected))
+    found, wanted = (torch.tensor([[row[name] for name in names] for row in each]) for each in (rows, expected))
     torch.testing.assert_close(found, wanted, rtol=rtol, atol=1e-6)
 
 
@@ -385,16 +387,9 @@ def test_what_fails_in_the_first_process_fails_in_all(pair, tmp_path):
     assert second.startswith("FailedElsewhere: the first process failed: FileExistsError: ")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"batch_size": 3}, "batch_size must be a multiple of the 2 processes, got 3"),
-        ({"objective": "mamo", "options": {"queue_size": 8}}, "queue_size must be 0 in 2 processes"),
-    ],
-)
-def test_what_cannot_be_split_is_refused(pair, tmp_path, changes, message):
-    first, _ = pair(functools.partial(attempt, **changes), tmp_path / "run")
-    assert first.startswith(f"ValueError: {message}")
+def test_what_cannot_be_split_is_refused(pair, tmp_path):
+    first, _ = pair(functools.partial(attempt, batch_size=3), tmp_path / "run")
+    assert first.startswith("ValueError: batch_size must be a multiple of the 2 processes, got 3")
     assert not (tmp_path / "run").exists()
 
 
@@ -406,13 +401,39 @@ def warned(folder, **changes):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("changes", [{"objective": "mamo", "options": {"mim_weight": 0}}, {"objective": "clip"}])
-def test_what_compares_pairs_says_what_it_compares(pair, tmp_path, way, changes):
-    settings = {"steps": 2, **WAYS[way], **changes}
-    (first, summary), (second, _) = pair(functools.partial(warned, **settings), tmp_path / "run")
-    assert summary.step == 2
-    said = f"{changes['objective']} compares the pairs that a process has, 2 of the 4 of a pass"
-    assert [said in message for message in first].count(True) == 1 and not any(said in message for message in second)
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [({"objective": "clip", "accumulate": 2}, ("loss", "image_accuracy", "text_accuracy", "lr")), (QUEUE, MAMO_NAMES)],
+    ids=["CLIP, accumulated", "MAMO with a queue"],
+)
+def test_pairs_are_compared_with_those_of_all_processes(pair, tmp_path, way, changes, names):
+    """Among them captions of `shapes` that are true of another process's image."""
+    _, expected = train(tmp_path / "alone", **changes)
+    (_, rows), _ = pair(functools.partial(train, **changes, **WAYS[way]), tmp_path / "two")
+    assert_same(rows, expected, names=names)
+    assert distance(load_run(tmp_path / "two").model, load_run(tmp_path / "alone").model.state_dict()) < 1e-3
+
+
+def test_a_queue_moves(processes, tmp_path):
+    """From one process to two, sharded, to four, which have a pair each."""
+    _, expected = train(tmp_path / "alone", **QUEUE)
+    moved = tmp_path / "moved"
+    train(moved, stop_after=2, **QUEUE)
+    processes(2)(functools.partial(train, resume=True, stop_after=4, shard=True, **QUEUE), moved)
+    (_, rows), *_ = processes(4)(functools.partial(train, resume=True, **QUEUE), moved)
+    assert_same(rows, expected, names=MAMO_NAMES)
+    found, wanted = (load_run(folder).model.contrast for folder in (moved, tmp_path / "alone"))
+    assert found.queued == wanted.queued == 24
+    torch.testing.assert_close(found.image_queue, wanted.image_queue, rtol=1e-3, atol=1e-5)
+
+
+def test_itm_says_that_it_compares_the_pairs_of_a_process(pair, tmp_path):
+    said = "itm_loss of mamo compares the pairs that a process has, 2 of the 4 of a pass"
+    for itm, count in (({}, 1), (QUEUE["options"], 0)):
+        changes = {"steps": 1, "objective": "mamo", "options": itm}
+        (first, summary), (second, _) = pair(functools.partial(warned, **changes), tmp_path / str(count))
+        assert summary.step == 1 and not any("compares the pairs" in message for message in second)
+        assert [said in message for message in first].count(True) == count
 
 
 def pictures(folder):
