@@ -314,9 +314,7 @@ class M3AE(Model, FixedPositions):
         tokens = assemble_tokens(patches, words, cls_token=self.cls_token, **inputs)
         return self.encoder(tokens, layout.kept)
 
-    def _decode(
-        self, batch: ImageTextBatch, encoded: Tensor, layout: TokenLayout, every: bool = False
-    ) -> Tensor:
+    def _decode(self, batch: ImageTextBatch, encoded: Tensor, layout: TokenLayout, every: bool = False) -> Tensor:
         """[layout.kept.total, D] -> [layout.masked.total, decoder width], or every token's, [layout.full.total, ...].
 
         The cross decoder has a query for each, mask token + position + type, whatever it asks for: kept tokens, too.

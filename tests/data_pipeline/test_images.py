@@ -310,6 +310,8 @@ def test_pages_that_lead_back_have_an_end():
     assert EncodedImage(bytes(data), "x", 2).decoded().shape == (20, 30, 2)
     with pytest.raises(BadSample, match="it has 1 channels, 9 are wanted"):
         EncodedImage(bytes(data), "x", 9)
+
+
 def test_a_part_may_be_resized_to_another_aspect():
     image = smooth(300, 400)
     for source in (np.asarray(image), EncodedImage(encoded(image, "PNG"), "x.png")):

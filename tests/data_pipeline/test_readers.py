@@ -110,7 +110,8 @@ class TestHDF5:
         assert len(val) == 1 and val[0].labels == (1,)
         assert_photo(train[2], 2, (), (2,))
         with pytest.raises(
-            ValueError, match=r"path must hold jpg/caption or image/caption/label or text, got .*; its split, train or val, must"
+            ValueError,
+            match=r"path must hold jpg/caption or image/caption/label or text, got .*; its split, train or val, must",
         ):
             HDF5Dataset(path)
 
@@ -148,7 +149,9 @@ class TestHDF5:
         (tmp_path / "text.h5").write_text("hello")
         with pytest.raises(ValueError, match=r"path must name an HDF5 file, .*text\.h5 cannot be read as one"):
             HDF5Dataset(tmp_path / "text.h5")
-        with pytest.raises(ValueError, match=r"path must hold jpg/caption or image/caption/label or text, got other in"):
+        with pytest.raises(
+            ValueError, match=r"path must hold jpg/caption or image/caption/label or text, got other in"
+        ):
             HDF5Dataset(pairs_file(tmp_path / "o.h5", other=["a"]))
         with pytest.raises(ValueError, match=r"must hold columns of one length, got \{'jpg': 3, 'caption': 1\}"):
             HDF5Dataset(pairs_file(tmp_path / "l.h5", jpg=JPEGS, caption=["a"]))
