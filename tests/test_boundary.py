@@ -1,5 +1,8 @@
 """Where Python meets the kernels: what a binding refuses, and which calls do without torch's dispatcher."""
 
+import ast
+import runpy
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -103,3 +106,10 @@ def test_what_a_transformation_left_behind():
     left = []
     torch.func.grad(lambda x: (left.append(x), x.sum())[1])(torch.randn(4, 8))
     m3ae_fast.layer_norm(left[0], None, None)
+
+
+def test_the_stub_of_the_compiled_module_is_up_to_date():
+    path = Path(__file__).parents[1] / ".ci/stubs.py"
+    made = runpy.run_path(str(path))["stub"](_C)
+    written = (Path(__file__).parents[1] / "m3ae_fast/_C.pyi").read_text(encoding="utf-8")
+    assert ast.dump(ast.parse(made)) == ast.dump(ast.parse(written)), "run: python .ci/stubs.py"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from m3ae_fast import _checks
+from m3ae_fast._backends import Impl
 from m3ae_fast.ops import varlen_attention
 from m3ae_fast.seqlens import SeqLens
 
@@ -54,7 +55,7 @@ def to_nested(rows: Tensor, seqlens: SeqLens | Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None, impl: str | None = None
+    q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None, impl: Impl | None = None
 ) -> Tensor:
     """Softmax attention within each of B sequences: no mask, not causal.
 

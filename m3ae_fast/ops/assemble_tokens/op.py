@@ -7,6 +7,7 @@ from torch import Tensor
 
 from m3ae_fast import _backends, _checks
 from m3ae_fast._autograd import Function, differentiable_once
+from m3ae_fast._backends import Impl
 from m3ae_fast.ops.assemble_tokens import reference
 from m3ae_fast.seqlens import SeqLens, cu_seqlens
 
@@ -27,7 +28,7 @@ def assemble_tokens(
     text_position: Tensor | None = None,
     image_type: Tensor | None = None,
     text_type: Tensor | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """Put each sample's tokens together, [class token; image rows; text rows], with positions and types: one write.
 

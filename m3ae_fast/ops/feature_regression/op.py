@@ -7,6 +7,7 @@ from torch import Tensor
 
 from m3ae_fast import _backends, _checks
 from m3ae_fast._autograd import Function, differentiable_once, kept, link, scaled
+from m3ae_fast._backends import Impl
 from m3ae_fast.ops.feature_regression import reference
 from m3ae_fast.seqlens import SeqLens
 from m3ae_fast.seqlens import cu_seqlens as offsets
@@ -26,7 +27,7 @@ def feature_regression(
     eps: float = 1e-6,
     reduction: str = "mean",
     cu_seqlens: SeqLens | Tensor | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """Distance of predicted features to those of another network, which are read where they lie and never copied.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from m3ae_fast import _backends, _checks
 from m3ae_fast._autograd import Function, differentiable_once
+from m3ae_fast._backends import Impl
 from m3ae_fast.ops.gather_patches import patches, reference
 from m3ae_fast.seqlens import SeqLens, cu_seqlens
 
@@ -24,7 +25,7 @@ def gather_patches(
     mean: Sequence[float] | Tensor | None = None,
     std: Sequence[float] | Tensor | None = None,
     dtype: torch.dtype | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """Cut the named patches out of images and normalise them on the way: a dropped patch is never read.
 

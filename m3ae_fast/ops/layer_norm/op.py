@@ -7,7 +7,7 @@ from torch import Tensor
 
 from m3ae_fast import _backends, _checks
 from m3ae_fast._autograd import Function, differentiable_once, kept
-from m3ae_fast._backends import accumulator, like
+from m3ae_fast._backends import Impl, accumulator, like
 from m3ae_fast.ops.layer_norm import reference
 
 BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
@@ -21,7 +21,7 @@ def layer_norm(
     residual: Tensor | None = None,
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm over the last dimension, of x or of the sum that a pre-norm Transformer makes just before.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from m3ae_fast import _backends, _checks
 from m3ae_fast._autograd import Function, differentiable_once, kept
+from m3ae_fast._backends import Impl
 from m3ae_fast.ops.linear import reference
 
 BACKENDS = _backends.load(__package__, "cpp", "triton")
@@ -22,7 +23,7 @@ def linear(
     *,
     activation: str | None = None,
     input_activation: str | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """y = act(f(x) W^T + b), with act and f applied on the way into and out of the product, not in passes of their own.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from m3ae_fast import _backends, _checks
 from m3ae_fast._autograd import Function, differentiable_once, kept, link, scaled
+from m3ae_fast._backends import Impl
 from m3ae_fast.ops.linear_cross_entropy import reference
 from m3ae_fast.seqlens import SeqLens
 from m3ae_fast.seqlens import cu_seqlens as offsets
@@ -32,7 +33,7 @@ def linear_cross_entropy(
     return_accuracy: bool = False,
     return_lse: bool = False,
     return_z_loss: bool = False,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """cross_entropy(x W^T + b, target): ignored rows leave before the product, logits exist a block at a time.
 

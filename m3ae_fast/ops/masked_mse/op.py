@@ -9,6 +9,7 @@ from torch import Tensor
 
 from m3ae_fast import _backends, _checks
 from m3ae_fast._autograd import Function, differentiable_once, kept, link
+from m3ae_fast._backends import Impl
 from m3ae_fast.ops.gather_patches import patches
 from m3ae_fast.ops.masked_mse import reference
 from m3ae_fast.seqlens import SeqLens, cu_seqlens
@@ -28,7 +29,7 @@ def masked_mse(
     mean: Sequence[float] | Tensor | None = None,
     std: Sequence[float] | Tensor | None = None,
     reduction: str = "sample_mean",
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """Mean squared error of predicted patches.
 

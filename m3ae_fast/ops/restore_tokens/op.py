@@ -7,6 +7,7 @@ from torch import Tensor
 
 from m3ae_fast import _backends, _checks
 from m3ae_fast._autograd import Function, differentiable_once
+from m3ae_fast._backends import Impl
 from m3ae_fast.ops.restore_tokens import reference
 
 BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
@@ -24,7 +25,7 @@ def restore_tokens(
     text_position: Tensor | None = None,
     image_type: Tensor | None = None,
     text_type: Tensor | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """Put kept tokens back in sequence order, fill the holes with mask tokens, add positions and types: one write.
 

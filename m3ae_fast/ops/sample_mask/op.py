@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from m3ae_fast import _backends, _checks
+from m3ae_fast._backends import Impl
 from m3ae_fast.ops.sample_mask import reference
 from m3ae_fast.seqlens import SeqLens
 
@@ -36,7 +37,7 @@ def sample_mask(
     stream: int = 0,
     shared: bool = False,
     device: torch.device | str | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> SampledMask:
     """Draw a random mask for every sample of a batch.
 

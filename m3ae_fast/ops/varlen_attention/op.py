@@ -9,7 +9,7 @@ from torch import Tensor
 
 from m3ae_fast import _backends, _checks, seqlens
 from m3ae_fast._autograd import Function, differentiable_once, kept
-from m3ae_fast._backends import like
+from m3ae_fast._backends import Impl, like
 from m3ae_fast.ops.varlen_attention import choice, reference
 
 BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
@@ -27,7 +27,7 @@ def varlen_attention(
     *,
     softmax_scale: float | None = None,
     return_lse: bool = False,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of packed queries to the packed keys of the same sequence; no mask, not causal, no padding.
 
@@ -121,7 +121,7 @@ def varlen_attention_qkvpacked(
     *,
     softmax_scale: float | None = None,
     return_lse: bool = False,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`varlen_attention` of q, k, v = qkv.unbind(1): the same bits, and the gradient is written in one buffer.
 
