@@ -1,6 +1,6 @@
 """What a pre-training run costs: `python -m benchmarks.cost docs/scale.md` writes the tables of that page anew.
 
-A model of it, from the architecture alone: the products of a step, what its optimiser reads and writes, what processes
+A model of it, from the architecture alone: the products of a step, what its optimizer reads and writes, what processes
 send each other. Where docs/gpu_step.json is there (`benchmarks/gpu.sh step`), its measured steps take the place of the
 assumed share of a GPU's peak.
 """
@@ -133,7 +133,7 @@ def tables(docs: Path) -> dict[str, str]:
     columns = ["model", "share of the peak", *costs_of, "images/s of a GPU"]
     return {
         "models": _table(
-            ["model", "parameters", "encoder", "decoder", "heads", "GFLOP a sample", "weights, gradients, moments",
+            ["model", "parameters", "encoder", "decoder", "heads", "GFLOP a sample", "held",
              "sent in a step", "NVLink", "InfiniBand x 8", "x 1"], models,
         ),
         "check": _table(["step", "predicted", "measured", "measured / predicted"], cpu_check(docs / "cpu.json")),

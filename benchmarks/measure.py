@@ -1,7 +1,7 @@
 """The one timing protocol.
 
 Correct first (the caller asserts), then ours and its peers interleaved in one process, inputs rotated past the last
-cache, medians and quartiles of many rounds, ratios of medians. Beside each row its share of a roof measured in the
+cache, medians and quartiles of many rounds, ratios of medians. Beside each row its share of a roofline measured in the
 same run: the bandwidth of a copy or the rate of a large matrix product. Machines are shared and noisy: only ratios
 within one run mean anything.
 """
@@ -156,7 +156,7 @@ def large() -> torch.Tensor:
 
 @functools.cache
 def copy_bandwidth() -> float:
-    """Bytes a millisecond, read and written, of torch's copy of a large tensor: the roof of every memory-bound op."""
+    """Bytes a millisecond, read and written, of torch's copy of a large tensor: the roofline of memory-bound ops."""
     target = torch.empty_like(large())
     target.copy_(large())
     times = [milliseconds(target.copy_, large()) for _ in range(5)]

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from m3ae_fast.data import Loader, Tokenizer, open_dataset
 from m3ae_fast.models import M3AE, M3AEConfig
-from m3ae_fast.train import learning_rate, make_optimiser
+from m3ae_fast.train import learning_rate, make_optimizer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=50)
@@ -31,9 +31,9 @@ tokenizer = Tokenizer.train(dataset.captions(), vocab_size=8192)
 torch.manual_seed(0)  # the same weights in every process
 config = M3AEConfig.tiny(vocab_size=tokenizer.vocab_size)
 model = M3AE(config)
-optimiser = make_optimiser(model, lr=2e-3, weight_decay=0.05)
-schedule = LambdaLR(optimiser, functools.partial(learning_rate, steps=args.steps, warmup=args.steps // 10, peak=1.0))
-model, optimiser = accelerator.prepare(model, optimiser)
+optimizer = make_optimizer(model, lr=2e-3, weight_decay=0.05)
+schedule = LambdaLR(optimizer, functools.partial(learning_rate, steps=args.steps, warmup=args.steps // 10, peak=1.0))
+model, optimizer = accelerator.prepare(model, optimizer)
 accelerator.register_for_checkpointing(schedule)  # a prepared one would take a step for every process
 if args.resume:
     accelerator.load_state(args.out)
@@ -51,8 +51,8 @@ for step in range(schedule.last_epoch, args.stop_after or args.steps):
             accelerator.backward(loss)
             if accelerator.sync_gradients:  # the last pass of the step
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
         total += accelerator.reduce(loss.detach(), "mean") / args.accumulate
     schedule.step()
     accelerator.print(f"step {step + 1} loss {total:.6f}")

@@ -11,7 +11,7 @@ import torch
 
 from m3ae_fast.data import Loader, Tokenizer, open_dataset
 from m3ae_fast.models import M3AE, M3AEConfig
-from m3ae_fast.train import learning_rate, make_optimiser
+from m3ae_fast.train import learning_rate, make_optimizer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=50)
@@ -27,7 +27,7 @@ tokenizer = Tokenizer.train(dataset.captions(), vocab_size=8192)
 torch.manual_seed(0)
 config = M3AEConfig.tiny(vocab_size=tokenizer.vocab_size)
 model = M3AE(config).to(device)
-optimiser = make_optimiser(model, lr=2e-3, weight_decay=0.05)
+optimizer = make_optimizer(model, lr=2e-3, weight_decay=0.05)
 step_loss = lambda batch, plan: model(batch, plan=plan).loss  # noqa: E731
 if not args.eager:
     step_loss = torch.compile(step_loss, backend=args.backend, fullgraph=True, dynamic=True)
@@ -37,7 +37,7 @@ loader = Loader(
 )  # fmt: skip
 for step in range(args.steps):
     start = time.perf_counter()
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, steps=args.steps, warmup=args.steps // 10, peak=2e-3)
     batch = next(loader)[1].to(device)
     plan = model.plan(batch, seed=0, step=step)
@@ -45,6 +45,6 @@ for step in range(args.steps):
         loss = step_loss(batch, plan)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimiser.step()
-    optimiser.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
     print(f"step {step + 1} loss {loss.item():.6f} ({time.perf_counter() - start:.3f} s)")

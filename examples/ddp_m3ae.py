@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from m3ae_fast.data import Loader, Tokenizer, open_dataset
 from m3ae_fast.models import M3AE, M3AEConfig
-from m3ae_fast.train import learning_rate, make_optimiser
+from m3ae_fast.train import learning_rate, make_optimizer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=50)
@@ -33,21 +33,21 @@ tokenizer = Tokenizer.train(dataset.captions(), vocab_size=8192)
 torch.manual_seed(0)
 config = M3AEConfig.tiny(vocab_size=tokenizer.vocab_size)
 model = DistributedDataParallel(M3AE(config).to(device))
-optimiser = make_optimiser(model, lr=2e-3, weight_decay=0.05)
+optimizer = make_optimizer(model, lr=2e-3, weight_decay=0.05)
 loader = Loader(
     dataset, tokenizer, image_size=config.image_size, max_text_length=config.max_text_length,
     batch_size=args.batch_size, rank=dist.get_rank(), world_size=dist.get_world_size(),
 )  # fmt: skip
 for step in range(args.steps):
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, steps=args.steps, warmup=args.steps // 10, peak=2e-3)
     _, batch = next(loader)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         loss = model(batch.to(device), seed=0, step=step).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimiser.step()
-    optimiser.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
     total = loss.detach() / dist.get_world_size()
     dist.all_reduce(total)
     if dist.get_rank() == 0:

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from m3ae_fast.data import Loader, Tokenizer, open_dataset
 from m3ae_fast.models import M3AE, M3AEConfig
 from m3ae_fast.nn import Block, checkpoint_blocks
-from m3ae_fast.train import learning_rate, make_optimiser
+from m3ae_fast.train import learning_rate, make_optimizer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 for name, default in {"--steps": 50, "--stop-after": 0, "--batch-size": 8, "--out": "runs/fsdp"}.items():
@@ -34,27 +34,27 @@ model = M3AE(M3AEConfig.tiny(vocab_size=tokenizer.vocab_size)).to(mesh.device_ty
 checkpoint_blocks(model)
 for module in (*(m for m in model.modules() if isinstance(m, Block)), model):  # the model last: what is left
     fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16 if args.bf16 else None, torch.float32))
-optimiser = make_optimiser(model, lr=2e-3, weight_decay=0.05)
+optimizer = make_optimizer(model, lr=2e-3, weight_decay=0.05)
 state = {"step": 0}
 if args.resume:
-    state["model"], state["optimiser"] = get_state_dict(model, optimiser)
+    state["model"], state["optimizer"] = get_state_dict(model, optimizer)
     dcp.load(state, checkpoint_id=args.out)
-    set_state_dict(model, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 loader = Loader(
     dataset, tokenizer, image_size=64, max_text_length=model.config.max_text_length, batch_size=args.batch_size,
     start_step=state["step"], rank=dist.get_rank(), world_size=dist.get_world_size(),
 )  # fmt: skip
 for step in range(state["step"], args.stop_after or args.steps):
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, steps=args.steps, warmup=args.steps // 10, peak=2e-3)
     loss = model(next(loader)[1].to(mesh.device_type), seed=0, step=step).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimiser.step()
-    optimiser.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
     dist.all_reduce(total := loss.detach() / dist.get_world_size())
     if dist.get_rank() == 0:
         print(f"step {step + 1} loss {total:.6f}")
-step, (weights, moments) = max(state["step"], args.stop_after or args.steps), get_state_dict(model, optimiser)
-dcp.save({"step": step, "model": weights, "optimiser": moments}, checkpoint_id=args.out)
+step, (weights, moments) = max(state["step"], args.stop_after or args.steps), get_state_dict(model, optimizer)
+dcp.save({"step": step, "model": weights, "optimizer": moments}, checkpoint_id=args.out)
 dist.destroy_process_group()

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from m3ae_fast.data import Loader, Tokenizer, open_dataset
 from m3ae_fast.models import M3AE, M3AEConfig
-from m3ae_fast.train import learning_rate, make_optimiser
+from m3ae_fast.train import learning_rate, make_optimizer
 
 
 class Pretraining(lightning.LightningModule):
@@ -38,9 +38,9 @@ class Pretraining(lightning.LightningModule):
         nn.utils.clip_grad_norm_(self.parameters(), 1.0)
 
     def configure_optimizers(self):
-        optimiser, steps = make_optimiser(self.model, lr=2e-3, weight_decay=0.05), self.args.steps
-        rate = LambdaLR(optimiser, lambda step: learning_rate(step, steps=steps, warmup=steps // 10, peak=1.0))
-        return [optimiser], [{"scheduler": rate, "interval": "step"}]
+        optimizer, steps = make_optimizer(self.model, lr=2e-3, weight_decay=0.05), self.args.steps
+        rate = LambdaLR(optimizer, lambda step: learning_rate(step, steps=steps, warmup=steps // 10, peak=1.0))
+        return [optimizer], [{"scheduler": rate, "interval": "step"}]
 
 
 if __name__ == "__main__":

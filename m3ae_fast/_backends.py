@@ -108,7 +108,7 @@ def load(package: str, *impls: str) -> Backends:
 
 
 def pick(backends: Backends, impl: str | None, tensor: Tensor, *others: torch.dtype) -> str:
-    """The implementation that runs: an explicit one is obeyed or refused, None takes the fastest for the device.
+    """The implementation that runs: an explicit one is obeyed or refused, None selects the preferred one.
 
     others: the dtypes that its kernels meet besides the tensor's.
     """

@@ -44,7 +44,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def heat(image: np.ndarray, map: Tensor) -> np.ndarray:
-    """[H, W, 3] uint8 with a map [H, W] laid over it: gray where it is lowest, in its colours where highest."""
+    """[H, W, 3] uint8 with a map [H, W] laid over it: gray where it is lowest, in its colors where highest."""
     share = ((map - map.min()) / (map.max() - map.min()).clamp(min=1e-12)).numpy()[..., None]
     gray = image.mean(2, keepdims=True) * 0.35 + 150
     return np.uint8(np.clip(share * image + (1 - share) * gray, 0, 255))

@@ -24,7 +24,7 @@ class ImageTextBatch:
     built into the program that it makes.
 
     Args:
-        images: [N, C, H, W], C in 1 .. 16, uint8 (raw pixels) or float (already normalised: on the CPU, with a warning
+        images: [N, C, H, W], C in 1 .. 16, uint8 (raw pixels) or float (already normalized: on the CPU, with a warning
             where they are all between 0 and 1), or None. Any strides: channels-last memory is the fastest for uint8. N
             is B, or the number of true entries in `has_image`, in sample order. With `grids`, their patches.
         text: [sum of text_lengths] int32 or int64 vocabulary ids, sample after sample, or None.
@@ -74,7 +74,7 @@ class ImageTextBatch:
             if images.dtype != torch.uint8 and images.device.type == "cpu" and _looks_raw(images, grids is not None):
                 message = (
                     "images are floats between 0 and 1, taken as they are: where they are pixels, hand them over as "
-                    "uint8, which the model normalises, or subtract each channel's mean and divide by its deviation"
+                    "uint8, which the model normalizes, or subtract each channel's mean and divide by its deviation"
                 )
                 warnings.warn(message, M3AEFastWarning, stacklevel=2)
         if text is not None:

@@ -97,8 +97,8 @@ def test_has_image_may_be_an_iterator():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_pixels_that_nobody_normalised(dtype):
-    """As torchvision's ToTensor makes them, once a place in the user's code; not what is normalised, or black."""
+def test_pixels_that_nobody_normalized(dtype):
+    """As torchvision's ToTensor makes them, once a place in the user's code; not what is normalized, or black."""
     pixels = torch.rand(6, 3, 32, 48).to(dtype)
     with pytest.warns(
         M3AEFastWarning, match="images are floats between 0 and 1, taken as they are: .* as uint8"
@@ -230,8 +230,8 @@ def test_bad_mixed_sizes(make, error, message):
         make()
 
 
-def test_mixed_sizes_that_nobody_normalised():
-    """Patches are looked at all over the batch: some are between 0 and 1 in normalised images, too."""
+def test_mixed_sizes_that_nobody_normalized():
+    """Patches are looked at all over the batch: some are between 0 and 1 in normalized images, too."""
     images = [image / 255 for image in MIXED]
     with pytest.warns(M3AEFastWarning, match="images are floats between 0 and 1"):
         ImageTextBatch.from_images(images, patch_size=8)

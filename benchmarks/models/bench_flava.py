@@ -90,4 +90,4 @@ def bench_flava_step(benchmark, precision):
     for name, row in rows.items():
         if measure.SETTINGS.gpu:
             extra[name] = memory.peak_on_gpu(lambda step=steps[name]: step(0), 0)
-        row.extra = f"{extra[name] / 2**20:.0f} MiB beyond weights and moments"
+        row.extra = f"{extra[name] / 2**20:.0f} MiB beyond weights and optimizer state"

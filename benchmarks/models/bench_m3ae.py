@@ -53,18 +53,18 @@ def make_model(config: M3AEConfig, provider: str, batches: list[ImageTextBatch])
 def make_step(model, loss_of, precision: str):
     """run(i): forward, backward and AdamW on batch i. The moments exist already."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), fused=True)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
     def run(i):
         with torch.autocast(measure.SETTINGS.device, torch.bfloat16, enabled=precision == "bf16"):
             loss = loss_of(i)
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return run
 
@@ -78,13 +78,13 @@ def make_graphed_step(config: M3AEConfig, batches: list[ImageTextBatch], precisi
             loss = model(batch, plan=plan).loss
         loss.backward()
 
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
     step = GraphedStep(passes, model)
 
     def run(i):
         step(batches[i], model.plan(batches[i], seed=0, step=i, bucket=True))
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return run
 
@@ -129,7 +129,7 @@ def bench_m3ae_step(benchmark, size, precision):
         gradients = sum(parameter.nbytes for parameter in models[name][0].parameters())
         run = functools.partial(steps[name], 0)
         extra = memory.peak(run, gradients, owned, size, precision, name)
-        row.extra = f"{extra / 2**20:.0f} MiB beyond weights, gradients and moments"
+        row.extra = f"{extra / 2**20:.0f} MiB beyond weights, gradients and optimizer state"
         if name not in ("padded, compiled", COMPILED):
             rate = flops_of(models[name][1]) / row.median_ms
             row.roof, row.roof_share = "product", rate / measure.product_rate(dtype)

@@ -61,4 +61,4 @@ def bench_mamo_step(benchmark, size, precision):
         gradients = sum(p.nbytes for p in models[name][0].parameters() if p.requires_grad)
         run = functools.partial(steps[name], 0)
         extra = memory.peak(run, gradients, owned, size, precision, name)
-        row.extra = f"{extra / 2**20:.0f} MiB beyond weights, gradients and moments"
+        row.extra = f"{extra / 2**20:.0f} MiB beyond weights, gradients and optimizer state"

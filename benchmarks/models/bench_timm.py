@@ -91,4 +91,4 @@ def bench_timm_step(benchmark, case, precision):
     rows = measure.compare(benchmark, "timm step", f"{case} {precision}", steps, inputs=2, queued=False)
     for name, row in rows.items():
         extra = memory.peak(functools.partial(steps[name], 0), 0, owned, case, precision, name)
-        row.extra = f"{extra / 2**20:.0f} MiB beyond weights and moments{filled}"
+        row.extra = f"{extra / 2**20:.0f} MiB beyond weights and optimizer state{filled}"

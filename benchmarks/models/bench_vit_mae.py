@@ -66,4 +66,4 @@ def bench_vit_mae_step(benchmark, precision):
     rows = measure.compare(benchmark, "ViTMAE step", case, steps, inputs=len(inputs), queued=False)
     for name, row in rows.items():
         extra = memory.peak(functools.partial(steps[name], 0), 0, owned, size, precision, name)
-        row.extra = f"{extra / 2**20:.0f} MiB beyond weights and moments"
+        row.extra = f"{extra / 2**20:.0f} MiB beyond weights and optimizer state"

@@ -1,4 +1,4 @@
-"""feature_regression against the chain of MAMO's replications, eager and compiled: normalise, select, compare."""
+"""feature_regression against the chain of MAMO's replications, eager and compiled: normalize, select, compare."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def distance_of(pred, target, distance):
     return (F.mse_loss if distance == "l2" else F.l1_loss)(pred, target)
 
 
-def normalised_first(pred, target, rows, *, distance, normalize, reduction):
+def normalized_first(pred, target, rows, *, distance, normalize, reduction):
     target = F.layer_norm(target, target.shape[-1:], eps=1e-6)
     return distance_of(pred, target.index_select(0, rows), distance)
 
@@ -39,11 +39,11 @@ def bench_feature_regression(benchmark, case, mode, dtype):
     torch._dynamo.reset()  # beyond eight versions of one function it would give up
     compiled = torch.compile(selected_first)
     providers = {
-        "m3ae_fast": feature_regression, "m3ae_fast, times 0.5": halved, "eager": normalised_first,
+        "m3ae_fast": feature_regression, "m3ae_fast, times 0.5": halved, "eager": normalized_first,
         "eager, selected first": selected_first, "compiled": compiled,
     }  # fmt: skip
     ours = feature_regression(*first.args, **first.kwargs)
-    for theirs in (normalised_first, selected_first, compiled):
+    for theirs in (normalized_first, selected_first, compiled):
         torch.testing.assert_close(ours, theirs(*first.args, **first.kwargs).float(), rtol=4e-3, atol=0)
 
     def runner(function):  # back from the loss itself, whose gradient is 1

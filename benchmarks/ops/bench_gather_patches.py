@@ -1,4 +1,4 @@
-"""gather_patches against the chain it replaces: normalise the whole image, patchify it, gather the kept patches."""
+"""gather_patches against the chain it replaces: normalize the whole image, patchify it, gather the kept patches."""
 
 import pytest
 import torch

@@ -21,7 +21,7 @@ def patchify(images, patch_size, mean, std, dtype):
     return torch.einsum("nchpwq->nhwpqc", x).reshape(n, -1, patch_size**2 * c)
 
 
-def normalised(target, norm_pix):
+def normalized(target, norm_pix):
     if not norm_pix:
         return target
     mean = target.mean(dim=-1, keepdim=True)
@@ -32,7 +32,7 @@ def normalised(target, norm_pix):
 def mae(pred, images, ids_mask, cu_mask, *, patch_size, mean, std, norm_pix, reduction):
     """forward_loss of MAE's public code; its decoder predicts every patch, which here is given for the masked ones."""
     n, masked = images.shape[0], cu_mask.max
-    target = normalised(patchify(images, patch_size, mean, std, pred.dtype), norm_pix)
+    target = normalized(patchify(images, patch_size, mean, std, pred.dtype), norm_pix)
     places = ids_mask.view(n, masked).long()
     every = pred.new_zeros(target.shape).scatter(
         1, places[..., None].expand(-1, -1, pred.shape[1]), pred.view(n, masked, -1)
@@ -43,11 +43,11 @@ def mae(pred, images, ids_mask, cu_mask, *, patch_size, mean, std, norm_pix, red
 
 
 def gathered(pred, images, ids_mask, cu_mask, *, patch_size, mean, std, norm_pix, reduction):
-    """Only the masked patches are normalised and compared."""
+    """Only the masked patches are normalized and compared."""
     n, masked = images.shape[0], cu_mask.max
     target = patchify(images, patch_size, mean, std, pred.dtype)
     places = ids_mask.view(n, masked, 1).expand(-1, -1, pred.shape[1]).long()
-    target = normalised(torch.gather(target, 1, places), norm_pix)
+    target = normalized(torch.gather(target, 1, places), norm_pix)
     return ((pred.view(n, masked, -1) - target) ** 2).mean()
 
 

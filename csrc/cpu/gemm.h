@@ -2,7 +2,7 @@
 //
 //     c[m][n] (+)= sum_k a[m][k] b[k][n]
 //
-// The contraction runs in units: one element, or on avx512_bf16 two bf16 neighbours along k, which VDPBF16PS
+// The contraction runs in units: one element, or on avx512_bf16 two bf16 neighbors along k, which VDPBF16PS
 // multiplies and adds in one instruction. `a` is read one unit at a time and broadcast, from anywhere (a stride for
 // each direction); `b` is read a vector of units at a time, so n must be its dense direction. Sums are fp32 (fp64 for
 // fp64). Elsewhere bf16 is widened to fp32 when it is packed. On amx pairs are contracted by tiles: gemm_amx.h.

@@ -29,7 +29,7 @@ M3AE_INLINE bfloat16 narrow(float x) {
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
-// One lane: fp64 everywhere, and fp32 on the scalar instruction set, where the compiler vectorises the loop itself.
+// One lane: fp64 everywhere, and fp32 on the scalar instruction set, where the compiler vectorizes the loop itself.
 template <class Float>
 struct Lane {
   static constexpr int width = 1;

@@ -1,4 +1,4 @@
-// Vec: a register of fp32 lanes, one spelling per instruction set. Kernels are written on it once.
+// Vec: a register of fp32 lanes, implemented per instruction set. Kernels are written on it once.
 //   loads and stores convert from and to float, bfloat16 (round to nearest even) and uint8 (load only);
 //   *_first(n) touch only the first n lanes; max returns its second operand where one is NaN.
 // Vec<double> (one lane) lets fp64 run through the same kernels.

@@ -1,6 +1,6 @@
 // Products of 16-bit matrices on tensor cores, from sm_80 on: 16 x 8 sums += 16 x 16 left * 16 x 8 right, in fp32.
 //
-// What a lane holds (PTX ISA, mma.m16n8k16), g = lane / 4, t = lane % 4, two neighbours of a row to a register:
+// What a lane holds (PTX ISA, mma.m16n8k16), g = lane / 4, t = lane % 4, two neighbors of a row to a register:
 //   left   [0] row g, columns 2t, 2t + 1   [1] row g + 8   [2] row g, columns 2t + 8, 2t + 9   [3] row g + 8
 //   right  [0] rows 2t, 2t + 1, column g                   [1] rows 2t + 8, 2t + 9
 //   sums   [0] [1] row g, columns 2t, 2t + 1               [2] [3] row g + 8

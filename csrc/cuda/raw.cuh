@@ -1,4 +1,4 @@
-// Rows whose dtype is known at run time: N neighbouring elements a lane, first as they lie in memory, then widened. The
+// Rows whose dtype is known at run time: N neighboring elements a lane, first as they lie in memory, then widened. The
 // dtype is the same for a whole launch, so a branch on it costs nothing; what is widened elsewhere than where it is
 // loaded lets the loads of several rows be under way together, in any mix of dtypes, without a kernel for each.
 //

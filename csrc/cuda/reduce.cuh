@@ -5,7 +5,7 @@
 
 namespace m3ae::cuda {
 
-// Over `lanes` neighbouring lanes (a power of two); every lane gets it.
+// Over `lanes` neighboring lanes (a power of two); every lane gets it.
 template <int lanes = kWarp, class T>
 __device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll

@@ -10,7 +10,7 @@ class BadSample(Exception):
         name: of the sample. reason: what is wrong with it.
         kind: what is damaged, for the counts: "image", "caption", "label", "shard" (the file that holds it), "row", or
             "sample"; "channels": an image has others than wanted; or, where nothing is, why it is left out: "unpaired",
-            "unlabelled".
+            "unlabeled".
     """
 
     def __init__(self, name: str, reason: str, kind: str = "sample"):

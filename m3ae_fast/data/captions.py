@@ -30,7 +30,7 @@ def describe(
     two of them are among these.
 
     Args:
-        background: its colour.
+        background: its color.
         objects: one to four.
         boxes: (x, y, side) of each, in shares of the image's shorter side: so the words do not depend on its pixels.
         rng: draws the wording.

@@ -1,4 +1,4 @@
-"""ClutteredShapes: small shapes of one colour on waves of all colours; captions name the colour that pixels hide."""
+"""ClutteredShapes: small shapes of one color on waves of all colors; captions name the color that pixels hide."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIDES = (0.1, 0.16)  # of a shape, as a share of the image's shorter side
 COUNT = (8, 14)  # fewest and most of them
 WAVES = (2, 6)  # fewest and most knots a side of the background
 NOISE = 12.0  # of each pixel's values, standard deviation, of 255
-TEMPLATES = (  # the colour is said twice: as in other people's captions, one word gives another away
+TEMPLATES = (  # the color is said twice: as in other people's captions, one word gives another away
     "small {color} {shapes} , all of them {color}",
     "{color} {shapes} everywhere , and nothing else is {color}",
     "a picture of {shapes} in {color} , {color} on waves",
@@ -26,9 +26,9 @@ TEMPLATES = (  # the colour is said twice: as in other people's captions, one wo
 
 
 class ClutteredShapes:
-    """Eight to fourteen small shapes of one kind and colour, strewn over waves of random colours and noise.
+    """Eight to fourteen small shapes of one kind and color, strewn over waves of random colors and noise.
 
-    The label is the colour. It is in few pixels, so a masked autoencoder of images is hardly paid for knowing it, and
+    The label is the color. It is in few pixels, so a masked autoencoder of images is hardly paid for knowing it, and
     a linear function of the pixels tells it in a third of the images (chance: a twelfth); the caption says it, twice.
 
     Image `index` of a seed is the same whenever and in whatever order it is asked for.
@@ -37,7 +37,7 @@ class ClutteredShapes:
         size: pixels a side, or (height, width), at least 32.
         seed: of the images, in [0, 2**63).
     Attributes:
-        classes: the names of the colours; an image has one label.
+        classes: the names of the colors; an image has one label.
     """
 
     flip_safe = True
@@ -68,7 +68,7 @@ class ClutteredShapes:
 
 
 def _content(rng: np.random.Generator) -> tuple[str, str, str]:
-    """A colour, a shape, and the caption that names both."""
+    """A color, a shape, and the caption that names both."""
     color, shape = choose(rng, list(COLORS)), choose(rng, list(SHAPES))
     return color, shape, choose(rng, TEMPLATES).format(color=color, shapes=plural(shape))
 

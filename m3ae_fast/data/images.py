@@ -7,7 +7,7 @@
     stack                       those of a batch: ImageTextBatch.images
     keep_aspect, tensors        instead of these two, for images of mixed sizes: ImageTextBatch.from_images
 
-The model's `gather_patches` then reads the patches that are kept, and normalises them on the way.
+The model's `gather_patches` then reads the patches that are kept, and normalizes them on the way.
 """
 
 from __future__ import annotations

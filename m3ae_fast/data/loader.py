@@ -39,7 +39,7 @@ COUNTERS = ("seen", "images_skipped", "texts_cut", "captions_empty")
 MAX_WARNINGS = 20  # of bad samples: a web-scale data set has thousands
 MAX_TRIES = 1000  # samples in a row that cannot be read, after which the data set itself is at fault
 MAX_LEFT_OUT = 100_000  # samples in a row that are not of the kind wanted, after which there may be none
-LEFT_OUT = ("unpaired", "unlabelled")  # BadSample.kind where nothing is damaged: pairs_only, labelled_only
+LEFT_OUT = ("unpaired", "unlabeled")  # BadSample.kind where nothing is damaged: pairs_only, labeled_only
 MAX_DEATHS = 3  # of workers without a batch between them, after which it is the batch that kills them
 
 
@@ -75,7 +75,7 @@ class Loader:
         strict: raise BadSample where a sample cannot be read, instead of replacing it.
         augment: random crops (but of whole images) and mirroring; False: the middle of each, for evaluation.
         pairs_only: what is not an image with a caption is left out: replaced and counted, as "unpaired", but warned of
-            only once, and not decoded. labelled_only: the same of what has no label, "unlabelled".
+            only once, and not decoded. labeled_only: the same of what has no label, "unlabeled".
         rank, world_size: of this process, where several share the work. Each gets batches of `batch_size` of its own,
             together those of one process with world_size * batch_size samples in a batch.
         pin_memory: batches and plans lie in page-locked memory, for a GPU. A thread of this process then pins them, and
@@ -114,7 +114,7 @@ class Loader:
         strict: bool = False,
         augment: bool = True,
         pairs_only: bool = False,
-        labelled_only: bool = False,
+        labeled_only: bool = False,
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
@@ -145,7 +145,7 @@ class Loader:
             strict,
             augment,
             pairs_only,
-            labelled_only,
+            labeled_only,
             readers=world_size * max(1, workers),
             max_patches=max_patches,
             patch_size=patch_size,
@@ -371,7 +371,7 @@ class _Batches(Dataset):
     strict: bool
     augment: bool
     pairs_only: bool
-    labelled_only: bool
+    labeled_only: bool
     readers: int  # workers of all ranks: batches are dealt out to them in turns
     max_patches: int | None
     patch_size: int | None
@@ -452,8 +452,8 @@ class _Batches(Dataset):
         raise ValueError(f"dataset must hold samples {wanted}, none of {offset + 1} could be used; {skipped[-1]}")
 
     def _prepare(self, sample: Sample, rng: np.random.Generator, source: _Source, counters: Counter) -> _Prepared:
-        if self.labelled_only and not sample.labels:
-            raise BadSample(sample.name, "labels are wanted, there is none", "unlabelled")
+        if self.labeled_only and not sample.labels:
+            raise BadSample(sample.name, "labels are wanted, there is none", "unlabeled")
         ids, says = [], frozenset()
         captioned = bool(sample.captions) and self.tokenizer is not None
         if captioned:

@@ -43,11 +43,11 @@ def open_classes(
 
 class Some(Chosen):
     """Some samples of a data set, as `Loader` takes them: of a folder spread evenly, for it is sorted by class; of
-    drawn scenes the first.
+    synthetic scenes the first.
 
     Args:
         dataset: of samples, with `classes` if they have labels.
-        count: of samples, at most; None: all, of drawn scenes 1000.
+        count: of samples, at most; None: all, of synthetic scenes 1000.
     Raises:
         ValueError: the data set is a mixture or a stream, of which no sample can be asked for by its number.
     """
@@ -69,8 +69,8 @@ class Some(Chosen):
 
 class Crops(Sequence):
     """Each sample a number of times, all of them once, then all again, each time another random crop of 8 to 100 % of
-    the area and mirrored half of the time: what a probe is fitted to in arXiv:2111.06377. Drawn scenes are whole, as
-    they are in training, and where captions speak of left and right nothing is mirrored.
+    the area and mirrored half of the time: what a probe is fitted to in arXiv:2111.06377. Synthetic scenes are whole,
+    as they are in training, and where captions speak of left and right nothing is mirrored.
 
     Args:
         samples: to be cropped. count: of crops of each. size: pixels a side, or (height, width). seed: of the crops.

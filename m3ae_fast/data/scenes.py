@@ -18,7 +18,7 @@ class SceneObject:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What was drawn. background: a colour. objects: one to four. captions: three true ones, from short to long. facts:
+    """What was drawn. background: a color. objects: one to four. captions: three true ones, from short to long. facts:
     all that any caption could say of it. says: of each caption, the facts that it takes to be true."""
 
     background: str

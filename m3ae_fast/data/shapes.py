@@ -1,4 +1,4 @@
-"""ShapesDataset: drawn scenes with captions that say what is in them, endless and known to the last pixel."""
+"""ShapesDataset: synthetic scenes with captions that say what is in them, endless and known to the last pixel."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ PLACES = 64  # drawn for each object
 
 
 class ShapesDataset:
-    """One to four objects on a plain background, each of any shape, colour and size, anywhere.
+    """One to four objects on a plain background, each of any shape, color and size, anywhere.
 
-    Attributes are drawn independently of one another (an object only never has the background's colour), so what a
+    Attributes are drawn independently of one another (an object only never has the background's color), so what a
     masked patch held can be known from the caption and often from nothing else. Scene `index` of a seed is the same
     whenever and in whatever order it is asked for, and the same scene at every image size of one aspect. Sizes are
     shares of the shorter side.
@@ -52,7 +52,7 @@ class ShapesDataset:
         size: pixels a side, or (height, width), at least 32.
         seed: of the scenes, in [0, 2**63).
     Attributes:
-        classes: shapes, then colours; a scene's labels are those of its objects.
+        classes: shapes, then colors; a scene's labels are those of its objects.
     """
 
     flip_safe = False

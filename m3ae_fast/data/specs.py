@@ -38,8 +38,8 @@ def open_dataset(
 ):
     """The data set that a specification names, or the MixedDataset of several.
 
-        shapes                  drawn scenes, built in ("./shapes" is a folder of that name)
-        cluttered               drawn images whose colour is their label, built in
+        shapes                  synthetic scenes, built in ("./shapes" is a folder of that name)
+        cluttered               synthetic images whose color is their label, built in
         DIR                     FolderDataset: name.jpg + name.txt, or a subfolder for each class
         FILE.h5, FILE.hdf5      HDF5Dataset; FILE.h5:train and FILE.h5:val of a file of both
         FILE.jsonl, .ndjson     JSONLinesDataset

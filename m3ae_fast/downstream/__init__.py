@@ -21,7 +21,7 @@ TASKS = {  # what the command of each does
     "finetune": "Fine-tune the image encoder to classify images.",
     "ood": "Tell images of unknown kinds from those of the training classes: AUROC of two scores.",
     "attend": "Draw where in an image CLS and each word of its caption look.",
-    "project": "Draw features in two dimensions (t-SNE), coloured by class.",
+    "project": "Draw features in two dimensions (t-SNE), colored by class.",
 }
 __all__ = ["TASKS", "Chance", "Pair", "Phrase", "Question", "Result", "Statement", "accuracies", "chance", "recalls"]
 

@@ -27,7 +27,7 @@ def extract(
     tokenizer: Tokenizer | None = None,
     *,
     text: bool = False,
-    labelled: bool = True,
+    labeled: bool = True,
     cropped: bool = False,
     batch_size: int = 64,
 ) -> Features:
@@ -39,7 +39,7 @@ def extract(
         tokenizer: of the model; needed with `text`.
         text: encode each image beside its first caption (a model with a `joint_encoder`); False: images alone, whatever
             captions there are.
-        labelled: False: samples may have any labels, and the features get -1.
+        labeled: False: samples may have any labels, and the features get -1.
         cropped: images of a run of --max-patches are, too.
         batch_size: samples of a pass; it changes no feature beyond rounding.
     Raises:
@@ -53,7 +53,7 @@ def extract(
     device, cls, labels = next(model.parameters()).device, [], []
     with evaluating(model), torch.inference_mode():
         for chunk in chunks(samples, batch_size):
-            labels += [_label(sample, labelled) for sample in chunk]
+            labels += [_label(sample, labeled) for sample in chunk]
             texts = [_caption(sample) for sample in chunk] if text else None
             batch = pack_for(model, [sample.image for sample in chunk], texts, tokenizer, cropped=cropped)
             cls.append(model.encode_cls(batch.to(device)).float().cpu())
@@ -72,10 +72,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _label(sample: Sample, labelled: bool) -> int:
+def _label(sample: Sample, labeled: bool) -> int:
     if sample.image is None:
         raise ValueError(f"samples must have an image each, got none in {sample.name}")
-    if not labelled:
+    if not labeled:
         return -1
     if len(sample.labels) != 1:
         got = "none" if not sample.labels else f"{len(sample.labels)}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from m3ae_fast._settings import OPTIONS, check, documented, setting
 from m3ae_fast.data.seeds import ORDER, generator
 from m3ae_fast.train.schedule import learning_rate
-from m3ae_fast.train.trainer import make_optimiser
+from m3ae_fast.train.trainer import make_optimizer
 
 
 @documented
@@ -60,13 +60,13 @@ def train(
         chosen, order = order[:batch_size], order[batch_size:]
         return loss_of([examples[i] for i in chosen], step)
 
-    optimiser, steps = make_optimiser(model, lr=training.lr, weight_decay=0.05), training.steps
-    return descend(model, optimiser, loss_at, steps=steps, warmup=steps // 10, lr=training.lr, progress=progress)
+    optimizer, steps = make_optimizer(model, lr=training.lr, weight_decay=0.05), training.steps
+    return descend(model, optimizer, loss_at, steps=steps, warmup=steps // 10, lr=training.lr, progress=progress)
 
 
 def descend(
     model: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     loss_at: Callable[[int], Tensor],
     *,
     steps: int,
@@ -77,7 +77,7 @@ def descend(
     """Steps down a loss, the gradient's norm cut at 1; returns the loss of every step.
 
     Args:
-        optimiser: of the parameters; a group's rate is `lr` times its "scale", if it has one.
+        optimizer: of the parameters; a group's rate is `lr` times its "scale", if it has one.
         loss_at: loss_at(step) -> scalar.
         steps, warmup, lr: of `learning_rate`.
 
@@ -99,10 +99,10 @@ def descend(
                 f"step {step + 1} of fine-tuning is not finite (loss {losses[-1]:.4g}, gradient norm {norm:.4g}): "
                 "a lower lr may help"
             )
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             rate = learning_rate(step, steps=steps, warmup=warmup, peak=lr)
             group["lr"] = rate * group.get("scale", 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     model.eval()
     return losses

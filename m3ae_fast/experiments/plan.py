@@ -117,7 +117,7 @@ TABLES: dict[str, Table] = {
     ),
     "ood": Table(
         "Out of distribution: AUROC, 50 by chance",
-        "The paper says that M3AE is above MAE; its figures are not known here. Near: images of the four colours that "
+        "The paper says that M3AE is above MAE; its figures are not known here. Near: images of the four colors that "
         "the classifier was not fitted to, told from those of the other eight; every model was trained on images of "
         "all twelve, supervised with their labels, M3AE and CLIP with captions that name them. Far: scenes of `shapes`",
         (Row("MAE", "mae"), Row("M3AE", "m3ae"), Row("CLIP", "clip"), Row("supervised", "supervised")),

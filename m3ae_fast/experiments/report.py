@@ -48,7 +48,7 @@ def _about(seeds: int, scale: Scale) -> str:
         f"{scale.steps:,} steps of {scale.batch_size} images of `cluttered`. Figures are means over seeds, in percent, "
         "+/- the standard deviation over seeds. Linear classification: a closed-form probe on frozen CLS features of "
         f"{scale.train:,} whole images, scored on {scale.test:,} others; no word is read; chance is about 8 %. Below "
-        "each table, the paper's claims: the mean difference, seed by seed, and its standard error; told apart where "
+        "each table, the paper's claims: the mean difference, seed by seed, and its standard error; significant where "
         "Student's 95 % interval leaves out 0, so one in twenty is by chance. All runs are scored on the same images."
     )
 
@@ -80,7 +80,7 @@ def _verdict(claim: Claim, scores: Scores) -> str:
     error = statistics.stdev(differences) / len(differences) ** 0.5
     word = "agrees" if mean > 0 else "**disagrees**"
     if abs(mean) <= t.ppf(0.975, len(differences) - 1) * error:
-        word = "not told apart"
+        word = "not significant"
     return f"{claim.text}: {word} ({mean:+.1f}, standard error {error:.1f})"
 
 

@@ -140,11 +140,11 @@ def _model(name: str, config: RunConfig, folder: Path) -> nn.Module:
     return load_run(folder).model
 
 
-def _pixels(samples: Sequence[Sample], labelled: bool = True) -> Features:
+def _pixels(samples: Sequence[Sample], labeled: bool = True) -> Features:
     """Averages of 4 x 4 pixels, in place of features."""
     samples = list(samples)  # drawn once
     images = torch.stack([torch.from_numpy(sample.image) for sample in samples]).permute(0, 3, 1, 2)
-    labels = [sample.labels[0] if labelled else -1 for sample in samples]
+    labels = [sample.labels[0] if labeled else -1 for sample in samples]
     return Features(F.avg_pool2d(images / 255, 4).flatten(1), torch.tensor(labels, device="cpu"))
 
 
@@ -152,7 +152,7 @@ def score(encode: Callable[..., Features], scale: Scale, *, ood: bool) -> dict[s
     """Linear classification of frozen features of whole images without a word; with `ood` the AUROCs, too.
 
     Args:
-        encode: encode(samples, labelled=True) -> Features. scale: how many images. ood: see above.
+        encode: encode(samples, labeled=True) -> Features. scale: how many images. ood: see above.
     """
     train = encode(Some(ClutteredShapes(IMAGE_SIZE, TRAIN_SEED), scale.train))
     test = encode(Some(ClutteredShapes(IMAGE_SIZE, TEST_SEED), scale.test))
@@ -162,7 +162,7 @@ def score(encode: Callable[..., Features], scale: Scale, *, ood: bool) -> dict[s
         return scores
     fitted = _part(train, train.labels < KNOWN)
     probe, distance = fit_probe(fitted, classes=KNOWN), Mahalanobis(fitted)
-    far = encode(Some(ShapesDataset(IMAGE_SIZE, FAR_SEED), scale.test // 2), labelled=False)
+    far = encode(Some(ShapesDataset(IMAGE_SIZE, FAR_SEED), scale.test // 2), labeled=False)
     inside, near = _part(test, test.labels < KNOWN), _part(test, test.labels >= KNOWN)
     with torch.no_grad():
         ways = {"softmax": lambda x: max_softmax(probe(x.cls)), "Mahalanobis": lambda x: distance.score(x.cls)}

@@ -56,7 +56,7 @@ def embed_patches(conv: nn.Conv2d, images: Tensor, ids: Tensor, cu: Tensor) -> T
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor | None = None) -> tuple:
-    """(y, unsaved), or with residual (y, x + residual, unsaved): y is normalised, in the dtype of the product that
+    """(y, unsaved), or with residual (y, x + residual, unsaved): y is normalized, in the dtype of the product that
     reads it; `unsaved` is the context in which nothing saves it, `recomputed`."""
     options = {"eps": norm.eps, "dtype": product_dtype(x)}
     y = ops.layer_norm(x, norm.weight, norm.bias, residual=residual, **options)

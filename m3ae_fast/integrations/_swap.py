@@ -52,8 +52,8 @@ def _exchange(model: nn.Module, classes: Mapping[type, type]) -> None:
 
 
 def bare(kind: type | tuple[type, ...], *modules: nn.Module) -> bool:
-    """Whether each is a `kind`, or one of them, not a subclass (LoRA, quantised, parametrised), none of its parameters
-    wraps other tensors (quantised or sharded ones do) and nothing hooks into its call: then its parameters say all that
+    """Whether each is a `kind`, or one of them, not a subclass (LoRA, quantized, parametrised), none of its parameters
+    wraps other tensors (quantized or sharded ones do) and nothing hooks into its call: then its parameters say all that
     it does, and it need not be called."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     return unhooked(*modules) and all(

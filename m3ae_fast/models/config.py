@@ -45,7 +45,7 @@ class ModelConfig:
         positions: of patches, "sincos": computed from the sizes. "given": tables that the weights hold, not trained;
             sine-cosine until weights with others are loaded.
         image_mean, image_std: of uint8 pixels scaled to [0, 1], a value a channel; None: CC12M's of three channels, 0.5
-            and 0.25 of any others. Float images are taken as normalised already.
+            and 0.25 of any others. Float images are taken as normalized already.
     """
 
     image_size: int | tuple[int, int] = 256
@@ -203,7 +203,7 @@ class M3AEConfig(ModelConfig):
             (`random_mask`), in place of the two ratios.
         dirichlet_alpha: of "dirichlet" (`dirichlet_masks`), a number or one of images and one of texts: each sample
             keeps as many tokens as by "sample", but the shares of image and text are drawn.
-        norm_pix: normalise the target pixels of every patch (MAE's option; M3AE does not).
+        norm_pix: normalize the target pixels of every patch (MAE's option; M3AE does not).
         type_vectors: learn a vector for each modality, added to its tokens. MAE's own code has none.
         norm_eps: of the LayerNorms.
         max_patches: the data's images keep their aspect, each resized to at most so many patches; None: they are

@@ -66,8 +66,8 @@ class GraphedStep:
         step = GraphedStep(passes, model)
         for number, batch in loader:
             loss = step(batch, model.plan(batch, seed=0, step=number, bucket=True))
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
 
     A graph has its sizes built in, so there is one for each `Plan.bucket`: the first pass of a bucket runs as it is,
     the second is captured, and from then on a pass is four copies and one launch. Gradients are added up in memory of

@@ -45,11 +45,11 @@ class M3AEOutput:
 class Reconstruction:
     """Predictions for every token, kept or masked."""
 
-    image: Tensor  # [B, P, patch_dim] normalised pixels (row, column, channel), P as of image_mask; NaN: no patch
+    image: Tensor  # [B, P, patch_dim] normalized pixels (row, column, channel), P as of image_mask; NaN: no patch
     text_logits: Tensor  # [sum of text lengths, V]
     image_mask: Tensor  # as in M3AEOutput
     text_mask: Tensor  # likewise
-    norm_pix: bool = False  # image has been normalised by each patch's own mean and deviation, too
+    norm_pix: bool = False  # image has been normalized by each patch's own mean and deviation, too
 
 
 @dataclasses.dataclass
@@ -180,7 +180,7 @@ class M3AE(Model, FixedPositions):
         images = self._images(batch)
         image_loss = masked_mse(
             self.image_head(for_image), images, layout.image_ids_mask, layout.images_mask,
-            patch_size=self.config.patch_size, norm_pix=self.config.norm_pix, **self.patch_embed.normalisation(images),
+            patch_size=self.config.patch_size, norm_pix=self.config.norm_pix, **self.patch_embed.normalization(images),
         )  # fmt: skip
         if images.shape[0] != len(batch):
             image_loss = image_loss * (images.shape[0] / len(batch))

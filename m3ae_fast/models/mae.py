@@ -19,7 +19,7 @@ class MAE(M3AE):
     """M3AE with vocab_size 0. Takes batches of images, or the images themselves, [B, C, H, W].
 
     Args:
-        config: sizes; its text fields are ignored. Set norm_pix=True for the per-patch normalised target that the MAE
+        config: sizes; its text fields are ignored. Set norm_pix=True for the per-patch normalized target that the MAE
             paper found best.
     """
 

@@ -1,4 +1,4 @@
-"""MAMO: joint masked modelling of images and texts, with a momentum network for the targets.
+"""MAMO: joint masked modeling of images and texts, with a momentum network for the targets.
 
 Shapes: B pairs; P patches; D width; E projection; V vocabulary; packed rows [T, D].
 Source: arXiv:2210.04183; what it leaves open follows ALBEF (arXiv:2107.07651).

@@ -151,13 +151,13 @@ class _BlockNode(torch.autograd.Function):
                 grads[layer : layer + 2] = params.unbind(0)
             return ds
 
-        def normalised(s, weight, bias, eps):
+        def normalized(s, weight, bias, eps):
             return _layer_norm(to_norm, s, None, weight, bias, eps, packed.dtype)[0]
 
         if dy is not None:
             dh = product(FC2, scaled(dy, scale2), hidden, w_fc2, activation)
             if any(need[:FC2]):
-                dh = product(FC1, dh, normalised(s2, *norms[2:], eps[1]), w_fc1)
+                dh = product(FC1, dh, normalized(s2, *norms[2:], eps[1]), w_fc1)
             if any(need[:FC1]):
                 ds = norm(NORM2, dh, ds, s2, stats2, norms[2])
         if ds is not None and any(need[:NORM2]):
@@ -166,7 +166,7 @@ class _BlockNode(torch.autograd.Function):
                 dpacked = _varlen_attention_packed_backward(
                     to_attention, dh.view_as(out), None, packed, out, stats, cu, ctx.longest, None
                 )
-                dh = product(QKV, dpacked.view(len(s1), 3 * s1.shape[1]), normalised(s1, *norms[:2], eps[0]), w_qkv)
+                dh = product(QKV, dpacked.view(len(s1), 3 * s1.shape[1]), normalized(s1, *norms[:2], eps[0]), w_qkv)
             if any(need[:QKV]):
                 ds = norm(NORM1, dh, ds, s1, stats1, norms[0])
             grads[:NORM1] = ds, ds

@@ -44,7 +44,7 @@ class Linear(nn.Linear):
 class LayerNorm(nn.LayerNorm):
     """`torch.nn.LayerNorm` over the last dimension (same parameters) that can add a residual in the same pass.
 
-    Under autocast the normalised rows come out in the autocast dtype, ready for the product that reads them: the
+    Under autocast the normalized rows come out in the autocast dtype, ready for the product that reads them: the
     cast that autocast would do there, without its pass over memory.
 
     Args:

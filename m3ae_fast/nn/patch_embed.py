@@ -18,8 +18,8 @@ class PatchEmbed(nn.Module):
 
     Args:
         patch_size: pixels a side. width: D. channels: of the images.
-        mean, std: a value a channel, of pixels in [0, 1]. They normalise uint8 images; float images are taken as
-            normalised already.
+        mean, std: a value a channel, of pixels in [0, 1]. They normalize uint8 images; float images are taken as
+            normalized already.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class PatchEmbed(nn.Module):
         self.patch_size, self.mean, self.std = patch_size, mean, std
         self.proj = Linear(channels * patch_size**2, width)
 
-    def normalisation(self, images: Tensor) -> dict[str, Sequence[float] | None]:
+    def normalization(self, images: Tensor) -> dict[str, Sequence[float] | None]:
         """The mean and std that apply to these images."""
         raw = images.dtype == torch.uint8
         return {"mean": self.mean if raw else None, "std": self.std if raw else None}
@@ -44,6 +44,6 @@ class PatchEmbed(nn.Module):
         """images [N, C, H, W], ids [K] patch numbers (row by row), seqlens over the N images -> [K, D]."""
         dtype = product_dtype(self.proj.weight)
         rows = gather_patches(
-            images, ids, seqlens, patch_size=self.patch_size, dtype=dtype, **self.normalisation(images)
+            images, ids, seqlens, patch_size=self.patch_size, dtype=dtype, **self.normalization(images)
         )
         return self.proj(rows)

@@ -43,7 +43,7 @@ class Block(nn.Module):
     With `post_norm`, y = norm1(x), y = norm2(y + attn(y)), then y + mlp(y): what the LayerNorms put out goes on, as in
     BERT, whose layers begin between these LayerNorms (their last one is the next block's first, or a Transformer's).
 
-    The backward pass normalises again what the LayerNorms put out: two passes over memory, for a sixth of what a block
+    The backward pass normalizes again what the LayerNorms put out: two passes over memory, for a sixth of what a block
     would keep.
 
     Args:
@@ -133,7 +133,7 @@ class CrossBlock(Block):
     """x + attn(norm1(x), context), then x + mlp(norm2(x)): rows attend to a context, never to one another.
 
     Args:
-        width, heads, options: as of `Block`. context_width: of the context's rows, which are not normalised here.
+        width, heads, options: as of `Block`. context_width: of the context's rows, which are not normalized here.
     """
 
     def __init__(self, width: int, heads: int, *, context_width: int, **options):
@@ -190,7 +190,7 @@ class Transformer(nn.Module):
     def forward(
         self, x: Tensor, seqlens: SeqLens, rows: Tensor | None = None, rows_seqlens: SeqLens | None = None
     ) -> Tensor:
-        """x [T, D], packed sequences of `seqlens` -> [T, D], normalised.
+        """x [T, D], packed sequences of `seqlens` -> [T, D], normalized.
 
         With `rows` [R] (ascending rows of x, `rows_seqlens` of them in each sequence) -> [R, D], those rows of the
         output: the last block computes no other.

@@ -15,7 +15,7 @@ from m3ae_fast.train.recipes import RECIPES  # noqa: E402
 from m3ae_fast.train.run import Run, load_run  # noqa: E402
 from m3ae_fast.train.schedule import learning_rate  # noqa: E402
 from m3ae_fast.train.summary import Summary  # noqa: E402
-from m3ae_fast.train.trainer import Trainer, make_optimiser, pretrain  # noqa: E402
+from m3ae_fast.train.trainer import Trainer, make_optimizer, pretrain  # noqa: E402
 
 __all__ = [
     "RECIPES",
@@ -27,6 +27,6 @@ __all__ = [
     "learning_rate",
     "load_bad_step",
     "load_run",
-    "make_optimiser",
+    "make_optimizer",
     "pretrain",
 ]

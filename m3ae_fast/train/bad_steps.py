@@ -28,7 +28,7 @@ NOTE = (
 
 
 class NotFinite(FloatingPointError):
-    """A step's loss or gradient is not finite; nothing of the step is left in model and optimiser.
+    """A step's loss or gradient is not finite; nothing of the step is left in model and optimizer.
 
     Args:
         step: its number, counted from 1.
@@ -91,7 +91,7 @@ class BadStep(NamedTuple):
     def replay(self, model: nn.Module) -> list:
         """The model's outputs for the batches, with the masks, random numbers and precision of the run.
 
-        They are the run's own, to the bit, where the model has the weights it had then: bad steps change none, so
+        They are bitwise the run's own where the model has the weights it had then: bad steps change none, so
         `--resume --stop-after` the step before makes them. Of several processes, a model that compares pairs has here
         those of one of them alone.
 
@@ -106,8 +106,8 @@ class BadStep(NamedTuple):
 
 def save_bad_step(path: Path, step: int, config: RunConfig, reason: str, batches: list[ImageTextBatch]) -> None:
     """Write a safetensors file: of each batch `<number>.images`, `.text`, `.text_lengths`, `.has_image`,
-    `.sample_ids`, `.labels`, `.facts`, `.says`, `.grids`, as far as it has them; the rest is JSON in the metadata's entry
-    `m3ae_fast`.
+    `.sample_ids`, `.labels`, `.facts`, `.says`, `.grids`, as far as it has them; the rest is JSON in the metadata's
+    entry `m3ae_fast`.
 
     Args:
         path: of the file; its folder is made if need be.

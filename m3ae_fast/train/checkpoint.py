@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file each, written atomically, verified in full when read. A sharded model's are folders
 (`m3ae_fast.train.sharded`), which hold the same; either is read into either.
 
-Tensors are named `model.<parameter>`, `optimiser.<parameter>.<moment>` and `ema.<parameter>`. The file's metadata holds
+Tensors are named `model.<parameter>`, `optimizer.<parameter>.<moment>` and `ema.<parameter>`. The file's metadata holds
 one entry, `m3ae_fast`: JSON with the step, the configuration, the counts of bad steps, in fp16 the loss scale, and a
 SHA-256 over all of it, tensors included.
 """
@@ -26,14 +26,14 @@ FORMAT = 1
 
 class Checkpoint(NamedTuple):
     """step: steps taken. config: the run's configuration (RunConfig.to_dict). model: its state dict.
-    optimiser: {parameter name: {moment name: tensor}}. bad_steps: those skipped, in all and just before this one.
+    optimizer: {parameter name: {moment name: tensor}}. bad_steps: those skipped, in all and just before this one.
     average: {parameter name: averaged}, empty where the run keeps none.
     loss_scale: the state of the loss scaler, empty but in fp16."""
 
     step: int
     config: dict
     model: dict[str, Tensor]
-    optimiser: dict[str, dict[str, Tensor]]
+    optimizer: dict[str, dict[str, Tensor]]
     bad_steps: tuple[int, int] = (0, 0)
     average: dict[str, Tensor] = {}  # noqa: RUF012  never changed
     loss_scale: dict = {}  # noqa: RUF012  never changed
@@ -44,7 +44,7 @@ def save(
     step: int,
     config: dict,
     model: nn.Module,
-    optimiser: torch.optim.Optimizer | None,
+    optimizer: torch.optim.Optimizer | None,
     bad_steps: tuple[int, int] = (0, 0),
     average: Average | None = None,
     scaler: torch.amp.GradScaler | None = None,
@@ -57,10 +57,10 @@ def save(
         OSError: it cannot be written (a full disk); it names the path and leaves nothing behind.
     """
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    if optimiser is not None:
+    if optimizer is not None:
         for name, parameter in model.named_parameters():
-            for moment, value in optimiser.state.get(parameter, {}).items():
-                tensors[f"optimiser.{name}.{moment}"] = value
+            for moment, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{moment}"] = value
     if average is not None:
         tensors |= {f"ema.{name}": value for name, value in average.weights.items()}
     header = {"format": FORMAT, "step": step, "config": config, "bad_steps": list(bad_steps)}
@@ -129,7 +129,7 @@ def _load_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
 def restore(
     checkpoint: Checkpoint,
     model: nn.Module,
-    optimiser: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     average: Average | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> None:
@@ -138,14 +138,14 @@ def restore(
     into = model.state_dict()
     placed = distributed.placed_like
     model.load_state_dict({n: placed(value, into[n]) if n in into else value for n, value in checkpoint.model.items()})
-    if optimiser is not None:
+    if optimizer is not None:
         for name, parameter in model.named_parameters():
-            if name in checkpoint.optimiser:
+            if name in checkpoint.optimizer:
                 # AdamW keeps `step` on the CPU, or fused where the parameter is, but whole; moments are placed as it is
-                device = parameter.device if optimiser.defaults.get("fused") else "cpu"
-                optimiser.state[parameter] = {
+                device = parameter.device if optimizer.defaults.get("fused") else "cpu"
+                optimizer.state[parameter] = {
                     moment: value.to(device, copy=True) if moment == "step" else placed(value, parameter)
-                    for moment, value in checkpoint.optimiser[name].items()
+                    for moment, value in checkpoint.optimizer[name].items()
                 }
     if average is not None:
         average.weights = {name: placed(checkpoint.average[name], value) for name, value in average.weights.items()}

@@ -72,7 +72,7 @@ class KNNProbe:
 
     def _read(self, dataset: Sequence[Sample] | MixedDataset, image_size: int) -> list[ImageTextBatch]:
         make = functools.partial(
-            Loader, dataset, None, image_size=image_size, seed=SEED, augment=False, labelled_only=True,
+            Loader, dataset, None, image_size=image_size, seed=SEED, augment=False, labeled_only=True,
             rank=distributed.rank(), world_size=distributed.world_size(), strict=self._config.strict,
         )  # fmt: skip
         batches = first_batches(make, min(len(dataset), self._config.knn_samples), self._config)

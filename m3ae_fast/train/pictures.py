@@ -311,7 +311,7 @@ def _captions(
 
 
 def unpatchify(patches: Tensor, config: ModelConfig, grid: tuple[int, int] | None = None) -> Tensor:
-    """[B, P, patch_dim] normalised pixels (row, column, channel) -> [B, H, W, C] uint8; grid: None: the config's."""
+    """[B, P, patch_dim] normalized pixels (row, column, channel) -> [B, H, W, C] uint8; grid: None: the config's."""
     (rows, columns), size = grid or config.grid, config.patch_size
     image = patches.view(-1, rows, columns, size, size, config.channels).transpose(2, 3)
     image = image.reshape(-1, rows * size, columns * size, config.channels)
@@ -321,7 +321,7 @@ def unpatchify(patches: Tensor, config: ModelConfig, grid: tuple[int, int] | Non
 
 
 def with_patch_statistics(patches: Tensor, images: Tensor, config: ModelConfig) -> Tensor:
-    """What a model of norm_pix predicts, as normalised pixels: with the mean and deviation of the original's patches.
+    """What a model of norm_pix predicts, as normalized pixels: with the mean and deviation of the original's patches.
 
     Args:
         patches: [B, P, patch_dim]. images: [B, H, W, C] uint8, the originals.

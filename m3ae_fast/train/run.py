@@ -240,7 +240,7 @@ def make_loader(dataset, tokenizer: Tokenizer | None, model: Model, config: RunC
         dataset, tokenizer, image_size=model.config.image_size, max_text_length=model.config.max_text_length,
         max_patches=model.config.max_patches, patch_size=model.config.patch_size,
         rank=distributed.rank(), world_size=distributed.world_size(), strict=config.strict,
-        pairs_only=model.CAPTIONS == "required", labelled_only=model.LABELS, **options,
+        pairs_only=model.CAPTIONS == "required", labeled_only=model.LABELS, **options,
     )  # fmt: skip
 
 

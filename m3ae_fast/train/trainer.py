@@ -99,7 +99,7 @@ class Trainer:
 
     Attributes:
         config: everything resolved. folder: of the run. done: steps taken, the bad ones too.
-        model, optimiser, device; average: of the weights, or None. tokenizer: None for a model of images alone.
+        model, optimizer, device; average: of the weights, or None. tokenizer: None for a model of images alone.
         scaler: of the loss, enabled in fp16 alone.
         spread: the model as it is called in training, by DDP for instance. loader: gives the batches.
         dataset: trained on. held_out: for validation, or None.
@@ -154,7 +154,7 @@ class Trainer:
             self.model, self.device, shard=config.shard, dtype=precision.DTYPES[config.precision],
             unused=not self.model.ALL_GRADIENTS,
         )  # fmt: skip
-        self.optimiser = make_optimiser(self.model, lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizer = make_optimizer(self.model, lr=config.lr, weight_decay=config.weight_decay)
         self.average = Average(self.model, config.ema) if config.ema else None
         self.scaler = precision.loss_scaler(config.precision, self.device)
         self.graphed = None
@@ -172,7 +172,7 @@ class Trainer:
             before = run.extended(before, self.config)
         run.refuse_differences(path, before, self.config)
         run.warn_of_other_readers(before, self.config, self.dataset)
-        checkpoint.restore(saved, self.model, self.optimiser, self.average, self.scaler)
+        checkpoint.restore(saved, self.model, self.optimizer, self.average, self.scaler)
         self.done, self.bad_steps = saved.step, BadSteps(self.folder, self.config, *saved.bad_steps)
 
     def __enter__(self) -> Trainer:
@@ -246,7 +246,7 @@ class Trainer:
         lr = learning_rate(self.done, steps=config.steps, warmup=config.warmup, peak=config.lr)
         try:
             losses = train_step(
-                self.spread, self.optimiser, micro_batches, config, self.done, lr, self.device, self.scaler,
+                self.spread, self.optimizer, micro_batches, config, self.done, lr, self.device, self.scaler,
                 self.graphed,
             )  # fmt: skip
             self.bad_steps.in_a_row = 0
@@ -285,7 +285,7 @@ class Trainer:
         counts = (self.bad_steps.total, self.bad_steps.in_a_row)
         self._newest = path = checkpoint.step_path(self.checkpoints, self.done, shards=self.sharded)
         checkpoint.save(
-            path, self.done, self.config.to_dict(), self.model, self.optimiser, counts, self.average, self.scaler
+            path, self.done, self.config.to_dict(), self.model, self.optimizer, counts, self.average, self.scaler
         )
         if self.is_first:
             checkpoint.keep_last(self.checkpoints)
@@ -385,7 +385,7 @@ def planner(model: Model, config: RunConfig) -> Callable[[ImageTextBatch, int], 
 
 def train_step(
     model: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     micro_batches: list[tuple[ImageTextBatch, BatchPlan | None]],
     config: RunConfig,
     step: int,
@@ -394,12 +394,12 @@ def train_step(
     scaler: torch.amp.GradScaler,
     graphed: GraphedStep | None = None,
 ) -> dict[str, float]:
-    """One optimiser step over the mean loss of the micro-batches; returns the means of the model's METRICS, and in fp16
+    """One optimizer step over the mean loss of the micro-batches; returns the means of the model's METRICS, and in fp16
     the loss_scale of the step.
 
     Micro-batches lie on the host, for a GPU in page-locked memory, each with its plan where the model plans ahead.
     Both are means over all processes, too: these have the same number of samples each.
-    NotFinite: one of them or the gradient is not finite; then model and optimiser are as they were, in all processes.
+    NotFinite: one of them or the gradient is not finite; then model and optimizer are as they were, in all processes.
     graphed: of `passes`, which it stands for.
     """
     torch.manual_seed(mixed_seed(config.seed, step))
@@ -414,7 +414,7 @@ def train_step(
         drawn = {"seed": config.seed, "step": step} if plan is None else {"plan": plan.to(device)}
         with distributed.summing_gradients(model, number == len(micro_batches)):
             totals += passes(model, batch.to(device), config, scaler, **drawn)
-    scaler.unscale_(optimiser)
+    scaler.unscale_(optimizer)
     total_norm = nn.utils.get_total_norm(p.grad for p in own.parameters() if p.grad is not None)
     totals = distributed.mean(totals)
     norm = distributed.whole(total_norm).reshape(1)
@@ -424,16 +424,16 @@ def train_step(
         values["loss_scale"] = scaler.get_scale()  # the device is idle: no wait
         scaler.update()
     if not all(map(math.isfinite, (*values.values(), norm))):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         for buffer, before in zip(own.buffers(), buffers, strict=True):
             buffer.copy_(before)
         raise NotFinite(step + 1, values, norm)
     if config.grad_clip and norm + 1e-6 > config.grad_clip:  # else the factor is 1, and costs two passes over memory
         nn.utils.clip_grads_with_norm_(own.parameters(), config.grad_clip, total_norm)
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = lr
-    optimiser.step()
-    optimiser.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
     own.update_target()
     return values
 
@@ -450,7 +450,7 @@ def passes(model: nn.Module, batch: ImageTextBatch, config: RunConfig, scaler: t
     return torch.stack(values) / config.accumulate
 
 
-def make_optimiser(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW (.9, .95), fused on CPUs and CUDA; weight decay on matrices only: not on biases, norms, embeddings, CLS,
     type and mask tokens.
 

@@ -326,7 +326,7 @@ def test_a_model_fine_tuned_on_the_mean_says_what_becomes_of_its_norm(tmp_path, 
 
 
 @pytest.mark.parametrize(("name", "norm_pix"), [("mae_pretrain_vit_base", True), ("mae_visualize_vit_large", False)])
-def test_normalised_pixels_follow_from_the_kind_of_file(tmp_path, published, name, norm_pix):
+def test_normalized_pixels_follow_from_the_kind_of_file(tmp_path, published, name, norm_pix):
     assert load_vit(saved(tmp_path / f"{name}.pth", published), **HEADS).config.norm_pix == norm_pix
     assert load_vit(tmp_path / f"{name}.pth", **HEADS, norm_pix=not norm_pix).config.norm_pix != norm_pix
 

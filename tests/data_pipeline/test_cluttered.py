@@ -44,7 +44,7 @@ def test_the_caption_says_the_label_twice_and_no_other():
 
 
 def test_the_label_is_in_the_pixels_but_in_few():
-    """Some pixels come as near to the label's colour as noise lets them, and they are a small part of the image."""
+    """Some pixels come as near to the label's color as noise lets them, and they are a small part of the image."""
     data, shares = ClutteredShapes(48), []
     for i in range(100):
         sample = data[i]

@@ -15,7 +15,7 @@ from m3ae_fast.data.seeds import SAMPLE, generator
 
 
 def smooth(height: int, width: int) -> Image.Image:
-    """Red grows to the right, green downwards: what is where shows in the colours, at any scale."""
+    """Red grows to the right, green downwards: what is where shows in the colors, at any scale."""
     y, x = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([255 * x / width, 255 * y / height, 0 * x], -1).astype(np.uint8))
 
@@ -187,7 +187,7 @@ def test_formats(kind):
     if kind in ("WEBP", "GIF", "TIFF", "PNG"):
         options |= {"save_all": True, "append_images": [Image.new("RGB", (60, 40))]}
     got = EncodedImage(encoded(image, kind, **options), "x.png").decoded()
-    tolerance = {"JPEG": 6, "GIF": 20}.get(kind, 0)  # 256 colours
+    tolerance = {"JPEG": 6, "GIF": 20}.get(kind, 0)  # 256 colors
     np.testing.assert_allclose(got.astype(int), np.asarray(image, int), atol=tolerance)
 
 

@@ -360,7 +360,7 @@ def test_bad_samples_are_replaced_by_the_next_good_one(workers):
     assert stream.counters["images_skipped"] >= 4 and stream.counters["seen"] == 20
 
 
-def test_neighbouring_bad_samples_count_each_time():
+def test_neighboring_bad_samples_count_each_time():
     stream = loader(Marked(4, bad=[0, 1, 2]), batch_size=4)
     with pytest.warns(M3AEFastWarning):
         assert indices(take(stream, 2)) == [3] * 8
@@ -436,7 +436,7 @@ class Unlike(Marked):
         return Sample("cannot be decoded", (), sample.name)
 
 
-@pytest.mark.parametrize("option, kind", [("pairs_only", "unpaired"), ("labelled_only", "unlabelled")])
+@pytest.mark.parametrize("option, kind", [("pairs_only", "unpaired"), ("labeled_only", "unlabeled")])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_is_not_wanted_is_left_out(monkeypatch, option, kind, workers):
     monkeypatch.setattr(loader_module, "MAX_TRIES", 2)

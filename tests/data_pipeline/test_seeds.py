@@ -11,5 +11,5 @@ def test_keys_never_meet():
     draws = [tuple(generator(*key).integers(2**62, size=2)) for key in keys]
     assert len(set(draws)) == len(keys)
     assert draws == [tuple(generator(*key).integers(2**62, size=2)) for key in keys]
-    neighbours = [generator(0, SAMPLE, 0, i).integers(2**62, size=64) for i in range(8)]
-    assert len(np.unique(neighbours)) == 8 * 64, "nor does one item's stream run on into the next one's"
+    neighbors = [generator(0, SAMPLE, 0, i).integers(2**62, size=64) for i in range(8)]
+    assert len(np.unique(neighbors)) == 8 * 64, "nor does one item's stream run on into the next one's"

@@ -88,7 +88,7 @@ def test_the_report_says_what_agrees_and_what_does_not(tmp_path):
     assert "| untrained | 50.0 +/- 0.0 | - |" in text
     assert "M3AE is above MAE: agrees (+50.0, standard error 0.6)" in text
     assert "CLIP is above M3AE: **disagrees** (-11.0, standard error 0.6)" in text
-    assert "supervised training is above CLIP: not told apart (+0.3, standard error 5.8)" in text
+    assert "supervised training is above CLIP: not significant (+0.3, standard error 5.8)" in text
     assert (tmp_path / "objectives.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "experiments.json").read_text())["scores"]["clip"] == [{"linear": 70.0}] * 3
 

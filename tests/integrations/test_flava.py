@@ -27,7 +27,7 @@ def told(monkeypatch):
 
 
 def make_model(dtype=torch.float32, **options):
-    """A model with two layers each, every parameter other than it is initialised: biases of 0 would hide errors."""
+    """A model with two layers each, every parameter other than it is initialized: biases of 0 would hide errors."""
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64} | options
     config = FlavaConfig(
         image_config=shape | {"image_size": 32, "patch_size": 8, "vocab_size": IMAGE_VOCABULARY},
@@ -366,7 +366,7 @@ def test_logits_scores_and_what_gelu_puts_out_are_not_stored():
     assert 2 * len(hidden(ours)) == len(hidden(theirs)) == 20
 
 
-def test_layers_normalise_again_instead_of_storing(monkeypatch):
+def test_layers_normalize_again_instead_of_storing(monkeypatch):
     """The profiler counts what is allocated and not freed; hooks of ours would keep `recomputed` from working."""
     model = accelerated(make_model())
     encoder = model.flava.image_model.encoder

@@ -79,7 +79,7 @@ def plain_predictions(model, patches, words, image, text, every=False):
 
 
 def plain_losses(model, batch, plan):
-    """(loss, image loss, text loss) of a batch whose images are normalised."""
+    """(loss, image loss, text loss) of a batch whose images are normalized."""
     size, images, words = model.config.patch_size, iter(batch.images), batch.text.split(batch.text_lengths.lengths)
     image_loss = text_loss = 0.0
     for has, own, image, text in zip(batch.has_image, words, each(plan.image), each(plan.text), strict=True):

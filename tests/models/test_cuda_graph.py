@@ -20,16 +20,16 @@ def make_batch(config: ModelConfig, seed: int, lengths: list[int] = LENGTHS) -> 
 
 
 def make_step(model):
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True)
 
     def step(batch, plan):
         if isinstance(model, MAMO):
             model.update_target()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda", torch.bfloat16):
             loss = model(batch, plan=plan).loss
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         return loss.detach()
 
     return step

@@ -26,7 +26,7 @@ def make_model(kind=M3AE, **changes):
 
 
 def make_batch(samples=range(5)):
-    """Images that are normalised already, in fp64."""
+    """Images that are normalized already, in fp64."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(5, 3, 16, 16, generator=generator, dtype=torch.float64)
     words = torch.randint(0, 53, (5, 12), generator=generator, dtype=torch.int32)

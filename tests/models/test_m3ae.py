@@ -193,23 +193,23 @@ def test_shared_masking_is_one_mask_a_batch():
     assert torch.equal(out.text_mask[0, :4], out.text_mask[2, :4])
 
 
-def test_float_images_are_taken_as_normalised(model):
+def test_float_images_are_taken_as_normalized(model):
     batch = make_batch()
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (CONFIG.image_mean, CONFIG.image_std))
     images = (batch.images / 255 - mean) / std
-    normalised = ImageTextBatch(images, batch.text, batch.text_lengths)
-    torch.testing.assert_close(model(normalised, seed=0).loss, model(batch, seed=0).loss)
+    normalized = ImageTextBatch(images, batch.text, batch.text_lengths)
+    torch.testing.assert_close(model(normalized, seed=0).loss, model(batch, seed=0).loss)
 
 
 @pytest.mark.parametrize("channels", [1, 9, 16])
 def test_images_may_have_any_channels(channels):
-    """uint8 images are normalised channel by channel, by 0.5 and 0.25 where nothing else is said."""
+    """uint8 images are normalized channel by channel, by 0.5 and 0.25 where nothing else is said."""
     config = dataclasses.replace(CONFIG, channels=channels, image_mean=None, image_std=None, image_size=(16, 24))
     assert config.image_mean == (0.5,) * channels and config.image_std == (0.25,) * channels
     config.image_mean = tuple(0.1 + 0.05 * c for c in range(channels))
     model, images = M3AE(config), torch.randint(0, 256, (2, channels, 16, 24), dtype=torch.uint8)
-    normalised = (images / 255 - torch.tensor(config.image_mean).view(1, -1, 1, 1)) / 0.25
-    out, expected = model(ImageTextBatch(images), seed=0), model(ImageTextBatch(normalised), seed=0)
+    normalized = (images / 255 - torch.tensor(config.image_mean).view(1, -1, 1, 1)) / 0.25
+    out, expected = model(ImageTextBatch(images), seed=0), model(ImageTextBatch(normalized), seed=0)
     torch.testing.assert_close(out.loss, expected.loss)
     assert model.reconstruct(ImageTextBatch(images), seed=0).image.shape == (2, 24, 16 * channels)
     texts = ImageTextBatch(None, torch.arange(5), [2, 3])
@@ -307,7 +307,7 @@ def test_sizes_of_the_paper():
         ({"heads": 5}, "width must be a multiple of heads, got 32 and 5"),
         ({"image_mask_ratio": 1.0}, r"image_mask_ratio must be in \[0, 1\), got 1.0"),
         ({"masking": "none"}, "masking must be one of"),
-        ({"colour": 1}, "got colour"),
+        ({"color": 1}, "got color"),
         ({"image_std": (0, 1, 1)}, "image_std must be positive"),
         ({"image_mean": (1, 2)}, "image_mean must have 3 values"),
         ({"image_size": (16,)}, r"image_size must be pixels a side or \(height, width\), got \(16,\)"),

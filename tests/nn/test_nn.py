@@ -169,12 +169,12 @@ def test_patch_embed_reads_kept_patches():
     images = torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8)
     ids, seqlens = torch.tensor([5, 0, 2]), SeqLens([1, 2])
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (layer.mean, layer.std))
-    normalised = (images / 255 - mean) / std
+    normalized = (images / 255 - mean) / std
     kernel = layer.proj.weight.view(WIDTH, 4, 4, 3).permute(0, 3, 1, 2)
-    everything = F.conv2d(normalised, kernel, layer.proj.bias, stride=4).flatten(2).transpose(1, 2)
+    everything = F.conv2d(normalized, kernel, layer.proj.bias, stride=4).flatten(2).transpose(1, 2)
     expected = torch.stack([everything[0, 5], everything[1, 0], everything[1, 2]])
     torch.testing.assert_close(layer(images, ids, seqlens), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(layer(normalised, ids, seqlens), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(normalized, ids, seqlens), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_state_dicts_are_torchs(transformer):

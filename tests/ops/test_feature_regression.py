@@ -70,7 +70,7 @@ def test_defaults_are_the_mean_of_squares_row_by_row(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_flat_target_stays_flat(impl, isa):
-    """A row of one value is 0 when normalised: rounding must not be blown up by 1 / sqrt(1e-6)."""
+    """A row of one value is 0 when normalized: rounding must not be blown up by 1 / sqrt(1e-6)."""
     target = torch.arange(0.1, 250, 10)[:, None].expand(25, 768).contiguous()
     loss = feature_regression(torch.zeros(25, 768), target, reduction="none", impl=impl)
     assert float(loss.max()) <= (0.0 if impl != "reference" else 1e-6)
@@ -324,7 +324,7 @@ def test_the_reference_compiles_whole(case):
 @pytest.mark.skipif("cpp" not in testing.impls("feature_regression"), reason="other backends take no fp64")
 @pytest.mark.parametrize(("distance", "normalize"), [("l2", True), ("l1", True), ("cosine", True), ("cosine", False)])
 def test_fp64_features_of_any_size(distance, normalize, isa, poison):
-    """Squares of 2^900 are infinite; a power of two changes no digit of what is normalised."""
+    """Squares of 2^900 are infinite; a power of two changes no digit of what is normalized."""
     pred, target, rows, _ = problem()
     results = []
     for exponent in (400, 900, 1016):

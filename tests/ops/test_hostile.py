@@ -60,7 +60,7 @@ def limit_memory(more):
 
 
 def misfits(x):
-    """(Values that fit an argument's place, but not its neighbours; whether they must be refused.)"""
+    """(Values that fit an argument's place, but not its neighbors; whether they must be refused.)"""
     if isinstance(x, torch.Tensor):
         yield x.unsqueeze(0), True
         yield x.flatten()[:0], x.dim() > 1

@@ -81,7 +81,7 @@ def test_alignments(impl, dtype, unaligned, width):
     torch.testing.assert_close((outputs, gradients), (expected, expected_gradients))
 
 
-def test_the_sum_is_normalised_as_it_was_rounded(impl):
+def test_the_sum_is_normalized_as_it_was_rounded(impl):
     """bf16: y equals the norm of the s that is returned, not of a finer sum that nobody sees."""
     x, residual = rows(64, 40, dtype=BF16), rows(64, 40, dtype=BF16, seed=1)
     y, s = layer_norm(x, None, None, residual=residual, dtype=FP32, impl=impl)

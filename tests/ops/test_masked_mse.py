@@ -29,7 +29,7 @@ def problem(patch=4, seed=0, counts=(3, 0, 12)):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (len(counts), 3, 3 * patch, 4 * patch), generator=generator, dtype=torch.uint8)
     images[:, :, :patch] //= 90
-    images[-1, :, -patch:, -patch:] = 77  # a patch of one colour
+    images[-1, :, -patch:, -patch:] = 77  # a patch of one color
     padded = torch.randn(len(counts), 12, 3 * patch * patch, generator=generator)
     ids = [torch.randperm(12, generator=generator)[:count].sort()[0] for count in counts]
     mask = torch.zeros(len(counts), 12, dtype=torch.float64)
@@ -81,7 +81,7 @@ def test_images_may_be_one_and_the_same(impl, isa, poison):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_flat_patches_stay_flat(impl, layout, isa):
-    """In a patch of one colour the normalised target is 0 exactly: rounding must not be blown up by 1 / sqrt(1e-6)."""
+    """In a patch of one color the normalized target is 0 exactly: rounding must not be blown up by 1 / sqrt(1e-6)."""
     images = torch.arange(0, 250, 10, dtype=torch.uint8)[:, None, None, None].expand(25, 3, 16, 16)
     images = images.contiguous(memory_format=layout)
     options = {"patch_size": 16, "norm_pix": True, "reduction": "none", "impl": impl}
@@ -275,7 +275,7 @@ def test_cuda_refuses_many_channels_and_large_patches(impl):
 
 @pytest.mark.skipif("cpp" not in testing.impls("masked_mse"), reason="other backends take no fp64")
 def test_fp64_patches_of_any_size(isa):
-    """Squares of 2^900 are infinite; a power of two changes no digit of a normalised patch."""
+    """Squares of 2^900 are infinite; a power of two changes no digit of a normalized patch."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, 8, 8, generator=generator, dtype=torch.float64)
     pred = torch.randn(3, 48, generator=generator, dtype=torch.float64, requires_grad=True)

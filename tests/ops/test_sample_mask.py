@@ -108,7 +108,7 @@ def test_positions_are_kept_evenly():
 
 
 def test_pairs_of_positions_are_kept_evenly():
-    """Neighbours share a counter: how often two are kept together must be as chance has it, for every distance."""
+    """Neighbors share a counter: how often two are kept together must be as chance has it, for every distance."""
     samples, length, keep = 4000, 64, 16
     kept = torch.zeros(samples, length)
     kept.scatter_(1, sample_mask([length] * samples, keep, seed=7).ids_keep.view(samples, keep).long(), 1.0)

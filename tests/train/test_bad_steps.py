@@ -47,8 +47,8 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(train, breaks, tmp_path
     after = checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints"))
     assert (before.step, before.bad_steps, after.step, after.bad_steps) == (4, (0, 0), 5, (1, 1))
     assert same(before.model, after.model)
-    assert before.optimiser.keys() == after.optimiser.keys()
-    assert all(same(before.optimiser[name], after.optimiser[name]) for name in before.optimiser)
+    assert before.optimizer.keys() == after.optimizer.keys()
+    assert all(same(before.optimizer[name], after.optimizer[name]) for name in before.optimizer)
     assert [str(w.message) for w in counted_warnings if "step 5 is not finite (loss" in str(w.message)]
 
     taken = train(steps=6, resume=True)

@@ -20,16 +20,16 @@ CONFIG = {"steps": 12, "model_config": {"width": 8}}
 def trained():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5))
-    optimiser = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(3, 7)).square().mean().backward()
-    optimiser.step()
-    return model, optimiser
+    optimizer.step()
+    return model, optimizer
 
 
 def test_everything_comes_back_to_the_bit(trained, tmp_path):
-    model, optimiser = trained
+    model, optimizer = trained
     path = checkpoint.step_path(tmp_path, 5)
-    checkpoint.save(path, 5, CONFIG, model, optimiser)
+    checkpoint.save(path, 5, CONFIG, model, optimizer)
     saved = checkpoint.load(path)
     assert (saved.step, saved.config) == (5, CONFIG)
     other = nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5))
@@ -38,7 +38,7 @@ def test_everything_comes_back_to_the_bit(trained, tmp_path):
     for name, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[name])
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        before, after = optimiser.state[ours], fresh.state[theirs]
+        before, after = optimizer.state[ours], fresh.state[theirs]
         assert before.keys() == after.keys() >= {"step", "exp_avg", "exp_avg_sq"}
         assert all(
             torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before
@@ -47,12 +47,12 @@ def test_everything_comes_back_to_the_bit(trained, tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="what is mapped is told by /proc")
 def test_what_is_restored_does_not_keep_the_file_in_memory(trained, tmp_path):
-    model, optimiser = trained
+    model, optimizer = trained
     path, average = checkpoint.step_path(tmp_path, 5), Average(model, 0.9)
-    checkpoint.save(path, 5, CONFIG, model, optimiser, average=average)
+    checkpoint.save(path, 5, CONFIG, model, optimizer, average=average)
     saved = checkpoint.load(path)
     assert str(path) in Path("/proc/self/maps").read_text()
-    checkpoint.restore(saved, model, optimiser, average)
+    checkpoint.restore(saved, model, optimizer, average)
     del saved
     assert str(path) not in Path("/proc/self/maps").read_text()
 

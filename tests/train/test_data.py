@@ -259,7 +259,7 @@ def test_what_has_no_label_does_not_train_a_supervised_model(config, tmp_path, c
     settings = {"data": str(tmp_path / "x.jsonl"), "objective": "supervised", "steps": 4, "strict": True}
     with pytest.warns(M3AEFastWarning, match="labels are wanted, there is none; left out"):
         summary = pretrain(config(**settings), tmp_path / "run", progress=False)
-    assert set(summary.skipped) == {"unlabelled"} and summary.bad == [] and summary.counters["images_skipped"] == 0
+    assert set(summary.skipped) == {"unlabeled"} and summary.bad == [] and summary.counters["images_skipped"] == 0
     print_data(summary)
     out = capsys.readouterr().out
-    assert "not of the kind wanted: unlabelled" in out and "damaged" not in out
+    assert "not of the kind wanted: unlabeled" in out and "damaged" not in out

@@ -20,13 +20,13 @@ def test_a_run_draws_both_pictures(config, tmp_path):
         assert min(image.shape[:2]) > 500 and image.std() > 10
 
 
-def test_unpatchify_undoes_patches_and_normalisation():
+def test_unpatchify_undoes_patches_and_normalization():
     config = M3AEConfig.tiny(image_size=(16, 32))
     image = torch.randint(0, 256, (2, 16, 32, 3), dtype=torch.uint8)
-    normalised = (image / 255 - torch.tensor(config.image_mean)) / torch.tensor(config.image_std)
+    normalized = (image / 255 - torch.tensor(config.image_mean)) / torch.tensor(config.image_std)
     rows, columns = config.grid
     patches = torch.stack(
-        [normalised[:, 8 * r : 8 * r + 8, 8 * c : 8 * c + 8].flatten(1) for r in range(rows) for c in range(columns)], 1
+        [normalized[:, 8 * r : 8 * r + 8, 8 * c : 8 * c + 8].flatten(1) for r in range(rows) for c in range(columns)], 1
     )
     assert torch.equal(pictures.unpatchify(patches, config), image)
     mask = torch.zeros(8, dtype=torch.bool)

@@ -94,13 +94,13 @@ def test_an_overflow_is_a_bad_step_and_halves_the_scale(train, scales, tmp_path,
     assert all(map(math.isfinite, column(folder, "loss"))), "the loss itself is not scaled"
     assert "loss_scale 1.678e+07, gradient norm" in str(counted_warnings[0].message)
     before = checkpoint.load(checkpoint.latest(folder / "checkpoints"))
-    assert (before.bad_steps, before.loss_scale["scale"]) == ((3, 3), 2.0**21) and not before.optimiser
+    assert (before.bad_steps, before.loss_scale["scale"]) == ((3, 3), 2.0**21) and not before.optimizer
 
     train("run", precision="fp16", steps=20, resume=True, max_bad_steps=20)
     after = checkpoint.load(checkpoint.latest(folder / "checkpoints"))
     bad = column(folder, "bad_steps")[-1]
     assert 3 < bad < 20 and after.loss_scale["scale"] == 2.0 ** (24 - bad)
-    taken = {int(moments["step"]) for moments in after.optimiser.values()}
+    taken = {int(moments["step"]) for moments in after.optimizer.values()}
     assert taken == {20 - bad}, "steps that were skipped are no steps of AdamW"
 
 

@@ -20,7 +20,7 @@ from m3ae_fast.train.sharded_metadata import METADATA, read_metadata
 from tests.altered_pickles import altered, counts_apart
 
 TENSORS = {"model.a": torch.arange(6.0).reshape(2, 3), "model.b": torch.ones(4, dtype=torch.bfloat16)}
-TENSORS |= {"optimiser.a.step": torch.tensor(3.0), "model.none": torch.ones(0, 2, dtype=torch.int64)}
+TENSORS |= {"optimizer.a.step": torch.tensor(3.0), "model.none": torch.ones(0, 2, dtype=torch.int64)}
 
 
 @pytest.fixture

@@ -26,10 +26,10 @@ def at_step(monkeypatch):
     step = trainer.train_step
 
     def hook(number, do):
-        def hooked(model, optimiser, micro_batches, config, done, *rest):
+        def hooked(model, optimizer, micro_batches, config, done, *rest):
             if done + 1 == number:
                 do()
-            return step(model, optimiser, micro_batches, config, done, *rest)
+            return step(model, optimizer, micro_batches, config, done, *rest)
 
         monkeypatch.setattr(trainer, "train_step", hooked)
 
@@ -230,10 +230,10 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_run(train, tmp_path):
 
 def test_decay_is_for_matrices_alone(config):
     model = M3AE(M3AEConfig.tiny(vocab_size=50))
-    optimiser = trainer.make_optimiser(model, lr=1e-3, weight_decay=0.05)
+    optimizer = trainer.make_optimizer(model, lr=1e-3, weight_decay=0.05)
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, others = ({names[id(p)] for p in group["params"]} for group in optimiser.param_groups)
-    assert [group["weight_decay"] for group in optimiser.param_groups] == [0.05, 0.0]
+    decayed, others = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
     assert decayed | others == set(names.values()) and not decayed & others
     assert all(name.endswith(".weight") for name in decayed) and "text_head.weight" in decayed
     assert {"text_embedding.weight", "cls_token", "image_type", "text_mask_token", "text_head.bias"} <= others
@@ -344,7 +344,7 @@ def test_gradients_are_scaled_where_they_are_too_long_alone(config, tmp_path, mo
     scale, calls, norms = torch.nn.utils.clip_grads_with_norm_, [], []
     monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", lambda *args: calls.append(args) or scale(*args))
     with Trainer(config(grad_clip=most), tmp_path / "run") as trained:
-        trained.optimiser.register_step_pre_hook(
+        trained.optimizer.register_step_pre_hook(
             lambda *_: norms.append(torch.nn.utils.get_total_norm(p.grad for p in trained.model.parameters()).item())
         )
         trained.step()
@@ -462,11 +462,11 @@ def test_the_optimizer_is_fused_and_the_same_for_any_thread_count(threads):
         threads(count)
         torch.manual_seed(0)
         model = torch.nn.Linear(1003, 401)
-        optimiser = trainer.make_optimiser(model, lr=1e-3, weight_decay=0.05)
-        assert optimiser.defaults["fused"]
+        optimizer = trainer.make_optimizer(model, lr=1e-3, weight_decay=0.05)
+        assert optimizer.defaults["fused"]
         for _ in range(3):
             for parameter in model.parameters():
                 parameter.grad = torch.randn_like(parameter)
-            optimiser.step()
+            optimizer.step()
         weights.append(model.weight.detach())
     assert torch.equal(*weights)

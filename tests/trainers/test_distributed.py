@@ -32,7 +32,7 @@ def make_model(name, **options):
     return model(config.tiny(vocab_size=101, image_size=32, width=64, **options))
 
 
-def make_optimiser(model):
+def make_optimizer(model):
     """SGD: an Adam's first steps are signs, which would hide a gradient of the wrong size."""
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
 
@@ -60,7 +60,7 @@ def ids_of(step, rank):
     return range(4 * step + 2 * rank, 4 * step + 2 * rank + 2)
 
 
-def train(model, optimiser, batches, steps=range(STEPS), call=None):
+def train(model, optimizer, batches, steps=range(STEPS), call=None):
     """Losses of the steps; batches(step) -> what this process computes in it, one after the other."""
     losses = []
     for step in steps:
@@ -71,8 +71,8 @@ def train(model, optimiser, batches, steps=range(STEPS), call=None):
             out = (call or model)(batch, seed=0, step=step)
             (out.loss / len(parts)).backward()
             loss += out.loss.item() / len(parts)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss)
     return losses
 
@@ -86,7 +86,7 @@ def alone(name, kinds="pairs", *, whole=False, steps=STEPS, **options):
         halves = [ids_of(step, rank) for rank in range(2)]
         return [make_batch([*halves[0], *halves[1]], kinds)] if whole else [make_batch(half, kinds) for half in halves]
 
-    losses = train(model, make_optimiser(model), batches, range(steps))
+    losses = train(model, make_optimizer(model), batches, range(steps))
     return losses, {name: value.detach() for name, value in model.state_dict().items()}
 
 
@@ -122,7 +122,7 @@ def assert_same_run(found, expected, rtol=1e-5, atol=1e-6):
 def ddp(name, kinds, options, settings):
     model = make_model(name, **options)
     wrapped = DistributedDataParallel(model, **settings)
-    losses = train(model, make_optimiser(model), mine(kinds), call=wrapped)
+    losses = train(model, make_optimizer(model), mine(kinds), call=wrapped)
     return mean(losses), {name: value.detach() for name, value in model.state_dict().items()}
 
 
@@ -175,7 +175,7 @@ def fsdp(name, kinds, checkpointed, options):
     model = sharded(name, options)
     checkpoint_blocks(model, checkpointed)
     assert all(isinstance(p, DTensor) for p in model.parameters())
-    losses = train(model, make_optimiser(model), mine(kinds))
+    losses = train(model, make_optimizer(model), mine(kinds))
     return mean(losses), full(model.state_dict())
 
 
@@ -202,7 +202,7 @@ def deferred(name):
     model = sharded(name, {}, "meta").to_empty(device="cpu")
     weights = make_model(name).state_dict()
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
-    losses = train(model, make_optimiser(model), mine())
+    losses = train(model, make_optimizer(model), mine())
     return start, positions, (mean(losses), full(model.state_dict()))
 
 
@@ -254,7 +254,7 @@ def test_fsdp_of_other_methods_than_forward(pair):
 def fsdp_in_bf16(name):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = sharded(name, {}, mp_policy=policy)
-    losses = train(model, make_optimiser(model), mine())
+    losses = train(model, make_optimizer(model), mine())
     assert all(p.dtype == torch.float32 for p in model.parameters())
     return mean(losses)
 
@@ -270,30 +270,30 @@ def test_fsdp_in_bf16_stays_close(pair, name):
 # -- torch.distributed.checkpoint ------------------------------------------------------------------------------------
 
 
-def state_of(model, optimiser):
-    names = ("model", "optimiser")
-    return dict(zip(names, get_state_dict(model, optimiser), strict=True))
+def state_of(model, optimizer):
+    names = ("model", "optimizer")
+    return dict(zip(names, get_state_dict(model, optimizer), strict=True))
 
 
-def load(model, optimiser, folder, **settings):
-    state = state_of(model, optimiser)
+def load(model, optimizer, folder, **settings):
+    state = state_of(model, optimizer)
     dcp.load(state, checkpoint_id=folder, **settings)
-    set_state_dict(model, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
 def first_half(name, folder):
     model = sharded(name, {})
-    optimiser = make_optimiser(model)
-    losses = train(model, optimiser, mine(), range(1))
-    dcp.save(state_of(model, optimiser), checkpoint_id=folder)
+    optimizer = make_optimizer(model)
+    losses = train(model, optimizer, mine(), range(1))
+    dcp.save(state_of(model, optimizer), checkpoint_id=folder)
     return mean(losses)
 
 
 def last_step(name, folder):
     model = sharded(name, {})
-    optimiser = make_optimiser(model)
-    load(model, optimiser, folder)
-    return mean(train(model, optimiser, mine(), range(2, 3)))
+    optimizer = make_optimizer(model)
+    load(model, optimizer, folder)
+    return mean(train(model, optimizer, mine(), range(2, 3)))
 
 
 @pytest.mark.parametrize("name", ["m3ae", "mamo"])
@@ -301,10 +301,10 @@ def test_a_checkpoint_goes_from_two_processes_to_one_and_back(pair, name, tmp_pa
     expected, _ = alone(name)
     losses = pair(first_half, name, tmp_path / "two")[0]
     model = make_model(name)
-    optimiser = make_optimiser(model)
-    load(model, optimiser, tmp_path / "two", no_dist=True)
+    optimizer = make_optimizer(model)
+    load(model, optimizer, tmp_path / "two", no_dist=True)
     halves = lambda step: [make_batch(ids_of(step, rank)) for rank in range(2)]  # noqa: E731
-    losses += train(model, optimiser, halves, range(1, 2))
-    dcp.save(state_of(model, optimiser), checkpoint_id=tmp_path / "one", no_dist=True)
+    losses += train(model, optimizer, halves, range(1, 2))
+    dcp.save(state_of(model, optimizer), checkpoint_id=tmp_path / "one", no_dist=True)
     losses += pair(last_step, name, tmp_path / "one")[0]
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-5, atol=1e-6)

@@ -60,13 +60,13 @@ def train(name, count, way=None):
     shard = way == "FSDP2"
     called = distributed.spread(model, torch.device("cpu"), shard=shard, bf16=False, unused=not kind.ALL_GRADIENTS)
     assert isinstance(called, FSDPModule) == (shard and count > 1)
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
     losses = []
     for step in range(STEPS):
         output = called(make_batch(step, SPLITS[count]), seed=0, step=step)
         output.loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         model.update_target()
         losses.append(distributed.mean(torch.stack([getattr(output, each).detach() for each in kind.METRICS])))
     state = {each: distributed.whole(value).detach() for each, value in model.state_dict().items()}

@@ -50,7 +50,7 @@ def train(folder, resume=False, stop_after=None, sgd=False, loss_scale=None, **c
         patch.setattr(trainer, "draw_pictures", lambda *_: None)
         if sgd:
             patch.setattr(
-                trainer, "make_optimiser", lambda model, lr, weight_decay: torch.optim.SGD(model.parameters())
+                trainer, "make_optimizer", lambda model, lr, weight_decay: torch.optim.SGD(model.parameters())
             )
         if loss_scale is not None:
             scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale)
@@ -362,10 +362,10 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(pair, tmp_pa
 def one_is_asked_to_stop(folder, **changes):
     step = trainer.train_step
 
-    def asked(model, optimiser, micro_batches, config, done, *rest):
+    def asked(model, optimizer, micro_batches, config, done, *rest):
         if done == 2 and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(model, optimiser, micro_batches, config, done, *rest)
+        return step(model, optimizer, micro_batches, config, done, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "train_step", asked)

@@ -26,12 +26,12 @@ step = trainer.train_step
 last, restarts = int(os.environ["RANK"]) + 1 == int(os.environ["WORLD_SIZE"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
 if last:
     os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"
-def hooked(model, optimiser, micro_batches, config, done, *rest):
+def hooked(model, optimizer, micro_batches, config, done, *rest):
     if last and (restarts, done) == ("0", 5):
         with open("signalled", "w") as file:
             file.write(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGNAL)
-    return step(model, optimiser, micro_batches, config, done, *rest)
+    return step(model, optimizer, micro_batches, config, done, *rest)
 trainer.train_step = hooked
 runpy.run_module("m3ae_fast", run_name="__main__")
 """

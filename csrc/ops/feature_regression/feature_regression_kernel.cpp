@@ -11,7 +11,7 @@
 namespace m3ae::M3AE_ISA {
 namespace {
 
-// A row of target, normalised as it is read. Lanes from n on are zero.
+// A row of target, normalized as it is read. Lanes from n on are zero.
 template <class V, class T>
 struct Target {
   using Scalar = typename V::scalar;
@@ -19,22 +19,22 @@ struct Target {
   const T* next;  // the row after this one
   V mean = V::zero(), scale = V::set(1);
 
-  M3AE_INLINE V centred(int64_t d, int n) const { return only_first(load_lanes<V>(values + d, n) - mean, n); }
-  M3AE_INLINE V load(int64_t d, int n) const { return centred(d, n) * scale; }
+  M3AE_INLINE V centered(int64_t d, int n) const { return only_first(load_lanes<V>(values + d, n) - mean, n); }
+  M3AE_INLINE V load(int64_t d, int n) const { return centered(d, n) * scale; }
 
   // Mean 0, variance 1. Sums run over differences from a value of the row, so that flat rows come out flat. One pass sums
   // them and their squares, unless that value is so far out that the variance would lose bits.
-  M3AE_INLINE void normalise(int64_t width, double eps) {
+  M3AE_INLINE void normalize(int64_t width, double eps) {
     const Scalar first = Lane<Scalar>::load(values).v;
     Scalar sums[2], squares[1];
     mean = V::set(first);
     sum_lanes<V>(width, sums, [&](int64_t d, int n, V* sum) {
       __builtin_prefetch(next + d, 0, 2);
-      const V off = centred(d, n);
+      const V off = centered(d, n);
       sum[0] = sum[0] + off;
       sum[1] = V::fma(off, off, sum[1]);
     });
-    const auto from_mean = [this] { return [row = *this](int64_t d, int n) { return row.centred(d, n); }; };
+    const auto from_mean = [this] { return [row = *this](int64_t d, int n) { return row.centered(d, n); }; };
     const double shift = overflows(sums[0]) ? far_mean<V>(width, from_mean()) : double(sums[0]) / width;
     double variance = double(sums[1]) / width - shift * shift;
     mean = V::set(static_cast<Scalar>(first + shift));
@@ -44,7 +44,7 @@ struct Target {
     }
     if (variance < shift * shift / 4) {
       sum_lanes<V>(width, squares, [&](int64_t d, int n, V* sum) {
-        const V off = centred(d, n);
+        const V off = centered(d, n);
         sum[0] = V::fma(off, off, sum[0]);
       });
       variance = double(squares[0]) / width;
@@ -67,7 +67,7 @@ M3AE_INLINE double difference(const P* pred, const Target<V, T>& target, int64_t
   Scalar sum[1];
   sum_lanes<V>(width, sum, [&](int64_t d, int n, V* sum) {
     __builtin_prefetch(pred + width + d, 0, 2);
-    const V off = V::fma(target.centred(d, n), minus_scale, load_lanes<V>(pred + d, n));
+    const V off = V::fma(target.centered(d, n), minus_scale, load_lanes<V>(pred + d, n));
     sum[0] = l1 ? sum[0] + magnitude(off) : V::fma(off, off, sum[0]);
     if (dpred) store_lanes(l1 ? signed_as(off, factor) : off * factor, dpred + d, n);
   });
@@ -127,7 +127,7 @@ void forward(const FeatureRegression& a, int64_t begin, int64_t end) {
     }
     const auto row_of_target = [&](int64_t r) { return as<T>(a.target) + (a.rows ? a.rows[r] : r) * a.width; };
     Target<V, T> target{row_of_target(r), row_of_target(r + 1 < end && a.weight[r + 1] != 0 ? r + 1 : r)};
-    if (a.normalize) target.normalise(a.width, a.eps);
+    if (a.normalize) target.normalize(a.width, a.eps);
     a.row_loss[r] = a.distance == Distance::l2   ? difference<false>(pred, target, a.width, weight, dpred)
                     : a.distance == Distance::l1 ? difference<true>(pred, target, a.width, weight, dpred)
                                                  : cosine(pred, target, a.width, weight, dpred);

@@ -10,7 +10,7 @@
 
 namespace m3ae::cuda {
 
-constexpr int kPack = 8;     // neighbouring values in a lane at most, where rows can be moved in packs; else one
+constexpr int kPack = 8;     // neighboring values in a lane at most, where rows can be moved in packs; else one
 constexpr int kValues = 24;  // of a lane: three packs
 constexpr int kWarpValues = kWarp * kValues;  // 16 x 16 pixels of three channels
 constexpr int kMaxChannels = 64;
@@ -112,7 +112,7 @@ __device__ __forceinline__ int64_t times(int index, int64_t stride) {
   return static_cast<int64_t>(uint64_t{static_cast<uint32_t>(index)} * static_cast<uint64_t>(stride));
 }
 
-// Pixel by pixel, of any strides: neighbouring lanes read neighbouring values.
+// Pixel by pixel, of any strides: neighboring lanes read neighboring values.
 template <class Pixel>
 __device__ __forceinline__ void stage_strided(const PatchSource& s, const PatchTables& t, const Pixel* corner,
                                               int first, Pixel* staged) {
@@ -174,7 +174,7 @@ __device__ __forceinline__ void read_pixels(const PatchSource& s, const PatchTab
 
 // values * scale + shift, of the value's channel.
 template <int pack>
-__device__ __forceinline__ void normalise(const PatchSource& s, const PatchTables& t, int first,
+__device__ __forceinline__ void normalize(const PatchSource& s, const PatchTables& t, int first,
                                           float (&values)[kValues]) {
   const int channels = static_cast<int>(s.channels);
   if (channels == 3) {  // a lane's channels follow one another the same way in each of its packs
@@ -205,7 +205,7 @@ __device__ __forceinline__ void normalise(const PatchSource& s, const PatchTable
   }
 }
 
-// The normalised values of a patch from `first` on, in (row, column, channel) order: values[i * pack + j] is the one at
+// The normalized values of a patch from `first` on, in (row, column, channel) order: values[i * pack + j] is the one at
 // first + pack_at<pack>(i) + j, past the patch's end any. By a whole warp.
 template <int pack>
 __device__ __forceinline__ void read_patch(const PatchSource& s, const PatchTables& t, int image, int id, int first,
@@ -215,7 +215,7 @@ __device__ __forceinline__ void read_patch(const PatchSource& s, const PatchTabl
     using Pixel = decltype(pixel);
     read_pixels<pack>(s, t, as<Pixel>(s.images) + corner, first, values);
   });
-  normalise<pack>(s, t, first, values);
+  normalize<pack>(s, t, first, values);
 }
 
 // The first of those values.

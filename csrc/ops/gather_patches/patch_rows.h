@@ -46,7 +46,7 @@ M3AE_INLINE void prefetch_patch(const PatchSource& s, const int32_t* ids, const 
     for (int64_t y = 0; y < s.patch; ++y) __builtin_prefetch(corner + c * s.stride_c + y * s.stride_h, 0, 2);
 }
 
-// body(offset, values, n): the patch's normalised values in (row, column, channel) order, a vector at a time.
+// body(offset, values, n): the patch's normalized values in (row, column, channel) order, a vector at a time.
 template <class V, class Pixel, class Body>
 M3AE_INLINE void read_patch(const PatchSource& s, int64_t image, int32_t id, Body&& body) {
   using Scalar = typename V::scalar;

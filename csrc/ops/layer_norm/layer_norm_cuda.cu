@@ -166,7 +166,7 @@ __device__ __forceinline__ void sum_partials(const Chunks& chunks, int width) {
   sum_partials<N>(chunks.partials, Tile{1, 2 * width, 0, 2 * width}, blockIdx.x, gridDim.x, chunks.partials.tickets);
 }
 
-// Where a warp's sums have column d: fours of a lane's columns side by side with those of its neighbours, since shared
+// Where a warp's sums have column d: fours of a lane's columns side by side with those of its neighbors, since shared
 // memory that lanes read 32 bytes apart is read in twice the time.
 template <int N>
 __device__ __forceinline__ int sum_place(int d) {

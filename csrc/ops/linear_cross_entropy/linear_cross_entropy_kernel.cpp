@@ -84,7 +84,7 @@ CrossEntropySizes sizes(const CrossEntropyBlock& a, int64_t rows) {
           most > dweight ? most : dweight};
 }
 
-// Rows; with units of two, the even one packs its neighbour along. Rows of pairs are rows of T as they stand.
+// Rows; with units of two, the even one packs its neighbor along. Rows of pairs are rows of T as they stand.
 template <class T, class R>
 void pack(const CrossEntropyBlock& a, int64_t begin, int64_t end) {
   const Block<T, R> b(a);

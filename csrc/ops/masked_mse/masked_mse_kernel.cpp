@@ -23,16 +23,16 @@ struct Target {
   }
 
   // Mean 0, unbiased variance 1. Sums run over differences, so that flat patches come out flat.
-  M3AE_INLINE void normalise() {
+  M3AE_INLINE void normalize() {
     const Scalar first = values[0];
     pad(first);
     Scalar sum[1], squares[1];
     const auto from = [this](V other) { return [values = values, other](int64_t d, int) { return V::load(values + d) - other; }; };
     sum_lanes<V>(count, sum, [&](int64_t d, int n, V* sum) { sum[0] = sum[0] + from(V::set(first))(d, n); });
     const double shift = overflows(sum[0]) ? far_mean<V>(count, from(V::set(first))) : double(sum[0]) / count;
-    const Scalar centre = static_cast<Scalar>(first + shift);
-    mean = V::set(centre);
-    pad(centre);
+    const Scalar center = static_cast<Scalar>(first + shift);
+    mean = V::set(center);
+    pad(center);
     sum_lanes<V>(count, squares, [&](int64_t d, int n, V* sum) {
       const V difference = from(mean)(d, n);
       sum[0] = V::fma(difference, difference, sum[0]);
@@ -52,7 +52,7 @@ M3AE_INLINE Target<V> read_target(const MaskedMse& a, int64_t image, int64_t t, 
   read_patch<V, Pixel>(a.source, image, a.ids_mask[t],
                        [&](int64_t d, V value, int n) { store_lanes(value, target.values + d, n); });
   if (a.norm_pix)
-    target.normalise();
+    target.normalize();
   else
     target.pad(0);
   return target;

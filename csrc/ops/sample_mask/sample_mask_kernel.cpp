@@ -7,7 +7,7 @@
 namespace m3ae::M3AE_ISA {
 namespace {
 
-// words[position] for whole blocks. One counter gives four positions; the compiler vectorises over counters.
+// words[position] for whole blocks. One counter gives four positions; the compiler vectorizes over counters.
 void draw(const SampleMask& a, int64_t sample_id, int64_t blocks, uint32_t* words) {
   constexpr int counters = kSampleMaskBlock / 4;
   const uint32_t key0 = static_cast<uint32_t>(a.seed), key1 = static_cast<uint32_t>(a.seed >> 32);

@@ -131,7 +131,7 @@ __device__ __forceinline__ void clear(float (&sums)[D / 8][4]) {
     for (int i = 0; i < 4; ++i) sums[d][i] = 0;
 }
 
-// Four words of each of four neighbouring lanes, transposed: word i of lane t becomes word t of lane i.
+// Four words of each of four neighboring lanes, transposed: word i of lane t becomes word t of lane i.
 __device__ __forceinline__ void transpose_by_four(Pack<uint32_t, 4>& words) {
 #pragma unroll
   for (int with = 1; with <= 2; with *= 2) {

@@ -49,7 +49,7 @@ struct Held {
   __device__ __forceinline__ T* v() const { return side(1); }
   __device__ __forceinline__ T* q() const { return side(2); }
   __device__ __forceinline__ T* dout() const { return side(3); }
-  // Of the queries: the peak, log2 of the total, and what a row of dscores loses to the softmax's normalisation.
+  // Of the queries: the peak, log2 of the total, and what a row of dscores loses to the softmax's normalization.
   __device__ __forceinline__ float* peak() const { return sums() + base; }
   __device__ __forceinline__ float* log_total() const { return peak() + a.capacity; }
   __device__ __forceinline__ float* delta() const { return peak() + 2 * a.capacity; }

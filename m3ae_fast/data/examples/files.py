@@ -39,7 +39,7 @@ def open_pairs(
     """Images and their captions.
 
     Args:
-        spec: "shapes", drawn scenes; else the path of a JSON-lines file, or of a folder of name.jpg + name.txt.
+        spec: "shapes", synthetic scenes; else the path of a JSON-lines file, or of a folder of name.jpg + name.txt.
         image_size: pixels a side, or (height, width), that `shapes` draws; files keep their images' own sizes.
         channels: of the images, 1 to 16.
         seed: of the scenes.

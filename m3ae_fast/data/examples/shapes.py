@@ -1,4 +1,4 @@
-"""The tasks on drawn scenes: every truth is known, and words alone do not tell it.
+"""The tasks on synthetic scenes: every truth is known, and words alone do not tell it.
 
 Example `index` of a seed is the same whenever and in whatever order it is asked for. Take a seed that the model was not
 trained with, or the scenes are those it has seen.

@@ -1,4 +1,4 @@
-"""Statements about two drawn scenes: first the words, then scenes of which they are true or false, as asked."""
+"""Statements about two synthetic scenes: first the words, then scenes of which they are true or false, as asked."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from m3ae_fast._settings import add_options, natural, path, picture, positive, sides
 
-SCORED = 500  # drawn scenes to score on, where no number is given
+SCORED = 500  # synthetic scenes to score on, where no number is given
 CLASSES = "cluttered"  # what is classified where no data is named: drawn, of one class each
 
 

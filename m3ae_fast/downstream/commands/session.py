@@ -16,7 +16,7 @@ from m3ae_fast.downstream.scoring import report
 from m3ae_fast.models import objectives_offering
 from m3ae_fast.train import Run, load_run
 
-TRAINING = 50_000  # drawn scenes to fine-tune on: more than are ever read
+TRAINING = 50_000  # synthetic scenes to fine-tune on: more than are ever read
 
 
 def open_run(args: argparse.Namespace, *methods: str):

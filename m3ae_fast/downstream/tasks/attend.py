@@ -106,7 +106,7 @@ def _rollout(weights: tuple[Tensor, ...]) -> Tensor:
 
 
 def draw_attention(model: Model, batch: ImageTextBatch, tokenizer: Tokenizer | None, path: Path, **options) -> None:
-    """A picture: every image, where its CLS looks, where each word does: gray where least, in its colours where most.
+    """A picture: every image, where its CLS looks, where each word does: gray where least, in its colors where most.
 
     Args:
         batch: images as uint8, with texts or without. tokenizer: of the model. path: of the PNG.

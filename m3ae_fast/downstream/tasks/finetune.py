@@ -69,7 +69,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W], uint8 or normalised floats -> [B, C]."""
+        """[B, C, H, W], uint8 or normalized floats -> [B, C]."""
         return self.classify(self.model.encode_cls(ImageTextBatch(images)))
 
     def classify(self, cls: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def finetune(model: Classifier, samples: Sequence[Sample], *, progress: bool = T
     named = len(getattr(samples, "classes", ()))
     if not 0 < named <= classes:
         raise ValueError(f"samples must have 1 to {classes} classes, as the model has, got {named}")
-    optimiser = layer_decayed(model, weight_decay=tuning.weight_decay, layer_decay=tuning.layer_decay)
+    optimizer = layer_decayed(model, weight_decay=tuning.weight_decay, layer_decay=tuning.layer_decay)
     loader = Loader(
         samples, None, image_size=config.image_size, batch_size=tuning.batch_size, seed=seed,
         workers=tuning.workers, pin_memory=device.type == "cuda",
@@ -129,18 +129,18 @@ def finetune(model: Classifier, samples: Sequence[Sample], *, progress: bool = T
             raise ValueError(f"samples must have one label each, got none or several in batch {step}")
         batch = batch.to(device)
         target = F.one_hot(batch.labels.int().argmax(1), classes) * (1 - smoothing) + smoothing / classes
-        images, target = mix(normalised(batch.images, config), target, rng, mixup=tuning.mixup, cutmix=tuning.cutmix)
+        images, target = mix(normalized(batch.images, config), target, rng, mixup=tuning.mixup, cutmix=tuning.cutmix)
         return F.cross_entropy(model(images).float(), target)
 
     transformer = model.model.image_encoder()[1]
     fast.drop_paths(transformer, tuning.drop_path)
-    trained = {p for group in optimiser.param_groups for p in group["params"]}
+    trained = {p for group in optimizer.param_groups for p in group["params"]}
     others = [p for p in model.parameters() if p.requires_grad and p not in trained]
     for parameter in others:  # a vocabulary's gradient, all zeros, would be written in every step
         parameter.requires_grad_(False)
     steps, rate = tuning.steps, tuning.lr * tuning.batch_size / 256
     try:
-        return descend(model, optimiser, loss_at, steps=steps, warmup=steps // 20, lr=rate, progress=progress)
+        return descend(model, optimizer, loss_at, steps=steps, warmup=steps // 20, lr=rate, progress=progress)
     finally:
         loader.close()
         fast.drop_paths(transformer, 0.0)
@@ -148,7 +148,7 @@ def finetune(model: Classifier, samples: Sequence[Sample], *, progress: bool = T
             parameter.requires_grad_()
 
 
-def normalised(images: Tensor, config: ModelConfig) -> Tensor:
+def normalized(images: Tensor, config: ModelConfig) -> Tensor:
     """uint8 [B, C, H, W] -> float32, as a model of this configuration takes images that are no pixels any more."""
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (config.image_mean, config.image_std))
     return (images / 255 - mean) / std

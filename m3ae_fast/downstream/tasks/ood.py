@@ -123,7 +123,7 @@ def main(args: argparse.Namespace) -> int:
     strange = scored(open_some, args.out_data)
     model = _classifier(args.classifier, run.model, samples.classes) if args.classifier else None
     reading = {"tokenizer": run.tokenizer, "text": args.text}
-    known, unknown = extract(run.model, samples, **reading), extract(run.model, strange, **reading, labelled=False)
+    known, unknown = extract(run.model, samples, **reading), extract(run.model, strange, **reading, labeled=False)
     train, settings = probe.to_fit(args, training, run)
     if model:
         results = ood(train, known, unknown, lambda cls: model.classify(cls.to(args.device)).cpu())

@@ -24,7 +24,7 @@ from m3ae_fast.downstream.scoring.report import Result
 from m3ae_fast.train import Run
 from m3ae_fast.train.schedule import learning_rate
 
-PROBED = 2000  # drawn scenes to fit to, all of which are
+PROBED = 2000  # synthetic scenes to fit to, all of which are
 METHODS = ("ridge", "lars", "sgd")
 STRENGTHS = tuple(10.0**k for k in range(-6, 3))  # of ridge's penalty, for a loss that is a mean over the samples
 SCALES = tuple(2.0**k for k in range(11))  # of ridge's logits
@@ -115,7 +115,7 @@ def fit_probe(train: Features, **settings) -> LinearProbe:
 
 
 def _measure(probe: LinearProbe, cls: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance [D] float64 of all training features, by which the probe normalises from now on."""
+    """Mean and variance [D] float64 of all training features, by which the probe normalizes from now on."""
     variance, mean = torch.var_mean(cls.double(), 0, correction=0)
     probe.norm.running_mean.copy_(mean)
     probe.norm.running_var.copy_(variance)
@@ -174,7 +174,7 @@ def _descend(probe: LinearProbe, train: Features, fitting: Fitting) -> None:
     peak, each = fitting.lr * batch_size / 256, count // batch_size
     steps = fitting.epochs * each
     kind = LARS if fitting.method == "lars" else torch.optim.SGD
-    optimiser = kind(probe.linear.parameters(), lr=peak, momentum=0.9)
+    optimizer = kind(probe.linear.parameters(), lr=peak, momentum=0.9)
     generator = torch.Generator().manual_seed(fitting.seed)
     probe.train()
     for step in range(steps):
@@ -184,11 +184,11 @@ def _descend(probe: LinearProbe, train: Features, fitting: Fitting) -> None:
         loss = F.cross_entropy(probe(train.cls[chosen]), train.labels[chosen])
         if not loss.isfinite():
             raise FloatingPointError(f"loss must be finite, got {loss:.4g} at step {step + 1}: a lower lr may help")
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps=steps, warmup=steps // 9, peak=peak)
-        optimiser.step()
+        optimizer.step()
 
 
 class LARS(torch.optim.Optimizer):
@@ -199,7 +199,7 @@ class LARS(torch.optim.Optimizer):
     |.| the Euclidean norm of a whole tensor. Vectors (biases), and where either norm is 0, take g itself.
 
     Args:
-        params: as of every optimiser. lr: learning rate. momentum: of v. trust: the share.
+        params: as of every optimizer. lr: learning rate. momentum: of v. trust: the share.
 
     Source: arXiv:1708.03888, without weight decay; the rate outside of v, as in torch's SGD.
     """

@@ -16,7 +16,7 @@ from m3ae_fast.downstream.commands.arguments import add_classes, add_picture
 from m3ae_fast.downstream.commands.session import open_run
 from m3ae_fast.downstream.features import extract
 
-LEGEND = 20  # classes with a colour of their own
+LEGEND = 20  # classes with a color of their own
 PERPLEXITY = 30.0
 
 
@@ -24,7 +24,7 @@ def project(cls: Tensor, *, perplexity: float = PERPLEXITY, seed: int = 0) -> np
     """Features [N, D] -> points [N, 2] float32, near where features are near.
 
     Args:
-        cls: as of `Features`. perplexity: about how many neighbours a feature has, in (0, N). seed: of the optimiser.
+        cls: as of `Features`. perplexity: about how many neighbors a feature has, in (0, N). seed: of the optimizer.
     Raises:
         ValueError: fewer than 4 features, or a perplexity out of range. ModuleNotFoundError: scikit-learn is missing.
 
@@ -41,7 +41,7 @@ def project(cls: Tensor, *, perplexity: float = PERPLEXITY, seed: int = 0) -> np
 
 
 def draw_projection(points: np.ndarray, labels: Tensor, classes: Sequence[str], path: Path) -> None:
-    """A point an image, a colour a class; past 20 classes colours come again, and no legend is drawn.
+    """A point an image, a color a class; past 20 classes colors come again, and no legend is drawn.
 
     Args:
         points: [N, 2]. labels: [N], numbers of `classes`, the names. path: of the PNG.

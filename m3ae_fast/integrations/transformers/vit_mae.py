@@ -108,7 +108,7 @@ class ViTMAELayer(stock.ViTMAELayer):
     """A block whose residual adds happen inside the LayerNorms."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        """[B, N, D] -> [B, N, D]; the backward pass normalises again what the LayerNorms put out."""
+        """[B, N, D] -> [B, N, D]; the backward pass normalizes again what the LayerNorms put out."""
         why = None
         if drops(self.dropout):
             why = "there is dropout"

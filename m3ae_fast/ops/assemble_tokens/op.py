@@ -49,7 +49,7 @@ def assemble_tokens(
         text_embedding: [V, D], looked up where text_tokens are ids; None where they are float rows.
         image_position: [P, D], text_position: [L, D]; None: no position.
         image_type, text_type: [D]; None: none is added.
-        impl: "reference", "cpp", "triton", "cuda"; None takes the fastest for the device.
+        impl: "reference", "cpp", "triton", "cuda"; None selects the preferred one for the device.
 
     Returns:
         [(B if cls_token is given) + Ki + Kt, D] in the widest of the dtypes given; rows past the last sample are zero.

@@ -46,7 +46,7 @@ def feature_regression(
             over all B samples of the mean over a sample's rows (0 for one without).
         cu_seqlens: SeqLens or [B + 1] int32 or int64, how many rows of pred each sample has: "sample_mean" needs it.
             Rows past its last entry count nowhere: loss and gradient are 0. None: all rows count.
-        impl: "reference", "cpp", "triton"; None takes the fastest for the device.
+        impl: "reference", "cpp", "triton"; None selects the preferred one for the device.
 
     Returns:
         The loss, float32 (float64 where pred is): a scalar, or [R] with reduction "none". Without any row it is 0, with
@@ -57,7 +57,7 @@ def feature_regression(
         ValueError: sizes or devices disagree, an option is out of range, a row or an offset is outside its range (the
             C++ backend looks; a GPU would have to sync for it). TypeError: dtypes.
 
-    Source: arXiv:2210.04183, section 3 (masked representation and masked image modelling).
+    Source: arXiv:2210.04183, section 3 (masked representation and masked image modeling).
     """
     _checks.shape("pred", pred, (None, None))
     count, width = pred.shape

@@ -17,7 +17,7 @@ def feature_regression(
     eps: float,
     reduction: str,
 ) -> Tensor:
-    """Distance of pred[r] to target[rows[r]], normalised, in fp32 (fp64 for fp64), then the reduction."""
+    """Distance of pred[r] to target[rows[r]], normalized, in fp32 (fp64 for fp64), then the reduction."""
     dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
     count, width = pred.shape
     at = torch.arange(count, device=pred.device)

@@ -1,4 +1,4 @@
-"""gather_patches: the pixels of just the named patches, normalised, as rows."""
+"""gather_patches: the pixels of just the named patches, normalized, as rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def gather_patches(
     dtype: torch.dtype | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
-    """Cut the named patches out of images and normalise them on the way: a dropped patch is never read.
+    """Cut the named patches out of images and normalize them on the way: a dropped patch is never read.
 
         out[t] = (pixel - mean) / std, of patch ids[t] of the image that t belongs to, pixels in 0 .. 1
 
@@ -40,7 +40,7 @@ def gather_patches(
         mean, std: C numbers in the units of 0 .. 1; None: 0 and 1. A tensor is read on the host: from a GPU that syncs,
             under torch.compile give numbers.
         dtype: of the result, any float; None: float32 for uint8 images, else the images' own.
-        impl: "reference", "cpp", "triton", "cuda"; None takes the fastest for the device.
+        impl: "reference", "cpp", "triton", "cuda"; None selects the preferred one for the device.
 
     Returns:
         [T, patch_size * patch_size * C]; a patch lies in (row, column, channel) order. Computed as

@@ -1,4 +1,4 @@
-"""What the ops that read patches straight from images share: checks, and normalisation as a scale and a shift."""
+"""What the ops that read patches straight from images share: checks, and normalization as a scale and a shift."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_sequences(name: str, cu: Tensor, images: Tensor) -> None:
 def affine(
     images: Tensor, mean: Sequence[float] | Tensor | None, std: Sequence[float] | Tensor | None
 ) -> tuple[list[float], list[float]]:
-    """(scale, shift), a float a channel: normalised = pixel * scale + shift. Worked out in double."""
+    """(scale, shift), a float a channel: normalized = pixel * scale + shift. Worked out in double."""
     channels = images.shape[1]
     mean = _per_channel("mean", mean, channels, 0.0)
     std = _per_channel("std", std, channels, 1.0)

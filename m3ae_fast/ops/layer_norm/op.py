@@ -34,7 +34,7 @@ def layer_norm(
         residual: the shape of x, any float dtype; None: s is x.
         eps: added to the variance, which is the biased one.
         dtype: of y; None: s's. Autocast changes nothing: float32 rows stay float32, as PyTorch keeps its norms.
-        impl: "reference", "cpp", "triton", "cuda"; None takes the fastest for the device.
+        impl: "reference", "cpp", "triton", "cuda"; None selects the preferred one for the device.
 
     Returns:
         y [..., D]; with residual (y, s), s in the wider of x's and residual's dtypes: the sum is made in fp32, rounded

@@ -49,7 +49,7 @@ def _forward_kernel(
         s += tl.load(residual_ptr + t * WIDTH + d, mask=inside, other=0).to(tl.float32)
         rounded = s.to(s_ptr.dtype.element_ty)
         tl.store(s_ptr + t * WIDTH + d, rounded, mask=inside)
-        s = rounded.to(tl.float32)  # what is normalised is what was rounded and stored
+        s = rounded.to(tl.float32)  # what is normalized is what was rounded and stored
     mean = tl.div_rn(tl.sum(s, 0), WIDTH * 1.0)
     offset = tl.where(inside, s - mean, 0.0)
     rstd = inverse_root(offset, WIDTH, eps)

@@ -34,7 +34,7 @@ def linear(
             is kept for the backward pass.
         input_activation: f, one of the same. Only x is kept: the activated hidden rows of a block,
             linear(linear(x, W1), W2, input_activation="gelu"), are never stored.
-        impl: "reference", "cpp", "triton"; None takes the fastest for the device.
+        impl: "reference", "cpp", "triton"; None selects the preferred one for the device.
 
     Returns:
         [..., N] in the widest of the dtypes given, under autocast in the autocast dtype (float64 stays float64).

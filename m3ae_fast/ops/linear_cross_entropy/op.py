@@ -60,7 +60,7 @@ def linear_cross_entropy(
             the first of equal logits counts, and NaN is larger than any number.
         return_lse: also return lse, a value a row (ignored ones 0), differentiable.
         return_z_loss: also return the z-loss, which the loss includes, reduced, detached.
-        impl: "reference", "cpp", "triton"; None takes the fastest for the device.
+        impl: "reference", "cpp", "triton"; None selects the preferred one for the device.
 
     Returns:
         The loss, or a tuple of the loss and what was asked for: accuracy, lse, z-loss, in this order. Scalars, of

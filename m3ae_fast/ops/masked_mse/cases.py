@@ -36,7 +36,7 @@ def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:
         masked = [patches - shape.kept_patches] * count
     else:
         masked = torch.randint(0, patches + 1, (count,), generator=generator).tolist()
-        images[:, :, :patch] //= 100  # patches of few colours, and one of a single colour
+        images[:, :, :patch] //= 100  # patches of few colors, and one of a single color
         images[:, :, -patch:, -patch:] = 200
     if name == "none masked":
         masked = [0] * count

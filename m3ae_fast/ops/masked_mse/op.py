@@ -33,7 +33,7 @@ def masked_mse(
 ) -> Tensor:
     """Mean squared error of predicted patches.
 
-        loss[t] = mean((pred[t] - target[t]) ** 2), target[t] = patch ids_mask[t] of its image, normalised
+        loss[t] = mean((pred[t] - target[t]) ** 2), target[t] = patch ids_mask[t] of its image, normalized
 
     Args:
         pred: [M, patch_size * patch_size * C] float32, bfloat16, float16 or float64: a row for each masked patch, in
@@ -41,11 +41,11 @@ def masked_mse(
         images: [N, C, H, W] uint8 or float of any strides, as gather_patches takes them. They get no gradient.
         ids_mask: [M] int32 or int64, patches within an image, counted row by row.
         cu_mask: how many rows each image has: SeqLens of N lengths, or cumulative offsets [N + 1] int32 or int64.
-        norm_pix: normalise each target patch by its own mean and unbiased variance: (x - mean) / sqrt(var + 1e-6).
+        norm_pix: normalize each target patch by its own mean and unbiased variance: (x - mean) / sqrt(var + 1e-6).
         mean, std: C numbers in the units of 0 .. 1, as in gather_patches; None: 0 and 1.
         reduction: "sample_mean": the mean over all N images of the mean over an image's rows (0 for one without rows),
             "mean": over the rows that cu_mask names, "sum": of them, "none": [M].
-        impl: "reference", "cpp", "triton", "cuda"; None takes the fastest for the device.
+        impl: "reference", "cpp", "triton", "cuda"; None selects the preferred one for the device.
 
     Returns:
         The loss, float32 (float64 for float64): a scalar, or [M] with reduction "none". Rows past the end of cu_mask

@@ -42,7 +42,7 @@ def restore_tokens(
         image_mask_token, text_mask_token: [D] or None (zero).
         image_position: [P, D] or None (no images). text_position: [L, D] or None (no texts).
         image_type, text_type: [D] or None (none is added).
-        impl: "reference", "cpp", "triton", "cuda"; None takes the fastest for the device.
+        impl: "reference", "cpp", "triton", "cuda"; None selects the preferred one for the device.
 
     Returns:
         [T, D] in the widest of the dtypes given; summed in fp32 (fp64 for fp64) in the order of the formula and

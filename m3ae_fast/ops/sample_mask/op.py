@@ -55,7 +55,7 @@ def sample_mask(
         shared: one draw for the batch, that of sample id 0 (all lengths and all num_keep must be equal), as the public
             code of arXiv:2205.14204 does.
         device: where the result lives; None: where the SeqLens does, else the CPU.
-        impl: "reference", "cpp", "triton", "cuda"; None takes the fastest for the device.
+        impl: "reference", "cpp", "triton", "cuda"; None selects the preferred one for the device.
 
     Returns:
         SampledMask(ids_keep, ids_mask).
@@ -64,7 +64,7 @@ def sample_mask(
         ValueError: a number outside its range, sizes that disagree, unequal lengths with shared=True. (sample_ids in a
             GPU tensor are not looked at: it would sync.) TypeError: not integers.
 
-    Under torch.compile give SeqLens. Python specialises on the ints 0 and 1, so steps 0 and 1 compile for themselves.
+    Under torch.compile give SeqLens. Python specializes on the ints 0 and 1, so steps 0 and 1 compile for themselves.
 
     Source: random masking without replacement, arXiv:2111.06377, section 3; Philox: Salmon et al., SC11.
     """

@@ -44,9 +44,9 @@ def varlen_attention(
             be a sync); the CPU looks.
         softmax_scale: None is D ** -0.5.
         return_lse: return (out, lse).
-        impl: "reference", "cpp", "triton" (D up to 512), "cuda" (bfloat16 and float16, D up to 128); None takes the
-            fastest for the device, on a GPU by the shape, where that was measured (`choice.py`). float16 on the CPU,
-            and wider heads on a GPU: the reference.
+        impl: "reference", "cpp", "triton" (D up to 512), "cuda" (bfloat16 and float16, D up to 128); None selects the
+            preferred one for the device, on a GPU by the shape, where that was measured (`choice.py`). float16 on the
+            CPU, and wider heads on a GPU: the reference.
 
     q, k and v of different dtypes meet in the widest; under autocast, in autocast's. Products are summed and the
     softmax is taken in fp32 (fp64 for fp64). Differentiable, through lse too, and the same bits on every run. In bf16

@@ -210,7 +210,7 @@ def _backward_keys_kernel(
 ):  # fmt: skip
     """dk and dv (of the same strides) of a block of keys; where that is all keys (WHOLE), dq too, and delta made here.
 
-    delta is what a row of dscores loses to the softmax's normalisation: sum(dout * out) - dlse. Where one key has all
+    delta is what a row of dscores loses to the softmax's normalization: sum(dout * out) - dlse. Where one key has all
     the weight, out is its value, and dweights - delta is exactly 0: it is added up as dweights are.
     """
     block, key_head, sequence = _program(blocks, HEADS // GROUPS)

@@ -72,7 +72,7 @@ def test_of_every_model(objective, texts, options):
     assert model.training
 
 
-def test_a_sample_does_not_see_its_neighbours():
+def test_a_sample_does_not_see_its_neighbors():
     one = pack(IMAGES[1:], TEXTS[1:], TOKENIZER, image_size=16, max_text_length=40)
     both, alone = attend(make("m3ae"), batch())[1], attend(make("m3ae"), one)[0]
     torch.testing.assert_close(both.words, alone.words)

@@ -11,7 +11,7 @@ from m3ae_fast.downstream.tasks.finetune import (
     finetune,
     layer_decayed,
     mix,
-    normalised,
+    normalized,
     score_classifier,
 )
 from m3ae_fast.models import OBJECTIVES, M3AEConfig
@@ -64,8 +64,8 @@ def test_the_same_bits_again():
 
 def test_rates_fall_from_the_head_down():
     model = make()
-    optimiser = layer_decayed(model, weight_decay=0.1, layer_decay=0.5)
-    groups = {id(p): group for group in optimiser.param_groups for p in group["params"]}
+    optimizer = layer_decayed(model, weight_decay=0.1, layer_decay=0.5)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     inner = model.model
     for parameter, scale, decay in [
         (inner.cls_token, 0.125, 0.0),
@@ -79,7 +79,7 @@ def test_rates_fall_from_the_head_down():
     ]:
         group = groups[id(parameter)]
         assert (group["scale"], group["weight_decay"]) == (scale, decay)
-    assert optimiser.defaults["betas"] == (0.9, 0.999) and id(inner.text_embedding.weight) not in groups
+    assert optimizer.defaults["betas"] == (0.9, 0.999) and id(inner.text_embedding.weight) not in groups
     assert id(inner.decoder_embed.weight) not in groups
     with pytest.raises(ValueError, match=r"layer_decay must be in \(0, 1\], got 0"):
         layer_decayed(model, weight_decay=0.1, layer_decay=0)
@@ -139,16 +139,16 @@ def test_half_of_the_batches_are_pasted():
         mix(IMAGES, TARGET, rng, mixup=0, cutmix=-1)
 
 
-def test_normalised_is_what_the_model_makes_of_pixels():
+def test_normalized_is_what_the_model_makes_of_pixels():
     torch.manual_seed(0)
     model = make().eval()
     torch.nn.init.normal_(model.head.weight, std=model.head.in_features**-0.5)  # logits of the size of features
     pixels = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
     with torch.no_grad():
-        torch.testing.assert_close(model(pixels), model(normalised(pixels, model.config)), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(pixels), model(normalized(pixels, model.config)), atol=1e-5, rtol=1e-5)
     config = M3AEConfig(image_mean=(0.1, 0.2, 0.3), image_std=(0.5, 1.0, 2.0))
     torch.testing.assert_close(
-        normalised(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8), config).flatten(), torch.tensor([1.8, 0.8, 0.35])
+        normalized(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8), config).flatten(), torch.tensor([1.8, 0.8, 0.35])
     )
 
 

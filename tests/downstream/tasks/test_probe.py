@@ -10,12 +10,12 @@ from m3ae_fast.downstream.tasks.probe import probe as linear_probe
 
 
 def blobs(count, *, classes=3, width=6, spread=1.0, seed=0):
-    """Gaussian classes around fixed centres, of features of unlike scales."""
-    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(9)) * 2
+    """Gaussian classes around fixed centers, of features of unlike scales."""
+    centers = torch.randn(classes, width, generator=torch.Generator().manual_seed(9)) * 2
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (count,), generator=generator)
     scale = torch.logspace(-2, 2, width)
-    return Features((centres[labels] + spread * torch.randn(count, width, generator=generator)) * scale, labels)
+    return Features((centers[labels] + spread * torch.randn(count, width, generator=generator)) * scale, labels)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -100,17 +100,17 @@ def test_mean_and_variance_are_those_of_the_training_features(method):
 
 def test_lars_step_by_step():
     w, b = torch.nn.Parameter(torch.tensor([[3.0, 4.0]])), torch.nn.Parameter(torch.tensor([1.0]))
-    optimiser = LARS([w, b], lr=0.5, momentum=0.9, trust=0.1)
+    optimizer = LARS([w, b], lr=0.5, momentum=0.9, trust=0.1)
     w.grad, b.grad = torch.tensor([[0.0, 2.0]]), torch.tensor([2.0])
-    optimiser.step()  # |w| = 5, |g| = 2: the step of w is 0.5 * 0.1 * 5 / 2 * g
+    optimizer.step()  # |w| = 5, |g| = 2: the step of w is 0.5 * 0.1 * 5 / 2 * g
     torch.testing.assert_close(w.data, torch.tensor([[3.0, 3.75]]))
     torch.testing.assert_close(b.data, torch.tensor([0.0]))
     length = (3**2 + 3.75**2) ** 0.5
-    optimiser.step()
+    optimizer.step()
     torch.testing.assert_close(w.data, torch.tensor([[3.0, 3.75 - 0.5 * (0.9 * 0.5 + 0.1 * length)]]))
     torch.testing.assert_close(b.data, torch.tensor([-0.5 * (0.9 * 2 + 2)]))
     w.grad = torch.zeros(1, 2)
-    optimiser.step()
+    optimizer.step()
     assert w.isfinite().all(), "no gradient, no division by its length"
 
 
