@@ -58,7 +58,7 @@ def train(name, count, way=None):
     model = kind(config(**SIZES, **options))
     model.joined = count > 1
     shard = way == "FSDP2"
-    called = distributed.spread(model, torch.device("cpu"), shard=shard, bf16=False, unused=not kind.ALL_GRADIENTS)
+    called = distributed.spread(model, torch.device("cpu"), shard=shard, dtype=None, unused=not kind.ALL_GRADIENTS)
     assert isinstance(called, FSDPModule) == (shard and count > 1)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
     losses = []
