@@ -407,7 +407,6 @@ def warned(folder, **changes):
     ids=["CLIP, accumulated", "MAMO with a queue"],
 )
 def test_pairs_are_compared_with_those_of_all_processes(pair, tmp_path, way, changes, names):
-    """Among them captions of `shapes` that are true of another process's image."""
     _, expected = train(tmp_path / "alone", **changes)
     (_, rows), _ = pair(functools.partial(train, **changes, **WAYS[way]), tmp_path / "two")
     assert_same(rows, expected, names=names)
