@@ -290,7 +290,8 @@ class ImageTextBatch:
         """Take over another batch for which there is room, in place on the device.
 
         Raises:
-            ValueError: not as many samples, images where there were none, more than there is room for, mixed sizes.
+            ValueError: not as many samples, images where there were none or of another shape, more than there is room
+                for, mixed sizes.
         """
         if self.grids is not None or other.grids is not None:
             raise ValueError("other must be a batch of images of one size, as this one, got mixed sizes")
@@ -300,6 +301,8 @@ class ImageTextBatch:
                 "other must be a batch of {} samples, at most {} images and {} words".format(*counts[0])
                 + ", got {}, {} and {}".format(*counts[1])
             )
+        if other.images is not None:  # of one channel they would be copied into all
+            _checks.shape("other.images", other.images, (None, *self.images.shape[1:]))
         offsets = self.text_lengths.cu
         for ours, theirs in ((self.images, other.images), (self.text, other.text), (offsets, other.text_lengths.cu)):
             if theirs is not None:

@@ -148,6 +148,8 @@ def test_a_batch_without_room_refuses():
         ImageTextBatch(text=torch.arange(4), text_lengths=[1, 3]).copy_(batch)
     with pytest.raises(ValueError, match="of 2 samples"):
         batch.copy_(ImageTextBatch(batch.images[:1]))
+    with pytest.raises(ValueError, match=r"other.images must have shape .*, got \(2, 1, 8, 8\)"):
+        batch.copy_(ImageTextBatch(batch.images[:, :1], batch.text, [1, 3]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
