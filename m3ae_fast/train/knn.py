@@ -14,6 +14,7 @@ from m3ae_fast.data import Loader, MixedDataset, Sample
 from m3ae_fast.train import distributed
 from m3ae_fast.train.average import Average
 from m3ae_fast.train.config import RunConfig
+from m3ae_fast.train.precision import autocast
 from m3ae_fast.train.validation import SEED, evaluating, first_batches
 
 NEIGHBORS, TEMPERATURE = 20, 0.07  # DINO's
@@ -102,7 +103,7 @@ class KNNProbe:
         """([N, D] float32, [N] int64) of all processes, on the CPU."""
         cls, labels = [], []
         for batch in batches:
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16"):
+            with autocast(self._config.precision, self._device):
                 cls.append(model.encode_cls(batch.to(self._device)).float().cpu())
             labels.append(batch.labels.int().argmax(1))
         every = distributed.gather((torch.cat(cls), torch.cat(labels)))

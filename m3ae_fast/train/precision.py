@@ -18,7 +18,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def loss_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """What keeps small gradients above float16's smallest number; but in fp16 it does nothing."""
+    """What keeps small gradients above float16's smallest number; disabled in any other precision."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from m3ae_fast.data import open_dataset
 from m3ae_fast.downstream.features import extract
 from m3ae_fast.models import MAE, M3AEConfig
-from m3ae_fast.train import Trainer, checkpoint, distributed, load_run, metrics, pretrain, trainer
+from m3ae_fast.train import Trainer, checkpoint, distributed, load_run, metrics, precision, pretrain, trainer
 from m3ae_fast.train.knn import KNNProbe, knn_classify
 from m3ae_fast.train.summary import print_summary
 
@@ -147,6 +147,21 @@ def test_what_cannot_be_probed_is_refused_before_a_folder_is_made(config, photos
     with pytest.raises(ValueError, match=message):
         pretrain(config(knn_every=2, **changes), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_features_are_computed_in_the_precision_of_the_run(config, folder):
+    settings = {"data": folder("train", 2), "val_data": folder("val", 2), "knn_every": 1, "batch_size": 99}
+    data = [open_dataset(settings[name], image_size=32, seed=0) for name in ("data", "val_data")]
+
+    class Asked(torch.nn.Module):
+        def encode_cls(self, batch):
+            self.dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+            return torch.zeros(len(batch), 1)
+
+    for name, dtype in precision.DTYPES.items():
+        model = Asked()
+        KNNProbe(*data, config(precision=name, **settings), 32, torch.device("cpu")).scores(model, None)
+        assert model.dtype == dtype
 
 
 def test_processes_share_the_samples(config, folder, monkeypatch):
