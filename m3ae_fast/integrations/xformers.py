@@ -103,7 +103,7 @@ def _offsets_of(mask, query: Tensor, key: Tensor) -> tuple[list[Tensor], list[in
     longest = [max(info.max_seqlen, 0) for info in infos]  # -1 where there are no blocks
     if kind in WITH_ROOM:
         keys = mask.k_seqinfo
-        longest[1] = max(end - start for start, end in itertools.pairwise(keys.seqstart_py))
+        longest[1] = max((end - start for start, end in itertools.pairwise(keys.seqstart_py)), default=0)
         cu = list(without_unused(*cu, keys.seqlen))
     return cu, longest
 

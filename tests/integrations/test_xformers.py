@@ -45,7 +45,7 @@ class SeqLenInfoWithRoom(SeqLenInfo):
     @classmethod
     def of(cls, starts, lengths):
         starts = list(starts)
-        return cls(torch.tensor(starts, dtype=torch.int32), max(lengths), starts, torch.tensor(lengths).int())
+        return cls(torch.tensor(starts, dtype=torch.int32), max([-1, *lengths]), starts, torch.tensor(lengths).int())
 
 
 class BlockDiagonalPaddedKeysMask(BlockDiagonalMask):
@@ -224,9 +224,10 @@ def test_seqlens_of(mask_of):
 
 def test_no_blocks(mask_of):
     q = randn(1, 0, 2, 8)
-    out = ours.memory_efficient_attention(q, q, q, mask_of([]))
-    assert out.shape == (1, 0, 2, 8)
-    assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
+    for mask in (mask_of([]), BlockDiagonalPaddedKeysMask.from_seqlens([], 4, [])):
+        out = ours.memory_efficient_attention(q, q, q, mask)
+        assert out.shape == (1, 0, 2, 8)
+        assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
     empty = randn(0, 5, 2, 8)
     assert ours.memory_efficient_attention(empty, empty, empty).shape == (0, 5, 2, 8)
 
