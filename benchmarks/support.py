@@ -10,6 +10,7 @@ CONTRIBUTING.md says how the CUDA kernels are emulated. Of a GPU, `benchmarks/gp
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def page(columns: dict[str, Path]) -> str:
               for title, path in columns.items()}  # fmt: skip
     ops = sorted({op for table in tables.values() for op in table})
     about = {
-        "date": report.datetime.date.today().isoformat(),
+        "date": datetime.date.today().isoformat(),
         "commit": report.said_by("git", "describe", "--always", "--exclude=*"),
         "torch": torch.__version__,
         "cpu": report.processor(),
