@@ -81,4 +81,4 @@ def remarks() -> list[str]:
     return [
         f"by shape on {architecture}, as measured on {record.get('GPU')}, {record.get('date')}"
         for architecture, record in sorted(RECORDS.items())
-    ] or ["by shape on no GPU: no measurement is recorded"]
+    ] or ["on a GPU Triton, for any shape: no measurement against CUDA is recorded"]
