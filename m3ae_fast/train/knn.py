@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader, MixedDataset, Sample
+from m3ae_fast.models import ModelConfig
 from m3ae_fast.train import distributed
 from m3ae_fast.train.average import Average
 from m3ae_fast.train.config import RunConfig
@@ -54,7 +55,7 @@ class KNNProbe:
 
     Args:
         dataset: trained on. held_out: of `open_held_out`. config: the run's.
-        image_size: pixels a side, the model's.
+        model_config: the model's, for its image_size and max_patches.
         device: where features are computed.
     Raises:
         ValueError: an image of several classes, or not one sample that can be read and has a class.
@@ -65,15 +66,16 @@ class KNNProbe:
         dataset: Sequence[Sample] | MixedDataset,
         held_out: Sequence[Sample] | MixedDataset,
         config: RunConfig,
-        image_size: int,
+        model_config: ModelConfig,
         device: torch.device,
     ):
         self._config, self._device = config, device
-        self._train, self._test = (self._read(each, image_size) for each in (dataset, held_out))
+        self._train, self._test = (self._read(each, model_config) for each in (dataset, held_out))
 
-    def _read(self, dataset: Sequence[Sample] | MixedDataset, image_size: int) -> list[ImageTextBatch]:
+    def _read(self, dataset: Sequence[Sample] | MixedDataset, model_config: ModelConfig) -> list[ImageTextBatch]:
         make = functools.partial(
-            Loader, dataset, None, image_size=image_size, seed=SEED, augment=False, labeled_only=True,
+            Loader, dataset, None, image_size=model_config.image_size, max_patches=model_config.max_patches,
+            patch_size=model_config.patch_size, seed=SEED, augment=False, labeled_only=True,
             rank=distributed.rank(), world_size=distributed.world_size(), strict=self._config.strict,
         )  # fmt: skip
         batches = first_batches(make, min(len(dataset), self._config.knn_samples), self._config)

@@ -187,8 +187,7 @@ class Trainer:
         if self.held_out is not None:
             self._validation = Validation(self.held_out, self.tokenizer, model, config, self.device)
             if config.knn_every:
-                size = model.config.image_size
-                self._knn = KNNProbe(self.dataset, self.held_out, config, size, self.device)
+                self._knn = KNNProbe(self.dataset, self.held_out, config, model.config, self.device)
         self._start = self._clock = time.perf_counter()
         with contextlib.ExitStack() as stack:
             distributed.on_first(lambda: self._open_folder(stack))

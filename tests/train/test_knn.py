@@ -10,8 +10,9 @@ from PIL import Image
 from m3ae_fast.data import open_dataset
 from m3ae_fast.downstream.features import extract
 from m3ae_fast.models import MAE, M3AEConfig
-from m3ae_fast.train import Trainer, checkpoint, distributed, load_run, metrics, precision, pretrain, trainer
+from m3ae_fast.train import Trainer, checkpoint, distributed, load_run, metrics, pretrain, trainer
 from m3ae_fast.train.knn import KNNProbe, knn_classify
+from m3ae_fast.train.precision import DTYPES
 from m3ae_fast.train.summary import print_summary
 
 CLASSES = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
@@ -149,19 +150,19 @@ def test_what_cannot_be_probed_is_refused_before_a_folder_is_made(config, photos
     assert not (tmp_path / "run").exists()
 
 
-def test_features_are_computed_in_the_precision_of_the_run(config, folder):
-    settings = {"data": folder("train", 2), "val_data": folder("val", 2), "knn_every": 1, "batch_size": 99}
-    data = [open_dataset(settings[name], image_size=32, seed=0) for name in ("data", "val_data")]
+@pytest.mark.parametrize(("name", "dtype"), DTYPES.items())
+def test_features_are_computed_in_the_precision_of_the_run(config, folder, monkeypatch, name, dtype):
+    model, found = MAE(M3AEConfig.tiny(image_size=32, vocab_size=0, depth=1)), []
+    data = [open_dataset(folder("train", 1), image_size=32, seed=0)] * 2
+    probe = KNNProbe(*data, config(batch_size=4, objective="mae", precision=name), model.config, torch.device("cpu"))
 
-    class Asked(torch.nn.Module):
-        def encode_cls(self, batch):
-            self.dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-            return torch.zeros(len(batch), 1)
+    def encode_cls(batch):
+        found.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return torch.ones(len(batch), 2)
 
-    for name, dtype in precision.DTYPES.items():
-        model = Asked()
-        KNNProbe(*data, config(precision=name, **settings), 32, torch.device("cpu")).scores(model, None)
-        assert model.dtype == dtype
+    monkeypatch.setattr(model, "encode_cls", encode_cls)
+    probe.scores(model, None)
+    assert set(found) == {dtype}
 
 
 def test_processes_share_the_samples(config, folder, monkeypatch):
@@ -171,7 +172,7 @@ def test_processes_share_the_samples(config, folder, monkeypatch):
     model = MAE(M3AEConfig.tiny(image_size=32, vocab_size=0)).eval()
 
     def features():
-        probe = KNNProbe(*data, config(batch_size=4, objective="mae", **settings), 32, torch.device("cpu"))
+        probe = KNNProbe(*data, config(batch_size=4, objective="mae", **settings), model.config, torch.device("cpu"))
         with torch.no_grad():
             return [probe._features(model, each) for each in (probe._train, probe._test)]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from m3ae_fast.train import RunConfig, load_bad_step, load_run, metrics, pictures, pretrain, run
+from m3ae_fast.train import RunConfig, Trainer, load_bad_step, load_run, metrics, pictures, pretrain, run
 from m3ae_fast.train.bad_steps import save_bad_step
 
 SIZES = [(40, 20), (16, 64), (33, 33), (50, 37), (24, 48), (8, 90)]  # pixels
@@ -62,6 +62,19 @@ def test_a_run_trains_on_whole_images(folder, tmp_path):
     assert len(batch.grids) == 12 and batch.images.shape[2:] == (8, 8)
     shown = pictures.samples_to_show(found.model.config, found.tokenizer, found.config, dataset, None)
     assert len(shown.batch.grids) == 6 and set(shown.batch.grids) <= set(batch.grids)
+
+
+def test_a_probe_beside_training_sees_whole_images(folder, tmp_path):
+    config = RunConfig(
+        data=str(folder), steps=1, batch_size=3, max_patches=12, device="cpu", picture_every=0, val_data=str(folder),
+        knn_every=1,
+    )  # fmt: skip
+    with Trainer(config, tmp_path / "run") as trainer:
+        batches = [batch for part in (trainer._knn._train, trainer._knn._test) for batch in part]
+        assert {grid for batch in batches for grid in batch.grids or ()} == {
+            (4, 2), (2, 6), (3, 3), (4, 3), (2, 4), (1, 12),
+        }  # fmt: skip
+        assert trainer.step()["knn_accuracy"] is not None
 
 
 def test_a_picture_shows_each_image_at_its_aspect(folder, tmp_path, monkeypatch):
