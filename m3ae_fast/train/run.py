@@ -88,12 +88,21 @@ def load_run(
 
 def at_size(model: Model, image_size: int | Sequence[int]) -> Model:
     """The same weights in a model of another image size."""
-    wanted = dataclasses.replace(model.config, image_size=image_size)
+    wanted = _changed(model.config, image_size=image_size)
     if wanted.grid == model.config.grid:
         return model
-    resized = type(model)(dataclasses.replace(wanted, positions="given"))
+    resized = type(model)(wanted)
     resized.load_state_dict(fitted_state(model, resized))
     return resized
+
+
+def _changed(saved: ModelConfig, **changes: Any) -> ModelConfig:
+    """The configuration of the same weights with changes: positions of another grid are resampled, and so given, unless
+    the model was trained on images of mixed sizes, whose positions are computed for every grid."""
+    wanted = dataclasses.replace(saved, **changes)
+    if wanted.grid != saved.grid and saved.max_patches is None:
+        wanted.positions = "given"
+    return wanted
 
 
 def fitted_state(start: Model, model: Model) -> dict[str, torch.Tensor]:
@@ -202,9 +211,7 @@ def _changes_of_started(saved: ModelConfig, changes: dict) -> dict:
     channels = changes.get("channels", saved.channels)
     if channels != saved.channels:
         raise ValueError(f"channels must be {saved.channels}, as init has it, got {channels}")
-    wanted = dataclasses.replace(saved, **{n: v for n, v in changes.items() if hasattr(saved, n)})
-    if wanted.grid != saved.grid:
-        wanted.positions = "given"
+    wanted = _changed(saved, **{n: v for n, v in changes.items() if hasattr(saved, n)})
     return wanted.to_dict() | changes  # unknown ones are refused where all are
 
 

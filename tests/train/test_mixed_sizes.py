@@ -1,10 +1,13 @@
 """Runs on images of mixed sizes: trained, stopped, resumed, drawn, validated and probed from the command line."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from m3ae_fast import M3AEFastWarning
 from m3ae_fast.train import RunConfig, Trainer, load_bad_step, load_run, metrics, pictures, pretrain, run
 from m3ae_fast.train.bad_steps import save_bad_step
 
@@ -75,6 +78,22 @@ def test_a_probe_beside_training_sees_whole_images(folder, tmp_path):
             (4, 2), (2, 6), (3, 3), (4, 3), (2, 4), (1, 12),
         }  # fmt: skip
         assert trainer.step()["knn_accuracy"] is not None
+
+
+def test_another_image_size_leaves_features_of_whole_images(folder, tmp_path):
+    config = RunConfig(data=str(folder), steps=1, batch_size=4, max_patches=12, device="cpu", picture_every=0)
+    pretrain(config, tmp_path / "run", progress=False)
+    found = load_run(tmp_path / "run")
+    side = found.model.config.image_shape[0] // 2
+    with pytest.warns(M3AEFastWarning, match="are computed anew for"):
+        smaller = load_run(tmp_path / "run", image_size=side).model
+    assert smaller.config.image_shape == (side, side)
+    batch = pictures.batch_of_files([folder / "a" / "0.png", folder / "b" / "1.png"], None, found.model.config, None)
+    assert torch.equal(smaller.encode_cls(batch), found.model.encode_cls(batch))
+
+    with pytest.warns(M3AEFastWarning, match="are computed anew for"):
+        pretrain(dataclasses.replace(config, init=str(tmp_path / "run"), image_size=side), tmp_path / "next")
+    assert load_run(tmp_path / "next").model.config.positions == "sincos"
 
 
 def test_a_picture_shows_each_image_at_its_aspect(folder, tmp_path, monkeypatch):
