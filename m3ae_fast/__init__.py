@@ -10,7 +10,12 @@ import warnings
 from m3ae_fast._interrupt import ends_the_command
 
 with ends_the_command():
-    import torch  # noqa: F401  before _C, so that its OpenMP symbols resolve to torch's own runtime: one thread pool
+    try:
+        import torch  # noqa: F401  before _C, so that its OpenMP symbols resolve to torch's own runtime: one thread pool
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ModuleNotFoundError("m3ae_fast needs PyTorch: pip install torch (see README)", name="torch") from None
 
     from m3ae_fast import _backends
     from m3ae_fast._explain import __version__, explain

@@ -118,6 +118,11 @@ def test_an_interrupted_import_of_the_command_is_silent(tmp_path, started):
     assert ("KeyboardInterrupt" in done.stderr) == (started == "library") == (done.stderr != "")
 
 
+def test_without_torch_the_import_says_what_to_install(python):
+    done = python("import sys; sys.modules['torch'] = None; import m3ae_fast")
+    assert "ModuleNotFoundError: m3ae_fast needs PyTorch: pip install torch" in done.stderr
+
+
 @pytest.mark.parametrize("before", ["default_int_handler", "SIG_IGN"])
 def test_a_command_that_is_imported_handles_interrupts_as_before(python, before):
     code = f"import signal, sys; sys.argv[0] = 'bin/m3ae-fast'; signal.signal(signal.SIGINT, signal.{before})\n"
