@@ -18,8 +18,8 @@ class SceneObject:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What was drawn. background: a color. objects: one to four. captions: three true ones, from short to long. facts:
-    all that any caption could say of it. says: of each caption, the facts that it takes to be true."""
+    """What was drawn. background: a word of BACKGROUNDS. objects: one to four. captions: three true ones, from short to
+    long. facts: all that any caption could say of it. says: of each caption, the facts that it takes to be true."""
 
     background: str
     objects: tuple[SceneObject, ...]

@@ -15,21 +15,24 @@ from m3ae_fast.data.sample import Sample
 from m3ae_fast.data.scenes import Scene, SceneObject
 from m3ae_fast.data.seeds import SCENE, check_seed, choose, generator
 
-COLORS = {
+COLORS = {  # of objects: dark
     "red": (214, 40, 40),
-    "green": (46, 160, 67),
+    "green": (32, 132, 52),
     "blue": (38, 84, 214),
-    "yellow": (248, 214, 40),
-    "orange": (245, 134, 20),
+    "orange": (226, 110, 20),
     "purple": (128, 52, 178),
-    "pink": (248, 152, 196),
-    "cyan": (70, 208, 220),
     "brown": (120, 72, 36),
-    "gray": (128, 128, 128),
     "black": (16, 16, 16),
-    "white": (246, 246, 246),
 }
-SIZES = {"small": (0.14, 0.2), "large": (0.28, 0.36)}  # shortest and longest side, as a share of the image's
+BACKGROUNDS = {  # light: an object is always the darker, or else its shape takes many more images to be learned
+    "white": (246, 246, 246),
+    "yellow": (250, 222, 80),
+    "pink": (250, 170, 208),
+    "cyan": (110, 222, 232),
+    "gray": (188, 188, 188),
+}
+PALETTE = COLORS | BACKGROUNDS
+SIZES = {"small": (0.2, 0.25), "large": (0.3, 0.36)}  # shortest and longest side, as a share of the image's
 MAX_OBJECTS = 4
 GAP = 0.05  # between two objects, as a share of the image's side: 1.5 pixels or more from MIN_SIZE up, so that
 MIN_SIZE = 32  # rounding to pixels lets no two boxes touch
@@ -38,12 +41,11 @@ PLACES = 64  # drawn for each object
 
 
 class ShapesDataset:
-    """One to four objects on a plain background, each of any shape, color and size, anywhere.
+    """One to four objects of dark colors on a plain light background, each of any shape and size, anywhere.
 
-    Attributes are drawn independently of one another (an object only never has the background's color), so what a
-    masked patch held can be known from the caption and often from nothing else. Scene `index` of a seed is the same
-    whenever and in whatever order it is asked for, and the same scene at every image size of one aspect. Sizes are
-    shares of the shorter side.
+    Attributes are drawn independently of one another, so what a masked patch held can be known from the caption and
+    often from nothing else. Scene `index` of a seed is the same whenever and in whatever order it is asked for, and the
+    same scene at every image size of one aspect. Sizes are shares of the shorter side.
 
     Training neither mirrors nor crops these: captions speak of left and right and of every object, and there is
     always a new scene.
@@ -52,7 +54,7 @@ class ShapesDataset:
         size: pixels a side, or (height, width), at least 32.
         seed: of the scenes, in [0, 2**63).
     Attributes:
-        classes: shapes, then colors; a scene's labels are those of its objects.
+        classes: shapes, then colors of objects; a scene's labels are those of its objects.
     """
 
     flip_safe = False
@@ -86,14 +88,13 @@ class ShapesDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"index must be in [0, {len(self)}), got {index}")
         rng = generator(self.seed, SCENE, index=index)
-        background = choose(rng, list(COLORS))
-        colors = [color for color in COLORS if color != background]
+        background = choose(rng, list(BACKGROUNDS))
         sizes = [choose(rng, list(SIZES)) for _ in range(rng.integers(1, MAX_OBJECTS + 1))]
         boxes = _layout(rng, np.array([rng.uniform(*SIZES[size]) for size in sizes]), self._extent)
         objects = []
         for size, (x, y, side) in zip(sizes, np.rint(boxes * self._unit).astype(int).tolist(), strict=True):
             box = (x, y, x + side, y + side)
-            objects.append(SceneObject(choose(rng, list(SHAPES)), choose(rng, colors), size, box))
+            objects.append(SceneObject(choose(rng, list(SHAPES)), choose(rng, list(COLORS)), size, box))
         return Scene(background, tuple(objects), *describe(background, objects, boxes, rng, self._extent))
 
 
@@ -123,7 +124,7 @@ def _layout(rng: np.random.Generator, sides: np.ndarray, extent: tuple[float, fl
 def draw(scene: Scene, size: int | tuple[int, int]) -> np.ndarray:
     """The scene as [height, width, 3] uint8; size: pixels a side, or both of them."""
     height, width = _checks.sides("size", size)
-    image = Image.new("RGB", (width, height), COLORS[scene.background])
+    image = Image.new("RGB", (width, height), BACKGROUNDS[scene.background])
     for item in scene.objects:
         image.paste(COLORS[item.color], item.box, outline(item.shape, item.box[2] - item.box[0]))
     return np.asarray(image)

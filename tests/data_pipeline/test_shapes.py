@@ -9,7 +9,7 @@ import pytest
 
 from m3ae_fast.data import ShapesDataset, open_dataset
 from m3ae_fast.data.scenes import Scene
-from m3ae_fast.data.shapes import COLORS, SHAPES, SIZES, draw
+from m3ae_fast.data.shapes import BACKGROUNDS, COLORS, SHAPES, SIZES, draw
 
 SCENES = 300
 
@@ -47,7 +47,7 @@ def test_boxes_hold_exactly_the_drawn_pixels(size):
     for i in range(60):
         scene = dataset.scene(i)
         empty = draw(Scene(scene.background, (), ()), size)
-        assert (empty == COLORS[scene.background]).all()
+        assert (empty == BACKGROUNDS[scene.background]).all()
         together = np.zeros((size, size), int)
         for item in scene.objects:
             changed = (draw(Scene(scene.background, (item,), ()), size) != empty).any(-1)
@@ -68,6 +68,13 @@ def test_objects_have_their_color_and_size():
             assert (pixels == COLORS[item.color]).all(-1).mean() > 0.2
             low, high = SIZES[item.size]
             assert x1 - x0 == y1 - y0 and low * 128 - 1 <= x1 - x0 <= high * 128 + 1
+
+
+def test_objects_are_darker_than_every_background():
+    """By which shapes can be learned from few images: the sign of the contrast never changes."""
+    luminance = lambda color: np.dot((0.299, 0.587, 0.114), color)  # noqa: E731
+    assert max(map(luminance, COLORS.values())) + 30 < min(map(luminance, BACKGROUNDS.values()))
+    assert not COLORS.keys() & BACKGROUNDS.keys()
 
 
 def test_attributes_are_drawn_independently():

@@ -9,9 +9,9 @@ import numpy as np
 from m3ae_fast.data.captions import NUMBERS, named
 from m3ae_fast.data.scenes import Scene, SceneObject
 from m3ae_fast.data.seeds import choose
-from m3ae_fast.data.shapes import COLORS, MAX_OBJECTS, SHAPES
+from m3ae_fast.data.shapes import COLORS, MAX_OBJECTS, PALETTE, SHAPES
 
-ANSWERS = sorted([*COLORS, *SHAPES, *NUMBERS[1 : MAX_OBJECTS + 1], "yes", "no"])
+ANSWERS = sorted([*PALETTE, *SHAPES, *NUMBERS[1 : MAX_OBJECTS + 1], "yes", "no"])
 Asked = tuple[str, str] | None  # question and answer; None: the scene has no answer to that kind
 
 
@@ -63,8 +63,7 @@ def _absent(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     so that it takes binding them to tell."""
     present = {(item.color, item.shape) for item in scene.objects}
     colors, shapes = ({getattr(item, name) for item in scene.objects} for name in ("color", "shape"))
-    free = [c for c in COLORS if c != scene.background]
-    near = [(c, s) for c in free for s in SHAPES if (c in colors or s in shapes) and (c, s) not in present]
+    near = [(c, s) for c in COLORS for s in SHAPES if (c in colors or s in shapes) and (c, s) not in present]
     mixed = [(c, s) for c, s in near if c in colors and s in shapes]
     return choose(rng, mixed if mixed and rng.random() < 0.5 else near)
 

@@ -11,7 +11,7 @@ import numpy as np
 from m3ae_fast.data.captions import NUMBERS, named
 from m3ae_fast.data.scenes import Scene
 from m3ae_fast.data.seeds import choose
-from m3ae_fast.data.shapes import COLORS, MAX_OBJECTS, SHAPES
+from m3ae_fast.data.shapes import BACKGROUNDS, COLORS, MAX_OBJECTS, SHAPES
 
 SIDES = ("left", "right")
 TOTALS = {n: word for n, word in enumerate((*NUMBERS, "five")) if n > 1}  # no caption has the x of six
@@ -71,8 +71,9 @@ def _presence(words: np.random.Generator, drawing: Drawing) -> Said:
 
 
 def _background(words: np.random.Generator, drawing: Drawing) -> Said:
-    side, color = choose(words, SIDES), choose(words, list(COLORS))
-    about, other = ((_on if has else _not_on)(drawing.new(), drawing.rng, color) for has in _has(drawing))
+    side, color = choose(words, SIDES), choose(words, list(BACKGROUNDS))
+    colors = (color if has else _other(drawing.rng, BACKGROUNDS, color) for has in _has(drawing))
+    about, other = (dataclasses.replace(drawing.new(), background=each) for each in colors)
     return f"the background of the {side} image is {color}", _order(about, other, side == "right")
 
 
@@ -108,8 +109,6 @@ def _other(rng: np.random.Generator, options: dict, but: str) -> str:
 
 def _with(scene: Scene, rng: np.random.Generator, shape: str, color: str | None = None) -> Scene:
     """The scene, one of its objects of this shape, and of this color where one is given."""
-    if color == scene.background:
-        scene = _not_on(scene, rng, color)
     items = list(scene.objects)
     i = rng.integers(len(items))
     items[i] = dataclasses.replace(items[i], shape=shape, color=color or items[i].color)
@@ -125,15 +124,3 @@ def _without(scene: Scene, rng: np.random.Generator, shape: str, color: str | No
         for item in scene.objects
     )
     return dataclasses.replace(scene, objects=items)
-
-
-def _on(scene: Scene, rng: np.random.Generator, color: str) -> Scene:
-    """The scene on a background of this color: the two colors are exchanged, so that no object vanishes in it."""
-    exchange = {scene.background: color, color: scene.background}
-    items = tuple(dataclasses.replace(item, color=exchange.get(item.color, item.color)) for item in scene.objects)
-    return dataclasses.replace(scene, background=color, objects=items)
-
-
-def _not_on(scene: Scene, rng: np.random.Generator, color: str) -> Scene:
-    """The scene on a background of another color than this."""
-    return _on(scene, rng, _other(rng, COLORS, color)) if scene.background == color else scene
