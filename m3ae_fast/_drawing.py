@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +13,7 @@ from m3ae_fast._files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL.ImageDraw import ImageDraw
 
 # Sizes in pixels, colors as #rrggbb
 SIDE, GAP, MARGIN, LINE, COLUMNS = 192, 10, 28, 21, 2
@@ -44,10 +46,20 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def heat(image: np.ndarray, map: Tensor) -> np.ndarray:
-    """[H, W, 3] uint8 with a map [H, W] laid over it: gray where it is lowest, in its colors where highest."""
-    share = ((map - map.min()) / (map.max() - map.min()).clamp(min=1e-12)).numpy()[..., None]
-    gray = image.mean(2, keepdims=True) * 0.35 + 150
-    return np.uint8(np.clip(share * image + (1 - share) * gray, 0, 255))
+    """[H, W, 3] uint8: the image in gray with a map [H, W] laid over it, dark blue where it is lowest, yellow
+    where highest."""
+    import matplotlib
+
+    share = ((map - map.min()) / (map.max() - map.min()).clamp(min=1e-12)).numpy()
+    colors = 255 * matplotlib.colormaps["plasma"](share)[..., :3]
+    return np.uint8(0.4 * image.mean(2, keepdims=True) + 0.6 * colors)
+
+
+def mark(pen: ImageDraw, lines: Sequence[Sequence[float]], color: str, width: int) -> None:
+    """Lines (x0, y0, x1, y1, ...) edged with white and dark, so that they show on any image."""
+    for fill, edge in ((INK, 4), ("white", 2), (color, 0)):
+        for line in lines:
+            pen.line(line, fill=fill, width=width + edge, joint="curve")
 
 
 def visible(image: np.ndarray) -> np.ndarray:

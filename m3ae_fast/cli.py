@@ -1,7 +1,7 @@
 """m3ae-fast: the command line. `m3ae-fast pretrain` alone trains a tiny model on synthetic scenes.
 
 Exit status: 0 done; 2 a mistake in the call, the data or a file, or another process of torchrun's lost, told in one
-line; 130 stopped by Ctrl-C.
+line; 130 stopped by Ctrl-C; 141 the reader of its output is gone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.downstream import TASKS
 from m3ae_fast.downstream.commands.arguments import add_captions, add_device, add_picture, add_run, check_captions
 
-INTERRUPTED = 130  # as shells say it: 128 + SIGINT
+INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells say it: 128 + SIGINT, 128 + SIGPIPE
 EXAMPLES = {  # of each command, shown by its --help
     "pretrain": (
         "pretrain --data photos --model small --steps 10000 --batch-size 64 --out runs/mine",
@@ -70,10 +70,15 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             args = _parser(*argv[:1]).parse_args(argv)
-            return args.command(args)
+            status = args.command(args)
+            sys.stdout.flush()
+            return status
     except KeyboardInterrupt:
         print("m3ae-fast: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read what is printed, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be flushed goes nowhere
+        return BROKEN_PIPE
     except Exception as error:
         if not _is_the_callers(error):
             raise

@@ -275,6 +275,11 @@ class M3AE(Model, FixedPositions):
         c, ids = self.config, batch.sample_ids
         if plan is not None:
             plan.check(batch, c.grid, source)
+            if not torch.compiler.is_compiling() and len(batch.text) != plan.words:
+                raise ValueError(
+                    f"batch must have room for {plan.images} images and {plan.words} words with a plan of a bucket "
+                    f"(batch.with_room, or GraphedStep), got {len(batch.text)} words"
+                )
             return plan
         if batch.grids is not None and (bucket or c.masking == "shared"):
             what = "bucket must be False" if bucket else "masking must not be 'shared', one mask for all,"

@@ -16,6 +16,8 @@ from m3ae_fast.train import checkpoint, distributed, run
 from m3ae_fast.train.config import RunConfig
 from m3ae_fast.train.summary import as_text
 
+LONG = 3600  # seconds: how long a run lasts that takes more is said once, after ESTIMATE_STEPS
+ESTIMATE_STEPS = 10
 WAIT_STEPS, WAIT_SHARE = 100, 0.2  # warn where waiting for data takes more than this share of so many steps
 
 
@@ -64,7 +66,8 @@ class StopRequest:
 
 
 class Progress:
-    """tqdm: loss, tokens a second, time left; where the run breaks off, how to go on."""
+    """tqdm: loss, tokens a second, time left, once in a line of its own where that is hours; where the run breaks off,
+    how to go on."""
 
     def __init__(self, folder: Path, config: RunConfig, done: int, shown: bool):
         from tqdm import tqdm
@@ -75,6 +78,7 @@ class Progress:
             bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
         )  # fmt: skip
         self._folder, self._shown, self._rate, self._validated, self._probed = folder, shown, None, "", ""
+        self._left, self._first, self._start = config.steps - done, done, time.perf_counter()
 
     def __enter__(self) -> Progress:
         return self
@@ -95,3 +99,11 @@ class Progress:
         losses = f"loss {as_text(row['loss'])}{self._validated}{self._probed}"
         self._bar.set_postfix_str(f"{losses}, {self._rate:,.0f} tokens/s", refresh=False)
         self._bar.update()
+        if self._shown and row["step"] == self._first + ESTIMATE_STEPS:
+            self._estimate((time.perf_counter() - self._start) / ESTIMATE_STEPS)
+
+    def _estimate(self, seconds: float) -> None:
+        """Say how long the run will take, by the seconds of a step, where that is hours."""
+        if seconds * self._left > LONG:
+            hours = f"about {seconds * self._left / 3600:,.0f} hours"
+            self._bar.write(f"this run takes {hours}: {self._left:,} steps of {seconds:.2f} s", file=sys.stderr)

@@ -163,3 +163,12 @@ def test_a_model_on_the_cpu_is_refused(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"device must be a GPU to capture CUDA graphs \(cuda_graphs\), got cpu"):
         GraphedStep(lambda batch, plan: None, M3AE(CONFIG))
+
+
+def test_a_plan_of_a_bucket_asks_for_room():
+    model, batch = M3AE(CONFIG), make_batch(3)
+    plan = model.plan(batch, seed=1, bucket=True)
+    with pytest.raises(ValueError, match=f"batch must have room for 6 images and {plan.words} words .*, got "):
+        model(batch, plan=plan)
+    roomy = model(batch.with_room(plan.images, plan.words), plan=plan)
+    torch.testing.assert_close(roomy.loss, model(batch, seed=1).loss)

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 from m3ae_fast._files import read_json, write_json
 from m3ae_fast.models import MAE, OBJECTIVES, M3AEConfig
 from m3ae_fast.models.config import SIZES
-from m3ae_fast.train import RunConfig, checkpoint, load_run, trainer
+from m3ae_fast.train import RunConfig, checkpoint, load_run, trainer, watch
 from m3ae_fast.train.config import DEFAULTS, LR_PER_256
 
 SMALL = ["--steps", "3", "--batch-size", "2", "--image-size", "32", "--device", "cpu"]
@@ -223,3 +225,23 @@ def test_the_help_of_pretrain_tells_the_true_defaults(run):
 def test_python_dash_m(python):
     done = python("import runpy, sys; sys.argv[1:] = ['--version']; runpy.run_module('m3ae_fast', run_name='__main__')")
     assert done.returncode == 0 and done.stdout.startswith("m3ae_fast ")
+
+
+@pytest.mark.parametrize("steps, said", [(1000, ["this run takes about 3 hours: 1,000 steps of 10.00 s"]), (300, [])])
+def test_a_run_of_hours_says_so_once(monkeypatch, capsys, tmp_path, steps, said):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(watch, "time", types.SimpleNamespace(perf_counter=lambda: next(clock) * watch.ESTIMATE_STEPS))
+    with watch.Progress(tmp_path, RunConfig(steps=steps).resolved(), 0, shown=True) as bar:
+        for step in range(1, 15):
+            bar.show({"step": step, "loss": 1.0, "tokens_per_second": 1.0})
+    lines = [line.strip() for line in capsys.readouterr().err.replace("\r", "\n").splitlines()]
+    assert [line for line in lines if line.startswith("this run")] == said
+
+
+def test_a_reader_that_has_read_enough(tmp_path):
+    """As of `m3ae-fast info | head -1`: no traceback, nothing on stderr."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "m3ae_fast", "info"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from m3ae_fast._settings import natural, path
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Tokenizer
 from m3ae_fast.data.specs import refuse_streamed
+from m3ae_fast.data.text import CONTINUES
 from m3ae_fast.downstream.commands.arguments import add_captions, add_device, add_picture, add_run, check_captions
 from m3ae_fast.downstream.commands.session import open_run
 from m3ae_fast.downstream.features import evaluating
@@ -106,7 +107,8 @@ def _rollout(weights: tuple[Tensor, ...]) -> Tensor:
 
 
 def draw_attention(model: Model, batch: ImageTextBatch, tokenizer: Tokenizer | None, path: Path, **options) -> None:
-    """A picture: every image, where its CLS looks, where each word does: gray where least, in its colors where most.
+    """A picture: every image, where its CLS looks, where each word does, the mean over its pieces: dark blue where
+    least, yellow where most.
 
     Args:
         batch: images as uint8, with texts or without. tokenizer: of the model. path: of the PNG.
@@ -116,9 +118,10 @@ def draw_attention(model: Model, batch: ImageTextBatch, tokenizer: Tokenizer | N
     words = batch.text.cpu().split(batch.text_lengths.lengths)
     images = visible(batch.images.cpu().permute(0, 2, 3, 1).numpy())
     for image, ids, each in zip(images, words, attend(model, batch, **options), strict=True):
-        titles = ["image", "CLS", *(tokenizer.tokens(ids.tolist()) if len(each.words) else ())]
-        maps = to_pixels(torch.cat([each.cls[None], each.words]), model.config)
-        panels = list(zip(titles, [image, *(heat(image, map) for map in maps)], strict=True))
+        read = by_word(tokenizer.tokens(ids.tolist()), each.words) if len(each.words) else []
+        titles, maps = zip(("CLS", each.cls), *read, strict=True)
+        shown = (heat(image, map) for map in to_pixels(torch.stack(maps), model.config))
+        panels = [("image", image), *zip(titles, shown, strict=True)]
         rows += [
             panels[:COLUMNS],
             *([None, *panels[i : i + COLUMNS - 1]] for i in range(COLUMNS, len(panels), COLUMNS - 1)),
@@ -136,6 +139,22 @@ def draw_attention(model: Model, batch: ImageTextBatch, tokenizer: Tokenizer | N
                 axes.imshow(panel[1])
                 axes.set_title(panel[0], fontsize=9, color=INK, parse_math=False)
     save_figure(figure, path)
+
+
+def by_word(tokens: Sequence[str], maps: Tensor) -> list[tuple[str, Tensor]]:
+    """Each word with the mean of its pieces' maps.
+
+    Args:
+        tokens: WordPiece entries, of which those with "##" continue a word. maps: [W, P], one a token.
+    """
+    words: list[tuple[str, list[Tensor]]] = []
+    for token, each in zip(tokens, maps, strict=True):
+        if words and token.startswith(CONTINUES) and token != CONTINUES:
+            word, pieces = words.pop()
+            words.append((word + token.removeprefix(CONTINUES), [*pieces, each]))
+        else:
+            words.append((token, [each]))
+    return [(word, torch.stack(pieces).mean(0)) for word, pieces in words]
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from m3ae_fast._drawing import INK, RIGHT, WRONG, Card, Cards, heat, note_of_channels, visible
+from m3ae_fast._drawing import FAINT, RIGHT, WRONG, Card, Cards, heat, mark, note_of_channels, visible
 from m3ae_fast._settings import natural, picture
 from m3ae_fast.data import Tokenizer
 from m3ae_fast.data.examples.files import open_phrases
@@ -77,11 +77,13 @@ def draw_ground(
         box = phrase.box and crop_box(phrase.box, *phrase.image.shape[:2], (height, width))
         shown = Image.fromarray(heat(pixels, map)).resize((scale * width, scale * height))
         pen, inside = ImageDraw.Draw(shown), box and box[0] <= x + 0.5 < box[2] and box[1] <= y + 0.5 < box[3]
-        color, (cx, cy), arm = RIGHT if inside else WRONG, (scale * (x + 0.5), scale * (y + 0.5)), side // 5
-        for line in ((cx - arm, cy, cx + arm, cy), (cx, cy - arm, cx, cy + arm)):
-            pen.line(line, fill=color if box else INK, width=max(side // 32, 2))
+        color = (RIGHT if inside else WRONG) if box else FAINT
+        (cx, cy), arm = (scale * (x + 0.5), scale * (y + 0.5)), side // 5
+        lines = [(cx - arm, cy, cx + arm, cy), (cx, cy - arm, cx, cy + arm)]
         if box:
-            pen.rectangle([scale * each for each in box], outline=color, width=max(side // 48, 2))
+            x0, y0, x1, y1 = (scale * each for each in box)
+            lines.append((x0, y0, x1, y0, x1, y1, x0, y1, x0, y0))
+        mark(pen, lines, color, max(side // 16, 2))
         words = [(word, "", False) for word in phrase.phrase.split()]
         cards.append(Card([pixels, np.asarray(shown)], words))
     Cards(cards, ("original", "where it points"), note_of_channels(model.config.channels)).save(path)

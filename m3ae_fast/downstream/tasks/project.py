@@ -41,21 +41,25 @@ def project(cls: Tensor, *, perplexity: float = PERPLEXITY, seed: int = 0) -> np
 
 
 def draw_projection(points: np.ndarray, labels: Tensor, classes: Sequence[str], path: Path) -> None:
-    """A point an image, a color a class; past 20 classes colors come again, and no legend is drawn.
+    """A point an image, a color a class, the one that it is named after where all are names of colors; past 20 classes
+    colors come again, and no legend is drawn.
 
     Args:
         points: [N, 2]. labels: [N], numbers of `classes`, the names. path: of the PNG.
     """
     import matplotlib
+    from matplotlib.colors import is_color_like
 
     figure = new_figure(8, 6)
     axes = figure.subplots()
-    colors = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20"].colors
+    named = all(map(is_color_like, classes))
+    colors = list(classes) if named else matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20"].colors
+    edge = {"edgecolors": INK, "linewidths": 0.4} if named else {"linewidths": 0}  # white is seen, too
     labels = labels.numpy()
     for number in np.unique(labels):
         chosen = points[labels == number]
         color = colors[number % len(colors)]
-        axes.scatter(*chosen.T, s=14, color=color, alpha=0.8, linewidths=0, label=classes[number])
+        axes.scatter(*chosen.T, s=16, facecolors=color, alpha=0.8, label=classes[number], **edge)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_color("#c9cdd6")

@@ -9,7 +9,7 @@ from m3ae_fast import ImageTextBatch, SeqLens, nn
 from m3ae_fast.data import Tokenizer
 from m3ae_fast.downstream.pack import pack
 from m3ae_fast.downstream.tasks import attend as module
-from m3ae_fast.downstream.tasks.attend import attend, draw_attention, weights_of
+from m3ae_fast.downstream.tasks.attend import attend, by_word, draw_attention, weights_of
 from m3ae_fast.models import OBJECTIVES
 
 TEXTS = ["a red circle", "two stars on a blue ring in the middle of it"]
@@ -131,3 +131,9 @@ def test_picture(tmp_path):
     assert words.shape[0] == pytest.approx(lines * 1.6 * 110, abs=2) and words.shape[1] == pytest.approx(8 * 154, abs=2)
     assert cls.shape[0] == pytest.approx(2 * 1.6 * 110, abs=2) and cls.shape[1] == pytest.approx(2 * 154, abs=2)
     assert cls.std() > 20
+
+
+def test_the_pieces_of_a_word_share_a_map():
+    maps = torch.tensor([[1.0, 0.0], [0.0, 4.0], [0.0, 2.0], [5.0, 5.0]])
+    words = dict(by_word(["red", "st", "##ar", "##"], maps))
+    assert {word: each.tolist() for word, each in words.items()} == {"red": [1, 0], "star": [0, 3], "##": [5, 5]}

@@ -43,3 +43,16 @@ def test_picture(tmp_path, classes, legend):
 def test_arguments(count, perplexity, message):
     with pytest.raises(ValueError, match=message):
         project(torch.ones(count, 2), perplexity=perplexity)
+
+
+def test_a_class_has_the_color_it_is_named_after(tmp_path):
+    """Where all classes are colors; else one may be of another color than its name says."""
+    points = np.random.default_rng(0).standard_normal((60, 2)).astype(np.float32)
+    reds = []
+    for name, classes in (("all", ["red", "white"]), ("some", ["red", "star"])):
+        draw_projection(points, torch.arange(60) % 2, classes, tmp_path / f"{name}.png")
+        red, green, blue = (
+            np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).astype(int).transpose(2, 0, 1)
+        )
+        reds.append(((red > 240) & (green < 70) & (blue < 70)).sum())
+    assert reds[0] > 500 and reds[1] == 0
