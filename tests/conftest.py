@@ -25,15 +25,16 @@ def pytest_collection_modifyitems(config, items):
     M3AE_FAST_EMULATE=1 for the CUDA kernels.
 
     Instruction sets are the CPU's: what runs on a GPU runs once. Without --all, the scalar set and the best one of this
-    CPU are tested, and tests marked "exhaustive" are left out.
+    CPU are tested, and tests marked "exhaustive" are left out, except in files that the command line names.
     """
-    everything = config.getoption("--all")
+    here = config.invocation_params.dir
+    named = {(here / argument.split("::")[0]).resolve() for argument in config.args}  # folders match no test's file
     kept, left = [], []
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         on_gpu_again = params.get("device") == "cuda" and params.get("isa", ISAS[0]) != ISAS[0]
         wanted = not on_gpu_again if _backends.TESTED is None else params.get("impl") == _backends.TESTED
-        if not everything:
+        if not config.getoption("--all") and item.path.resolve() not in named:
             few = params.get("isa") in (None, "none", _backends.TESTED, "scalar", BEST)
             wanted = wanted and few and item.get_closest_marker("exhaustive") is None
         (kept if wanted else left).append(item)
