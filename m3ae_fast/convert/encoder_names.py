@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from m3ae_fast.convert.vit_names import joined_qkv
+
 PARTS = ("attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")  # of a block, without its first LayerNorm
 QKV = ("attn.q", "attn.k", "attn.v")
 
@@ -165,12 +167,7 @@ def renamed(state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
                 found[f"blocks.{block[1]}.{ours}.{leaf}"] = tensor.float()
         elif not name.startswith(names.left_out):
             raise ValueError(f"the weights must be those of a plain CLIP, Vision Transformer or BERT, got {full!r}")
-    for name, three in parts.items():
-        shapes = [tuple(three[i].shape) for i in sorted(three)]
-        if len(three) != 3 or len(set(shapes)) != 1 or not shapes[0]:
-            raise ValueError(f"{name} must be made of query, key and value of one shape, got {shapes}")
-        found[name] = torch.cat([three[i] for i in range(3)])
-    return found
+    return found | {name: joined_qkv(name, three) for name, three in parts.items()}
 
 
 def image_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -165,12 +165,19 @@ def mae_of_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 found[f"{stack}.{block[2]}.{_MAE_OF_HF_BLOCK[block[3]]}.{leaf}"] = tensor
         else:
             raise ValueError(f"the weights must be those of a ViTMAE, got {name!r}")
-    for name, three in parts.items():
-        shapes = [tuple(three[i].shape) for i in sorted(three)]
-        if len(three) != 3 or len(set(shapes)) != 1 or not shapes[0]:
-            raise ValueError(f"{name} must be made of query, key and value of one shape, got {shapes}")
-        found[name] = torch.cat([three[i] for i in range(3)])
-    return found
+    return found | {name: joined_qkv(name, three) for name, three in parts.items()}
+
+
+def joined_qkv(name: str, parts: dict[int, Tensor]) -> Tensor:
+    """Query (0), key (1) and value (2) -> the tensor `name`, one below the other.
+
+    Raises:
+        ValueError: one of them is missing, or of another shape.
+    """
+    shapes = [tuple(parts[i].shape) for i in sorted(parts)]
+    if len(parts) != 3 or len(set(shapes)) != 1 or not shapes[0]:
+        raise ValueError(f"{name} must be made of query, key and value of one shape, got {shapes}")
+    return torch.cat([parts[i] for i in range(3)])
 
 
 def hf_of_mae(state: dict[str, Tensor]) -> dict[str, Tensor]:
