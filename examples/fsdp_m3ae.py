@@ -55,6 +55,6 @@ for step in range(state["step"], args.stop_after or args.steps):
     dist.all_reduce(total := loss.detach() / dist.get_world_size())
     if dist.get_rank() == 0:
         print(f"step {step + 1} loss {total:.6f}")
-step, (weights, moments) = max(state["step"], args.stop_after or args.steps), get_state_dict(model, optimizer)
-dcp.save({"step": step, "model": weights, "optimizer": moments}, checkpoint_id=args.out)
+step, states = max(state["step"], args.stop_after or args.steps), get_state_dict(model, optimizer)
+dcp.save({"step": step, "model": states[0], "optimizer": states[1]}, checkpoint_id=args.out)
 dist.destroy_process_group()
