@@ -8,6 +8,8 @@ Shapes: B samples, N tokens each, T = all tokens of a batch, P prefix tokens (cl
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from timm import layers
@@ -29,12 +31,14 @@ from m3ae_fast.seqlens import SeqLens
 
 __all__ = ["accelerate", "restore"]
 
+M = TypeVar("M", bound=nn.Module)
+
 GELUS = {layers.GELU: "gelu", layers.GELUTanh: "gelu_tanh"}  # and torch.nn.GELU, by its `approximate`
 NORMS = (nn.LayerNorm, layers.LayerNorm)
 EMBEDDING = (layers.PatchEmbed, layers.PatchDropout, nn.Conv2d, *DROPOUT)
 
 
-def accelerate(model: nn.Module) -> nn.Module:
+def accelerate(model: M) -> M:
     """Let every VisionTransformer, NaFlexVit, Block, Attention and Mlp of timm's in `model` run on the ops here.
 
     Their classes are exchanged in place, subclasses of them are left alone: parameters, state dict, hooks, device and
@@ -53,7 +57,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     return model
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: M) -> M:
     """Undo `accelerate`: every module gets timm's own class back. Returns `model` itself."""
     _swap.restore(model, FAST)
     return model

@@ -6,6 +6,8 @@
 Written for transformers 5.23.
 """
 
+from typing import TypeVar
+
 import transformers
 from torch import nn
 
@@ -18,10 +20,12 @@ except AttributeError as error:  # a class has another name there
 
 __all__ = ["accelerate", "restore"]
 
+M = TypeVar("M", bound=nn.Module)
+
 _FAST = flava.FAST | vit_mae.FAST
 
 
-def accelerate(model: nn.Module) -> nn.Module:
+def accelerate(model: M) -> M:
     """Make the ViTMAE and FLAVA modules inside `model` faster, in place: same parameters, state dict, arguments and
     outputs (but for the logits that `flava.FlavaForPreTraining` leaves out of a training step).
 
@@ -42,7 +46,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     return model
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: M) -> M:
     """Undo `accelerate`: every module gets Transformers' own class back. Returns `model` itself."""
     _swap.restore(model, _FAST)
     return model

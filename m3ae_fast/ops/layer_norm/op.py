@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,16 @@ from m3ae_fast.ops.layer_norm import reference
 BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
 
 
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, residual: None = None, eps: float = 1e-6,
+    dtype: torch.dtype | None = None, impl: Impl | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, residual: Tensor, eps: float = 1e-6,
+    dtype: torch.dtype | None = None, impl: Impl | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def layer_norm(
     x: Tensor,
     weight: Tensor | None,

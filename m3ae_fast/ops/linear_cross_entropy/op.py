@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +19,41 @@ BACKENDS = _backends.load(__package__, "cpp", "triton")
 REDUCTIONS = ("mean", "sum", "none", "sample_mean")
 
 
+@overload
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100,
+    reduction: str = "mean", cu_seqlens: SeqLens | Tensor | None = None, label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None, lse_square_scale: float = 0.0, return_accuracy: Literal[False] = False,
+    return_lse: Literal[False] = False, return_z_loss: Literal[False] = False, impl: Impl | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100,
+    reduction: str = "mean", cu_seqlens: SeqLens | Tensor | None = None, label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None, lse_square_scale: float = 0.0, return_accuracy: Literal[True],
+    return_lse: bool = False, return_z_loss: bool = False, impl: Impl | None = None,
+) -> tuple[Tensor, ...]: ...  # fmt: skip
+@overload
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100,
+    reduction: str = "mean", cu_seqlens: SeqLens | Tensor | None = None, label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None, lse_square_scale: float = 0.0, return_accuracy: bool = False,
+    return_lse: Literal[True], return_z_loss: bool = False, impl: Impl | None = None,
+) -> tuple[Tensor, ...]: ...  # fmt: skip
+@overload
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100,
+    reduction: str = "mean", cu_seqlens: SeqLens | Tensor | None = None, label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None, lse_square_scale: float = 0.0, return_accuracy: bool = False,
+    return_lse: bool = False, return_z_loss: Literal[True], impl: Impl | None = None,
+) -> tuple[Tensor, ...]: ...  # fmt: skip
+@overload
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100,
+    reduction: str = "mean", cu_seqlens: SeqLens | Tensor | None = None, label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None, lse_square_scale: float = 0.0, return_accuracy: bool = False,
+    return_lse: bool = False, return_z_loss: bool = False, impl: Impl | None = None,
+) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,

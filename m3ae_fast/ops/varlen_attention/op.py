@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +17,27 @@ BACKENDS = _backends.load(__package__, "cpp", "triton", "cuda")
 BACKENDS.remarks += choice.remarks()
 
 
+@overload
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: seqlens.SeqLens | Tensor,
+    cu_seqlens_k: seqlens.SeqLens | Tensor | None = None, max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None, *, softmax_scale: float | None = None, return_lse: Literal[False] = False,
+    impl: Impl | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: seqlens.SeqLens | Tensor,
+    cu_seqlens_k: seqlens.SeqLens | Tensor | None = None, max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None, *, softmax_scale: float | None = None, return_lse: Literal[True],
+    impl: Impl | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: seqlens.SeqLens | Tensor,
+    cu_seqlens_k: seqlens.SeqLens | Tensor | None = None, max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None, *, softmax_scale: float | None = None, return_lse: bool = False,
+    impl: Impl | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -114,6 +136,21 @@ def varlen_attention(
     return (out, *lse) if return_lse else out
 
 
+@overload
+def varlen_attention_qkvpacked(
+    qkv: Tensor, cu_seqlens: seqlens.SeqLens | Tensor, max_seqlen: int | None = None, *,
+    softmax_scale: float | None = None, return_lse: Literal[False] = False, impl: Impl | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def varlen_attention_qkvpacked(
+    qkv: Tensor, cu_seqlens: seqlens.SeqLens | Tensor, max_seqlen: int | None = None, *,
+    softmax_scale: float | None = None, return_lse: Literal[True], impl: Impl | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def varlen_attention_qkvpacked(
+    qkv: Tensor, cu_seqlens: seqlens.SeqLens | Tensor, max_seqlen: int | None = None, *,
+    softmax_scale: float | None = None, return_lse: bool = False, impl: Impl | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def varlen_attention_qkvpacked(
     qkv: Tensor,
     cu_seqlens: seqlens.SeqLens | Tensor,
