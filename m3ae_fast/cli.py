@@ -297,12 +297,22 @@ def _parser(named: str | None = None) -> argparse.ArgumentParser:
 
     reconstruct = add("reconstruct", _reconstruct, "Draw original | masked | reconstruction with a trained model.")
     add_run(reconstruct)
-    reconstruct.add_argument("images", nargs="*", type=path, metavar="IMAGE", help="captions: NAME.txt beside NAME.jpg")
-    reconstruct.add_argument("--data", metavar="shapes|DIR", help="instead of images (default: the run's own data)")
+    reconstruct.add_argument(
+        "images",
+        nargs="*",
+        type=path,
+        metavar="IMAGE",
+        help="an image file, with its caption in NAME.txt beside NAME.jpg",
+    )
+    reconstruct.add_argument(
+        "--data", metavar="shapes|DIR", help="data to draw, instead of images (default: the run's own)"
+    )
     add_captions(reconstruct)
     add_picture(reconstruct, "reconstruction.png")
-    reconstruct.add_argument("--samples", type=positive, default=6, metavar="N", help="of --data (%(default)s)")
-    reconstruct.add_argument("--seed", type=natural, metavar="S", help="of the masks (default: the run's)")
+    reconstruct.add_argument(
+        "--samples", type=positive, default=6, metavar="N", help="how many of --data (%(default)s)"
+    )
+    reconstruct.add_argument("--seed", type=natural, metavar="S", help="seed of the masks (default: the run's)")
     add_device(reconstruct)
 
     for name, text in TASKS.items():
@@ -324,20 +334,26 @@ def _parser(named: str | None = None) -> argparse.ArgumentParser:
     convert = add("convert", _convert, "Turn published weights into ours, or ours into those of Transformers or timm.")
     convert.add_argument(
         "source", type=path, metavar="IN",
-        help="mae_*.pth, a Vision Transformer of timm's (.pth, .safetensors), a ViTMAE's folder, model.pkl of the "
-        "public JAX code; with --to, a run of ours or a checkpoint",
+        help="mae_*.pth, a Vision Transformer of timm (.pth, .safetensors), a ViTMAE folder, or model.pkl of the "
+        "public JAX code; with --to, a run of m3ae-fast or a checkpoint",
     )  # fmt: skip
     convert.add_argument(
-        "target", type=path, metavar="OUT", help="a .safetensors; of what reads words, and with --to vitmae, a folder"
+        "target",
+        type=path,
+        metavar="OUT",
+        help="a .safetensors file; for a model that reads text, and with --to vitmae, a folder",
     )
-    convert.add_argument("--to", choices=("vitmae", "timm"), help="write for Transformers, or the encoder for timm")
+    convert.add_argument(
+        "--to", choices=("vitmae", "timm"), help="write a ViTMAE for Transformers, or the encoder for timm"
+    )
     convert.add_argument(
         "--text", type=path, metavar="BERT",
-        help="make a MAMO: IN is its image encoder (CLIP's or DeiT's), this BERT its text and fusion encoder",
+        help="make a MAMO from the image encoder IN (CLIP or DeiT) and this BERT, as text and fusion encoder",
     )  # fmt: skip
     convert.add_argument(
         "--text-vocab", metavar="FILE|NAME",
-        help="of what reads words, as of pretrain (default: the one in the folder BERT, or bert-base-uncased)",
+        help="vocabulary of a model that reads text, as in pretrain (default: that in the folder BERT, or "
+        "bert-base-uncased)",
     )  # fmt: skip
     convert.add_argument(
         "--set", dest="options", type=name_and_value, action="append", metavar="NAME=VALUE",
@@ -350,13 +366,19 @@ def _parser(named: str | None = None) -> argparse.ArgumentParser:
 def _add_experiments_options(command: argparse.ArgumentParser) -> None:
     from m3ae_fast.experiments import TABLES, Scale
 
-    command.add_argument("--out", type=path, default=Path("runs/experiments"), metavar="DIR", help="%(default)s")
+    command.add_argument(
+        "--out", type=path, default=Path("runs/experiments"), metavar="DIR", help="folder of the results (%(default)s)"
+    )
     names = ", ".join(TABLES)
-    command.add_argument("--only", nargs="+", metavar="TABLE", choices=tuple(TABLES), help=f"of {names} (default: all)")
-    command.add_argument("--seeds", type=positive, default=3, metavar="N", help="of each run (%(default)s)")
-    command.add_argument("--steps", type=positive, default=Scale.steps, metavar="N", help="of each run (%(default)s)")
-    command.add_argument("--jobs", type=positive, metavar="N", help="runs at a time (default: one a core)")
-    command.add_argument("--smoke", action="store_true", help="three steps a run: shows that everything runs")
+    command.add_argument(
+        "--only", nargs="+", metavar="TABLE", choices=tuple(TABLES), help=f"tables to make: {names} (default: all)"
+    )
+    command.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs of each model (%(default)s)")
+    command.add_argument(
+        "--steps", type=positive, default=Scale.steps, metavar="N", help="steps of each run (%(default)s)"
+    )
+    command.add_argument("--jobs", type=positive, metavar="N", help="runs at a time (default: one per core)")
+    command.add_argument("--smoke", action="store_true", help="three steps per run, to check that everything works")
 
 
 def _add_run_options(command: argparse.ArgumentParser) -> None:
@@ -370,13 +392,14 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     groups = add_options(command, RunConfig)
     groups[RUN].add_argument(
         "--recipe", metavar="NAME|list",
-        help="a paper's run, e.g. m3ae-cc12m-large; other options win over it; list: print all of them",
+        help="the options of a paper's run, such as m3ae-cc12m-large; options given as well override them; "
+        "list: print all recipes",
     )  # fmt: skip
     files = groups[FILES]
-    files.add_argument("--out", type=path, metavar="DIR", help="default: runs/DATA-MODEL")
+    files.add_argument("--out", type=path, metavar="DIR", help="folder of the run; default: runs/DATA-MODEL")
     files.add_argument(
         "--resume", nargs="?", choices=("auto",), const=True, default=False,
-        help="continue the run in --out, bitwise identical, or a finished one with more --steps; auto: or start it, "
-        "where there is none yet",
+        help="continue the run in --out, bitwise identical, or a finished one with more --steps; auto: start it if "
+        "there is none yet",
     )  # fmt: skip
-    files.add_argument("--stop-after", type=positive, metavar="K", help="stop, to be resumed, when K steps are taken")
+    files.add_argument("--stop-after", type=positive, metavar="K", help="stop after step K; --resume continues")

@@ -22,9 +22,9 @@ class Training:
     """How a model is trained for a task."""
 
     lr: float = setting(5e-4, "peak learning rate of training", OPTIONS, within="(0, inf)")
-    steps: int = setting(600, "of training", OPTIONS, "N", "[1, inf)")
-    batch_size: int = setting(32, "examples of a step", OPTIONS, "B", "[1, inf)")
-    seed: int = setting(0, "of all that is random", within=f"[0, {2**63})")
+    steps: int = setting(600, "training steps", OPTIONS, "N", "[1, inf)")
+    batch_size: int = setting(32, "examples per step", OPTIONS, "B", "[1, inf)")
+    seed: int = setting(0, "seed of everything random", within=f"[0, {2**63})")
     __post_init__ = check
 
 

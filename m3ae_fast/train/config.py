@@ -55,8 +55,8 @@ class RunConfig:
         "weights (1), such as A.h5=3; after a command, or a URL with a ?, =WEIGHT follows a space", RUN,
         "SPEC[=WEIGHT]",
     )  # fmt: skip
-    objective: str = setting(next(iter(OBJECTIVES)), "what is trained", RUN, choices=OBJECTIVES)
-    model: str = setting("tiny", "its size", RUN, choices=tuple(SIZES))
+    objective: str = setting(next(iter(OBJECTIVES)), "the model and its losses", RUN, choices=OBJECTIVES)
+    model: str = setting("tiny", "the model's size", RUN, choices=tuple(SIZES))
     steps: int | None = setting(None, f"optimizer steps; {_STEPS}", RUN, "N", "[1, inf)")
     epochs: float | None = setting(
         None, "passes over the data, instead of steps", RUN, "E", "(0, inf)",
@@ -66,39 +66,39 @@ class RunConfig:
         None, "samples of a forward pass, over all processes: a multiple of their number, which may differ when "
         f"resuming; {_BATCH_SIZE}", RUN, "B", "[1, inf)",
     )  # fmt: skip
-    accumulate: int = setting(1, "forward passes of a step", RUN, "N", "[1, inf)")
-    seed: int = setting(0, "of weights, data order and masks", RUN, "S", f"[0, {2**31})")
+    accumulate: int = setting(1, "forward passes per step", RUN, "N", "[1, inf)")
+    seed: int = setting(0, "seed of weights, data order and masks", RUN, "S", f"[0, {2**31})")
     precision: str = setting(
         "fp32", "bf16: autocast, with weights and optimizer state in fp32; fp16: the same with loss scaling, on a GPU",
         RUN, choices=tuple(DTYPES),
     )  # fmt: skip
     lr: float | None = setting(None, f"peak learning rate; {_LR}", OPTIMIZER, "LR", "(0, inf)")
     warmup: int | None = setting(None, "linear warm-up steps; default: a tenth of all", OPTIMIZER, "STEPS", "[0, inf)")
-    weight_decay: float = setting(0.05, "of weight matrices only", OPTIMIZER, "W", "[0, inf)")
-    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", OPTIMIZER, "NORM", "[0, inf)")
+    weight_decay: float = setting(0.05, "weight decay of weight matrices", OPTIMIZER, "W", "[0, inf)")
+    grad_clip: float = setting(1.0, "clip the gradient to this norm; 0: no clipping", OPTIMIZER, "NORM", "[0, inf)")
     ema: float = setting(
-        0.0, "decay of a moving average of the weights, such as 0.9999, which is what is used afterwards "
-        "(`m3ae_fast.train.average`); 0: none is kept", OPTIMIZER, "DECAY", "[0, 1)",
+        0.0, "decay of a moving average of the weights, such as 0.9999; the average is then what other commands use "
+        "(`m3ae_fast.train.average`); 0: no average", OPTIMIZER, "DECAY", "[0, 1)",
     )  # fmt: skip
     image_size: int | tuple[int, int] | None = setting(
         None, "pixels a side, or height x width, such as 128x256; default: the model's", RUN, "PIXELS", "[1, inf)"
     )
     max_patches: int | None = setting(
-        None, "of m3ae and mae: images keep their aspect, each resized to at most so many patches, in one packed batch "
-        "(docs/images.md); default: all are cropped to image_size", RUN, "N", "[1, inf)",
+        None, "for m3ae and mae: images keep their aspect, each resized to at most this many patches, in one packed "
+        "batch (docs/images.md); default: all are cropped to image_size", RUN, "N", "[1, inf)",
     )  # fmt: skip
     image_mask_ratio: float | None = setting(None, "share of patches masked; default: the model's", RUN, "R", "[0, 1)")
     text_mask_ratio: float | None = setting(None, "share of words masked; default: the model's", RUN, "R", "[0, 1)")
     masking: str | None = setting(
-        None, "which tokens are masked: of m3ae and mae sample to dirichlet (docs/masking.md), of mamo the others; "
-        "default: sample or two_pass", RUN, choices=(*M3AEConfig.MASKINGS, *MAMOConfig.MASKINGS),
+        None, "how masked tokens are chosen: sample to dirichlet are for m3ae and mae (docs/masking.md), the others "
+        "for mamo; default: sample or two_pass", RUN, choices=(*M3AEConfig.MASKINGS, *MAMOConfig.MASKINGS),
     )  # fmt: skip
     options: dict | None = setting(
         None, "other fields of the model's configuration, such as mim_weight=0", RUN, "NAME=VALUE", flag="--set"
     )
     init: str | None = setting(
-        None, "start from the weights of this run, checkpoint or converted file, whose configuration and vocabulary "
-        "the model takes over", RUN, "RUN",
+        None, "start from the weights of this run, checkpoint or converted file, and use its configuration and "
+        "vocabulary", RUN, "RUN",
     )  # fmt: skip
     text_vocab: str | None = setting(
         None, "vocab.txt or tokenizer.json, a folder with one, or the name of a model in Hugging Face's cache, such as "
@@ -111,22 +111,24 @@ class RunConfig:
         0.0, "share of the samples held out for validation, the same ones whatever the seed", RUN, "S", "[0, 1)"
     )
     val_data: str | None = setting(
-        None, "data to validate on instead, as --data has them; of shapes and cluttered, other scenes", RUN, "SPEC",
+        None, "data to validate on instead, as --data takes them; shapes and cluttered give other scenes", RUN, "SPEC",
         free=True,
     )  # fmt: skip
-    device: str | None = setting(None, "default: cuda if there is one, else cpu", MACHINE, free=True)
-    workers: int = setting(0, "processes that load data, for each that trains", MACHINE, "N", "[0, inf)", free=True)
+    device: str | None = setting(None, "where to train; default: cuda if there is one, else cpu", MACHINE, free=True)
+    workers: int = setting(
+        0, "processes that load data, for each process that trains", MACHINE, "N", "[0, inf)", free=True
+    )
     shard: bool = setting(
-        False, "of several processes (torchrun), each keeps a share of the weights, gradients and optimizer state "
+        False, "with several processes (torchrun), each keeps a share of the weights, gradients and optimizer state "
         "(FSDP2); default: each keeps all (DDP)", MACHINE, action=argparse.BooleanOptionalAction, free=True,
     )  # fmt: skip
     rank_timeout: int = setting(
         600, "seconds that a process waits for the others before it gives up", MACHINE, "SECONDS", "[1, inf)", free=True
     )
-    strict: bool = setting(False, "stop at an image that cannot be read, instead of skipping it", MACHINE, free=True)
+    strict: bool = setting(False, "stop at a sample that cannot be read, instead of replacing it", MACHINE, free=True)
     max_bad_steps: int = setting(
-        10, "steps in a row whose loss or gradient may be not finite: they are skipped and counted, and one more ends "
-        "the run; 0: stop at the first", FILES, "N", "[0, inf)", free=True,
+        10, "how many steps in a row may have a loss or gradient that is not finite: they are skipped and counted, "
+        "and one more ends the run; 0: stop at the first", FILES, "N", "[0, inf)", free=True,
     )  # fmt: skip
     checkpoint_blocks: bool = setting(
         False, "gradient checkpointing: less memory for more work, bitwise identical", MACHINE, free=True
@@ -139,15 +141,16 @@ class RunConfig:
         500, "steps between checkpoints; 0: only at the end", FILES, "STEPS", "[0, inf)", free=True
     )
     val_every: int = setting(
-        500, "steps between validations, by val_share or val_data; 0: only at the end", FILES, "STEPS", "[0, inf)",
+        500, "steps between validations on val_share or val_data; 0: only at the end", FILES, "STEPS", "[0, inf)",
         free=True,
     )  # fmt: skip
     knn_every: int = setting(
-        0, "steps between k-NN probes of the class token on what val_share or val_data holds out, where the data have "
+        0, "steps between k-NN probes of the class token on what val_share or val_data holds out, for data with "
         "classes, and one at the end; 0: none", FILES, "STEPS", "[0, inf)", free=True,
     )  # fmt: skip
     knn_samples: int = setting(
-        1000, "samples trained on that vote in a k-NN probe, and at most as many held out that are classified", FILES,
+        1000, "training samples that vote in a k-NN probe, and at most as many held-out samples that are classified",
+        FILES,
         "N", "[1, inf)", free=True,
     )  # fmt: skip
     picture_every: int | None = setting(
@@ -200,7 +203,7 @@ class RunConfig:
         """The same run with every None that stands for a default filled in, and absolute paths.
 
         Args:
-            samples: of the data set, by which epochs become steps; None: it has no end, and epochs must be None.
+            samples: in the data set, to convert epochs to steps; None: it is endless, and epochs must be None.
         """
         values = dataclasses.asdict(self)
         for name, value in DEFAULTS[self.model].items():
@@ -234,7 +237,7 @@ class RunConfig:
         return dataclasses.asdict(self)
 
     def identity(self) -> dict:
-        """What two runs must share to give the same numbers; of the data not where they are."""
+        """What two runs must share to give the same numbers: not the place of the data."""
         shared = {name: value for name, value in self.to_dict().items() if name not in free(type(self))}
         names = [without_place(spec) for spec in listed(self.data)]
         return shared | {"data": names[0] if isinstance(self.data, str) else names}

@@ -8,7 +8,7 @@ from pathlib import Path
 from m3ae_fast._settings import add_options, natural, path, picture, positive, sides
 
 SCORED = 500  # synthetic scenes to score on, where no number is given
-CLASSES = "cluttered"  # what is classified where no data is named: drawn, of one class each
+CLASSES = "cluttered"  # the default data to classify: synthetic scenes of one class each
 
 
 def add_scored(
@@ -21,11 +21,15 @@ def add_scored(
     """
     add_run(command)
     rows = f"rows of a file: {rows}" if "FILE" in spec else rows
-    command.add_argument("--data", default=default, metavar=spec, help=f"scored on this (%(default)s); {rows}")
-    command.add_argument("--samples", type=positive, metavar="N", help=f"of the data (drawn: {SCORED}; others: all)")
+    command.add_argument("--data", default=default, metavar=spec, help=f"the data to score on (%(default)s); {rows}")
+    command.add_argument(
+        "--samples", type=positive, metavar="N", help=f"how many of them to score (synthetic: {SCORED}; others: all)"
+    )
     if out:
-        command.add_argument("--out", type=path, metavar="FILE", help="results as JSON")
-    command.add_argument("--seed", type=natural, default=0, metavar="S", help="of scenes and training (%(default)s)")
+        command.add_argument("--out", type=path, metavar="FILE", help="write the results there, as JSON")
+    command.add_argument(
+        "--seed", type=natural, default=0, metavar="S", help="seed of scenes and training (%(default)s)"
+    )
     add_device(command)
 
 
@@ -39,35 +43,41 @@ def add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", type=path, metavar="RUN", help="a run's folder, or one of its checkpoints")
     command.add_argument(
         "--image-size", type=sides, metavar="PIXELS",
-        help="a side, or height x width, such as 128x256: positions are resampled (default: as trained)",
+        help="pixels a side, or height x width, such as 128x256; positions are resampled (default: as in training)",
     )  # fmt: skip
 
 
 def add_device(command: argparse.ArgumentParser) -> None:
     """Where the model runs."""
-    command.add_argument("--device", default="cpu", help="%(default)s")
+    command.add_argument("--device", default="cpu", help="where the model runs (%(default)s)")
 
 
 def add_train(command: argparse.ArgumentParser, purpose: str) -> None:
     """The data that is learned from; purpose: "train on" for instance."""
-    command.add_argument("--train", metavar="SPEC", help=f"data to {purpose}; like --data (default: new scenes)")
+    command.add_argument(
+        "--train", metavar="SPEC", help=f"the data to {purpose}, as --data takes them (default: other scenes)"
+    )
 
 
 def add_trained(command: argparse.ArgumentParser, settings: type) -> None:
     """The data to train on, an option for each of the task's settings, and where the trained model goes."""
     add_train(command, "train on")
     add_options(command, settings)
-    command.add_argument("--save", type=path, metavar="FILE", help="the trained model, as safetensors")
+    command.add_argument("--save", type=path, metavar="FILE", help="write the trained model there, as safetensors")
 
 
 def add_picture(command: argparse.ArgumentParser, default: str) -> None:
     """Where the picture goes."""
-    command.add_argument("--out", type=picture, default=Path(default), metavar="FILE.png", help="%(default)s")
+    command.add_argument(
+        "--out", type=picture, default=Path(default), metavar="FILE.png", help="the picture to write (%(default)s)"
+    )
 
 
 def add_captions(command: argparse.ArgumentParser) -> None:
     """The words beside each image of the command line."""
-    command.add_argument("--caption", dest="captions", action="append", metavar="TEXT", help="one for each image")
+    command.add_argument(
+        "--caption", dest="captions", action="append", metavar="TEXT", help="a caption; give one for each image"
+    )
 
 
 def check_captions(args: argparse.Namespace) -> None:

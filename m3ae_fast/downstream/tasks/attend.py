@@ -160,12 +160,18 @@ def by_word(tokens: Sequence[str], maps: Tensor) -> list[tuple[str, Tensor]]:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """What `m3ae-fast attend` takes."""
     add_run(command)
-    command.add_argument("images", nargs="*", type=path, metavar="IMAGE", help="none: four of --data")
-    command.add_argument("--data", metavar="shapes|DIR", help="four of these (default: of the run's own data)")
+    command.add_argument(
+        "images", nargs="*", type=path, metavar="IMAGE", help="an image file (none: four images of --data)"
+    )
+    command.add_argument("--data", metavar="shapes|DIR", help="data to take four images from (default: the run's own)")
     add_captions(command)
     add_picture(command, "attention.png")
-    command.add_argument("--layer", type=natural, metavar="N", help="block, from 0 (default: the last)")
-    command.add_argument("--rollout", action="store_true", help="through all blocks (arXiv:2005.00928)")
+    command.add_argument(
+        "--layer", type=natural, metavar="N", help="the block whose attention is drawn, from 0 (default: the last)"
+    )
+    command.add_argument(
+        "--rollout", action="store_true", help="attention rollout through all blocks (arXiv:2005.00928)"
+    )
     add_device(command)
 
 

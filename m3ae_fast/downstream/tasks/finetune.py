@@ -40,14 +40,20 @@ from m3ae_fast.models import ModelConfig
 class FineTuning(Training):
     """How a classifier is fine-tuned: a twentieth of the steps warm up, then a cosine to 0."""
 
-    lr: float = setting(1e-3, "peak learning rate of training, for 256 samples of a step", OPTIONS, within="(0, inf)")
-    batch_size: int = setting(64, "samples of a step", OPTIONS, "B", "[1, inf)")
-    layer_decay: float = setting(0.75, "of the rate, from each layer to the one below", OPTIONS, "D", "(0, 1]")
-    weight_decay: float = setting(0.05, "of weight matrices only", within="[0, inf)")
-    drop_path: float = setting(0.1, "in the last block, in those before it less", OPTIONS, "P", "[0, 1)")
-    mixup: float = setting(0.8, "of Beta(A, A), which says how images are blended; 0: none", OPTIONS, "A", "[0, inf)")
-    cutmix: float = setting(1.0, "the same for boxes that are pasted; 0: none", OPTIONS, "A", "[0, inf)")
-    smoothing: float = setting(0.1, "of labels: a target's share that all classes get alike", OPTIONS, "S", "[0, 1)")
+    lr: float = setting(1e-3, "peak learning rate, per 256 samples of a step", OPTIONS, within="(0, inf)")
+    batch_size: int = setting(64, "samples per step", OPTIONS, "B", "[1, inf)")
+    layer_decay: float = setting(
+        0.75, "factor of the learning rate from each layer to the one below", OPTIONS, "D", "(0, 1]"
+    )
+    weight_decay: float = setting(0.05, "weight decay of weight matrices", within="[0, inf)")
+    drop_path: float = setting(
+        0.1, "stochastic depth of the last block; earlier blocks have less", OPTIONS, "P", "[0, 1)"
+    )
+    mixup: float = setting(0.8, "blend images by shares from Beta(A, A); 0: none", OPTIONS, "A", "[0, inf)")
+    cutmix: float = setting(1.0, "paste boxes by shares from Beta(A, A); 0: none", OPTIONS, "A", "[0, inf)")
+    smoothing: float = setting(
+        0.1, "label smoothing: share of a target spread over all classes", OPTIONS, "S", "[0, 1)"
+    )
     workers: int = setting(0, "processes that load data", OPTIONS, "N", "[0, inf)")
 
 

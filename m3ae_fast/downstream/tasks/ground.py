@@ -93,8 +93,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """What `m3ae-fast ground` takes."""
     rows = '{"image": PATH, "phrase": TEXT, "box": [x0, y0, x1, y1] if known}'
     add_scored(command, "shapes|FILE.jsonl", rows)
-    command.add_argument("--block", type=natural, metavar="N", help="of the fusion encoder (default: the middle one)")
-    command.add_argument("--picture", type=picture, metavar="FILE", help="draw the first six there")
+    command.add_argument(
+        "--block", type=natural, metavar="N", help="the block of the fusion encoder to read (default: the middle one)"
+    )
+    command.add_argument("--picture", type=picture, metavar="FILE", help="draw the first six examples there")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -109,9 +109,13 @@ def _ledoit_wolf(rest: Tensor, covariance: Tensor, level: Tensor) -> float:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """What `m3ae-fast ood` takes."""
     add_classes(command)
-    command.add_argument("--out-data", required=True, metavar="shapes|DIR", help="images of other kinds; labels unread")
+    command.add_argument(
+        "--out-data", required=True, metavar="shapes|DIR", help="images of unknown kinds; their labels are not read"
+    )
     probe.add_fitting(command)
-    command.add_argument("--classifier", type=path, metavar="FILE", help="of finetune --save, instead of a probe")
+    command.add_argument(
+        "--classifier", type=path, metavar="FILE", help="what finetune --save wrote, instead of a probe"
+    )
 
 
 def main(args: argparse.Namespace) -> int:

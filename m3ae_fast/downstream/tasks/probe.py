@@ -45,9 +45,9 @@ class Fitting:
 
     method: str = setting("ridge", "how the probe is fitted", OPTIONS, choices=METHODS)
     epochs: int = setting(90, "lars, sgd: passes over the features", OPTIONS, "N", "[1, inf)")
-    batch_size: int = setting(256, "lars, sgd: features of a step", OPTIONS, "B", "[1, inf)")
-    lr: float = setting(0.1, "lars, sgd: peak learning rate, for 256 features of a step", OPTIONS, within="(0, inf)")
-    seed: int = setting(0, "lars, sgd: of the initial weights and of the order", within=f"[0, {2**63})")
+    batch_size: int = setting(256, "lars, sgd: features per step", OPTIONS, "B", "[1, inf)")
+    lr: float = setting(0.1, "lars, sgd: peak learning rate, per 256 features of a step", OPTIONS, within="(0, inf)")
+    seed: int = setting(0, "lars, sgd: seed of the initial weights and of the order", within=f"[0, {2**63})")
     classes: int | None = setting(None, "how many; default: as many as the labels name", within="[1, inf)")
     crops: int = setting(1, "features of each image, in the order of `Crops`", within="[1, inf)")
     __post_init__ = check
@@ -242,12 +242,17 @@ def _check(name: str, features: Features, width: int, classes: int | None = None
 def add_fitting(command: argparse.ArgumentParser) -> None:
     """What the probe is fitted to, and how."""
     add_train(command, "fit to")
-    command.add_argument("--train-samples", type=positive, metavar="N", help=f"drawn: {PROBED}; others: all")
     command.add_argument(
-        "--crops", type=positive, metavar="N", help="of every image to fit to, random (default: the middle)"
+        "--train-samples",
+        type=positive,
+        metavar="N",
+        help=f"how many images to fit to (synthetic: {PROBED}; others: all)",
+    )
+    command.add_argument(
+        "--crops", type=positive, metavar="N", help="random crops of every image to fit to (default: the center crop)"
     )
     add_options(command, Fitting)
-    command.add_argument("--text", action="store_true", help="encode each image beside its caption")
+    command.add_argument("--text", action="store_true", help="encode each image together with its caption")
 
 
 def to_fit(args: argparse.Namespace, training: Some, run: Run) -> tuple[Features, dict]:

@@ -73,8 +73,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """What `m3ae-fast project` takes."""
     add_classes(command, out=False)
     add_picture(command, "features.png")
-    command.add_argument("--text", action="store_true", help="encode each image beside its caption")
-    command.add_argument("--perplexity", type=float, default=PERPLEXITY, metavar="P", help="%(default)s")
+    command.add_argument("--text", action="store_true", help="encode each image together with its caption")
+    command.add_argument(
+        "--perplexity", type=float, default=PERPLEXITY, metavar="P", help="t-SNE's perplexity (%(default)s)"
+    )
 
 
 def main(args: argparse.Namespace) -> int:

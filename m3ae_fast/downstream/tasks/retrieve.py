@@ -148,10 +148,18 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """What `m3ae-fast retrieve` takes."""
     add_scored(command, "shapes|DIR|FILE.jsonl", '{"image": PATH, "caption": TEXT or [TEXT, ...]}')
     command.add_argument(
-        "--rerank", type=natural, default=RERANK, metavar="K", help="of ITC's best, by ITM (%(default)s)"
+        "--rerank",
+        type=natural,
+        default=RERANK,
+        metavar="K",
+        help="how many of ITC's best to rank again by ITM (%(default)s)",
     )
     command.add_argument(
-        "--finetune", type=natural, default=0, metavar="STEPS", help="with ITC and ITM first (default: zero-shot)"
+        "--finetune",
+        type=natural,
+        default=0,
+        metavar="STEPS",
+        help="fine-tune with ITC and ITM first (default: zero-shot)",
     )
     add_train(command, "fine-tune on")
     add_options(command, Training, "lr")

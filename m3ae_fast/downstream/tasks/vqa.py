@@ -88,7 +88,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_scored(command, "shapes|FILE.jsonl", '{"image": PATH, "question": TEXT, "answer": TEXT}')
     add_trained(command, Training)
     command.add_argument(
-        "--answers", type=path, metavar="FILE", help="an answer a line (default: those of the training data)"
+        "--answers",
+        type=path,
+        metavar="FILE",
+        help="the possible answers, one per line (default: those of the training data)",
     )
 
 
