@@ -1,8 +1,8 @@
 """m3ae_fast: custom-kernel performance library for masked multimodal autoencoders (M3AE, MAE, MAMO).
 
 The ops are here, with `SeqLens` and `ImageTextBatch`, which they and the models take. Layers: `m3ae_fast.nn`. Models:
-`m3ae_fast.models`. Data sets: `m3ae_fast.data`. Pre-training: `m3ae_fast.train`. What a trained model is for:
-`m3ae_fast.downstream`. Other code's weights: `m3ae_fast.convert`. Other libraries' names: `m3ae_fast.integrations`.
+`m3ae_fast.models`. Data sets: `m3ae_fast.data`. Pre-training: `m3ae_fast.train`. Tasks of a trained model:
+`m3ae_fast.downstream`. Published weights: `m3ae_fast.convert`. Drop-ins for other libraries: `m3ae_fast.integrations`.
 """
 
 import warnings

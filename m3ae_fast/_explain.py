@@ -32,7 +32,7 @@ def cuda_module() -> str:
 
 
 def explain() -> str:
-    """A readable account: versions, instruction set, threads, and for every op which backend runs where and why.
+    """A readable report: versions, instruction set, threads, and, for every op, which backend runs where and why.
 
     The same text as `m3ae-fast info`.
     """

@@ -1,7 +1,7 @@
 """Read a pickle as data: its opcodes are followed here, and nothing that it names is imported, called or changed.
 
 A pickle is a program that names functions and classes, and says what to call them with. What such a call would make is
-remembered as a `Made`; whoever asked for the file picks from it what it understands.
+remembered as a `Made`; the caller picks from it what it understands.
 """
 
 from __future__ import annotations

@@ -2,4 +2,4 @@
 
 
 class M3AEFastWarning(UserWarning):
-    """Something was cut, skipped or slower than it could be; the message says what and how often."""
+    """Data were truncated or skipped, or something runs slower than it could; the message says what and how often."""

@@ -35,10 +35,9 @@ class ImageTextBatch:
         labels: [B, classes] bool, which classes a sample shows; None: not known.
         grids: of images of mixed sizes (`from_images`): N pairs, rows and columns of patches. `images` are then
             [sum of rows * columns, C, p, p], image after image, each row by row. None: images are whole, of one size.
-        facts: [B, F] int64, numbers that stand for what is known to be true of each image, 0 for nothing; None: nothing
-            is known.
-        says: [B, S] int64, likewise what each text takes to be true. A text is right for every image that has all of
-            these facts: losses that compare pairs do not take it for wrong. Given with `facts`.
+        facts: [B, F] int64, numbers of the facts known to be true of each image, padded with 0; None: none is known.
+        says: [B, S] int64, likewise the facts that each text states. A text is right for every image that has all of
+            them: losses that compare pairs do not treat it as wrong. Given with `facts`.
 
     Attributes:
         patch_places: [sum of rows * columns, 2] int32, row and column of each patch in its image; None without grids.
@@ -194,7 +193,7 @@ class ImageTextBatch:
 
         Args:
             input_ids: [B, S] int32 or int64 vocabulary ids.
-            attention_mask: [B, S] bool, int32 or int64, 0 where there is padding. On a GPU its sums are waited for.
+            attention_mask: [B, S] bool, int32 or int64, 0 where there is padding. On a GPU this synchronizes.
             images, has_image, sample_ids, labels, facts, says: as of ImageTextBatch.
 
         Raises:
@@ -265,10 +264,10 @@ class ImageTextBatch:
         return self._map(lambda x: x.pin_memory())
 
     def with_room(self, images: int, words: int) -> ImageTextBatch:
-        """A copy, without labels and facts, with room for other batches: see `copy_`.
+        """A copy, without labels and facts, with room for larger batches: see `copy_`.
 
         Args:
-            images, words: how many, at least those there are. What is past the batch's own belongs to no sample.
+            images, words: how many there is to be room for, at least those of the batch. The rest belongs to no sample.
 
         Raises:
             ValueError: there are more, or images are of mixed sizes.
@@ -287,7 +286,7 @@ class ImageTextBatch:
         return roomy
 
     def copy_(self, other: ImageTextBatch) -> None:
-        """Take over another batch for which there is room, in place on the device.
+        """Copy another batch, for which there is room, into this one, in place on the device.
 
         Raises:
             ValueError: not as many samples, images where there were none or of another shape, more than there is room

@@ -13,7 +13,7 @@ from m3ae_fast import _checks, _pytree
 
 
 class SeqLens:
-    """Lengths of B packed sequences. Made on the host, where lengths are known, so that nothing syncs to learn them.
+    """Lengths of B packed sequences, kept on the host and on the device, so that reading them never synchronizes.
 
     Args:
         lengths: B non-negative integers: an iterable, or an integer tensor [B] (one on a GPU is copied: a sync).
@@ -22,7 +22,7 @@ class SeqLens:
     Attributes:
         cu: [B + 1] int32 on the device, cumulative offsets, cu[0] = 0.
         lengths: tuple of B ints, on the host.
-        max: the longest length, 0 for an empty batch; more where `at` was told so.
+        max: the longest length, 0 for an empty batch; larger where `at` was given a larger one.
         total: the sum of the lengths.
 
     Raises:
@@ -76,7 +76,7 @@ class SeqLens:
         return self.at(self.cu.pin_memory())
 
     def at(self, cu: Tensor, max: int | None = None) -> SeqLens:
-        """The same lengths with `.cu` in other memory, which holds the same offsets or is about to.
+        """The same lengths with `.cu` in other memory, which holds the same offsets, or will before it is read.
 
         Args:
             cu: [B + 1] int32.

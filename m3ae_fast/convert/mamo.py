@@ -46,7 +46,7 @@ OWN = ("image_projection", "text_projection", "image_mask_token", "image_type", 
 def load_mamo(
     image: str | os.PathLike, text: str | os.PathLike, *, text_vocab: str | os.PathLike | None = None, **known: Any
 ) -> tuple[MAMO, Tokenizer]:
-    """The MAMO that a published image encoder and a BERT make, in fp32, on the CPU, and its vocabulary.
+    """A MAMO made from a published image encoder and a BERT, in fp32, on the CPU, and its vocabulary.
 
     Its image encoder gives the features of the published one, CLS and patches after the last LayerNorm, and its text
     encoder those of BERT's embeddings and first layers on [CLS] and the words, without [SEP]. The fusion encoder is

@@ -24,7 +24,7 @@ class Weights(NamedTuple):
 
 
 def check_regular(path: Path, what: str) -> None:
-    """FileNotFoundError: there is none. ValueError: nobody may write into a pipe, and a device may never end."""
+    """FileNotFoundError: there is none. ValueError: it is a pipe or a device, whose reading may never end."""
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}, which must be {what}")
     if not path.is_file():

@@ -35,10 +35,10 @@ _NEEDED_DECODER = ("decoder_embed.weight", "decoder_image_position")
 
 
 def load_vit(source: str | os.PathLike, **known: Any) -> MAE:
-    """The MAE that published weights make, in fp32, on the CPU.
+    """An MAE made from published weights, in fp32, on the CPU.
 
-    It has no type vectors (`type_vectors=False`), for theirs have none. Where the file has no decoder, one is drawn
-    from seed 0. A position table other than the sine-cosine one is kept as it is (`positions="given"`). An
+    It has no type vectors (`type_vectors=False`), because published MAEs have none. If the file has no decoder, one is
+    initialized from seed 0. A position table other than the sine-cosine one is kept as it is (`positions="given"`). An
     M3AEFastWarning says what was resampled, drawn or left out.
 
     Args:
@@ -89,13 +89,13 @@ def convert_vit(source: str | os.PathLike, target: str | os.PathLike, **known: A
 def write_vitmae(model: M3AE, folder: str | os.PathLike) -> None:
     """Write the folder of a Transformers ViTMAE: `ViTMAEForPreTraining.from_pretrained(folder)` takes it.
 
-    Token types go into the position tables; whatever is of words is left out.
+    Token types are added to the position tables; parameters for words are left out.
 
     Args:
         model: an MAE or an M3AE, with the joint decoder. folder: made if need be.
 
     Raises:
-        ValueError: it has another decoder, which no ViTMAE has. OSError: it cannot be written.
+        ValueError: it has a cross decoder, which no ViTMAE has. OSError: it cannot be written.
     """
     folder, c = Path(folder), model.config
     if c.decoder != "joint":

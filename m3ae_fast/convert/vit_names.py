@@ -1,6 +1,7 @@
 """Names and layouts of published Vision Transformers, and ours.
 
-Three spellings: MAE's (facebookresearch/mae, and timm for an encoder), Transformers' (ViTMAE), and those of our `M3AE`.
+Three naming schemes: MAE's (facebookresearch/mae, and timm for an encoder), Transformers' (ViTMAE), and those of our
+`M3AE`.
 Shapes: D width, P patches.
 """
 

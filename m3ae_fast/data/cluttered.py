@@ -28,8 +28,9 @@ TEMPLATES = (  # the color is said twice: as in other people's captions, one wor
 class ClutteredShapes:
     """Eight to fourteen small shapes of one kind and color, strewn over waves of random colors and noise.
 
-    The label is the color. It is in few pixels, so a masked autoencoder of images is hardly paid for knowing it, and
-    a linear function of the pixels tells it in a third of the images (chance: a twelfth); the caption says it, twice.
+    The label is the color. It is visible in few pixels, so a masked autoencoder of images gains little by encoding it,
+    and a linear function of the pixels predicts it for a third of the images (chance: a twelfth); the caption states it
+    twice.
 
     Image `index` of a seed is the same whenever and in whatever order it is asked for.
 
@@ -62,7 +63,7 @@ class ClutteredShapes:
         return Sample(image, (caption,), f"cluttered/{index}", (self.classes.index(color),), facts, (facts,))
 
     def captions(self) -> Iterator[str]:
-        """The captions of the first two thousand images: more than enough to meet every word."""
+        """The captions of the first two thousand images, which contain every word."""
         for index in range(2000):
             yield _content(generator(self.seed, CLUTTER, index=index))[2]
 

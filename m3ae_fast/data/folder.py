@@ -85,7 +85,8 @@ class FolderDataset(EncodedDataset):
         return Sample(None, captions, name, labels)
 
     def captions(self) -> Iterator[str]:
-        """All captions, no image read; files that cannot be read are left out here, and named where they are used."""
+        """All captions, without reading images; files that cannot be read are skipped here, and reported when they are
+        used."""
         for name in self.names:
             try:
                 yield from self.captions_of(name)

@@ -92,7 +92,7 @@ def open_image(source: bytes | str | os.PathLike, name: str, channels: int = 3) 
 
 
 class EncodedImage:
-    """An image still encoded, of which only the header is read. Of an animation or several pages it is the first one,
+    """An image that is still encoded; only its header is read. Of an animation or of several pages it is the first,
     unless the pages are its channels.
 
     Args:

@@ -50,37 +50,38 @@ class Loader:
     the data set drawn from (seed, epoch). Crops, mirroring and the choice of a caption are drawn from
     (seed, epoch, index). So batches are the same for any number of workers, and after any resume, and grouping
     the order into batches of another size changes no sample. The position is the sample's id, by which masks
-    are keyed: an image gets a new mask in every epoch. All of it holds for each data set of a MixedDataset; of a
-    StreamedDataset, less: see there.
+    are keyed: an image gets a new mask in every epoch. This holds for each data set of a MixedDataset; a
+    StreamedDataset guarantees less (see there).
 
-    A sample that cannot be read is replaced by the next good one of its epoch, and counted; the first ones are warned
-    of, once for each file.
-    When a worker process dies, all are started again at the batch that is due, with a warning: no batch is lost.
+    A sample that cannot be read is replaced by the next good one of its epoch, and counted; there is a warning for each
+    of the first files. When a worker process dies, all are started again at the batch that is due, with a warning: no
+    batch is lost.
 
     Args:
         dataset: a MixedDataset, a StreamedDataset, or a sequence of `Sample`s, whose `__getitem__` may raise BadSample;
-            one with a `read` is an EncodedDataset, of which no more is decoded than needed. Attributes: `flip_safe`
-            (default True: images may be mirrored), `crop_scale` (default (0.2, 1): shares of the area that random
-            crops keep; None: no random crops), `endless` (default False: True keeps the data set's own order, so
+            one with a `read` is an EncodedDataset, of whose images only what is needed is decoded. Attributes:
+            `flip_safe` (default True: images may be mirrored), `crop_scale` (default (0.2, 1): shares of the area that
+            random crops keep; None: no random crops), `endless` (default False: True keeps the data set's own order, so
             that no permutation of it is ever in memory), `classes` (names, default none: what `labels` count).
         tokenizer: a `Tokenizer`, or any object with its `encode`; None: images alone, captions are left out.
-        image_size: pixels a side, or (height, width), of the images that come out.
-        max_patches: instead, whole images of mixed sizes come out, each resized to the most patches, up to this number,
-            that its aspect allows (`data.images.native_grid`). None: not so. patch_size: pixels a side of a patch.
+        image_size: pixels a side, or (height, width), of the images in the batches.
+        max_patches: instead, batches hold whole images of mixed sizes, each resized to the largest number of patches,
+            at most this one, that its aspect allows (`data.images.native_grid`). None: images are cropped. patch_size:
+            pixels a side of a patch.
         batch_size: samples in a batch.
         seed: of order, crops and choices, in [0, 2**63).
         max_text_length: words (vocabulary entries) after which a text is cut.
         start_step: the first step.
         workers: processes that read ahead; 0 reads in this one.
         strict: raise BadSample where a sample cannot be read, instead of replacing it.
-        augment: random crops (but of whole images) and mirroring; False: the middle of each, for evaluation.
-        pairs_only: what is not an image with a caption is left out: replaced and counted, as "unpaired", but warned of
-            only once, and not decoded. labeled_only: the same of what has no label, "unlabeled".
+        augment: random crops (not of whole images) and mirroring; False: center crops, for evaluation.
+        pairs_only: samples that are not an image with a caption are replaced and counted, as "unpaired", with one
+            warning, and not decoded. labeled_only: the same for samples without a label, "unlabeled".
         rank, world_size: of this process, where several share the work. Each gets batches of `batch_size` of its own,
             together those of one process with world_size * batch_size samples in a batch.
         pin_memory: batches and plans lie in page-locked memory, for a GPU. A thread of this process then pins them, and
             makes the plans, while the caller works on the batch before.
-        plan: plan(batch, step) makes what comes with a batch, as `M3AE.plan` does. None: nothing does.
+        plan: plan(batch, step) makes what is handed over with a batch, as `M3AE.plan` does. None: nothing.
 
     Yields:
         step, and a batch whose images are uint8 [N, C, height, width] in channels-last memory, or patches of images
@@ -97,7 +98,7 @@ class Loader:
 
     Raises:
         ValueError, TypeError: an argument, or a data set without one sample that can be read.
-        BadSample: with `strict`. ChildProcessError: workers died, time after time, at the same batch.
+        BadSample: with `strict`. ChildProcessError: workers died repeatedly at the same batch.
     """
 
     def __init__(

@@ -13,12 +13,12 @@ BLOCK = 1000  # positions in which each data set has its share to the sample
 
 
 class MixedDataset:
-    """Data sets that are drawn from by weights: of any 1,000 positions of a `Loader`'s order that begin at a multiple
-    of 1,000, each has the same number, its weight's share rounded to thousandths; where they lie is drawn anew for
+    """Data sets mixed by weights: of each thousand positions of a `Loader`'s order (0 to 999, 1,000 to 1,999, ...),
+    each data set gets a fixed number, its share of the weights rounded to thousandths; their order is drawn anew for
     each thousand.
 
-    Each data set is walked through in epochs of its own, so none of its samples is lost or comes twice in one of them,
-    however often a smaller one comes round meanwhile.
+    Each data set has epochs of its own, in which every sample comes exactly once, however often a smaller data set is
+    repeated meanwhile.
 
     Args:
         sources: the data sets.

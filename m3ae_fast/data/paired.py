@@ -16,8 +16,8 @@ class PairedShare(Derived):
 
     Args:
         dataset: of `Sample`s.
-        share: in (0, 1]; each image is drawn for itself, so a small data set keeps about that share.
-        seed: of the draw, in [0, 2**63). number: tells data sets apart that are mixed and share the seed.
+        share: in (0, 1]; each image is drawn independently, so a small data set keeps about that share.
+        seed: of the draw, in [0, 2**63). number: distinguishes data sets that are mixed and share the seed.
     """
 
     def __init__(self, dataset: Sequence[Sample], share: float, seed: int, number: int = 0):

@@ -19,11 +19,11 @@ from m3ae_fast.data.sample import EncodedDataset, Sample, check_classes, clean_c
 class JSONLinesDataset(EncodedDataset):
     """Rows {"image": "a.jpg", "caption": "..."}, or {"text": "..."} of texts alone, one a line, UTF-8.
 
-    `image` is a path relative to the file's folder, or an absolute one: who names the file trusts it with every image
-    that they can read. `caption` is a string or a list of several, and may be left out; so may `label`, a class's
-    number or name, and `labels`, a list of those; null is as if left out. Only where the lines begin is kept in memory;
-    a row is read when it is asked for, and one that is damaged, or longer than 16 MiB, is a BadSample then, not an
-    error of the whole file.
+    `image` is a path relative to the file's folder, or an absolute one: the file can make the loader read any image
+    that you can read. `caption` is a string or a list of several, and may be left out; so may `label`, a class's number
+    or name, and `labels`, a list of those; null is as if left out. Only the offsets of the lines are kept in memory. A
+    row is read when it is used; one that is damaged, or longer than 16 MiB, is then a BadSample, not an error of the
+    whole file.
 
     Args:
         path: the file. channels: of the images, 1 to 16.
@@ -31,7 +31,7 @@ class JSONLinesDataset(EncodedDataset):
         classes: the names of the labels, sorted; of numbers, "0" to the largest.
     Raises:
         FileNotFoundError, IsADirectoryError: there is no such file.
-        ValueError: there is no row in it, labels are numbers here and names there, or of over 100,000 classes.
+        ValueError: it has no row, labels are partly numbers and partly names, or there are more than 100,000 classes.
     """
 
     def __init__(self, path: str | os.PathLike, *, channels: int = 3):

@@ -40,8 +40,8 @@ class Sample:
 class EncodedDataset:
     """What the data sets read from files have in common: `dataset[i]` is `dataset.read(i)` with its image decoded.
 
-    `read(index)` gives the `Sample` with its image still encoded, for the loader to decode just what it needs.
-    `channels` says how many each image has.
+    `read(index)` returns the `Sample` with its image still encoded, so that the loader decodes only what it needs.
+    `channels` is how many each image has.
     """
 
     flip_safe = True

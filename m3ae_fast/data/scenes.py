@@ -18,8 +18,8 @@ class SceneObject:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What was drawn. background: a word of BACKGROUNDS. objects: one to four. captions: three true ones, from short to
-    long. facts: all that any caption could say of it. says: of each caption, the facts that it takes to be true."""
+    """A synthetic scene. background: a word of BACKGROUNDS. objects: one to four. captions: three true ones, from short
+    to long. facts: everything that a caption could state about it. says: the facts that each caption states."""
 
     background: str
     objects: tuple[SceneObject, ...]

@@ -43,12 +43,11 @@ PLACES = 64  # drawn for each object
 class ShapesDataset:
     """One to four objects of dark colors on a plain light background, each of any shape and size, anywhere.
 
-    Attributes are drawn independently of one another, so what a masked patch held can be known from the caption and
-    often from nothing else. Scene `index` of a seed is the same whenever and in whatever order it is asked for, and the
-    same scene at every image size of one aspect. Sizes are shares of the shorter side.
+    Attributes are drawn independently of one another, so what a masked patch shows can be inferred from the caption,
+    and often from nothing else. Scene `index` of a seed is the same whenever and in whatever order it is asked for, and
+    the same scene at every image size of one aspect. Sizes are shares of the shorter side.
 
-    Training neither mirrors nor crops these: captions speak of left and right and of every object, and there is
-    always a new scene.
+    Training neither mirrors nor crops these: captions mention left and right and every object, and every scene is new.
 
     Args:
         size: pixels a side, or (height, width), at least 32.
@@ -79,7 +78,7 @@ class ShapesDataset:
         return Sample(draw(scene, self.size), scene.captions, name, labels, scene.facts, scene.says)
 
     def captions(self) -> Iterator[str]:
-        """The captions of the first two thousand scenes: more than enough to meet every word."""
+        """The captions of the first two thousand scenes, which contain every word."""
         for index in range(2000):
             yield from self.scene(index).captions
 

@@ -29,15 +29,15 @@ BLOCK = 512  # of a tar file: headers and contents begin at its multiples
 
 
 class TarDataset(EncodedDataset):
-    """`.tar` files in which what belongs together stands together: `key.jpg` (or another of `images.IMAGES`),
+    """`.tar` files in which the files of a sample follow one another: `key.jpg` (or another of `images.IMAGES`),
     `key.txt` (captions, one a line), `key.json` (its "caption", a string or a list), `key.cls` (a class's number). A
     key ends at its first dot: of `a.b.jpg` it is `a`, and no image. A key whose second image (or text ...) comes begins
     another sample. With a link, or an image of another kind, one of `images.OTHERS`, a sample is damaged; the latter
     only where no image that can be read is beside it.
 
-    Every shard is gone through once, and of each sample only its place is kept: 16 bytes. A sample is one read, so
-    any order will do on a disk that finds its place quickly; where it does not, or the shards lie elsewhere, see
-    StreamedDataset. Of a damaged shard what comes before the damage is used.
+    Every shard is scanned once, and only the place of each sample is kept, in 16 bytes. Reading a sample is one read,
+    in any order, which suits disks with fast random access; for others, and for shards that are not on a local disk,
+    see StreamedDataset. The samples before the damage in a damaged shard are used.
 
     Args:
         pattern: of the files' paths: braces ("cc12m-{00000..01242}.tar", "{a,b}.tar"), a glob ("*.tar"), or both.

@@ -48,11 +48,11 @@ def open_dataset(
         URL.tar, pipe:COMMAND   StreamedDataset
 
     Args:
-        data: SPEC or SPEC=WEIGHT, or a list of those (weight 1 where none is given). What stands behind the last "="
-            is a weight if it is a number: of a path that ends so, "DIR=3=1". Of a command, or a URL with a "?", it is
-            one only behind a blank: "pipe:aws s3 cp s3://b/a.tar - =3".
-        image_size: pixels a side, or (height, width), of what is drawn; files keep their images' own sizes.
-        seed: of what is drawn.
+        data: SPEC or SPEC=WEIGHT, or a list of those (weight 1 where none is given). What follows the last "=" is a
+            weight if it is a number; a path that ends in such needs a weight of its own, "DIR=3=1". After a command, or
+            a URL with a "?", a weight must follow a space: "pipe:aws s3 cp s3://b/a.tar - =3".
+        image_size: pixels a side, or (height, width), of synthetic images; images in files keep their sizes.
+        seed: of synthetic images.
         channels: of the images, 1 to 16.
         strict: raise BadSample for a damaged shard, instead of a warning.
         paired_share: of the images, which keep their captions: see PairedShare.

@@ -39,16 +39,15 @@ class Chosen(Derived, Sequence):
 class Split(Chosen):
     """The samples that are trained on, or those held out for validation.
 
-    Each sample is drawn for itself, by its number in the data set alone: the same ones are held out whatever the seed
-    of a run and whatever is mixed with them, and they stay so where samples are appended. The vocabulary is learned
-    from the captions of both sides.
+    Each sample is drawn independently, by its number in the data set alone: the same ones are held out for any seed of
+    a run, in any mixture, and after samples are appended. The vocabulary is learned from the captions of both parts.
 
     Args:
         dataset: of samples, which can be asked for by number.
         share: held out, in (0, 1): about that share of them.
-        is_held_out: which side.
+        is_held_out: which part this is.
     Raises:
-        ValueError: a data set without end, or one of which nothing is left on a side.
+        ValueError: an endless data set, or one of which a part would be empty.
     """
 
     def __init__(self, dataset: Sequence[Sample], share: float, *, is_held_out: bool = False):

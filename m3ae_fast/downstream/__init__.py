@@ -1,4 +1,5 @@
-"""What a trained model is for. Each of `TASKS` is a function here, a module in `tasks`, and a command of m3ae-fast.
+"""Tasks that a trained model is used for. Each of `TASKS` is a function here, a module in `tasks`, and a command of
+m3ae-fast.
 
 The examples are drawn or read by `m3ae_fast.data.examples`, images of one class each by `m3ae_fast.data.samples`.
 `scoring` is what results are made of, `features` are the CLS tokens that some tasks read, `training` is how others

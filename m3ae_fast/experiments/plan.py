@@ -171,7 +171,7 @@ class Scale:
 
     @classmethod
     def smoke(cls) -> Scale:
-        """Seconds; shows that everything runs, and nothing else."""
+        """A run of seconds, only to check that everything works."""
         return cls(steps=3, batch_size=8, train=60, test=60)
 
 

@@ -46,7 +46,7 @@ def experiments(
 ) -> Path:
     """Train and score every run that the tables need, and write `out/experiments.md`, its figures beside it.
 
-    What is there already is not done again, so an interrupted call goes on where it stopped.
+    Finished runs are not repeated, so an interrupted call continues where it stopped.
 
     Args:
         out: a folder, made if need be.

@@ -18,7 +18,7 @@ _TOLD: set[tuple[str, str]] = set()
 def accelerate(model: nn.Module, fast: Mapping[type, type]) -> None:
     """Give every module of `model` whose class is a key of `fast` (exactly: not a subclass) the class it maps to.
 
-    A module whose forward somebody replaced on the instance, as Accelerate's hooks do, is left as it is, with an
+    A module whose forward was replaced on the instance, as Accelerate's hooks do, is left as it is, with an
     M3AEFastWarning: the replacement goes on calling the forward that it found.
 
     Raises:
@@ -31,7 +31,7 @@ def accelerate(model: nn.Module, fast: Mapping[type, type]) -> None:
 
 
 def restore(model: nn.Module, fast: Mapping[type, type]) -> None:
-    """Undo `accelerate`, but for modules whose forward somebody has replaced since: there is a warning, too."""
+    """Undo `accelerate`, except for modules whose forward has been replaced since, with a warning."""
     _exchange(model, {new: old for old, new in fast.items()})
 
 

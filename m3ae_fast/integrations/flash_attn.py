@@ -1,7 +1,8 @@
 """FlashAttention-2's functions under its names: `flash_attn` and `flash_attn.bert_padding`.
 
 Same arguments in the same order with the same defaults as flash_attn 2.7 and 2.8, on the CPU too and in fp32 and fp64.
-What `varlen_attention` has not (dropout, causal and sliding-window masks, soft-capping, ALiBi, paged keys) is refused.
+What `varlen_attention` does not support (dropout, causal and sliding-window masks, soft-capping, ALiBi, paged keys) is
+refused.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def flash_attn_func(
     """Attention of a batch without padding: every query reads all keys of its sample.
 
     Args:
-        q: [B, S, H, D] float16, bfloat16, float32 or float64. A batch whose samples do not lie one behind the other in
-            memory is copied, as in `varlen_attention` one whose last dimension is not contiguous.
+        q: [B, S, H, D] float16, bfloat16, float32 or float64. A batch whose samples are not adjacent in memory is
+            copied, as is one whose last dimension is not contiguous.
         k, v: [B, Sk, Hk, D]; H is a multiple of Hk.
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs: as of
             `flash_attn_varlen_func`.
@@ -218,24 +219,24 @@ def flash_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k: [B + 1] int32 or int64, cumulative offsets; a SeqLens will do.
         max_seqlen_q, max_seqlen_k: int, at least the longest length.
         softmax_scale: None is D ** -0.5.
-        deterministic: taken and met either way: the gradients are the same bits on every run.
+        deterministic: accepted, and always the case: the gradients are the same bits on every run.
         return_attn_probs: return (out, softmax_lse, S_dmask).
-        dropout_p, causal, window_size, softcap, alibi_slopes, block_table: nothing but their defaults (or a softcap
-            below 0, which is none).
-        seqused_k: [B] int32 or int64, at most the lengths: only the first so many keys of each sequence count. The
-            others may hold anything, NaN too; their gradients are 0. Nothing is copied: the sequences become twice as
-            many, every other one without queries. max_seqlen_k is of all keys, the unused ones too.
+        dropout_p, causal, window_size, softcap, alibi_slopes, block_table: must have their defaults (or a softcap below
+            0, which means none).
+        seqused_k: [B] int32 or int64, at most the lengths: only the first seqused_k[b] keys of sequence b are used. The
+            others may hold anything, also NaN; their gradients are 0. Nothing is copied: there are twice as many
+            sequences internally, every other one without queries. max_seqlen_k includes the unused keys.
 
     Returns:
         out [Tq, H, D]; with return_attn_probs also softmax_lse [H, Tq] float32 (float64 for float64), the natural log
         of the sum of exp(scores), and S_dmask, an empty tensor: FlashAttention fills it under dropout only.
         A query without keys: out 0, gradients 0, and softmax_lse -inf, as the formula and FlashAttention-3 have it
-        (FlashAttention-2's kernel writes +inf). A gradient that comes in through softmax_lse is taken;
-        FlashAttention drops it.
+        (FlashAttention-2's kernel writes +inf). Gradients through softmax_lse are supported; FlashAttention ignores
+        them.
 
     Raises:
         NotImplementedError: what is not supported was asked for. ValueError, TypeError: as `varlen_attention`; more
-            keys are used than there are (the CPU looks; a GPU would have to sync for it).
+            keys are used than there are (the CPU checks; a GPU would have to sync for it).
 
     Source: arXiv:2307.08691; the arguments of flash_attn_varlen_func, flash_attn 2.8; seqused_k as in FlashAttention-3.
     """
@@ -350,7 +351,7 @@ def flash_attn_varlen_qkvpacked_func(
 def unpad_input(
     hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
-    """The rows of a padded batch that a mask names, packed. Looks at the mask's values: on a GPU that is a sync.
+    """The rows of a padded batch that a mask selects, packed. It reads the mask's values: on a GPU that is a sync.
 
     Args:
         hidden_states: [B, S, ...], any dtype.
@@ -384,10 +385,10 @@ def unpad_input_for_concatenated_sequences(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """The rows of a padded batch whose samples hold several sequences each, packed: attention stays within a sequence.
 
-    Looks at the lengths' values: on a GPU that is a sync.
+    It reads the lengths' values: on a GPU that is a sync.
 
     Args:
-        hidden_states: [B, S, ...], any dtype; the sequences of a sample lie one behind the other, from its first row.
+        hidden_states: [B, S, ...], any dtype; the sequences of a sample follow one another from its first row.
         attention_mask_in_length: [B, S] integers: the lengths of the sample's sequences, in their order, and zeros.
 
     Returns:
@@ -425,7 +426,7 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
         [batch, seqlen, ...].
 
     Raises:
-        ValueError: shapes disagree, or an index is out of range (the CPU looks; a GPU would have to sync for it).
+        ValueError: shapes disagree, or an index is out of range (the CPU checks; a GPU would have to sync for it).
 
     Source: flash_attn.bert_padding.pad_input.
     """
@@ -462,7 +463,7 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
         [T, ...].
 
     Raises:
-        ValueError: shapes disagree, or an index is out of range (the CPU looks; a GPU would have to sync for it).
+        ValueError: shapes disagree, or an index is out of range (the CPU checks; a GPU would have to sync for it).
 
     Source: flash_attn.bert_padding.index_first_axis.
     """

@@ -99,5 +99,5 @@ def _packed(name: str, x: Tensor) -> Tensor:
 
 
 def _longest(nested: Tensor) -> int:
-    """Cached by the tensor: on a GPU, where nobody said it, the first look is a sync."""
+    """Cached by the tensor; on a GPU the first call synchronizes if the length was not given."""
     return nested._get_max_seqlen() if nested.shape[0] else 0

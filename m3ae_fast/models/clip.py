@@ -59,11 +59,11 @@ class CLIP(Model):
         step: int = 0,
         image_ids: Tensor | None = None,
     ) -> CLIPOutput:
-        """The loss of a batch of at least two pairs; of joined processes each has its part of it, of one or more.
+        """The loss of a batch of at least two pairs; with joined processes, each has a part of it, at least one pair.
 
         Args:
-            seed, step: not needed: nothing is drawn. They are taken for the sake of trainers.
-            image_ids: [B] integers, equal where two samples of any process show the same image; None: its bytes tell.
+            seed, step: not used, since nothing is random; trainers pass them.
+            image_ids: [B] integers, equal where two samples of any process show the same image; None: its bytes decide.
 
         Raises:
             ValueError: a sample without an image or a word, fewer than two, sizes other than the configuration's.

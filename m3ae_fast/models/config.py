@@ -335,7 +335,7 @@ class EncodersConfig(ModelConfig):
             raise ValueError(f"temperature must be in [0.001, 0.5], got {self.temperature}")
 
     def for_retrieval(self) -> Self:
-        """The same sizes, trained to find images and texts by one another alone."""
+        """The same sizes, trained for retrieval only."""
         return self
 
 

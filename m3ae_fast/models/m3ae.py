@@ -160,10 +160,10 @@ class M3AE(Model, FixedPositions):
             batch: pairs, images alone and texts alone go through one packed pass.
             seed, step: key the random masks together with batch.sample_ids, and with `predict_ratio` which tokens are
                 predicted: the same on every device, for any split of a batch.
-            image_mask, text_mask: instead of drawing: [B, P] and [B, L] bool, True = removed, any number in each
-                sample; or uint8: 0 = kept, 1 = removed and predicted, 2 = removed alone. Of mixed sizes P is the most
-                patches of an image.
-            plan: instead of all four: what `plan` made of them for this batch.
+            image_mask, text_mask: masks to use instead of random ones: [B, P] and [B, L] bool, True = removed, any
+                number in each sample; or uint8: 0 = kept, 1 = removed and predicted, 2 = removed, not predicted. For
+                mixed sizes P is the largest number of patches of an image.
+            plan: instead of these four: what `plan` returned for them and this batch.
 
         Raises:
             ValueError: neither a seed nor masks, or no seed for `predict_ratio`; images or texts of another size than
@@ -206,8 +206,8 @@ class M3AE(Model, FixedPositions):
     ) -> Plan:
         """Everything that `forward` makes on the host before it computes; other arguments and errors as `forward`'s.
 
-        Making it ahead, in a loader for instance, takes it off the step's path; a step to be captured in a CUDA graph
-        must be given one.
+        Made ahead, for instance in a loader, it does not delay the step; a step to be captured in a CUDA graph must be
+        given one.
 
         Args:
             bucket: round the sizes of its tensors up, so that batches of any lengths have one of few `Plan.bucket`: the

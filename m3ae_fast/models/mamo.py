@@ -81,7 +81,7 @@ class Encoders(DualEncoder):
 
 
 class MAMO(Model):
-    """Args: config: see `MAMOConfig`. `update_target()` moves the momentum network: call it before every step."""
+    """Args: config: see `MAMOConfig`. `update_target()` updates the momentum network: call it before every step."""
 
     METRICS: ClassVar = {
         "loss": Metric("loss"),
@@ -153,10 +153,10 @@ class MAMO(Model):
             batch: pairs of an image and a text of at least one word; two or more where ITC or ITM counts (of joined
                 processes, ITM alone).
             seed, step: key the random masks (with batch.sample_ids) and the draw of ITM's negatives.
-            image_mask, text_mask: instead of drawing: [B, P] and [B, L] bool, True = masked.
-            image_ids: [B] integers, equal where two samples of any process show the same image; None: its bytes tell. A
-                sample is never the negative of another with the same image or text, and ITC takes both for right.
-            plan: instead of seed, step and masks: what `plan` made of them for this batch.
+            image_mask, text_mask: masks to use instead of random ones: [B, P] and [B, L] bool, True = masked.
+            image_ids: [B] integers, equal where two samples of any process show the same image; None: its bytes decide.
+                A sample is never the negative of another with the same image or text; ITC treats both as right.
+            plan: instead of seed, step and masks: what `plan` returned for them and this batch.
 
         On a GPU ITM waits for the [B, B] similarities: which pairs it reads, and so the sizes of all that follows,
         depends on them.
@@ -204,8 +204,8 @@ class MAMO(Model):
     ) -> MAMOPlan:
         """Everything that `forward` makes on the host before it computes; arguments and errors as `forward`'s.
 
-        Making it ahead, in a loader for instance, takes it off the step's path. With itm_weight 0 a step that is given
-        one copies nothing to the device and waits for nothing.
+        Made ahead, for instance in a loader, it does not delay the step. With itm_weight 0 a step that is given one
+        copies nothing to the device and never waits.
         """
         return self._plan(batch, MaskSource(seed, step, image_mask, text_mask))
 

@@ -230,8 +230,9 @@ def dirichlet_masks(
         lengths: of each of M modalities, the tokens of the B samples.
         num_keep: [B] tokens to keep in each sample, of all modalities together; at least one is kept and, before that,
             one masked.
-        alpha: of the Dirichlet distribution, in [0.001, 1000], a number for all modalities or M numbers. 1 for all:
-            all shares are equally likely, less: one modality has most of the budget, more: all have alike.
+        alpha: of the Dirichlet distribution, in [0.001, 1000], a number for all modalities or M numbers. With 1 for
+            all, all shares are equally likely; below 1 one modality tends to get most of the budget, above 1 the shares
+            are similar.
         seed, step, sample_ids: the key, as of `sample_mask`; the stream of modality m is m.
 
     Returns:

@@ -80,11 +80,11 @@ class Model(nn.Module):
         return ()
 
     def update_target(self) -> None:
-        """Move the momentum network, if there is one, and bring back what has bounds: called once for each step that is
+        """Update the momentum network, if there is one, and clamp what has bounds: called once for each step that is
         taken, before the next one."""
 
     def image_encoder(self) -> tuple[list[nn.Parameter], Transformer]:
-        """What an image goes through: the parameters that make tokens of it, and the Transformer."""
+        """The parameters that turn an image into tokens, and the Transformer that reads them."""
         raise NotImplementedError(f"{type(self).__name__} must define image_encoder")
 
     def joint_encoder(self) -> Transformer | None:

@@ -49,7 +49,7 @@ class Supervised(Model):
         """Binary cross-entropy of every class, mean over images and classes; texts are left aside.
 
         Args:
-            batch: images, with `labels`. seed, step: not needed; taken for the sake of trainers.
+            batch: images, with `labels`. seed, step: not used; trainers pass them.
 
         Raises:
             ValueError: no labels or of another number of classes; images of another size than the configuration's.

@@ -34,8 +34,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x [T, D], packed sequences of `seqlens` -> [T, D].
 
-        With `rows` [R] (ascending rows of x, `rows_seqlens` of them in each sequence) only those rows ask, of all keys:
-        -> [R, D], the same numbers as `forward(x, seqlens)[rows]` for less work.
+        With `rows` [R] (ascending rows of x, `rows_seqlens` of them in each sequence) only those rows are queries, over
+        all keys: -> [R, D], the same numbers as `forward(x, seqlens)[rows]` for less work.
         """
         if rows is None:
             qkv = self.qkv(x).view(-1, 3, self.heads, self.head_dim)

@@ -11,7 +11,8 @@ from m3ae_fast.seqlens import SeqLens
 
 
 class MaskedMSELoss(nn.Module):
-    """`masked_mse` with its settings kept: squared error of masked patches against pixels read from the images."""
+    """`masked_mse` as a module that keeps its settings: squared error of masked patches against pixels read from the
+    images."""
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class MaskedMSELoss(nn.Module):
 
 
 class FeatureRegressionLoss(nn.Module):
-    """`feature_regression` with its settings kept: predicted features against those of another network."""
+    """`feature_regression` as a module that keeps its settings: predicted features against those of another network."""
 
     def __init__(self, *, distance: str = "l2", normalize: bool = True, eps: float = 1e-6, reduction: str = "mean"):
         super().__init__()

@@ -14,7 +14,7 @@ from m3ae_fast.seqlens import SeqLens
 
 
 class PatchEmbed(nn.Module):
-    """The Linear of a Vision Transformer's patches, applied to the patches named and to no other.
+    """The patch embedding of a Vision Transformer, a Linear, applied to the selected patches only.
 
     Args:
         patch_size: pixels a side. width: D. channels: of the images.

@@ -17,10 +17,10 @@ from m3ae_fast.seqlens import SeqLens
 
 
 class Mlp(nn.Module):
-    """fc2(gelu(fc1(x))); of the hidden rows only fc1(x) is stored, but for "quick_gelu".
+    """fc2(gelu(fc1(x))); of the hidden rows only fc1(x) is stored, except with "quick_gelu".
 
     Args:
-        width: of the rows that go in and come out. hidden: of those between.
+        width: of the input and output rows. hidden: of the rows between.
         activation: "gelu_tanh" (M3AE), "gelu" (erf: MAE, timm) or "quick_gelu" (x sigmoid(1.702 x): OpenAI's CLIP; in
             operations of PyTorch, which keep three times as much).
     """
@@ -40,19 +40,20 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x + attn(norm1(x)), then x + mlp(norm2(x)); every residual add happens inside the LayerNorm that follows it.
 
-    With `post_norm`, y = norm1(x), y = norm2(y + attn(y)), then y + mlp(y): what the LayerNorms put out goes on, as in
-    BERT, whose layers begin between these LayerNorms (their last one is the next block's first, or a Transformer's).
+    With `post_norm`, y = norm1(x), y = norm2(y + attn(y)), then y + mlp(y): the outputs of the LayerNorms are added to
+    the branches, as in BERT. A layer of BERT begins after norm1: its last LayerNorm is the norm1 of the next block, or
+    that of the Transformer.
 
-    The backward pass normalizes again what the LayerNorms put out: two passes over memory, for a sixth of what a block
-    would keep.
+    The backward pass recomputes the outputs of the LayerNorms: two passes over memory, which save a sixth of what a
+    block would store.
 
     Args:
         width: D, a multiple of heads. mlp_ratio: hidden rows of the MLP, as a multiple of the width.
         activation: of the MLP, as of `Mlp`. eps: of the LayerNorms. post_norm: BERT's order.
 
     Attributes:
-        drop_path: probability that a sequence goes past attn, and another that it goes past the mlp, while training;
-            settable at any time, `drop_paths` does it for a Transformer.
+        drop_path: probability that a sequence skips attn and, drawn separately, that it skips the mlp, in training; it
+            may be set at any time, for a whole Transformer by `drop_paths`.
     """
 
     def __init__(
@@ -79,10 +80,10 @@ class Block(nn.Module):
         """x [T, D], packed sequences of `seqlens` -> [T, D].
 
         Args:
-            update: [T, D]: the block is applied to x + update, which is added in passing.
+            update: [T, D]: the block is applied to x + update; norm1 makes the sum.
             rows, rows_seqlens: (see Attention.forward) the result is of those rows alone; the others serve as keys and
                 values.
-            apart: return (x, update), whose sum is the result: the next block adds it in passing.
+            apart: return (x, update), whose sum is the result: the norm1 of the next block makes it.
         """
         asked = (x, seqlens) if rows is None else (rows, rows_seqlens)
         scales = self._scale(*asked), self._scale(*asked)
@@ -175,8 +176,8 @@ class Transformer(nn.Module):
         width, heads, options: of each `Block`.
 
     Attributes:
-        checkpoint: keep of every block its input alone, and run it again in the backward pass: less memory, a third
-            more work, the same bits. Settable at any time; `checkpoint_blocks` does it for a whole model.
+        checkpoint: store only the input of each block, and run the block again in the backward pass: less memory, a
+            third more work, the same bits. It may be set at any time, for a whole model by `checkpoint_blocks`.
     """
 
     BLOCK: ClassVar[type[Block]] = Block
@@ -233,7 +234,7 @@ def checkpoint_blocks(module: nn.Module, enabled: bool = True) -> None:
 
     Args:
         module: a model, whose Transformers get `checkpoint = enabled`.
-        enabled: False: as they were made.
+        enabled: False turns it off.
     """
     for each in module.modules():
         if isinstance(each, Transformer):
@@ -241,10 +242,10 @@ def checkpoint_blocks(module: nn.Module, enabled: bool = True) -> None:
 
 
 def drop_paths(transformer: Transformer, rate: float) -> None:
-    """Stochastic depth: the probability of going past a block's branches grows over the blocks, from 0 to `rate`.
+    """Stochastic depth: the probability of skipping a block's branches grows over the blocks, from 0 to `rate`.
 
     Args:
-        transformer: of which it is set, until it is set again. Which sequences it hits, torch's generator says.
+        transformer: whose blocks are set. Which sequences skip a branch is drawn from torch's generator.
         rate: of the last block, in [0, 1); 0: none.
     """
     if not 0 <= rate < 1:

@@ -60,7 +60,7 @@ def load_run(
     Args:
         path: the folder, or the checkpoint's file (or folder, of a sharded one).
         device: where the model goes; None: cuda if there is one, else cpu.
-        objectives: those that will do.
+        objectives: those that are accepted; by default all.
         averaged: with the moving average of the weights, where the run keeps one (RunConfig.ema); False: as they are.
         image_size: pixels a side, or (height, width), that the model is to take; None: those it was trained on. For
             others its position tables are resampled, with a warning.

@@ -13,7 +13,7 @@ SHOWN = 5  # damaged samples that are named
 
 @dataclass
 class Summary:
-    """How a call of `pretrain` went, the same in all of its processes but for what each one's own clock says: seconds,
+    """The result of a call of `pretrain`, equal in all of its processes except for what each one measures: seconds,
     wait_seconds, tokens_per_second. Counts, times and rates are of this call, not of what it resumed."""
 
     folder: Path  # of the run

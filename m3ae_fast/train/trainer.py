@@ -55,11 +55,11 @@ def pretrain(
     Under torchrun all of its processes take part (or all of a process group that is there already, with a backend for
     CPUs), each with its share of every batch; the first one writes, into a folder that all see. docs/scale.md.
 
-    Ctrl-C and SIGTERM end it after the step in hand, with a checkpoint; a second one ends it at once.
+    Ctrl-C and SIGTERM end it after the current step, with a checkpoint; a second one ends it at once.
 
     Args:
-        config: the run. When resuming, what it is made of must be what run.json says; data may name the same data in
-            another place: the same last names, weights and number of classes, and captions that make its vocabulary.
+        config: the run. When resuming, it must agree with run.json; data may name the same data in another place: the
+            same last names, weights and number of classes, and captions that make its vocabulary.
         out: the run's folder, made if need be.
         resume: continue from the newest checkpoint; a run that has taken all of its steps may be given more, and its
             learning rate then follows the schedule of all of them from there on. "auto": where `out` holds no run yet,
@@ -71,7 +71,7 @@ def pretrain(
     Raises:
         FileExistsError: `out` holds a run, and `resume` is not set. FileNotFoundError: nothing to resume, no data.
         ValueError: a setting, the data or a file of the run is not as it must be. OSError: a file cannot be written.
-        ChildProcessError: data workers died again and again. Whatever is raised, the newest checkpoint stays whole.
+        ChildProcessError: data workers died repeatedly. Whatever is raised, the newest checkpoint stays whole.
         FloatingPointError: the loss or the gradient was not finite for more than config.max_bad_steps steps in a row.
         BlockingIOError: another process trains in `out`.
         ConnectionError: another process is gone. distributed.FailedElsewhere: the first one failed.

@@ -25,7 +25,7 @@ class Chance(NamedTuple):
 
 
 def chance(examples: Iterable[Question | Statement]) -> Chance:
-    """How far guessing leads on these very examples: the commonest answer of all, and that of each kind.
+    """Accuracy of constant guesses on these examples: the most common answer of all, and that of each kind.
 
     Raises:
         ValueError: there is no example.
@@ -37,7 +37,7 @@ def chance(examples: Iterable[Question | Statement]) -> Chance:
 def accuracies(kinds: Sequence[str], truths: Sequence[object], guesses: Sequence[object]) -> list[Result]:
     """The share of guesses that equal the truth: "accuracy" of all, then "accuracy, <kind>" where there are kinds.
 
-    The chance level is that of the commonest truth of each kind.
+    The chance level is that of the most common truth of each kind.
 
     Args:
         kinds, truths, guesses: of each example; a kind may be "".

@@ -30,7 +30,7 @@ def recalls(
         ks: of the figures.
         texts: the M texts: those that are equal are right for every image that one of them belongs to; None: each
             counts alone.
-        images: what tells images apart, their bytes for instance: equal ones share their texts; None: each alone.
+        images: identifiers of the images, such as their bytes: equal ones share their texts; None: all differ.
     Raises:
         ValueError, TypeError: sizes or dtypes disagree, a NaN, an image without a text, k below 1.
     """

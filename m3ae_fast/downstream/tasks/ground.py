@@ -28,10 +28,10 @@ def ground(
 ) -> list[Result]:
     """Pointing accuracy: how often the highest pixel of the map lies in the phrase's box. Chance: a random pixel.
 
-    Where it is known of all phrases how many objects their images show, a second result says how often a random one of
-    them is the right one: a map that finds objects, but not by the phrase, is no better.
+    If the number of objects is known for the images of all phrases, a second result is the accuracy of choosing one of
+    them at random, which is that of a map that finds objects but ignores the phrase.
 
-    Phrases without a box are left out, as are those whose box the crop in the middle cuts off.
+    Phrases without a box are left out, as are those whose box lies outside the center crop.
 
     Args:
         model: whose maps are looked at. phrases: read a batch at a time. tokenizer: of the model.

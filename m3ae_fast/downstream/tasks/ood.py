@@ -24,7 +24,7 @@ from m3ae_fast.downstream.tasks.finetune import Classifier, load_classifier
 
 @torch.no_grad()
 def ood(train: Features, known: Features, unknown: Features, classify: Callable[[Tensor], Tensor]) -> list[Result]:
-    """How well `max_softmax` and `Mahalanobis` tell images of unknown kinds, after the accuracy on known ones.
+    """Accuracy on known classes, then how well `max_softmax` and `Mahalanobis` detect images of unknown kinds.
 
     Args:
         train: features that Mahalanobis is fitted to.

@@ -71,7 +71,7 @@ class LinearProbe(nn.Module):
 
 
 def probe(train: Features, test: Features, **settings) -> Result:
-    """Accuracy on `test` of a probe fitted to `train`; chance is the commonest class of `test`.
+    """Accuracy on `test` of a probe fitted to `train`; chance is the most common class of `test`.
 
     Args:
         train, test: of the same width.

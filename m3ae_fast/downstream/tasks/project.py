@@ -21,14 +21,15 @@ PERPLEXITY = 30.0
 
 
 def project(cls: Tensor, *, perplexity: float = PERPLEXITY, seed: int = 0) -> np.ndarray:
-    """Features [N, D] -> points [N, 2] float32, near where features are near.
+    """Features [N, D] -> points [N, 2] float32, close where the features are close.
 
     Args:
         cls: as of `Features`. perplexity: about how many neighbors a feature has, in (0, N). seed: of the optimizer.
     Raises:
         ValueError: fewer than 4 features, or a perplexity out of range. ModuleNotFoundError: scikit-learn is missing.
 
-    Source: van der Maaten and Hinton, JMLR 9 (2008); scikit-learn's, which starts from the two main components.
+    Source: van der Maaten and Hinton, JMLR 9 (2008); scikit-learn's, initialized with the first two principal
+    components.
     """
     _checks.shape("cls", cls, (None, None))
     if len(cls) < 4:

@@ -38,7 +38,7 @@ def retrieve(
     wrong ones, drawn in proportion to exp(similarity / temperature), so its odds say how much likelier than ITC thinks
     a pair is: a correction of ITC, not a score by itself (noise-contrastive estimation).
 
-    Texts and images that are there twice are right for one another's.
+    Pairs with equal texts or equal images count as right for each other.
 
     Args:
         model: that encodes both. pairs: all candidates. tokenizer: of the model. batch_size: of a pass.

@@ -58,7 +58,7 @@ def assemble_tokens(
 
     Raises:
         ValueError: shapes or devices disagree, an argument misses its companion, an id is outside its table or offsets
-            decrease (the C++ backend looks; a GPU would have to sync for it). TypeError: dtypes.
+            decrease (the C++ backend checks; a GPU would have to sync for it). TypeError: dtypes.
 
     Source: arXiv:2205.14204, section 3.
     """

@@ -29,7 +29,8 @@ def feature_regression(
     cu_seqlens: SeqLens | Tensor | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
-    """Distance of predicted features to those of another network, which are read where they lie and never copied.
+    """Distance of predicted features to those of another network, whose selected rows are read in place, without a
+    copy.
 
         loss[r] = distance(pred[r], t), t = target[rows[r]], or with normalize (t - mean(t)) / sqrt(var(t) + eps)
 
@@ -55,7 +56,7 @@ def feature_regression(
 
     Raises:
         ValueError: sizes or devices disagree, an option is out of range, a row or an offset is outside its range (the
-            C++ backend looks; a GPU would have to sync for it). TypeError: dtypes.
+            C++ backend checks; a GPU would have to sync for it). TypeError: dtypes.
 
     Source: arXiv:2210.04183, section 3 (masked representation and masked image modeling).
     """

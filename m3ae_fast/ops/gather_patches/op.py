@@ -32,8 +32,8 @@ def gather_patches(
         out[t] = (pixel - mean) / std, of patch ids[t] of the image that t belongs to, pixels in 0 .. 1
 
     Args:
-        images: [N, C, H, W] uint8 (0 .. 255, divided by 255 first) or float (taken as it is), of any strides; the fast
-            ones are channels-last, and contiguous with three channels. H and W are multiples of patch_size.
+        images: [N, C, H, W] uint8 (0 .. 255, divided by 255 first) or float (taken as it is), of any strides;
+            channels-last is fastest, and contiguous with three channels. H and W are multiples of patch_size.
         ids: [T] int32 or int64, patches within an image, counted row by row. One named twice is read twice, and its
             gradients add up.
         seqlens: how many rows each image has: SeqLens of N lengths, or cumulative offsets [N + 1] int32 or int64.
@@ -48,7 +48,7 @@ def gather_patches(
         for bit. Rows past the end of seqlens are zero. Differentiable with respect to float images.
 
     Raises:
-        ValueError: sizes disagree, or an id or offset is outside its range (the C++ backend looks; a GPU would have to
+        ValueError: sizes disagree, or an id or offset is outside its range (the C++ backend checks; a GPU would have to
             sync for it). TypeError: dtypes.
 
     Source: the patchify of arXiv:2111.06377's public code, restricted to the patches an encoder sees.

@@ -42,7 +42,7 @@ def layer_norm(
 
     Args:
         x: [..., D] float32, bfloat16, float16 or float64, D at least 1.
-        weight, bias: [D], any float dtype (float32 parameters with bfloat16 rows are as good as it gets), or None.
+        weight, bias: [D], any float dtype (also float32 with bfloat16 rows), or None.
         residual: the shape of x, any float dtype; None: s is x.
         eps: added to the variance, which is the biased one.
         dtype: of y; None: s's. Autocast changes nothing: float32 rows stay float32, as PyTorch keeps its norms.

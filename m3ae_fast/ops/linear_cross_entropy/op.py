@@ -71,13 +71,14 @@ def linear_cross_entropy(
     return_z_loss: bool = False,
     impl: Impl | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """cross_entropy(x W^T + b, target): ignored rows leave before the product, logits exist a block at a time.
+    """cross_entropy(x W^T + b, target): ignored rows are removed before the product, and logits exist one block at a
+    time.
 
     On a GPU, where the host does not know how many they are, ignored rows go through the products as zeros.
 
     Where gradients are wanted and the result is one number, they are made in the forward pass, from the same logits.
-    reduction="none" and return_lse make them in the backward pass, from logits computed again, and so does float16: it
-    cannot hold softmax / T before the loss scale multiplies it. docs/cross_entropy.md has each option's formula.
+    With reduction="none", return_lse or float16 they are made in the backward pass, from recomputed logits; float16
+    cannot represent softmax / T before the loss scale multiplies it. docs/cross_entropy.md has each option's formula.
 
     Args:
         x: [T, K], or [..., K] whose rows are those T, float32, bfloat16, float16 or float64.
@@ -106,7 +107,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes or devices disagree, an option is out of range, class_weight requires a gradient, a target
-            names no class or offsets decrease (the C++ backend looks; a GPU would have to sync for it).
+            names no class or offsets decrease (the C++ backend checks; a GPU would have to sync for it).
             TypeError: dtypes.
 
     Source: arXiv:2205.14204, section 3 (masked word prediction); label smoothing: arXiv:1512.00567; z-loss:

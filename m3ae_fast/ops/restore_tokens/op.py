@@ -31,7 +31,7 @@ def restore_tokens(
 
         out[t] = (kept[rows[t]] if rows[t] >= 0 else mask_token) + (position[slots[t]] + type)
 
-    Rows are free to name the whole sequence or any subset of it, in any order.
+    The output may be the whole sequence or any part of it, in any order.
 
     Args:
         kept: [K, D] float32, bfloat16, float16 or float64, the encoder's rows, packed.
@@ -50,7 +50,7 @@ def restore_tokens(
 
     Raises:
         ValueError: shapes or devices disagree, an index is outside its table or a kept row is named twice (the C++
-            backend looks; a GPU would have to sync for it). TypeError: dtypes.
+            backend checks; a GPU would have to sync for it). TypeError: dtypes.
 
     Source: arXiv:2205.14204, section 3; the unshuffle of arXiv:2111.06377, section 3.
     """

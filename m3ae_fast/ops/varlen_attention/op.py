@@ -62,15 +62,15 @@ def varlen_attention(
         cu_seqlens_q, cu_seqlens_k: SeqLens of B sequences, or their cumulative offsets [B + 1], int32 or int64,
             ascending from 0. Keys' None: the queries' (self attention).
         max_seqlen_q, max_seqlen_k: at least the longest length, an integer (numpy's, or a tensor on the CPU that holds
-            one, will do); None takes it from the SeqLens. With bare offsets they must be given on a GPU (to look would
-            be a sync); the CPU looks.
+            one, will do); None takes it from the SeqLens. With bare offsets they must be given on a GPU, where reading
+            the offsets would synchronize; the CPU reads them.
         softmax_scale: None is D ** -0.5.
         return_lse: return (out, lse).
         impl: "reference", "cpp", "triton" (D up to 512), "cuda" (bfloat16 and float16, D up to 128); None selects the
             preferred one for the device, on a GPU by the shape, where that was measured (`choice.py`). float16 on the
             CPU, and wider heads on a GPU: the reference.
 
-    q, k and v of different dtypes meet in the widest; under autocast, in autocast's. Products are summed and the
+    If q, k and v have different dtypes, the widest is used; under autocast, autocast's. Products are summed and the
     softmax is taken in fp32 (fp64 for fp64). Differentiable, through lse too, and the same bits on every run. In bf16
     and fp16 the backward pass reads out as it was rounded: where one weight is nearly 1, gradients of q and k, which
     are nearly 0 there, are as wrong as that rounding times dout . v (as in FlashAttention).
@@ -81,7 +81,7 @@ def varlen_attention(
 
     Raises:
         ValueError: shapes or devices disagree, or offsets do not ascend, run past the rows or past max_seqlen (the
-            C++ backend looks; a GPU would have to sync for it). TypeError: dtypes.
+            C++ backend checks; a GPU would have to sync for it). TypeError: dtypes.
 
     Source: arXiv:2205.14135 (FlashAttention), algorithm 1; names as in flash_attn_varlen_func.
     """
@@ -190,7 +190,7 @@ def varlen_attention_qkvpacked(
 
 
 def _lengths(suffix: str, value: seqlens.SeqLens | Tensor, longest: int | None, like: Tensor):
-    """(cu, the longest length: None where nobody said and the CPU may look)."""
+    """(cu, the longest length: None where it was not given and the CPU can compute it)."""
     name, max_name = (f"{stem}_{suffix}".rstrip("_") for stem in ("cu_seqlens", "max_seqlen"))
     cu = seqlens.cu_seqlens(name, value)
     _checks.device(name, cu, "q" if suffix else "qkv", like)
