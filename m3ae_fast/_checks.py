@@ -1,4 +1,4 @@
-"""Argument checks at the door of every op: "<name> must ..., got ..."."""
+"""Argument checks of every op: "<name> must ..., got ..."."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """(metadata, tensors) of a safetensors file, on the CPU. SafetensorError: it is none, or cut short."""
+    """(metadata, tensors) of a safetensors file, on the CPU. SafetensorError: it is not one, or is cut short."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:

@@ -72,7 +72,7 @@ class SeqLens:
         return self.at(self.cu.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> SeqLens:
-        """The same lengths with `.cu` in page-locked memory, from which a GPU reads while the host goes on."""
+        """The same lengths with `.cu` in page-locked memory, from which a GPU reads while the host continues."""
         return self.at(self.cu.pin_memory())
 
     def at(self, cu: Tensor, max: int | None = None) -> SeqLens:

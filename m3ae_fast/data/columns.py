@@ -137,7 +137,7 @@ class Column:
 
 
 class _Heap:
-    """A collection of objects in the file; how far it was gone through is kept, since rows often follow one another."""
+    """A collection of objects in the file; how far it was read is kept, since rows often follow one another."""
 
     def __init__(self, descriptor: int, address: int):
         self.address, self._descriptor, self._at, self._places, self._seen = address, descriptor, HEAP.size, {}, 0

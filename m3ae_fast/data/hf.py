@@ -163,7 +163,7 @@ def _image_column(path: str | os.PathLike, features: dict, columns: dict[str, Co
 
 
 def _class_names(feature: object) -> tuple[str, ...]:
-    """Those of a ClassLabel, or of a list of them; () where it is none."""
+    """Those of a ClassLabel, or of a list of them; () for other features."""
     if isinstance(feature, list) and len(feature) == 1:  # a list of them, as datasets 1 wrote it
         feature = feature[0]
     if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):

@@ -12,7 +12,7 @@ MAX_SHARDS = 2_000_000  # that a pattern's braces name
 
 
 def check_file(path: str | os.PathLike) -> None:
-    """OSError: there is no such file, or it is none: into a pipe nobody may write, and a device may never end."""
+    """OSError: there is no such file, or it is a pipe or a device, whose reading may never end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(f"{path} is no regular file")
 

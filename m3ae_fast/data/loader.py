@@ -306,7 +306,7 @@ def _ignore_interrupts(worker: int) -> None:
 
 
 class _Source:
-    """One of the data sets that are mixed, in the order in which it is walked through."""
+    """One of the data sets that are mixed, in the order of its samples."""
 
     def __init__(self, dataset: Sequence[Sample], number: int, classes: tuple[str, ...], seed: int):
         self.read = getattr(dataset, "read", dataset.__getitem__)

@@ -54,7 +54,7 @@ def open_url(url: str) -> Stream:
 
 
 class _Download:
-    """A transfer by curl. One that breaks off, or stalls, goes on where it was, after a pause, a few times."""
+    """A transfer by curl. One that breaks off, or stalls, is resumed after a pause, a few times."""
 
     def __init__(self, url: str):
         self._url, self._position, self._failed_at, self._failures = url, 0, 0, 0

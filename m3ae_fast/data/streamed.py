@@ -28,17 +28,17 @@ class StreamedDataset:
 
     Nothing is known about a stream before it is read, so it guarantees less than other data sets:
 
-    - In each epoch the shards are put in an order drawn from (seed, epoch) and dealt out to all workers of all ranks,
-      each of which walks through epochs of its own shards. Every sample is read by one of them, once in such an epoch;
-      but which batch it is in depends on the number of workers, and a worker with fewer samples begins its next epoch
-      earlier.
+    - In each epoch the shards are put in an order drawn from (seed, epoch) and distributed over all workers of all
+      ranks, each of which walks through epochs of its own shards. Every sample is read by one of them, once in such an
+      epoch; but which batch it is in depends on the number of workers, and a worker with fewer samples begins its next
+      epoch earlier.
     - Samples of a shard follow one another, through a buffer from which one is drawn at random. It holds 256 MiB at
       most, so fewer samples where they are large.
     - The same numbers of ranks and workers give the same batches. A run that is resumed with the same numbers continues
       exactly, but what it has used is read again and discarded, which takes long for a long run.
     - Of a damaged shard what comes before the damage is used; the damage is met, and counted, in every epoch.
-    - A transfer by http, https, sftp or ftps that breaks off, or stalls for a minute, goes on where it was, a few
-      times. When not a byte comes of 3 shards in a row at the beginning, or of 10 later, it is a ConnectionError.
+    - A transfer by http, https, sftp or ftps that breaks off, or stalls for a minute, is resumed a few times. When not
+      a byte comes of 3 shards in a row at the beginning, or of 10 later, it is a ConnectionError.
 
     Args:
         pattern: of the URLs, with braces: "https://host/cc12m-{00000..01242}.tar".

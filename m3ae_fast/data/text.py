@@ -123,7 +123,7 @@ class Tokenizer:
 
     def words(self, text: str) -> Iterator[tuple[str, list[str]]]:
         """Each word of a text, as it is written there, and the vocabulary entries that stand for it: several where the
-        word itself is none of them."""
+        word itself is not an entry."""
         encoded = self._tokenizer.encode(text, add_special_tokens=False)
         entries = zip(encoded.word_ids, encoded.offsets, encoded.tokens, strict=True)
         for _, pieces in itertools.groupby(entries, key=lambda entry: entry[0]):
@@ -131,7 +131,7 @@ class Tokenizer:
             yield text[places[0][0] : places[-1][1]], list(tokens)
 
     def id_of(self, token: str) -> int | None:
-        """The number of a vocabulary entry; None: it is none."""
+        """The number of a vocabulary entry; None: there is no such entry."""
         return self._tokenizer.token_to_id(token)
 
     def tokens(self, ids: Sequence[int]) -> list[str]:

@@ -19,7 +19,7 @@ def accelerate(model: nn.Module, fast: Mapping[type, type]) -> None:
     """Give every module of `model` whose class is a key of `fast` (exactly: not a subclass) the class it maps to.
 
     A module whose forward was replaced on the instance, as Accelerate's hooks do, is left as it is, with an
-    M3AEFastWarning: the replacement goes on calling the forward that it found.
+    M3AEFastWarning: the replacement keeps calling the forward that it found.
 
     Raises:
         TypeError: `model` has no such module.

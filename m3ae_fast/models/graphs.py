@@ -17,7 +17,7 @@ class CudaGraphs:
     """Captures on one GPU. Its graphs share their memory, so they must run one after the other.
 
     Args:
-        device: the GPU. ValueError: it is none.
+        device: the GPU. ValueError: it is not a GPU.
     """
 
     def __init__(self, device: torch.device):

@@ -221,7 +221,7 @@ def dirichlet_masks(
     step: int = 0,
     sample_ids: Sequence[int] | Tensor,
 ) -> list[Tensor]:
-    """Random tokens of several modalities: each sample's budget of kept tokens is dealt out by Dirichlet shares.
+    """Random tokens of several modalities: each sample's budget of kept tokens is divided by Dirichlet shares.
 
     A modality keeps int(share * budget) of its tokens, or all where it has fewer. What is left of the budget goes to
     the modality with the largest share, as far as it has tokens, then to the next.

@@ -159,7 +159,7 @@ def step_path(folder: Path, step: int, *, shards: bool = False) -> Path:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether it is a sharded checkpoint; a run's folder is none."""
+    """Whether it is a sharded checkpoint, which a run's folder is not."""
     return (path / sharded.HEADER).is_file()
 
 

@@ -376,7 +376,7 @@ def refuse_differences(path: Path, saved: RunConfig, wanted: RunConfig) -> None:
 
 
 def warn_of_other_readers(saved: RunConfig, wanted: RunConfig, dataset) -> None:
-    """Of streamed shards other numbers of workers make other batches: the run goes on, but is not quite the same."""
+    """With streamed shards another number of workers makes other batches: the run continues, but not exactly."""
     streamed = any(isinstance(source, StreamedDataset) for source in _sources(dataset))
     if streamed and max(1, saved.workers) != max(1, wanted.workers) and distributed.is_first():
         warnings.warn(

@@ -1,4 +1,5 @@
-"""What goes on beside the steps of a run: requests to stop, a progress bar, a look at who waits for whom."""
+"""What happens beside the steps of a run: requests to stop, a progress bar, and a check whether the model waits for
+data."""
 
 from __future__ import annotations
 
