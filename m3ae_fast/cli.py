@@ -51,6 +51,10 @@ EXAMPLES = {  # of each command, shown by its --help
     "vqa": ("vqa runs/mamo --steps 1800 --lr 1e-3", "vqa runs/mamo --data questions.jsonl"),
     "reason": ("reason runs/mamo --steps 3500 --lr 4e-4", "reason runs/mamo --data statements.jsonl"),
     "ground": ("ground runs/mamo --picture where.png", "ground runs/mamo --data phrases.jsonl"),
+    "imagine": (
+        'imagine runs/mine --caption "a large red star in the center on a blue background"',
+        "imagine runs/mine cat.jpg --words 7",
+    ),
     "experiments": ("experiments --out runs/tables", "experiments --only objectives --seeds 1"),
     "info": ("info", "--version"),
     "convert": (

@@ -18,6 +18,7 @@ TASKS = {  # what the command of each does
     "vqa": "Learn to answer questions about images, from a fixed list of answers.",
     "reason": "Learn to tell whether a sentence is true of two images.",
     "ground": "Find phrases in images, by Grad-CAM: no box is ever learned from.",
+    "imagine": "Rebuild images from their captions alone, and captions from their images alone.",
     "probe": "Classify images by a linear probe on frozen features.",
     "finetune": "Fine-tune the image encoder to classify images.",
     "ood": "Tell images of unknown kinds from those of the training classes: AUROC of two scores.",

@@ -13,17 +13,18 @@ from m3ae_fast.data import DRAWN
 from m3ae_fast.data.samples import Some, open_classes
 from m3ae_fast.downstream.commands.arguments import SCORED
 from m3ae_fast.downstream.scoring import report
-from m3ae_fast.models import objectives_offering
+from m3ae_fast.models import OBJECTIVES, objectives_offering
 from m3ae_fast.train import Run, load_run
 
 TRAINING = 50_000  # synthetic scenes to fine-tune on: more than are ever read
 
 
-def open_run(args: argparse.Namespace, *methods: str):
+def open_run(args: argparse.Namespace, *methods: str, words: bool = False):
     """The run, and (open the data to score on, open the data to train on) by an opener such as `open_pairs`.
 
     Args:
         args: of the command line. methods: what the model must offer (`Model.offers`).
+        words: it must be a model that reads captions, too.
     Raises:
         ValueError: a file could not be written in the end, or it is a run of an objective that does not do.
     """
@@ -32,6 +33,8 @@ def open_run(args: argparse.Namespace, *methods: str):
         if path and (path.is_dir() or not path.parent.is_dir()):  # or hours of training would end here
             raise ValueError(f"--{name} must name a file in a folder that exists, got {path}")
     objectives = objectives_offering(*methods)
+    if words:
+        objectives = [name for name in objectives if OBJECTIVES[name][0].CAPTIONS != "unused"]
     run = load_run(args.run, args.device, objectives=objectives, image_size=args.image_size)
     images = run.model.config.images
 
