@@ -104,11 +104,12 @@ class Cards:
         placed = [card._replace(words=self._lay_out(card.words, inner)) for card in cards]
         heights = [self._height(*card) for card in placed]
         rows = [max(heights[i : i + columns]) for i in range(0, len(cards), columns)]
-        size = (columns * (width + GAP) - GAP + 2 * MARGIN, sum(rows) + (len(rows) - 1) * GAP + 2 * MARGIN + LINE)
-        self.image = Image.new("RGB", size, PAPER)
-        self._pen = ImageDraw.Draw(self.image)
         guessed = any(masked for card in cards for _, _, masked in card.words)
         notes = "; ".join(each for each in (GUESSES if guessed else "", note) if each)
+        wide = max(columns * (width + GAP) - GAP, math.ceil(self._small.getlength(notes)))
+        size = (wide + 2 * MARGIN, sum(rows) + (len(rows) - 1) * GAP + 2 * MARGIN + LINE)
+        self.image = Image.new("RGB", size, PAPER)
+        self._pen = ImageDraw.Draw(self.image)
         self._pen.text((MARGIN, size[1] - MARGIN - 8), notes, font=self._small, fill=FAINT)
         for i, card in enumerate(placed):
             row, column = divmod(i, columns)

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from m3ae_fast import ImageTextBatch
+from m3ae_fast._drawing import PAPER
 from m3ae_fast.data import Tokenizer
 from m3ae_fast.downstream.pack import pack_for
 from m3ae_fast.downstream.tasks import imagine as module
@@ -206,3 +207,9 @@ def test_picture_of_one_kind(cards, tmp_path):
     ids = words_from_image(model, packed(model, texts=None), words=3, rounds=2)
     assert [word for card in of_images for word, *_ in card.words] == TOKENIZER.tokens(ids.tolist())
     assert not any(masked for card in (*of_texts, *of_images) for *_, masked in card.words), "there is no truth beside"
+
+
+def test_a_narrow_picture_has_room_for_what_it_says(tmp_path):
+    draw_imagined(make(), IMAGES[:1], TEXTS[:1], TOKENIZER, tmp_path / "p.png")
+    margin = np.asarray(Image.open(tmp_path / "p.png"))[:, -20:]
+    assert (margin == np.array(ImageColor.getrgb(PAPER))).all()
