@@ -255,4 +255,7 @@ def main(args: argparse.Namespace) -> int:
     options = {"words": args.words or WORDS, "rounds": args.rounds}
     draw_imagined(run.model, images, captions, run.tokenizer, args.picture, **options)
     print(f"picture: {args.picture}, the model after {run.step:,} steps")
-    return 0 if alone else finish(args, run, imagine(run.model, pairs, run.tokenizer, rounds=args.rounds))
+    if alone:
+        return 0
+    results = imagine(run.model, pairs, run.tokenizer, rounds=args.rounds)
+    return finish(args, run, results, images=[str(file) for file in args.images])

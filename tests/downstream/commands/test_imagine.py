@@ -54,6 +54,13 @@ def test_of_what_is_given(command, given, scored):
     assert len(lines) == (7 if scored else 1) and Image.open("p.png").size[0] > 200
 
 
+def test_scores_of_a_pair_name_its_image(command):
+    status, *_ = command("imagine", "m3ae", *PAIR, "--out", "i.json")
+    with open("i.json", encoding="utf-8") as file:
+        about = json.load(file)["about"]
+    assert status == 0 and about["images"] == ["red.png"] and about["captions"] == ["a red image"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
