@@ -34,7 +34,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     """Without --all, a small M3AE's step and of every op the first case, forward and backward, each in all its dtypes;
-    on a GPU M3AE's step in all sizes. A smoke run takes the first case of every benchmark: each provider and dtype runs once, no size twice."""
+    on a GPU M3AE's step in all sizes. A smoke run takes the first case of every benchmark: each provider and dtype runs
+    once, no size twice."""
     if config.getoption("--all"):
         return
     smoke, first, kept, left = measure.SETTINGS.smoke, {}, [], []

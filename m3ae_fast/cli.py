@@ -52,7 +52,7 @@ EXAMPLES = {  # of each command, shown by its --help
     "reason": ("reason runs/mamo --steps 3500 --lr 4e-4", "reason runs/mamo --data statements.jsonl"),
     "ground": ("ground runs/mamo --picture where.png", "ground runs/mamo --data phrases.jsonl"),
     "imagine": (
-        'imagine runs/mine --caption "a large red star in the center on a blue background"',
+        'imagine runs/mine --caption "a large red star in the center on a white background"',
         "imagine runs/mine cat.jpg --words 7",
     ),
     "experiments": ("experiments --out runs/tables", "experiments --only objectives --seeds 1"),
