@@ -31,12 +31,12 @@ def chunks(count: int, row_bytes: int) -> int:
     return max(min(-(-count // 64), 256 * 512 // max(row_bytes, 512)), 1)
 
 
-def tile_tickets(number: int, width: int) -> int:
-    """What `tickets` is asked for where each tile of columns, 32 at least, has `number` partial sums."""
-    return -(-width // 32) * _cuda.sum_tickets(number)
+def tile_counters(number: int, width: int) -> int:
+    """What `counters` is asked for where each tile of columns, 32 at least, has `number` partial sums."""
+    return -(-width // 32) * _cuda.sum_counters(number)
 
 
-def tickets(like: Tensor, count: int) -> tuple[int, Tensor | None]:
+def counters(like: Tensor, count: int) -> tuple[int, Tensor | None]:
     """Counters by which the blocks of one launch find out who is last: zeros, left zero. (address, owner or None):
     the owner has to live until the launch. None for a count of 0.
 
@@ -48,7 +48,7 @@ def tickets(like: Tensor, count: int) -> tuple[int, Tensor | None]:
     """
     if count == 0:
         return 0, None
-    at = _cuda.tickets(*place(like), count)
+    at = _cuda.counters(*place(like), count)
     if at:
         return at, None
     owner = like.new_zeros(count, dtype=torch.int32)

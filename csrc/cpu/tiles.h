@@ -40,7 +40,7 @@ struct EmulatedTiles {
   alignas(64) char tile[8][16][64] = {};
   bool configured = false;
 
-  static EmulatedTiles& here() {
+  static EmulatedTiles& of_this_thread() {
     static thread_local EmulatedTiles tiles;
     return tiles;
   }
@@ -87,12 +87,12 @@ struct EmulatedTiles {
   float value(int t, int row, int i) const { return widen(element<bfloat16>(t, row, i)); }
 };
 
-#define TILE_CONFIGURE(config) EmulatedTiles::here().configure(config)
-#define TILE_RELEASE() EmulatedTiles::here() = EmulatedTiles()
-#define TILE_ZERO(tile) EmulatedTiles::here().zero(tile)
-#define TILE_LOAD(tile, from, stride) EmulatedTiles::here().load(tile, from, stride)
-#define TILE_STORE(tile, to, stride) EmulatedTiles::here().store(tile, to, stride)
-#define TILE_DOT(c, a, b) EmulatedTiles::here().dot(c, a, b)
+#define TILE_CONFIGURE(config) EmulatedTiles::of_this_thread().configure(config)
+#define TILE_RELEASE() EmulatedTiles::of_this_thread() = EmulatedTiles()
+#define TILE_ZERO(tile) EmulatedTiles::of_this_thread().zero(tile)
+#define TILE_LOAD(tile, from, stride) EmulatedTiles::of_this_thread().load(tile, from, stride)
+#define TILE_STORE(tile, to, stride) EmulatedTiles::of_this_thread().store(tile, to, stride)
+#define TILE_DOT(c, a, b) EmulatedTiles::of_this_thread().dot(c, a, b)
 
 #endif
 

@@ -23,7 +23,7 @@ constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr int kWarp = 32;
 constexpr int kStaticShared = 1 << 10;  // bytes, at most, of a kernel with some 48 KB of dynamic shared memory or more
 
-using Address = std::uintptr_t;  // what passes through Python as a number: of tickets, of a stream
+using Address = std::uintptr_t;  // what passes through Python as a number: of arrival counters, of a stream
 
 // Where a call's kernels run.
 struct Stream {

@@ -10,10 +10,10 @@
 namespace m3ae::cuda {
 namespace {
 
-// What blocks count themselves with (partials.cuh): rows of tickets, each for one stream or one graph. The module's own
+// What blocks count their arrivals with (partials.cuh): rows of counters, each for a stream or graph. The module's own
 // memory: torch's might lie in the pool of a graph that is being made, and be given away again with it.
-constexpr int kTicketRows = 256, kTickets = 256;
-[[maybe_unused]] __device__ unsigned ticket_rows[kTicketRows][kTickets];  // the host alone names it
+constexpr int kCounterRows = 256, kCounters = 256;
+[[maybe_unused]] __device__ unsigned counter_rows[kCounterRows][kCounters];  // the host alone names it
 
 }  // namespace
 }  // namespace m3ae::cuda
@@ -25,7 +25,7 @@ namespace {
 
 #ifdef M3AE_EMULATED
 unsigned long long graph_of(const Stream&) { return 0; }
-Address first_ticket_row(int) { return reinterpret_cast<Address>(ticket_rows); }
+Address first_counter_row(int) { return reinterpret_cast<Address>(counter_rows); }
 #else
 // The graph that a stream is being captured into, 0: none. Its number is no other's as long as the process lives.
 unsigned long long graph_of(const Stream& stream) {
@@ -36,28 +36,28 @@ unsigned long long graph_of(const Stream& stream) {
   return status == cudaStreamCaptureStatusActive ? graph : 0;
 }
 
-Address first_ticket_row(int device) {
+Address first_counter_row(int device) {
   static std::map<int, Address> known;
   Address& row = known[device];
   if (!row) {
     void* address = nullptr;
-    check(cudaGetSymbolAddress(&address, ticket_rows), "cudaGetSymbolAddress");
+    check(cudaGetSymbolAddress(&address, counter_rows), "cudaGetSymbolAddress");
     row = reinterpret_cast<Address>(address);
   }
   return row;
 }
 #endif
 
-// `count` tickets, which are zero while no kernel of this stream runs: its launches follow one another, as those of
+// `count` counters, which are zero while no kernel of this stream runs: its launches follow one another, as those of
 // what a graph captured of it do, and each leaves zeros. 0: no row is left, or none so long. With Python's lock held.
-Address tickets(int device, Address on, int64_t count) {
+Address counters(int device, Address on, int64_t count) {
   static std::map<int, std::map<std::pair<Address, unsigned long long>, int>> given;
   constexpr Address kPerThread = 2;  // cudaStreamPerThread: another stream for each thread
-  if (count > kTickets || on == kPerThread) return 0;
+  if (count > kCounters || on == kPerThread) return 0;
   const OnDevice on_device(device);
   auto& rows = given[device];
   const int row = rows.try_emplace({on, graph_of({device, on})}, static_cast<int>(rows.size())).first->second;
-  return row < kTicketRows ? first_ticket_row(device) + row * sizeof(ticket_rows[0]) : 0;
+  return row < kCounterRows ? first_counter_row(device) + row * sizeof(counter_rows[0]) : 0;
 }
 
 #ifndef M3AE_EMULATED
@@ -89,8 +89,8 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("device_count", &m3ae::cuda::device_count, "CUDA devices that this build's runtime sees");
 #endif
   m3ae::load_exchange_api();
-  module.def("tickets", &m3ae::cuda::tickets);
-  module.def("sum_tickets", [](int64_t number) { return m3ae::cuda::sum_tickets(number); });
+  module.def("counters", &m3ae::cuda::counters);
+  module.def("sum_counters", [](int64_t number) { return m3ae::cuda::sum_counters(number); });
 #define M3AE_OP(op) m3ae::cuda::bind_##op(module);
 #include "cuda/ops.inc"
 #undef M3AE_OP

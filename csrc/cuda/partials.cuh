@@ -5,8 +5,8 @@
 // Why not a second launch: it takes 2 to 3 us, and the host 3 to 5, for a few kilobytes. Why groups: a multiprocessor
 // reads 100 to 200 GB/s from L2. layer_norm's gradients at 768 columns are 256 partial sums of 6 KB: one block would
 // read 1.6 MB in some 10 us; 16 blocks read 98 KB each, and the last of them as much again, 0.7 us each and as much for
-// each ticket: 3 us, half of it while other blocks still compute. Tokens' gradients at 768 columns are 42 partial sums
-// of 2 KB a tile: 32 KB, then three sums; there the two tickets are most of 2 us. (H200; reasoned, not measured.)
+// each counter: 3 us, half of it while other blocks still compute. Tokens' gradients at 768 columns are 42 partial sums
+// of 2 KB a tile: 32 KB, then three sums; there the two counters are most of 2 us. (H200; reasoned, not measured.)
 #pragma once
 
 #include "cuda/numbers.cuh"
@@ -15,15 +15,15 @@ namespace m3ae::cuda {
 
 constexpr int kGroup = 16;
 
-// How many tickets a sum of `number` partial sums takes: one a group, and one for the groups.
-M3AE_HOST_DEVICE int64_t sum_tickets(int64_t number) { return (number + kGroup - 1) / kGroup + 1; }
+// How many counters a sum of `number` partial sums takes: one a group, and one for the groups.
+M3AE_HOST_DEVICE int64_t sum_counters(int64_t number) { return (number + kGroup - 1) / kGroup + 1; }
 
-// Whether the block is the last of `number` to come here with this ticket, which is zero before the first and after the
+// Whether the block is the last of `number` to arrive at this counter, which is zero before the first and after the
 // last. To the threads of the last: reads past L1 see what any thread of the others wrote before.
-__device__ __forceinline__ bool last_of(unsigned number, unsigned* ticket) {
+__device__ __forceinline__ bool last_of(unsigned number, unsigned* counter) {
   __threadfence();
   __syncthreads();
-  const bool last = __syncthreads_count(threadIdx.x == 0 && atomicInc(ticket, number - 1) == number - 1) != 0;
+  const bool last = __syncthreads_count(threadIdx.x == 0 && atomicInc(counter, number - 1) == number - 1) != 0;
   __threadfence();
   return last;
 }
@@ -60,11 +60,11 @@ __device__ __forceinline__ Pack<T, N> sum_of(const T* from, int64_t stride, unsi
 struct Partials {
   float* each;        // [number][rows][width]; null: not wanted
   float* out;         // [rows][width]: their sum
-  unsigned* tickets;  // sum_tickets(number) for each tile
+  unsigned* counters;  // sum_counters(number) for each tile
 };
 
-inline Partials partials_of(void* each, void* out, Address tickets) {
-  return {as<float>(each), as<float>(out), reinterpret_cast<unsigned*>(tickets)};
+inline Partials partials_of(void* each, void* out, Address counters) {
+  return {as<float>(each), as<float>(out), reinterpret_cast<unsigned*>(counters)};
 }
 
 // The columns that a sum's blocks share: `columns` from `first` on, of each of `rows` rows.
@@ -76,7 +76,7 @@ struct Tile {
 // moves; fours of floats are sixteen bytes.
 template <int N>
 __device__ __forceinline__ void sum_partials(const Partials& a, const Tile& tile, unsigned mine, unsigned number,
-                                             unsigned* tickets) {
+                                             unsigned* counters) {
   constexpr int kFloats = N < 4 ? N : 4;
   const int64_t size = int64_t{tile.rows} * tile.width;
   const auto add = [&](const float* from, int64_t stride, unsigned count, float* to) {
@@ -89,10 +89,10 @@ __device__ __forceinline__ void sum_partials(const Partials& a, const Tile& tile
   };
   const unsigned groups = (number + kGroup - 1) / kGroup, group = mine / kGroup, first = group * kGroup;
   const unsigned count = min(number - first, unsigned{kGroup});
-  if (!last_of(count, tickets + group)) return;
+  if (!last_of(count, counters + group)) return;
   float* sum = a.each + first * size;  // in the place of the group's first
   add(sum, size, count, groups == 1 ? a.out : sum);
-  if (groups == 1 || !last_of(groups, tickets + groups)) return;
+  if (groups == 1 || !last_of(groups, counters + groups)) return;
   add(a.each, kGroup * size, groups, a.out);
 }
 

@@ -134,7 +134,7 @@ __device__ __forceinline__ void move_rows(const MoveRows& a, const Where& where)
     if (column < a.width) a.partials.each[(int64_t{blockIdx.y} * parts + p) * a.width + column] = total;
   }
   sum_partials<N>(a.partials, Tile{parts, a.width, static_cast<int>(blockIdx.x) * kTile, kTile}, blockIdx.y, gridDim.y,
-                  a.partials.tickets + blockIdx.x * sum_tickets(gridDim.y));
+                  a.partials.counters + blockIdx.x * sum_counters(gridDim.y));
 }
 
 // The gradient of a table: row g is the sum of the rows of dout that row(order[i]) names for i from starts[g] to

@@ -73,7 +73,7 @@ def zeros(device):
     """Whether all that the stream's blocks count with is zero: only the emulator's memory can be looked at."""
     from m3ae_fast import _cuda_module
 
-    address, _ = _cuda_module.tickets(torch.empty(0, device=device), 256)
+    address, _ = _cuda_module.counters(torch.empty(0, device=device), 256)
     return not _backends.EMULATED or not any((ctypes.c_uint32 * 256).from_address(address))
 
 
@@ -103,18 +103,18 @@ def assert_same_bits(a, b):
 
 
 @pytest.mark.parametrize("name", ["three groups, the last incomplete", "restore: three groups, two tiles"])
-def test_a_launch_may_have_tickets_of_its_own(device, impl, name, monkeypatch):
+def test_a_launch_may_have_counters_of_its_own(device, impl, name, monkeypatch):
     from m3ae_fast import _cuda_module
 
     make, rows, width = SIZES[name]
     function, call = make(rows, width)
     call = call.on(device)
     expected = call.run(function, impl=impl)
-    monkeypatch.setattr(_cuda_module._cuda, "tickets", lambda device, stream, count: 0)
+    monkeypatch.setattr(_cuda_module._cuda, "counters", lambda device, stream, count: 0)
     assert_same_bits(expected, call.run(function, impl=impl))
 
 
-def test_graphs_and_streams_do_not_share_tickets(device, impl):
+def test_graphs_and_streams_do_not_share_counters(device, impl):
     if _backends.EMULATED:
         pytest.skip("CUDA graphs need a GPU")
     function, call = norm(8 * 36 + 5, 132)
@@ -136,12 +136,12 @@ def test_graphs_and_streams_do_not_share_tickets(device, impl):
         assert_same_bits(expected, run())
 
 
-def test_every_stream_has_tickets_of_its_own(device, impl):
+def test_every_stream_has_counters_of_its_own(device, impl):
     from m3ae_fast._cuda_module import _cuda
 
     if not _backends.EMULATED:
         pytest.skip("streams that do not exist")
-    rows = [_cuda.tickets(7, stream, 256) for stream in range(100, 357)]
+    rows = [_cuda.counters(7, stream, 256) for stream in range(100, 357)]
     assert all(later - row == 1024 for row, later in itertools.pairwise(rows[:256]))
-    assert rows[256] == 0 and _cuda.tickets(7, 103, 1) == rows[3] and _cuda.tickets(7, 103, 257) == 0
-    assert _cuda.tickets(8, 2, 1) == 0 != _cuda.tickets(8, 0, 1)  # cudaStreamPerThread is many streams
+    assert rows[256] == 0 and _cuda.counters(7, 103, 1) == rows[3] and _cuda.counters(7, 103, 257) == 0
+    assert _cuda.counters(8, 2, 1) == 0 != _cuda.counters(8, 0, 1)  # cudaStreamPerThread is many streams

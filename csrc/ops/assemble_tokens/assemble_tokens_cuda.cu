@@ -156,12 +156,12 @@ void forward(const Tensor& image_tokens, const Tensor& text_tokens, const Tensor
 
 // dparts: [3][width], class tokens, image rows and text rows, the sum of `number` partials of that shape, at least one.
 void backward(const Tensor& dout, const Tensor& cu_image, const Tensor& cu_text, bool has_cls, int64_t image_rows,
-              const Tensor& partials, Address tickets, int64_t number, const Tensor& dimage, const Tensor& dtext,
+              const Tensor& partials, Address counters, int64_t number, const Tensor& dimage, const Tensor& dtext,
               const Tensor& dparts) {
   const int64_t count = dout.size(0), width = dout.size(1);
   const MoveRows a{dout.dense("dout", {count, width}),
                    partials_of(partials.optional("partials", {number, 3, width}, Dtype::f32),
-                               dparts.optional("dparts", {3, width}, Dtype::f32), tickets),
+                               dparts.optional("dparts", {3, width}, Dtype::f32), counters),
                    count, (count + number - 1) / number, static_cast<int>(width), dout.dtype()};
   const Assembled assembled{packing_of(cu_image, cu_text, has_cls, image_rows),
                             {dimage.optional("dimage", {image_rows, width}), dimage.dtype()},
@@ -195,7 +195,7 @@ void bind_assemble_tokens(pybind11::module_& module) {
   bind(module, "assemble_tokens", forward, {"image_tokens", "text_tokens", "image_ids", "text_ids", "cu_image",
        "cu_text", "cls_token", "text_embedding", "image_position", "text_position", "image_type", "text_type", "out"});
   bind(module, "assemble_tokens_backward", backward, {"dout", "cu_image", "cu_text", "has_cls", "image_rows",
-       "partials", "tickets", "number", "dimage", "dtext", "dparts"});
+       "partials", "counters", "number", "dimage", "dtext", "dparts"});
   bind(module, "assemble_tokens_backward_table", backward_table, {"dout", "order", "starts", "cu_image", "cu_text",
        "has_cls", "images", "dtable"});
 }

@@ -163,7 +163,7 @@ struct Chunks {
 // By a block that has left its own.
 template <int N>
 __device__ __forceinline__ void sum_partials(const Chunks& chunks, int width) {
-  sum_partials<N>(chunks.partials, Tile{1, 2 * width, 0, 2 * width}, blockIdx.x, gridDim.x, chunks.partials.tickets);
+  sum_partials<N>(chunks.partials, Tile{1, 2 * width, 0, 2 * width}, blockIdx.x, gridDim.x, chunks.partials.counters);
 }
 
 // Where a warp's sums have column d: fours of a lane's columns side by side with those of its neighbors, since shared
@@ -378,10 +378,10 @@ void forward(const Tensor& x, const Tensor& residual, const Tensor& weight, cons
 
 // dparams: [2][width], dweight and dbias, the sum of the partials, at least one of that shape.
 void backward(const Tensor& dy, const Tensor& ds, const Tensor& s, const Tensor& weight, const Tensor& stats,
-              const Tensor& partials, Address tickets, int64_t number, const Tensor& dx, const Tensor& dparams) {
+              const Tensor& partials, Address counters, int64_t number, const Tensor& dx, const Tensor& dparams) {
   const LayerNormBackward a = layer_norm_arguments(dy, ds, s, weight, stats, dx);
   const Chunks chunks{partials_of(partials.optional("partials", {number, 2, a.width}, Dtype::f32),
-                                  dparams.optional("dparams", {2, a.width}, Dtype::f32), tickets),
+                                  dparams.optional("dparams", {2, a.width}, Dtype::f32), counters),
                       number, (a.count + number - 1) / number};
   const Stream stream = stream_of(s);
   choose(
@@ -397,7 +397,7 @@ void backward(const Tensor& dy, const Tensor& ds, const Tensor& s, const Tensor&
 
 void bind_layer_norm(pybind11::module_& module) {
   bind(module, "layer_norm", forward, {"x", "residual", "weight", "bias", "eps", "y", "s", "stats"});
-  bind(module, "layer_norm_backward", backward, {"dy", "ds", "s", "weight", "stats", "partials", "tickets", "number",
+  bind(module, "layer_norm_backward", backward, {"dy", "ds", "s", "weight", "stats", "partials", "counters", "number",
        "dx", "dparams"});
 }
 

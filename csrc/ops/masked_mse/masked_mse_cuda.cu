@@ -20,7 +20,7 @@ constexpr int kMostWarps = 12;  // of a row
 constexpr int kThreads = 640;
 
 // Of the forward pass, which take rows in turn: twice what 132 multiprocessors hold, five each, where a row takes one
-// warp. With a block for each four of 256 x 147 rows there would be 9,408 tickets, and at its ticket a block asks for
+// warp. With a block for each four of 256 x 147 rows there would be 9,408 arrivals, and at its arrival a block asks for
 // no rows for some 0.8 us: each multiprocessor 14 times, with all five blocks, against the 33 us that the memory takes.
 // Here it is twice, and the last block reads its ten partial sums a thread together: less than the 2 to 3 us of a
 // second launch. (H200; reasoned, not measured.) A constant: the same bits on any machine.
@@ -107,7 +107,7 @@ __device__ __forceinline__ double row_loss(const MaskedMse& a, const PatchTables
 template <class Pred, int pack>
 __global__ void __launch_bounds__(pack == kPack ? kThreads : kMostWarps* kWarp, 1)
     masked_mse_kernel(const __grid_constant__ MaskedMse a, const __grid_constant__ PatchTables t, int rows,
-                      Reduction reduction, float* losses, double* partials, unsigned* ticket) {
+                      Reduction reduction, float* losses, double* partials, unsigned* counter) {
   __shared__ float scratch[kMostWarps];
   __shared__ double weighted[kMostWarps];
   const int warp = static_cast<int>(threadIdx.x) / kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(pack == kPack ? kThreads : kMostWarps* kWarp, 
     for (int i = 0; i < warps; ++i) sum += weighted[i];
     partials[blockIdx.x] = sum;
   }
-  if (!last_of(gridDim.x, ticket)) return;
+  if (!last_of(gridDim.x, counter)) return;
   const unsigned mine = (gridDim.x + blockDim.x - 1 - threadIdx.x) / blockDim.x;
   sum = block_sum(sum_of<1>(partials + threadIdx.x, blockDim.x, mine).at[0], weighted);
   if (threadIdx.x == 0) *losses = static_cast<float>(sum);
@@ -160,10 +160,10 @@ __global__ void __launch_bounds__(kRows* kWarp)
   }
 }
 
-// partials: at least one and one a row are enough for one a block. Not taken, as the ticket, for the reduction "none".
+// partials: at least one and one a row are enough for one a block. Not taken, as the counter, for the reduction "none".
 void forward(const Tensor& pred, const Tensor& images, const Tensor& ids_mask, const Tensor& cu_mask,
              int64_t patch_size, bool norm_pix, const std::vector<double>& scale, const std::vector<double>& shift,
-             const std::string& reduction_name, const Tensor& partials, Address ticket, const Tensor& loss,
+             const std::string& reduction_name, const Tensor& partials, Address counter, const Tensor& loss,
              const Tensor& error) {
   const int64_t rows = pred.size(0), samples = images.size(0);
   const PatchTables tables = patch_tables(images.size(1), patch_size, scale, shift);
@@ -186,7 +186,7 @@ void forward(const Tensor& pred, const Tensor& images, const Tensor& ids_mask, c
     using Pred = typename decltype(type)::type;
     launch("masked_mse_kernel", packs ? masked_mse_kernel<Pred, kPack> : masked_mse_kernel<Pred, 1>, grid(blocks),
            warps * kWarp, staging(args.source, packs, warps), stream_of(pred), args, tables, static_cast<int>(rows), reduction,
-           out, sums, reinterpret_cast<unsigned*>(ticket));
+           out, sums, reinterpret_cast<unsigned*>(counter));
   });
 }
 
@@ -215,7 +215,7 @@ void backward(const Tensor& dloss, const Tensor& error, const Tensor& cu_mask, c
 
 void bind_masked_mse(pybind11::module_& module) {
   bind(module, "masked_mse", forward, {"pred", "images", "ids_mask", "cu_mask", "patch_size", "norm_pix", "scale",
-       "shift", "reduction", "partials", "ticket", "loss", "error"});
+       "shift", "reduction", "partials", "counter", "loss", "error"});
   bind(module, "masked_mse_backward", backward, {"dloss", "error", "cu_mask", "reduction", "dpred"});
 }
 

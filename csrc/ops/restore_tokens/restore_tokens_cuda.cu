@@ -73,11 +73,11 @@ void forward(const Tensor& kept, const Tensor& rows, const Tensor& slots, const 
 // dkept holds zeros: only the rows that are named are written. dsums: [2][2][width], the sum of `number` partials of
 // that shape, at least one.
 void backward(const Tensor& dout, const Tensor& rows, const Tensor& slots, int64_t patches, const Tensor& partials,
-              Address tickets, int64_t number, const Tensor& dkept, const Tensor& dsums) {
+              Address counters, int64_t number, const Tensor& dkept, const Tensor& dsums) {
   const int64_t count = dout.size(0), width = dout.size(1);
   const MoveRows a{dout.dense("dout", {count, width}),
                    partials_of(partials.optional("partials", {number, 2, 2, width}, Dtype::f32),
-                               dsums.optional("dsums", {2, 2, width}, Dtype::f32), tickets),
+                               dsums.optional("dsums", {2, 2, width}, Dtype::f32), counters),
                    count, (count + number - 1) / number, static_cast<int>(width), dout.dtype()};
   const Restored restored{rows.int32s("rows", {count}), slots.int32s("slots", {count}), static_cast<int32_t>(patches),
                           {dkept.optional("dkept", {kAny, width}), dkept.dtype()}};
@@ -106,7 +106,7 @@ void backward_position(const Tensor& dout, const Tensor& order, const Tensor& st
 void bind_restore_tokens(pybind11::module_& module) {
   bind(module, "restore_tokens", forward, {"kept", "rows", "slots", "image_mask_token", "text_mask_token",
        "image_position", "text_position", "image_type", "text_type", "out"});
-  bind(module, "restore_tokens_backward", backward, {"dout", "rows", "slots", "patches", "partials", "tickets",
+  bind(module, "restore_tokens_backward", backward, {"dout", "rows", "slots", "patches", "partials", "counters",
        "number", "dkept", "dsums"});
   bind(module, "restore_tokens_backward_position", backward_position, {"dout", "order", "starts", "dposition"});
 }

@@ -2,7 +2,7 @@
 
 import torch
 
-from m3ae_fast._cuda_module import _cuda, chunks, tickets, tile_tickets
+from m3ae_fast._cuda_module import _cuda, chunks, counters, tile_counters
 from m3ae_fast._groups import group
 
 
@@ -27,9 +27,9 @@ def backward(
         number, partials = chunks(count, width * dout.element_size()), None
         if dparts is not None:
             partials = dout.new_empty(number, 3, width, dtype=torch.float32)
-        ticket, _owner = tickets(dout, 0 if dparts is None else tile_tickets(number, width))
+        counter, _owner = counters(dout, 0 if dparts is None else tile_counters(number, width))
         _cuda.assemble_tokens_backward(
-            dout=dout, **packing, image_rows=image_rows, partials=partials, tickets=ticket, number=number,
+            dout=dout, **packing, image_rows=image_rows, partials=partials, counters=counter, number=number,
             dimage=dimage, dtext=dtext, dparts=dparts,
         )  # fmt: skip
     tables = (text_tokens, False, dembedding), (image_ids, True, dimage_position), (text_ids, False, dtext_position)

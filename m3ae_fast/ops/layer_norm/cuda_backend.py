@@ -2,7 +2,7 @@
 
 import torch
 
-from m3ae_fast._cuda_module import _cuda, tickets
+from m3ae_fast._cuda_module import _cuda, counters
 
 PARTIALS, ROWS = 256, 8  # partial sums at most, rows of each at least: the same for a count, whatever the machine
 
@@ -15,8 +15,8 @@ def backward(dy, ds, s, weight, stats, need_input, need_params, dx, dparams):
     count, width = s.shape
     number = max(min(-(-count // ROWS), PARTIALS), 1)
     partials = s.new_empty(number, 2, width, dtype=torch.float32) if need_params else None
-    ticket, _owner = tickets(s, _cuda.sum_tickets(number) if need_params else 0)
+    counter, _owner = counters(s, _cuda.sum_counters(number) if need_params else 0)
     _cuda.layer_norm_backward(
-        dy=dy, ds=ds, s=s, weight=weight, stats=stats, partials=partials, tickets=ticket, number=number, dx=dx,
+        dy=dy, ds=ds, s=s, weight=weight, stats=stats, partials=partials, counters=counter, number=number, dx=dx,
         dparams=dparams,
     )  # fmt: skip

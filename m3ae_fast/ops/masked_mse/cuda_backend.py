@@ -2,16 +2,16 @@
 
 import torch
 
-from m3ae_fast._cuda_module import _cuda, tickets
+from m3ae_fast._cuda_module import _cuda, counters
 
 
 def forward(pred, images, ids_mask, cu_mask, patch_size, norm_pix, scale, shift, reduction, need_error, loss, error):
     summed = reduction != "none"
     partials = pred.new_empty(max(pred.shape[0], 1), dtype=torch.float64) if summed else None
-    ticket, _owner = tickets(pred, 1 if summed else 0)
+    counter, _owner = counters(pred, 1 if summed else 0)
     _cuda.masked_mse(
         pred=pred, images=images, ids_mask=ids_mask, cu_mask=cu_mask, patch_size=patch_size, norm_pix=norm_pix,
-        scale=scale, shift=shift, reduction=reduction, partials=partials, ticket=ticket, loss=loss,
+        scale=scale, shift=shift, reduction=reduction, partials=partials, counter=counter, loss=loss,
         error=error,
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from m3ae_fast._cuda_module import _cuda, chunks, tickets, tile_tickets
+from m3ae_fast._cuda_module import _cuda, chunks, counters, tile_counters
 from m3ae_fast._groups import group
 
 
@@ -25,9 +25,9 @@ def backward(
         number, partials = chunks(count, width * dout.element_size()), None
         if dsums is not None:
             partials = dout.new_empty(number, 2, 2, width, dtype=torch.float32)
-        ticket, _owner = tickets(dout, 0 if dsums is None else tile_tickets(number, width))
+        counter, _owner = counters(dout, 0 if dsums is None else tile_counters(number, width))
         _cuda.restore_tokens_backward(
-            dout=dout, rows=rows, slots=slots, patches=patches, partials=partials, tickets=ticket, number=number,
+            dout=dout, rows=rows, slots=slots, patches=patches, partials=partials, counters=counter, number=number,
             dkept=dkept, dsums=dsums,
         )  # fmt: skip
     if dimage_position is not None or dtext_position is not None:
