@@ -182,7 +182,9 @@ def image_encoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if table.dim() != 2 or len(table) < 2 or table.shape[1:] != cls.shape:
         shapes = tuple(cls.shape), tuple(table.shape)
         raise ValueError(f"pos_embed must have rows of shape {shapes[0]} for class token and patches, got {shapes[1]}")
-    if weight.dim() != 4 or weight.shape[1] != 3 or weight.shape[2] != weight.shape[3]:
+    if weight.dim() == 4 and weight.shape[1] != 3:
+        raise ValueError(f"the image encoder must read 3 channels, red, green and blue, got {weight.shape[1]}")
+    if weight.dim() != 4 or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"the patch embedding must have shape (width, 3, patch, patch), got {tuple(weight.shape)}")
     found = {
         "cls_token": cls + table[0], "position": table[1:].contiguous(),

@@ -97,8 +97,8 @@ def _offsets_of(mask, query: Tensor, key: Tensor) -> tuple[list[Tensor], list[in
         _checks.device("attn_bias", info.seqstart, "query", query)
         starts = info.seqstart_py
         if starts[0] != 0 or starts[-1] != x.shape[1]:
-            covered = starts[-1] - starts[0]
-            raise ValueError(f"attn_bias must cover all {x.shape[1]} rows of {name}, got blocks of {covered} rows")
+            wanted = f"rows 0 to {x.shape[1]} of {name}, all of them"
+            raise ValueError(f"attn_bias must cover {wanted}, got blocks of rows {starts[0]} to {starts[-1]}")
     cu = [info.seqstart for info in infos]
     longest = [max(info.max_seqlen, 0) for info in infos]  # -1 where there are no blocks
     if kind in WITH_ROOM:

@@ -211,6 +211,10 @@ def _changes_of_started(saved: ModelConfig, changes: dict) -> dict:
     channels = changes.get("channels", saved.channels)
     if channels != saved.channels:
         raise ValueError(f"channels must be {saved.channels}, as init has it, got {channels}")
+    if "activation" in changes:  # the forms hold one each, and follow as in a model of its own
+        forms = {n: getattr(saved, n) for n in ("image_form", "text_form") if hasattr(saved, n)}
+        of_all = {"activation": changes["activation"]}
+        changes = {name: dataclasses.asdict(form) | of_all for name, form in forms.items()} | changes
     wanted = _changed(saved, **{n: v for n, v in changes.items() if hasattr(saved, n)})
     return wanted.to_dict() | changes  # unknown ones are refused where all are
 

@@ -261,8 +261,14 @@ def test_what_would_compute_something_else_is_refused(clip, bert, changes, messa
         (
             "clip",
             "embeddings.patch_embedding.weight",
-            torch.ones(WIDTH, 4, 8, 8),
+            torch.ones(WIDTH, 3, 8, 4),
             "the patch embedding must have shape",
+        ),
+        (
+            "clip",
+            "embeddings.patch_embedding.weight",
+            torch.ones(WIDTH, 1, 8, 8),
+            "clip .* must read 3 channels,.*got 1",
         ),
         ("clip", "post_layernorm.weight", None, r"must have image.transformer.norm.weight"),
         ("clip", "encoder.layers.1.mlp.fc2.bias", torch.ones(7), r"mlp.fc2.bias must have shape \(32,\), got \(7,\)"),

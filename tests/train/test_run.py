@@ -59,6 +59,14 @@ def test_another_image_size_resamples_the_positions(first, config, tmp_path, obj
         assert torch.equal(table, resample_positions(sincos_2d(4, 4, table.shape[1]), (4, 4), (6, 6)))
 
 
+def test_another_activation_is_that_of_both_encoders(first, config, tmp_path):
+    changed = config(objective="mamo", init=str(first(objective="mamo")), options={"activation": "gelu_tanh"})
+    with Trainer(changed, tmp_path / "next") as it:
+        c = it.model.config
+        assert c.activation == c.image_form.activation == c.text_form.activation == "gelu_tanh"
+        assert c.text_form.norm_eps == load_run(tmp_path / "first").model.config.text_form.norm_eps
+
+
 def test_what_does_not_start_a_run_is_named(first, train, tmp_path):
     folder = first(objective="mamo")
     for settings, named in (
