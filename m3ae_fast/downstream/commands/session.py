@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 
-from m3ae_fast._files import write_tensors
+from m3ae_fast._files import read_tensors, write_tensors
 from m3ae_fast.data import DRAWN
 from m3ae_fast.data.samples import Some, open_classes
 from m3ae_fast.downstream.commands.arguments import SCORED
@@ -84,3 +86,35 @@ def save(args: argparse.Namespace, model: nn.Module, **metadata: str) -> None:
     if args.save:
         write_tensors(args.save, model.state_dict(), metadata)
         print(f"model: {args.save}")
+
+
+def load_saved(
+    path: str | os.PathLike,
+    key: str,
+    build: Callable[[list[str]], nn.Module],
+    what: str,
+    *,
+    optional: tuple[str, ...] = (),
+) -> tuple[nn.Module, list[str]]:
+    """A model that `save` wrote, in evaluation mode, and the list that is the metadata's entry `key`.
+
+    Args:
+        path: of the file. build: makes the model of that list. what: the file must be, for an error.
+        optional: how names begin of tensors that the file need not have: the model keeps its own then.
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is not what it must be.
+    """
+    from safetensors import SafetensorError
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path must name a file, there is no {path}")
+    try:
+        metadata, tensors = read_tensors(path)
+        names = json.loads(metadata[key])
+        model = build(names)
+        own = {name: value for name, value in model.state_dict().items() if name.startswith(optional)}
+        model.load_state_dict(own | tensors)
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} must be {what}: {reason}") from None
+    return model.eval(), names

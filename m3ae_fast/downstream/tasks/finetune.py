@@ -13,7 +13,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,12 +21,11 @@ from torch import Tensor, nn
 
 from m3ae_fast import _checks
 from m3ae_fast import nn as fast
-from m3ae_fast._files import read_tensors
 from m3ae_fast._settings import OPTIONS, documented, given, setting
 from m3ae_fast.batch import ImageTextBatch
 from m3ae_fast.data import Loader, Sample
 from m3ae_fast.downstream.commands.arguments import add_classes, add_trained
-from m3ae_fast.downstream.commands.session import finish, open_run, pair_of_classes, save
+from m3ae_fast.downstream.commands.session import finish, load_saved, open_run, pair_of_classes, save
 from m3ae_fast.downstream.features import extract
 from m3ae_fast.downstream.scoring.accuracy import score_logits
 from m3ae_fast.downstream.scoring.report import Result
@@ -205,19 +203,8 @@ def load_classifier(path: str | os.PathLike, model: nn.Module) -> tuple[Classifi
     Raises:
         FileNotFoundError: there is none. ValueError: it is no such file, or of another model.
     """
-    from safetensors import SafetensorError
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"path must name a file, there is no {path}")
-    try:
-        metadata, tensors = read_tensors(path)
-        classes = json.loads(metadata["classes"])
-        classifier = Classifier(model, len(classes))
-        classifier.load_state_dict(tensors)
-    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} must be a classifier fine-tuned from a model like this one: {reason}") from None
-    return classifier.eval(), classes
+    what = "a classifier fine-tuned from a model like this one"
+    return load_saved(path, "classes", lambda classes: Classifier(model, len(classes)), what)
 
 
 @torch.no_grad()

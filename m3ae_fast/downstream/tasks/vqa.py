@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import warnings
 from collections.abc import Sequence
 
@@ -14,12 +16,13 @@ from m3ae_fast._warning import M3AEFastWarning
 from m3ae_fast.data import Tokenizer
 from m3ae_fast.data.examples.files import open_questions, read_answers
 from m3ae_fast.downstream.commands.arguments import add_scored, add_trained
-from m3ae_fast.downstream.commands.session import finish, open_run, save
+from m3ae_fast.downstream.commands.session import finish, load_saved, open_run, save
 from m3ae_fast.downstream.pack import chunks, pack_for
 from m3ae_fast.downstream.scoring.accuracy import accuracies
 from m3ae_fast.downstream.scoring.report import Result
 from m3ae_fast.downstream.training import Training, train
 from m3ae_fast.examples import Question
+from m3ae_fast.models import MAMO
 from m3ae_fast.models.vqa import VQA
 
 
@@ -79,6 +82,19 @@ def vqa(
     return accuracies(kinds, truths, guesses)
 
 
+def load_vqa(path: str | os.PathLike, model: MAMO) -> tuple[VQA, list[str]]:
+    """What `m3ae-fast vqa --save` wrote, in evaluation mode, and the answers that it was trained to choose from.
+
+    Args:
+        path: of the file. model: like the one that was trained; it is given the weights, and keeps its own of parts
+            that VQA does not read where the file has none.
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is no such file, or of another model.
+    """
+    device, what = next(model.parameters()).device, "a VQA model trained from a model like this one"
+    return load_saved(path, "answers", lambda _: VQA(model).to(device), what, optional=("mamo.",))
+
+
 def _batch(model: VQA, questions: Sequence[Question], tokenizer: Tokenizer):
     return pack_for(model, [q.image for q in questions], [q.question for q in questions], tokenizer)
 
@@ -87,20 +103,29 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """What `m3ae-fast vqa` takes."""
     add_scored(command, "shapes|FILE.jsonl", '{"image": PATH, "question": TEXT, "answer": TEXT}')
     add_trained(command, Training)
+    command.add_argument("--load", type=path, metavar="FILE", help="of --save: answer with this model, and train none")
     command.add_argument(
         "--answers",
         type=path,
         metavar="FILE",
-        help="the possible answers, one per line (default: those of the training data)",
+        help="the possible answers, one per line (default: those of the training data, or of --load)",
     )
 
 
 def main(args: argparse.Namespace) -> int:
     """`m3ae-fast vqa`; returns the exit status."""
     run, scored, trained = open_run(args, "pair")
-    questions, training = scored(open_questions), trained(open_questions)
-    answers = read_answers(args.answers) if args.answers else training.answers()
-    model = VQA(run.model).to(args.device)
-    train_vqa(model, training, run.tokenizer, **given(Training, args))
-    save(args, model)
+    questions = scored(open_questions)
+    answers = read_answers(args.answers) if args.answers else None
+    if args.load:
+        for name in ("train", "save"):
+            if getattr(args, name):
+                raise ValueError(f"--{name} must not be given with --load, which trains nothing")
+        model, known = load_vqa(args.load, run.model)
+    else:
+        training = trained(open_questions)
+        model, known = VQA(run.model).to(args.device), training.answers()
+        train_vqa(model, training, run.tokenizer, **given(Training, args))
+        save(args, model, answers=json.dumps(answers or known))
+    answers = answers or known
     return finish(args, run, vqa(model, questions, answers, run.tokenizer))

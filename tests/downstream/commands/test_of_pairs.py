@@ -1,6 +1,7 @@
 """m3ae-fast retrieve, vqa, reason, ground: what they print and write, and how they refuse."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,6 +89,19 @@ def test_vqa(command):
     assert not torch.equal(saved["mamo.online.image.cls_token"], before["online.image.cls_token"]), "trained along"
 
 
+def test_vqa_with_what_was_saved(command):
+    """The same figures without training; from the list that it learned, or another."""
+    of = ("vqa", "runs/mamo", "--samples", 20)
+    assert command(*of, "--steps", 2, "--save", "vqa.safetensors", "--out", "before.json")[0] == 0
+    status, _, err = command(*of, "--load", "vqa.safetensors", "--out", "after.json")
+    figures = [json.loads(Path(name).read_text())["results"] for name in ("before.json", "after.json")]
+    assert status == 0 and "fine-tuning" not in err and figures[0] == figures[1]
+    options = ("--data", "questions.jsonl", "--load", "vqa.safetensors")
+    assert command("vqa", "runs/mamo", *options)[0] == 0, "no data to train on are asked for"
+    Path("answers.txt").write_text("blue\nred\ngreen\n")
+    assert command("vqa", "runs/mamo", *options, "--answers", "answers.txt")[0] == 0
+
+
 def test_vqa_on_data_of_ones_own(command, tmp_path):
     options = ("--data", "questions.jsonl", "--train", "questions.jsonl", "--steps", 2, "--out", "v.json")
     assert command("vqa", "runs/mamo", *options)[0] == 0 and results("v.json")[1] == ["accuracy"]
@@ -141,6 +155,9 @@ QUESTIONS, SAVED = ["--data", "questions.jsonl"], ["--steps", "1", "--save"]
         (["retrieve", "runs/mamo", "--data", "pairs.jsonl", "--finetune", "1"], "--train must name data to train on"),
         (["retrieve", "runs/mamo", "--train", "shapes"], "--train must come with --finetune STEPS"),
         (["retrieve", "runs/mamo", *QUESTIONS], "questions.jsonl, line 1: caption must be given, got image"),
+        (["vqa", "runs/mamo", "--load", "none"], "path must name a file, there is no none"),
+        (["vqa", "runs/mamo", "--load", "red.png"], "red.png must be a VQA model trained from a model like this one: "),
+        (["vqa", "runs/mamo", "--load", "x", "--save", "y"], "--save must not be given with --load, which trains noth"),
         (["vqa", "runs/mamo", *QUESTIONS, "--train", "bad.jsonl"], "bad.jsonl, line 2 must be a JSON object"),
         (["ground", "runs/mamo", "--data", "bad.jsonl"], "bad.jsonl, line 1: phrase must be given, got image"),
         (["ground", "runs/mamo", "--data", "none.jsonl"], "path must name a file, there is no none.jsonl"),
