@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 
 # Sizes in pixels, colors as #rrggbb
 SIDE, GAP, MARGIN, LINE, COLUMNS = 192, 10, 28, 21, 2
+LOW, TALL = LINE + 4, 2 * LINE + 6  # lines of words, without and with guesses below them
 PAPER, CARD, INK, FAINT = "#f4f5f7", "#ffffff", "#1f2430", "#8a91a0"
 GUESSES = "gray words were masked, the model's guess is below them: green where it is right"
+NEXT_LINE = ("\n", "", False)  # as a word of a card
 MASKED_WORD, RIGHT, WRONG = "#e4e7ee", "#178a4c", "#c8452f"
 
 
@@ -83,14 +86,20 @@ class Card(NamedTuple):
     label: str = ""  # in its upper right corner
 
 
+def plain_words(text: str) -> list[tuple[str, str, bool]]:
+    """The words of a card of which none was masked."""
+    return [(word, "", False) for word in text.split()]
+
+
 class Cards:
     """Lays cards out in columns; `image` is the picture.
 
     Args:
         cards: one a sample. titles: of the panels. note: at the foot, beside what the colors of guesses mean.
+        guesses: that meaning.
     """
 
-    def __init__(self, cards: list[Card], titles: tuple[str, ...], note: str = ""):
+    def __init__(self, cards: list[Card], titles: tuple[str, ...], note: str = "", guesses: str = GUESSES):
         import matplotlib
         from PIL import Image, ImageDraw, ImageFont
 
@@ -106,7 +115,7 @@ class Cards:
         heights = [self._height(*card) for card in placed]
         rows = [max(heights[i : i + columns]) for i in range(0, len(cards), columns)]
         guessed = any(masked for card in cards for _, _, masked in card.words)
-        notes = "; ".join(each for each in (GUESSES if guessed else "", note) if each)
+        notes = "; ".join(each for each in (guesses if guessed else "", note) if each)
         wide = max(columns * (width + GAP) - GAP, math.ceil(self._small.getlength(notes)))
         size = (wide + 2 * MARGIN, sum(rows) + (len(rows) - 1) * GAP + 2 * MARGIN + LINE)
         self.image = Image.new("RGB", size, PAPER)
@@ -126,13 +135,16 @@ class Cards:
 
     def _height(self, panels, words, label) -> int:
         height = LINE + _shown(panels[0])[1] if panels else LINE if label else 0
-        lines = 1 + max((line for _, _, line, _, _ in words), default=-1)
-        return height + (GAP if panels and lines else 0) + lines * (2 * LINE + 6) + 2 * GAP
+        text = max((top + (TALL if guess else LOW) for _, _, top, _, guess in words), default=0)
+        return height + (GAP if panels and text else 0) + text + 2 * GAP
 
     def _lay_out(self, text, width: int) -> list[tuple[int, int, int, str, tuple[str, bool] | None]]:
-        """(x, width, line, word, None or (guess, whether it is right)) of each word, wrapped."""
+        """(x, width, y, word, None or (guess, whether it is right)) of each word, wrapped."""
         placed, x, line = [], 0, 0
         for word, guess, masked in text:
+            if word == NEXT_LINE[0]:
+                x, line = 0, line + 1
+                continue
             joined = word.startswith("##") and word != "##"  # a piece that continues a word
             shown = word[2:] if joined else word
             wide = self._font.getlength(shown)
@@ -144,7 +156,9 @@ class Cards:
                 x, line = 0, line + 1
             placed.append((x, wide, line, shown, (guess, guess == word) if masked else None))
             x += wide + 6
-        return placed
+        guessed = {at for _, _, at, _, guess in placed if guess}
+        tops = [0, *itertools.accumulate(TALL if at in guessed else LOW for at in range(line))]
+        return [(x, wide, tops[at], word, guess) for x, wide, at, word, guess in placed]
 
     def _card(self, x: int, y: int, panels, words, label) -> None:
         from PIL import Image
@@ -156,8 +170,8 @@ class Cards:
             resample = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
             self.image.paste(Image.fromarray(panel).resize(_shown(panel), resample), (left, y + LINE))
         y += LINE + _shown(panels[0])[1] + GAP if panels else LINE if label else 0
-        for left, wide, line, word, guess in words:
-            left, top = x + left, y + line * (2 * LINE + 6)
+        for left, wide, top, word, guess in words:
+            left, top = x + left, y + top
             middle = left + wide / 2
             if guess is not None:
                 self._pen.rounded_rectangle((left, top, left + wide, top + LINE), 5, fill=MASKED_WORD)

@@ -20,6 +20,13 @@ def test_a_run_draws_both_pictures(config, tmp_path):
         assert min(image.shape[:2]) > 500 and image.std() > 10
 
 
+def test_words_of_a_card_start_a_line_where_they_are_told_to():
+    words = [(word, "", False) for word in ("a", "red", "star")]
+    cards = [_drawing.Card([], text) for text in (words, [*words[:2], _drawing.NEXT_LINE, words[2]])]
+    heights = [_drawing.Cards([card], ("x",)).image.size[1] for card in cards]
+    assert heights[1] - heights[0] == _drawing.LOW
+
+
 def test_unpatchify_undoes_patches_and_normalization():
     config = M3AEConfig.tiny(image_size=(16, 32))
     image = torch.randint(0, 256, (2, 16, 32, 3), dtype=torch.uint8)

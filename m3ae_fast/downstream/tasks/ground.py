@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from m3ae_fast._drawing import FAINT, RIGHT, WRONG, Card, Cards, heat, mark, note_of_channels, visible
+from m3ae_fast._drawing import FAINT, RIGHT, WRONG, Card, Cards, heat, mark, note_of_channels, plain_words, visible
 from m3ae_fast._settings import natural, picture
 from m3ae_fast.data import Tokenizer
 from m3ae_fast.data.examples.files import open_phrases
@@ -65,11 +65,21 @@ def draw_ground(
     model: Model, phrases: Sequence[Phrase], tokenizer: Tokenizer, path: Path, *, block: int | None = None
 ) -> None:
     """Each image, its map, the highest pixel (a cross) and the box, where it is known, with the phrase below."""
+    pointed = point_at(model, phrases, tokenizer, block=block)
+    cards = [Card(panels, plain_words(p.phrase)) for p, (panels, _) in zip(phrases, pointed, strict=True)]
+    Cards(cards, ("original", "where it points"), note_of_channels(model.config.channels)).save(path)
+
+
+def point_at(
+    model: Model, phrases: Sequence[Phrase], tokenizer: Tokenizer, *, block: int | None = None
+) -> list[tuple[list[np.ndarray], bool | None]]:
+    """([image, its map with the highest pixel and the box], whether that lies in the box; None: no box is known) of
+    each phrase. Arguments as of `ground`."""
     height, width = model.config.image_shape
     side, scale = min(height, width), 4
     batch = pack_for(model, [p.image for p in phrases], [p.phrase for p in phrases], tokenizer)
     maps = maps_of(model, batch.to(next(model.parameters()).device), block=block).cpu()
-    cards = []
+    found = []
     for phrase, image, map, (x, y) in zip(
         phrases, batch.images, to_pixels(maps, model.config), points(maps, model.config).tolist(), strict=True
     ):
@@ -84,9 +94,8 @@ def draw_ground(
             x0, y0, x1, y1 = (scale * each for each in box)
             lines.append((x0, y0, x1, y0, x1, y1, x0, y1, x0, y0))
         mark(pen, lines, color, max(side // 16, 2))
-        words = [(word, "", False) for word in phrase.phrase.split()]
-        cards.append(Card([pixels, np.asarray(shown)], words))
-    Cards(cards, ("original", "where it points"), note_of_channels(model.config.channels)).save(path)
+        found.append(([pixels, np.asarray(shown)], inside))
+    return found
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
