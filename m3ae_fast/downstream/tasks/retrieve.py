@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +26,18 @@ from m3ae_fast.models import Model
 from m3ae_fast.models.encoders import EncodedView, whole
 
 RERANK = 16  # of ITC's best, for each query
+BOTH = "ITC + ITM "
 
 
-@torch.no_grad()
+class Scores(NamedTuple):
+    """How well N images and M captions belong together."""
+
+    captions: list[str]  # M
+    truth: Tensor  # [M] int64: the image that each caption belongs to
+    images: list[bytes]  # N: equal where two images are
+    tables: dict[str, tuple[Tensor, Tensor]]  # by the prefix of their figures: [N, M] to find texts, and to find images
+
+
 def retrieve(
     model: Model, pairs: Sequence[Pair], tokenizer: Tokenizer, *, rerank: int = RERANK, batch_size: int = 64
 ) -> list[Result]:
@@ -47,6 +57,19 @@ def retrieve(
     Raises:
         ValueError: no pair; a caption without a word.
     """
+    scores = score_pairs(model, pairs, tokenizer, rerank=rerank, batch_size=batch_size)
+    same, found = {"texts": scores.captions, "images": scores.images}, []
+    for prefix, tables in scores.tables.items():
+        for way, table in zip(("text", "image"), tables, strict=True):
+            found += [named(prefix, r) for r in recalls(table, scores.truth, **same) if r.name.startswith(way)]
+    return found
+
+
+@torch.no_grad()
+def score_pairs(
+    model: Model, pairs: Sequence[Pair], tokenizer: Tokenizer, *, rerank: int = RERANK, batch_size: int = 64
+) -> Scores:
+    """All images beside all captions, as `retrieve` ranks them; arguments and errors are its own."""
     if not len(pairs):
         raise ValueError("pairs must hold at least one, got none")
     _checks.integer("rerank", rerank, 0)
@@ -68,16 +91,10 @@ def retrieve(
         truth += [i for i, _ in of]
         captions += [caption for _, caption in of]
     scores = torch.cat([x.embedding for x in images]) @ torch.cat([x.embedding for x in texts]).T
-    truth, same = torch.tensor(truth, device="cpu"), {"texts": captions, "images": keys}
-    results = [named("ITC ", r) for r in recalls(scores, truth, **same)]
+    tables = {"ITC ": (scores, scores)}
     if again:
-        tables = _reranked(model, _Store(images), _Store(texts), scores, rerank, batch_size)
-        for prefix, (by_image, by_text) in zip(("", "ITC + ITM "), tables, strict=True):
-            # each way has scores of its own: an image's best texts, a text's best images
-            found = [r for r in recalls(by_image, truth, **same) if r.name.startswith("text")]
-            found += [r for r in recalls(by_text, truth, **same) if r.name.startswith("image")]
-            results += [named(prefix, r) for r in found]
-    return results
+        tables[""], tables[BOTH] = _reranked(model, _Store(images), _Store(texts), scores, rerank, batch_size)
+    return Scores(captions, torch.tensor(truth, device="cpu"), keys, tables)
 
 
 def named(prefix: str, result: Result) -> Result:
