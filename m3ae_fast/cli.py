@@ -48,13 +48,14 @@ EXAMPLES = {  # of each command, shown by its --help
     ),
     "project": ("project runs/mine --data photos/val --out features.png", "project runs/mine --perplexity 10"),
     "retrieve": ("retrieve runs/mamo --data pairs.jsonl", "retrieve runs/mamo --samples 1000 --out retrieval.json"),
-    "vqa": ("vqa runs/mamo --steps 1800 --lr 1e-3", "vqa runs/mamo --data questions.jsonl"),
+    "vqa": ("vqa runs/mamo --steps 1800 --save vqa.safetensors", "vqa runs/mamo --load vqa.safetensors"),
     "reason": ("reason runs/mamo --steps 3500 --lr 4e-4", "reason runs/mamo --data statements.jsonl"),
     "ground": ("ground runs/mamo --picture where.png", "ground runs/mamo --data phrases.jsonl"),
     "imagine": (
         'imagine runs/mine --caption "a large red star in the center on a white background"',
         "imagine runs/mine cat.jpg --words 7",
     ),
+    "demo": ("demo runs/first --seed 7", "demo runs/mamo --vqa vqa.safetensors --out mamo.png"),
     "experiments": ("experiments --out runs/tables", "experiments --only objectives --seeds 1"),
     "info": ("info", "--version"),
     "convert": (

@@ -24,6 +24,7 @@ TASKS = {  # what the command of each does
     "ood": "Tell images of unknown kinds from those of the training classes: AUROC of two scores.",
     "attend": "Draw where in an image CLS and each word of its caption look.",
     "project": "Draw features in two dimensions (t-SNE), colored by class.",
+    "demo": "Draw what an M3AE or a MAMO makes of synthetic scenes that it has not seen.",
 }
 __all__ = ["TASKS", "Chance", "Pair", "Phrase", "Question", "Result", "Statement", "accuracies", "chance", "recalls"]
 
