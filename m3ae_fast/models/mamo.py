@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -129,14 +128,6 @@ class MAMO(Model):
         target, online = list(self.target.parameters()), list(self.online.parameters())
         torch._foreach_lerp_(target, online, 1 - self.config.momentum)
         self.contrast.bound_temperature()
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
-        """As torch's; but a state without a momentum network, of weights that were packed for use, gives it the online
-        weights."""
-        if strict and not any(name.startswith("target.") for name in state_dict):
-            online = {name: value for name, value in state_dict.items() if name.startswith("online.")}
-            state_dict = {**state_dict, **{name.replace("online", "target", 1): online[name] for name in online}}
-        return super().load_state_dict(state_dict, strict, assign)
 
     @classmethod
     def losses_of_own_batch(cls, config: MAMOConfig) -> tuple[str, ...]:

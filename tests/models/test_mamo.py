@@ -496,20 +496,6 @@ def test_a_state_dict_holds_target_and_queue(model):
 # -- baselines --------------------------------------------------------------------------------------------------------
 
 
-def test_a_state_dict_without_a_target_starts_it_as_a_copy(model):
-    state = {name: value for name, value in model.state_dict().items() if not name.startswith("target.")}
-    other = make_model(seed=1)
-    other.load_state_dict(state)
-    for name, value in other.target.state_dict().items():
-        assert torch.equal(value, model.online.state_dict()[name]), name
-    before = copy.deepcopy(other.target.state_dict())
-    other.load_state_dict({"online.image_type": torch.ones_like(state["online.image_type"])}, strict=False)
-    assert other.online.image_type.eq(1).all(), "a part, such as averages of what is trained, leaves it alone"
-    assert all(torch.equal(value, before[name]) for name, value in other.target.state_dict().items())
-    with pytest.raises(RuntimeError, match=r"target\.image_type"):
-        other.load_state_dict(state | {"target.text_type": state["online.text_type"]})
-
-
 def test_clip_is_contrast_of_two_encoders():
     torch.manual_seed(0)
     model, batch = CLIP(EncodersConfig(**SIZES)), make_batch()
