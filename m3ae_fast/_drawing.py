@@ -96,7 +96,7 @@ class Cards:
 
     Args:
         cards: one a sample. titles: of the panels. note: at the foot, beside what the colors of guesses mean.
-        guesses: that meaning.
+        guesses: what is said there of the colors of guesses.
     """
 
     def __init__(self, cards: list[Card], titles: tuple[str, ...], note: str = "", guesses: str = GUESSES):

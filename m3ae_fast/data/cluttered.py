@@ -11,8 +11,22 @@ from m3ae_fast import _checks
 from m3ae_fast.data.captions import plural
 from m3ae_fast.data.sample import Sample
 from m3ae_fast.data.seeds import CLUTTER, check_seed, choose, generator
-from m3ae_fast.data.shapes import MIN_SIZE, PALETTE, SHAPES, outline
+from m3ae_fast.data.shapes import MIN_SIZE, SHAPES, outline
 
+COLORS = {
+    "red": (214, 40, 40),
+    "green": (46, 160, 67),
+    "blue": (38, 84, 214),
+    "yellow": (248, 214, 40),
+    "orange": (245, 134, 20),
+    "purple": (128, 52, 178),
+    "pink": (248, 152, 196),
+    "cyan": (70, 208, 220),
+    "brown": (120, 72, 36),
+    "gray": (128, 128, 128),
+    "black": (16, 16, 16),
+    "white": (246, 246, 246),
+}
 SIDES = (0.1, 0.16)  # of a shape, as a share of the image's shorter side
 COUNT = (8, 14)  # fewest and most of them
 WAVES = (2, 6)  # fewest and most knots a side of the background
@@ -44,7 +58,7 @@ class ClutteredShapes:
     flip_safe = True
     crop_scale = None
     endless = True
-    classes = tuple(PALETTE)
+    classes = tuple(COLORS)
 
     def __init__(self, size: int | tuple[int, int] = 48, seed: int = 0):
         _checks.sides("size", size, MIN_SIZE)
@@ -70,7 +84,7 @@ class ClutteredShapes:
 
 def _content(rng: np.random.Generator) -> tuple[str, str, str]:
     """A color, a shape, and the caption that names both."""
-    color, shape = choose(rng, list(PALETTE)), choose(rng, list(SHAPES))
+    color, shape = choose(rng, list(COLORS)), choose(rng, list(SHAPES))
     return color, shape, choose(rng, TEMPLATES).format(color=color, shapes=plural(shape))
 
 
@@ -82,6 +96,6 @@ def draw(color: str, shape: str, size: int | tuple[int, int], rng: np.random.Gen
     for _ in range(rng.integers(COUNT[0], COUNT[1] + 1)):
         side = round(min(height, width) * rng.uniform(*SIDES))
         corner = tuple(int(rng.integers(0, length - side + 1)) for length in (width, height))
-        image.paste(PALETTE[color], corner, outline(shape, side))
+        image.paste(COLORS[color], corner, outline(shape, side))
     pixels = np.asarray(image, np.float32) + rng.standard_normal((height, width, 3), np.float32) * np.float32(NOISE)
     return pixels.clip(0, 255).astype(np.uint8)

@@ -31,7 +31,6 @@ BACKGROUNDS = {  # light: an object is always the darker, or else its shape take
     "cyan": (110, 222, 232),
     "gray": (188, 188, 188),
 }
-PALETTE = COLORS | BACKGROUNDS
 SIZES = {"small": (0.2, 0.25), "large": (0.3, 0.36)}  # shortest and longest side, as a share of the image's
 MAX_OBJECTS = 4
 GAP = 0.05  # between two objects, as a share of the image's side: 1.5 pixels or more from MIN_SIZE up, so that

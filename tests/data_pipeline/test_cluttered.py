@@ -7,7 +7,8 @@ import pytest
 
 from m3ae_fast.data import ClutteredShapes, PairedShare, open_dataset
 from m3ae_fast.data.captions import plural
-from m3ae_fast.data.shapes import PALETTE, SHAPES
+from m3ae_fast.data.cluttered import COLORS
+from m3ae_fast.data.shapes import SHAPES
 
 
 def test_image_depends_on_index_and_seed_alone():
@@ -29,7 +30,7 @@ def test_images_may_be_rectangles():
     for i in range(60):
         sample = data[i]
         assert sample.image.shape == (40, 80, 3)
-        distance = np.abs(sample.image.astype(float) - PALETTE[data.classes[sample.labels[0]]]).max(-1)
+        distance = np.abs(sample.image.astype(float) - COLORS[data.classes[sample.labels[0]]]).max(-1)
         columns |= (distance < 30).sum(0) > 3
     assert columns[:4].any() and columns[-4:].any()
 
@@ -40,7 +41,7 @@ def test_the_caption_says_the_label_twice_and_no_other():
         sample = data[i]
         words = re.findall("[a-z]+", sample.captions[0])
         (label,) = sample.labels
-        assert [word for word in words if word in PALETTE] == [data.classes[label]] * 2
+        assert [word for word in words if word in COLORS] == [data.classes[label]] * 2
 
 
 def test_the_label_is_in_the_pixels_but_in_few():
@@ -48,7 +49,7 @@ def test_the_label_is_in_the_pixels_but_in_few():
     data, shares = ClutteredShapes(48), []
     for i in range(100):
         sample = data[i]
-        distance = np.abs(sample.image.astype(float) - PALETTE[data.classes[sample.labels[0]]]).max(-1)
+        distance = np.abs(sample.image.astype(float) - COLORS[data.classes[sample.labels[0]]]).max(-1)
         shares.append((distance < 40).mean())
     assert min(shares) > 0.005 and np.mean(shares) < 0.15
 
@@ -59,7 +60,7 @@ def test_a_caption_is_right_for_every_image_of_its_color_and_shape():
     right = [(a, b) for a, b in pairs if a.says[0] <= b.facts]
     assert 5 < len(right) < 150
     for a, b in pairs:
-        words = [set(re.findall("|".join([*PALETTE, *map(plural, SHAPES)]), x.captions[0])) for x in (a, b)]
+        words = [set(re.findall("|".join([*COLORS, *map(plural, SHAPES)]), x.captions[0])) for x in (a, b)]
         assert (a.says[0] <= b.facts) == (words[0] == words[1])
 
 

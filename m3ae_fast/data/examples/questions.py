@@ -9,9 +9,9 @@ import numpy as np
 from m3ae_fast.data.captions import NUMBERS, named
 from m3ae_fast.data.scenes import Scene, SceneObject
 from m3ae_fast.data.seeds import choose
-from m3ae_fast.data.shapes import COLORS, MAX_OBJECTS, PALETTE, SHAPES
+from m3ae_fast.data.shapes import BACKGROUNDS, COLORS, MAX_OBJECTS, SHAPES
 
-ANSWERS = sorted([*PALETTE, *SHAPES, *NUMBERS[1 : MAX_OBJECTS + 1], "yes", "no"])
+ANSWERS = sorted([*COLORS, *BACKGROUNDS, *SHAPES, *NUMBERS[1 : MAX_OBJECTS + 1], "yes", "no"])
 Asked = tuple[str, str] | None  # question and answer; None: the scene has no answer to that kind
 
 

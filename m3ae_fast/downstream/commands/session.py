@@ -93,16 +93,14 @@ def load_saved(
     key: str,
     build: Callable[[list[str]], nn.Module],
     what: str,
-    *,
-    optional: tuple[str, ...] = (),
 ) -> tuple[nn.Module, list[str]]:
     """A model that `save` wrote, in evaluation mode, and the list that is the metadata's entry `key`.
 
     Args:
         path: of the file. build: makes the model of that list. what: the file must be, for an error.
-        optional: how names begin of tensors that the file need not have: the model keeps its own then.
     Raises:
-        FileNotFoundError: there is none. ValueError: it is not what it must be.
+        FileNotFoundError: there is none. ValueError: it is not what it must be; weights may have been written into what
+            `build` made by then.
     """
     from safetensors import SafetensorError
 
@@ -110,11 +108,12 @@ def load_saved(
         raise FileNotFoundError(f"path must name a file, there is no {path}")
     try:
         metadata, tensors = read_tensors(path)
-        names = json.loads(metadata[key])
+        names = json.loads(metadata.get(key, "null"))
+        if not isinstance(names, list) or not names:
+            raise ValueError(f"its metadata have no list of {key}")
         model = build(names)
-        own = {name: value for name, value in model.state_dict().items() if name.startswith(optional)}
-        model.load_state_dict(own | tensors)
-    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        model.load_state_dict(tensors)
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} must be {what}: {reason}") from None
     return model.eval(), names

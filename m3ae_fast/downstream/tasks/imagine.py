@@ -88,12 +88,14 @@ def image_from_words(model: M3AE, batch: ImageTextBatch, *, masked: bool = False
             configuration's size.
         masked: mask the words, too: what the model paints when it knows their number alone.
     Raises:
-        ValueError: a model that reads no words, or of norm_pix, which predicts no patch's brightness; some samples have
-            an image and others none.
+        ValueError: another model, or of norm_pix, which predicts no patch's brightness; a sample without words; some
+            samples have an image and others none.
     """
     _check(model, batch)
+    if not all(batch.text_lengths.lengths):
+        raise ValueError("batch must have words in every sample, got one without")
     if model.config.norm_pix:
-        raise ValueError("norm_pix must be False: such a model predicts no patch's brightness, got True")
+        raise ValueError("model must be trained without norm_pix, with which it predicts no patch's brightness")
     if batch.images is None:
         blank = torch.zeros(len(batch), model.config.channels, *model.config.image_shape, dtype=torch.uint8)
         batch = ImageTextBatch(blank.to(batch.device), batch.text, batch.text_lengths)
@@ -155,8 +157,10 @@ def words_from_image(
 
 
 def _check(model: M3AE, batch: ImageTextBatch) -> None:
-    if model.joint_encoder() is None:
-        raise ValueError(f"model must be of images and words, got {type(model).__name__} of images alone")
+    if not isinstance(model, M3AE) or model.joint_encoder() is None:
+        raise ValueError(f"model must be an M3AE of images and words, got {type(model).__name__}")
+    if not len(batch):
+        raise ValueError("batch must hold at least one sample, got none")
     if batch.images is not None and not all(batch.has_image):
         raise ValueError("batch must have an image in every sample, got one without")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import warnings
@@ -86,13 +87,12 @@ def load_vqa(path: str | os.PathLike, model: MAMO) -> tuple[VQA, list[str]]:
     """What `m3ae-fast vqa --save` wrote, in evaluation mode, and the answers that it was trained to choose from.
 
     Args:
-        path: of the file. model: like the one that was trained; it is given the weights, and keeps its own of parts
-            that VQA does not read where the file has none.
+        path: of the file. model: like the one that was trained, with the same vocabulary; it is given the weights.
     Raises:
         FileNotFoundError: there is none. ValueError: it is no such file, or of another model.
     """
     device, what = next(model.parameters()).device, "a VQA model trained from a model like this one"
-    return load_saved(path, "answers", lambda _: VQA(model).to(device), what, optional=("mamo.",))
+    return load_saved(path, "answers", lambda _: VQA(model).to(device), what)
 
 
 def _batch(model: VQA, questions: Sequence[Question], tokenizer: Tokenizer):
@@ -103,7 +103,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """What `m3ae-fast vqa` takes."""
     add_scored(command, "shapes|FILE.jsonl", '{"image": PATH, "question": TEXT, "answer": TEXT}')
     add_trained(command, Training)
-    command.add_argument("--load", type=path, metavar="FILE", help="of --save: answer with this model, and train none")
+    command.add_argument(
+        "--load", type=path, metavar="FILE", help="a file that --save wrote: answer with it instead of training"
+    )  # fmt: skip
     command.add_argument(
         "--answers",
         type=path,
@@ -118,9 +120,11 @@ def main(args: argparse.Namespace) -> int:
     questions = scored(open_questions)
     answers = read_answers(args.answers) if args.answers else None
     if args.load:
-        for name in ("train", "save"):
-            if getattr(args, name):
-                raise ValueError(f"--{name} must not be given with --load, which trains nothing")
+        usual = {"train": None, "save": None, **dataclasses.asdict(Training())}
+        for name, value in {"train": args.train, "save": args.save, **given(Training, args)}.items():
+            if value != usual[name]:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} must not be given with --load, which trains nothing, got {value}")
         model, known = load_vqa(args.load, run.model)
     else:
         training = trained(open_questions)

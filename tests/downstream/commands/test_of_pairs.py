@@ -158,6 +158,10 @@ QUESTIONS, SAVED = ["--data", "questions.jsonl"], ["--steps", "1", "--save"]
         (["vqa", "runs/mamo", "--load", "none"], "path must name a file, there is no none"),
         (["vqa", "runs/mamo", "--load", "red.png"], "red.png must be a VQA model trained from a model like this one: "),
         (["vqa", "runs/mamo", "--load", "x", "--save", "y"], "--save must not be given with --load, which trains noth"),
+        (
+            ["vqa", "runs/mamo", "--load", "x", "--steps", "9"],
+            "--steps must not be given with --load, which trains nothing, got 9",
+        ),
         (["vqa", "runs/mamo", *QUESTIONS, "--train", "bad.jsonl"], "bad.jsonl, line 2 must be a JSON object"),
         (["ground", "runs/mamo", "--data", "bad.jsonl"], "bad.jsonl, line 1: phrase must be given, got image"),
         (["ground", "runs/mamo", "--data", "none.jsonl"], "path must name a file, there is no none.jsonl"),

@@ -151,9 +151,10 @@ def test_scores_do_not_depend_on_the_batch(changes):
 @pytest.mark.parametrize(
     "changes, call, message",
     [
-        ({"kind": MAE}, lambda m: image_from_words(m, packed(m, texts=None)), "model must be of images and words, got"),
-        ({"kind": MAE}, lambda m: words_from_image(m, packed(m, texts=None)), "model must be of images and words, got"),
-        ({"norm_pix": True}, lambda m: image_from_words(m, packed(m)), "norm_pix must be False: such a model"),
+        ({"kind": MAE}, lambda m: image_from_words(m, packed(m, texts=None)), "model must be an M3AE of images and w"),
+        ({"kind": MAE}, lambda m: words_from_image(m, packed(m, texts=None)), "model must be an M3AE of images and w"),
+        ({"norm_pix": True}, lambda m: image_from_words(m, packed(m)), "model must be trained without norm_pix"),
+        ({}, lambda m: image_from_words(m, packed(m, texts=None)), "batch must have words in every sample, got one"),
         ({}, lambda m: words_from_image(m, packed(m, None)), "batch must have an image in every sample, got none"),
         ({}, lambda m: words_from_image(m, packed(m), rounds=0), "rounds must be at least 1, got 0"),
         ({}, lambda m: words_from_image(m, packed(m, texts=None), words=41), r"words must be in \[1, 41\), got 41"),
