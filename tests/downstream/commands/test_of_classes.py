@@ -160,7 +160,9 @@ def test_attend(command, options):
     status, out, _ = command("attend", "m3ae", *files, *options, "--out", "a.png")
     assert status == 0 and out == "a.png: 2 images, the model after 2 steps\n"
     assert np.asarray(Image.open("a.png")).std() > 20
-    status, *_ = command("attend", "mamo", *files, "--caption", "red", "--caption", "a blue thing", "--out", "b.png")
+    status, *_ = command(
+        "attend", "mamo", *files, "--caption", "red", "--caption", "a small blue thing", "--out", "b.png"
+    )
     assert status == 0 and Image.open("b.png").size != Image.open("a.png").size, "more words"
 
 
