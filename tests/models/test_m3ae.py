@@ -82,16 +82,18 @@ def test_a_plan_takes_over_the_masks_of_another(model):
         plan.copy_(model.plan(make_batch(), seed=5))
 
 
-def assert_same_pass(model, batch, plan, other_batch, other_plan, bitwise=True):
-    """Losses and gradients of two passes."""
+def assert_same_pass(model, batch, plan, other_batch, other_plan, bitwise=True, share=1e-6):
+    """Losses and gradients of two passes, which may be off by a share of the largest."""
     outputs, gradients = [], []
     for out in (model(batch, plan=plan), model(other_batch, plan=other_plan)):
         outputs.append([getattr(out, name) for name in ("loss", "image_loss", "text_loss", "text_accuracy")])
         gradients.append(torch.autograd.grad(out.loss, list(model.parameters())))
-    assert outputs[0] == outputs[1]
+    for ours, theirs in zip(*outputs, strict=True):
+        assert torch.equal(ours, theirs) or not bitwise
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     for ours, theirs in zip(*gradients, strict=True):
         assert torch.equal(ours, theirs) or not bitwise
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * theirs.abs().max().item())
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=share * theirs.abs().max().item())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -99,8 +101,8 @@ def assert_same_pass(model, batch, plan, other_batch, other_plan, bitwise=True):
 @pytest.mark.parametrize("lengths", [(5, 3, 8, 2), (0, 0, 1, 0), (8,) * 60])
 @pytest.mark.usefixtures("own_products")
 def test_a_plan_of_a_bucket_gives_the_same_bits(model, monkeypatch, threads, lengths, impl, precision):
-    """Gradients, too, where sums over rows are of our kernels on the CPU; elsewhere how they are split follows the
-    number of rows."""
+    """Where sums over rows are of our kernels on the CPU; elsewhere how they are split follows the number of rows, and
+    PyTorch's products on AVX2 do, too."""
     if any(impl not in ("reference", *backends.modules) for backends in _backends.LOADED.values()):
         pytest.skip(f"not all ops have {impl} here")
     if impl == "triton":
@@ -112,7 +114,8 @@ def test_a_plan_of_a_bucket_gives_the_same_bits(model, monkeypatch, threads, len
     assert roomy.bucket != exact.bucket
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         padded = batch.with_room(roomy.images, roomy.words)
-        assert_same_pass(model, padded, roomy, batch, exact, bitwise=impl == "cpp")
+        share = torch.finfo(torch.bfloat16).eps if precision == "bf16" else 1e-6  # PyTorch rounds its products to bf16
+        assert_same_pass(model, padded, roomy, batch, exact, bitwise=impl == "cpp", share=share)
 
 
 def test_a_plan_of_a_bucket_with_room_for_images(model):

@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import m3ae_fast
 from m3ae_fast._files import read_json, write_json
 from m3ae_fast.models import MAE, OBJECTIVES, M3AEConfig
 from m3ae_fast.models.config import SIZES
@@ -242,6 +244,8 @@ def test_a_reader_that_has_read_enough(tmp_path):
     """As of `m3ae-fast info | head -1`: no traceback, nothing on stderr."""
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-m", "m3ae_fast", "info"], stdout=write, stderr=subprocess.PIPE, text=True)
+    package = str(Path(m3ae_fast.__file__).parents[1])
+    command, env = [sys.executable, "-m", "m3ae_fast", "info"], {**os.environ, "PYTHONPATH": package}
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
