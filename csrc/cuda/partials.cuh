@@ -58,8 +58,8 @@ __device__ __forceinline__ Pack<T, N> sum_of(const T* from, int64_t stride, unsi
 }
 
 struct Partials {
-  float* each;        // [number][rows][width]; null: not wanted
-  float* out;         // [rows][width]: their sum
+  float* each;         // [number][rows][width]; null: not wanted
+  float* out;          // [rows][width]: their sum
   unsigned* counters;  // sum_counters(number) for each tile
 };
 

@@ -20,6 +20,7 @@ from m3ae_fast.data.images import open_image
 from m3ae_fast.data.specs import listed, split_weight
 from m3ae_fast.models import Metric, Model, ModelConfig
 from m3ae_fast.models.ground import ground, to_pixels
+from m3ae_fast.models.m3ae import Reconstruction
 from m3ae_fast.train import metrics
 from m3ae_fast.train.config import RunConfig
 from m3ae_fast.train.validation import open_held_out
@@ -232,8 +233,9 @@ def draw_reconstruction(
     seed: int = 0,
     device: torch.device | str = "cpu",
     labels: Sequence[str] | None = None,
-) -> None:
-    """Original | masked | reconstruction of every sample, and its caption: masked words on gray, guesses below.
+) -> Reconstruction:
+    """Original | masked | reconstruction of every sample, and its caption: masked words on gray, guesses below; returns
+    what the model predicted.
 
     The reconstruction shows visible patches as they are; a model of norm_pix predicts no patch's mean and contrast, so
     each gets those of the original, which the picture says. A guess is green where it is right.
@@ -266,6 +268,7 @@ def draw_reconstruction(
     if result.norm_pix:
         notes.append("mean and contrast of reconstructed patches are the original's (norm_pix)")
     Cards(cards, ("original", "masked", "reconstruction"), "; ".join(filter(None, notes))).save(path)
+    return result
 
 
 @torch.no_grad()

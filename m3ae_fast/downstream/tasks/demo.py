@@ -60,8 +60,7 @@ def _draw_m3ae(run: Run, path: Path, seed: int) -> str:
     model, device = run.model, next(run.model.parameters()).device
     config = dataclasses.replace(run.config, seed=seed - 1)  # held_out adds 1
     batch = held_out(model.config, run.tokenizer, config, data="shapes").to(device)
-    draw_reconstruction(model, run.tokenizer, batch, path, seed=seed, device=device)
-    result = model.reconstruct(batch, seed=seed, step=0)  # the same masks
+    result = draw_reconstruction(model, run.tokenizer, batch, path, seed=seed, device=device)
     lengths = batch.text_lengths.lengths
     hidden = torch.cat([mask[:length] for mask, length in zip(result.text_mask, lengths, strict=True)])
     right = hidden & (result.text_logits.argmax(1) == batch.text)

@@ -32,7 +32,7 @@ from m3ae_fast.train.pictures import unpatchify
 DATA = "shapes"
 SHOWN = 6  # pairs of a picture
 ROUNDS = 8
-WORDS = 10  # of a caption whose length nobody knows
+WORDS = 10  # of a caption whose length is not given
 
 
 def imagine(
@@ -86,7 +86,7 @@ def image_from_words(model: M3AE, batch: ImageTextBatch, *, masked: bool = False
         model: of images and words, trained on plain pixels.
         batch: captions, each with the image whose size is wanted, or none of them with an image: then all get the
             configuration's size.
-        masked: mask the words, too: what the model paints when it knows their number alone.
+        masked: mask the words, too: what the model paints from their number alone.
     Raises:
         ValueError: another model, or of norm_pix, which predicts no patch's brightness; a sample without words; some
             samples have an image and others none.
@@ -123,7 +123,7 @@ def words_from_image(
         batch: images with captions, of which only the lengths are used, or images alone.
         words: the length of every caption, of images alone.
         rounds: passes of the model, at least 1; of more than the longest caption has words, the rest are left out.
-        masked: mask the image, too: what the model guesses where it knows no more than a caption's length.
+        masked: mask the image, too: what the model guesses from the length of a caption alone.
     Raises:
         ValueError: a model that reads no words; a sample without an image; a number outside its range.
 

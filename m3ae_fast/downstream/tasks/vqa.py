@@ -122,7 +122,7 @@ def main(args: argparse.Namespace) -> int:
     if args.load:
         usual = {"train": None, "save": None, **dataclasses.asdict(Training())}
         for name, value in {"train": args.train, "save": args.save, **given(Training, args)}.items():
-            if value != usual[name]:
+            if value != usual[name] and name != "seed":  # which draws the scenes, too
                 option = name.replace("_", "-")
                 raise ValueError(f"--{option} must not be given with --load, which trains nothing, got {value}")
         model, known = load_vqa(args.load, run.model)
